@@ -1,0 +1,28 @@
+// Instruction sets: which are compiled in, which one runs.
+//
+// The loops in *_loops.cpp are compiled once per instruction set, each time inside its own namespace
+// (ERNET_ISA_NAMESPACE), and the dispatcher picks a table of function pointers at run time. Such files must not include
+// torch or any C++ standard library header with inline functions: the linker keeps one copy of those, and it could be
+// the AVX-512 one, which then crashes on a machine without it.
+#pragma once
+
+#define ERNET_CONCAT_(a, b) a##b
+#define ERNET_CONCAT(a, b) ERNET_CONCAT_(a, b)
+#ifdef ERNET_ISA
+#define ERNET_ISA_NAMESPACE ERNET_CONCAT(isa_, ERNET_ISA)
+#endif
+
+namespace ernet {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The instruction set in use: the best that is compiled in and that this CPU has, or the one that the environment
+// variable ERNET_ISA names (portable, avx2, avx512). It is chosen once. An unknown or unavailable name gives an error.
+Isa selected_isa();
+
+const char* isa_name(Isa isa);
+
+// True if the code for `isa` is compiled in and this CPU can run it.
+bool isa_available(Isa isa);
+
+}  // namespace ernet

@@ -1,0 +1,53 @@
+"""Loading of the compiled part, once, with a reason where it cannot be loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from typing import Any
+
+_FIX = "Install a C++ compiler (g++ or clang++), then build again: pip install --force-reinstall --no-deps ernet_fast"
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[Any, str | None]:
+    """The module `ernet_fast._C` and None, or None and the reason for its absence."""
+    if os.environ.get("ERNET_DISABLE_EXTENSION", "0") not in ("", "0"):
+        return None, "ERNET_DISABLE_EXTENSION is set"
+    import torch  # noqa: F401  (the binary needs libtorch in the process)
+
+    try:
+        module = importlib.import_module("ernet_fast._C")
+    except ModuleNotFoundError as error:
+        if error.name != "ernet_fast._C":
+            return None, f"ernet_fast._C does not load: {error}"
+        return None, f"ernet_fast was installed without its compiled operators. {_FIX}"
+    except ImportError as error:
+        return None, f"ernet_fast._C does not load: {error}. {_FIX}"
+    return module, None
+
+
+def extension_available() -> bool:
+    """True if the compiled operators `torch.ops.ernet.*` are loaded."""
+    return _load()[0] is not None
+
+
+def why_unavailable() -> str | None:
+    """Why the compiled operators are not there, with the fix; None if they are."""
+    return _load()[1]
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the binary was built with (see `ernet_fast._C.build_info`), or None without one."""
+    module = _load()[0]
+    return None if module is None else module.build_info()
+
+
+@functools.lru_cache(maxsize=1)
+def warn_fallback_once() -> None:
+    """Warn, once a process, that the slow reference implementation is used, and why."""
+    warnings.warn(
+        f"ernet_fast runs on its slow reference implementation: {why_unavailable()}", RuntimeWarning, stacklevel=3
+    )

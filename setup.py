@@ -1,0 +1,252 @@
+"""Builds the one extension `ernet_fast._C`: C++ for the CPU, and CUDA wherever nvcc is found (no GPU needed).
+
+Environment variables
+    ERNET_CUDA        auto (default: build the CUDA code if nvcc is found) | 0 (never) | 1 (fail without nvcc)
+    ERNET_CUDA_ARCHS  e.g. "80;90a". Default: the architecture of the GPU at hand, else 80;90a;100;120
+    MAX_JOBS          compilers at a time (default: the number of cores)
+    CXX, CUDA_HOME    the C++ compiler, the CUDA toolkit
+    ERNET_SANITIZE    e.g. "address,undefined": build with these sanitizers (for tests of the library itself)
+    ERNET_WERROR      1: warnings of the C++ compiler are errors (continuous integration)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "80;90a;100;120"
+TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: one binary for this and every later version
+
+# One torch-free source, csrc/cpu/*_loops.cpp, is compiled once for each of these.
+ISA_FLAGS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+
+
+def torch_location() -> tuple[Path, str]:
+    """Folder and version of torch, found without importing it (an import would cost every build two seconds)."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("ernet_fast: torch is needed to build. Install it first: pip install torch==2.13.0")
+    folder = Path(spec.submodule_search_locations[0])
+    found = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
+    return folder, found.group(1) if found else "unknown"
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: $CXX, else c++, g++ or clang++."""
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(name)[0]):
+            return name
+    if chosen:
+        raise SystemExit(f"ernet_fast: CXX={chosen!r} is no program on the PATH. Correct or unset CXX.")
+    return None
+
+
+def find_nvcc() -> str | None:
+    """nvcc, as ERNET_CUDA asks: None where the CUDA code is not to be built."""
+    wanted = os.environ.get("ERNET_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"ernet_fast: ERNET_CUDA={wanted!r}; expected auto, 0 or 1.")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [Path(home) / "bin" / "nvcc"] if home else []
+    on_path = shutil.which("nvcc")
+    candidates += [Path(on_path)] if on_path else []
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    for nvcc in candidates:
+        nvcc = nvcc.resolve()
+        # a wrapper script on the PATH has no toolkit beside it
+        if nvcc.is_file() and (nvcc.parent.parent / "include" / "cuda_runtime_api.h").exists():
+            return str(nvcc)
+    if wanted == "1":
+        raise SystemExit("ernet_fast: ERNET_CUDA=1 but no CUDA toolkit with nvcc was found. Set CUDA_HOME.")
+    return None
+
+
+def present_archs() -> list[str]:
+    """Architectures of the GPUs of this machine, asked of the driver; empty without one."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    archs = set()
+    for index in range(count.value):
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, index)  # COMPUTE_CAPABILITY_MAJOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, index)
+        arch = major.value * 10 + minor.value
+        archs.add("90a" if arch == 90 else str(arch))
+    return sorted(archs)
+
+
+def cuda_archs() -> list[str]:
+    """The architectures to build for."""
+    text = os.environ.get("ERNET_CUDA_ARCHS") or ";".join(present_archs()) or DEFAULT_ARCHS
+    archs = [arch for arch in re.split(r"[;, ]+", text) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise SystemExit(f"ernet_fast: ERNET_CUDA_ARCHS has {arch!r}; expected numbers such as 80;90a;120.")
+    return archs
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja and runs it: unchanged trees build in no time, and each .cu is given to nvcc directly."""
+
+    def run(self) -> None:
+        """Build, or say how to get a compiler and leave the package to run on its reference implementation."""
+        if find_compiler() is None:
+            if os.environ.get("ERNET_CUDA") == "1":
+                raise SystemExit("ernet_fast: ERNET_CUDA=1 but there is no C++ compiler. Install g++ or clang++.")
+            print(
+                "ernet_fast: no C++ compiler found; installing without the compiled operators. The package will run on "
+                "its slow reference implementation. To fix: install g++ or clang++, then install ernet_fast again.",
+                file=sys.stderr,
+            )
+            self.extensions.clear()
+            return
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link the extension with ninja."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / ("sanitize" if os.environ.get("ERNET_SANITIZE") else "release")
+        folder.mkdir(parents=True, exist_ok=True)
+        script = NinjaScript(folder, target, self.distribution.get_version()).text()
+        path = folder / "build.ninja"
+        if not path.exists() or path.read_text() != script:
+            path.write_text(script)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run([*ninja_command(), "-f", str(path), "-j", jobs, "--quiet"], cwd=ROOT, check=True)
+
+
+def ninja_command() -> list[str]:
+    """The ninja of this Python environment, else the one on the PATH."""
+    if importlib.util.find_spec("ninja") is not None:
+        return [sys.executable, "-m", "ninja"]
+    found = shutil.which("ninja")
+    if found is None:
+        raise SystemExit("ernet_fast: ninja is needed to build. Install it: pip install ninja")
+    return [found]
+
+
+class NinjaScript:
+    """The text of build.ninja: which files, which flags."""
+
+    def __init__(self, folder: Path, target: Path, version: str) -> None:
+        self.folder, self.target, self.version = folder, target, version
+        self.torch, self.torch_version = torch_location()
+        self.cxx = find_compiler()
+        self.nvcc = find_nvcc()
+        self.archs = cuda_archs() if self.nvcc else []
+        self.objects: list[str] = []
+        self.lines: list[str] = []
+
+    def text(self) -> str:
+        """The whole file."""
+        self._rules()
+        for source in sorted((ROOT / "csrc").glob("*.cpp")):
+            self._compile(source, "cxx", self._definitions() if source.name == "module.cpp" else [])
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            if source.stem.endswith("_loops"):
+                for isa, flags in ISA_FLAGS.items():
+                    extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
+                    self._compile(source, "cxx", extra, suffix=f".{isa}")
+            else:
+                self._compile(source, "cxx", [f"-DERNET_HAS_{isa.upper()}" for isa in ISA_FLAGS])
+        if self.nvcc:
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
+                self._compile(source, "cxx", ["-DERNET_WITH_CUDA", f"-isystem {self._toolkit() / 'include'}"])
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+                self._compile(source, "nvcc", [])
+        self.lines.append(f"build {escape(self.target)}: link {' '.join(self.objects)}")
+        return "\n".join(self.lines) + "\n"
+
+    def _rules(self) -> None:
+        sanitize = os.environ.get("ERNET_SANITIZE")
+        san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+        werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
+        python_include = sysconfig.get_paths()["include"]
+        spec = importlib.util.find_spec("pybind11")
+        if spec is None or not spec.submodule_search_locations:
+            raise SystemExit("ernet_fast: pybind11 is needed to build. Install it: pip install pybind11")
+        pybind_include = Path(spec.submodule_search_locations[0]) / "include"
+        include = f"-I{ROOT / 'csrc'} -isystem {self.torch / 'include'} -isystem {pybind_include} -isystem {python_include}"
+        common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
+        links = f"-L{self.torch / 'lib'} -ltorch_cpu"
+        if self.nvcc:
+            links += f" {self._library('libcudart_static.a')} -ldl -lrt -lpthread"
+        gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs)
+        if self.archs:  # PTX of the newest plain architecture, so that later GPUs run too
+            plain = [a for a in self.archs if a.isdigit()]
+            gencode += f" -gencode=arch=compute_{plain[-1]},code=compute_{plain[-1]}" if plain else ""
+        self.lines += [
+            "ninja_required_version = 1.8",
+            f"builddir = {escape(self.folder)}",
+            "rule cxx",
+            f"  command = {self.cxx} {common}{san} {include} $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule nvcc",
+            # Spills, local memory and every other ptxas warning are errors.
+            f"  command = {self.nvcc} -O3 -std=c++17 {gencode} -lineinfo -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
+            "-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Werror all-warnings -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {self.cxx} -shared{san} $in -o $out {links}",
+        ]
+
+    def _compile(self, source: Path, rule: str, extra: list[str], suffix: str = "") -> None:
+        name = str(source.relative_to(ROOT / "csrc")).replace(os.sep, "_")
+        output = escape(self.folder / f"{name}{suffix}.o")
+        self.objects.append(output)
+        self.lines += [f"build {output}: {rule} {escape(source)}", f"  extra = {' '.join(extra)}"]
+
+    def _definitions(self) -> list[str]:
+        values = {
+            "ERNET_VERSION": self.version,
+            "ERNET_ISA_VARIANTS": ";".join(ISA_FLAGS),
+            "ERNET_CUDA_ARCHS": ";".join(self.archs),
+            "ERNET_TORCH_HEADERS": self.torch_version,
+            "ERNET_SANITIZE": os.environ.get("ERNET_SANITIZE", ""),
+        }
+        return [shlex.quote(f'-D{key}="{value}"') for key, value in values.items()]
+
+    def _toolkit(self) -> Path:
+        assert self.nvcc is not None
+        return Path(self.nvcc).parent.parent
+
+    def _library(self, name: str) -> Path:
+        for sub in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+            path = self._toolkit() / sub / name
+            if path.exists():
+                return path
+        raise SystemExit(f"ernet_fast: {name} was not found under {self._toolkit()}. Install the CUDA runtime, or set ERNET_CUDA=0.")
+
+
+def escape(path: Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(ext_modules=[Extension("ernet_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
