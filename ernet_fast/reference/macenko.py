@@ -1,0 +1,174 @@
+"""Macenko stain normalisation, word for word, in float64 NumPy: the oracle of the tests and the fallback.
+
+M. Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009, with the constants and
+conventions of the torchstain package (NumPy backend), whose uint8 results it equals bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ernet_fast.stain.layout import read_images
+from ernet_fast.stain.parameters import check_parameters, check_policy
+from ernet_fast.stain.result import (
+    MIN_CONCENTRATION,
+    MIN_TISSUE_PIXELS,
+    RANK_TOLERANCE,
+    MacenkoFit,
+    MacenkoStatus,
+    describe_failures,
+    expand_fit,
+)
+
+
+def macenko_fit(
+    images: Any,
+    *,
+    Io: float = 240,
+    alpha: float = 1,
+    beta: float = 0.15,
+    percentile: str = "linear",
+    range: float = 255,
+    layout: str | None = None,
+) -> MacenkoFit:
+    """Stain matrices and maximal concentrations; arguments and result as `ernet_fast.stain.macenko_fit`."""
+    check_parameters(Io, alpha, beta, percentile)
+    batch = read_images(images, layout)
+    fits = [
+        fit_pixels(grey_levels(image, range), Io=Io, alpha=alpha, beta=beta, percentile=percentile)
+        for image in batch.pixels
+    ]
+    count = len(fits)
+    return MacenkoFit(
+        torch.from_numpy(np.array([fit[0] for fit in fits]).reshape(count, 3, 2)),
+        torch.from_numpy(np.array([fit[1] for fit in fits]).reshape(count, 2)),
+        torch.tensor([fit[2] for fit in fits], dtype=torch.int32),
+    )
+
+
+def macenko_normalize(
+    images: Any,
+    target: MacenkoFit,
+    source: MacenkoFit | None = None,
+    *,
+    Io: float = 240,
+    alpha: float = 1,
+    beta: float = 0.15,
+    percentile: str = "linear",
+    on_degenerate: str = "reference",
+    range: float = 255,
+    layout: str | None = None,
+    return_status: bool = False,
+) -> Any:
+    """Images with the stains of `target`; arguments and result as `ernet_fast.stain.macenko_normalize`."""
+    check_policy(on_degenerate)
+    batch = read_images(images, layout)
+    if source is None:
+        source = macenko_fit(
+            batch.pixels, Io=Io, alpha=alpha, beta=beta, percentile=percentile, range=range, layout="CHW"
+        )
+    count = len(batch.pixels)
+    source, target = expand_fit(source, count, "source"), expand_fit(target, count, "target")
+    failures = describe_failures(source.status)
+    if failures and on_degenerate == "raise":
+        raise ValueError(f"these images cannot be normalised: {failures}")
+    out = torch.empty_like(batch.pixels)
+    for i, image in enumerate(batch.pixels):
+        target_stain, target_max = target.stain_matrix[i].numpy(), target.max_concentration[i].numpy()
+        stain, maximum = source.stain_matrix[i].numpy(), source.max_concentration[i].numpy()
+        if source.status[i] != MacenkoStatus.OK:
+            if on_degenerate == "identity":
+                out[i] = image
+                continue
+            stain, maximum = target_stain, target_max
+        levels = reconstruct_pixels(grey_levels(image, range), stain, maximum, target_stain, target_max, Io=Io)
+        levels = levels.reshape(image.shape)
+        if image.dtype == torch.uint8:
+            out[i] = torch.from_numpy(levels.astype(np.uint8))
+        else:
+            out[i] = torch.from_numpy(levels * (range / 255)).to(image.dtype)
+    result = batch.restore(out)
+    return (result, source.status) if return_status else result
+
+
+def grey_levels(image: torch.Tensor, range: float) -> np.ndarray:
+    """Pixels of a [3, H, W] image as float64 [H W, 3] on the scale 0 to 255."""
+    scale = 1.0 if image.dtype == torch.uint8 else 255 / range
+    return image.detach().cpu().double().reshape(3, -1).T.contiguous().numpy() * scale
+
+
+def fit_pixels(
+    pixels: np.ndarray, *, Io: float, alpha: float, beta: float, percentile: str
+) -> tuple[np.ndarray, np.ndarray, MacenkoStatus]:
+    """Stain matrix [3, 2], maximal concentrations [2] and status of the grey levels [n, 3] of one image."""
+    nothing = np.full((3, 2), np.nan), np.full(2, np.nan)
+    # Half a level of overshoot is rounding; the comparison is false for NaN.
+    if not np.all((pixels >= -0.5) & (pixels <= 255.5)):
+        return *nothing, MacenkoStatus.NON_FINITE
+    od = -np.log((pixels + 1) / Io)
+    tissue = od[~np.any(od < beta, axis=1)]
+    if len(tissue) < MIN_TISSUE_PIXELS:
+        return *nothing, MacenkoStatus.TOO_FEW_TISSUE_PIXELS
+    eigenvalues, eigenvectors = np.linalg.eigh(np.cov(tissue.T))
+    if eigenvalues[1] <= RANK_TOLERANCE * np.mean(np.sum(tissue**2, axis=1)):
+        return *nothing, MacenkoStatus.RANK_DEFICIENT
+    plane = canonical_signs(eigenvectors[:, 1:3], tissue.mean(axis=0))
+    projected = tissue @ plane
+    phi = np.arctan2(projected[:, 1], projected[:, 0])
+    extremes = [plane @ [np.cos(angle), np.sin(angle)] for angle in quantiles(phi, (alpha, 100 - alpha), percentile)]
+    # Haematoxylin absorbs more red than eosin.
+    stain = np.array(extremes if extremes[0][0] > extremes[1][0] else extremes[::-1]).T
+    sine = np.linalg.det(stain.T @ stain)
+    if not sine > RANK_TOLERANCE:
+        return *nothing, MacenkoStatus.RANK_DEFICIENT
+    concentration = np.linalg.lstsq(stain, od.T, rcond=None)[0]
+    maximum = np.array([quantiles(row, (99,), percentile)[0] for row in concentration])
+    if not np.all(maximum > MIN_CONCENTRATION):
+        return *nothing, MacenkoStatus.ZERO_CONCENTRATION
+    return stain, maximum, MacenkoStatus.OK
+
+
+def canonical_signs(plane: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Eigenvectors [3, 2] of ascending eigenvalue with signs such that the angles of tissue keep off the cut of atan2.
+
+    The second column points towards the mean optical density, so angles lie around +π/2; the first has a red component that
+    is not negative.
+    """
+    first = -1.0 if plane[0, 0] < 0 else 1.0
+    second = -1.0 if mean @ plane[:, 1] < 0 else 1.0
+    return plane * np.array([first, second])
+
+
+def quantiles(values: np.ndarray, percents: tuple[float, ...], percentile: str) -> list[float]:
+    """Percentiles, interpolated as NumPy does ("linear") or by the rule k = 1 + round(0.01 q (n - 1)) ("nearest")."""
+    if percentile == "linear":
+        return [float(np.percentile(values, q)) for q in percents]
+    ranks = [round(0.01 * float(q) * (len(values) - 1)) for q in percents]
+    ordered = np.partition(values, ranks)
+    return [float(ordered[rank]) for rank in ranks]
+
+
+def reconstruct_pixels(
+    pixels: np.ndarray,
+    source_stain: np.ndarray,
+    source_max: np.ndarray,
+    target_stain: np.ndarray,
+    target_max: np.ndarray,
+    *,
+    Io: float,
+) -> np.ndarray:
+    """Grey levels [3, n] of the pixels [n, 3] with the source's stains replaced by the target's.
+
+    A pixel without a finite optical density comes out as NaN and touches no other.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        od = -np.log((pixels + 1) / Io)
+    defined = np.all(np.isfinite(od), axis=1)
+    concentration = np.linalg.lstsq(source_stain, od[defined].T, rcond=None)[0]
+    concentration /= (source_max / target_max)[:, None]
+    levels = np.full((3, len(pixels)), np.nan)
+    levels[:, defined] = np.minimum(Io * np.exp(-target_stain @ concentration), 255)
+    return levels

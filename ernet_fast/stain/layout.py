@@ -1,0 +1,122 @@
+"""Images as users hold them, seen as one tensor [B, 3, H, W], and back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LAYOUTS = ("CHW", "HWC")
+
+
+class ImageBatch(NamedTuple):
+    """Images as [B, 3, H, W] and what is needed to give results the caller's form.
+
+    Attributes:
+        pixels: a view of the caller's memory, never written to.
+        channels_last: the caller's arrays are [..., H, W, 3].
+        single: the caller gave one image without a batch dimension.
+        is_numpy: the caller gave NumPy arrays.
+    """
+
+    pixels: torch.Tensor
+    channels_last: bool
+    single: bool
+    is_numpy: bool
+
+    def restore(self, images: torch.Tensor) -> Any:
+        """Give `images` [B, 3, H, W] the layout and the kind of array of the input."""
+        if self.channels_last:
+            images = images.permute(0, 2, 3, 1)
+        if self.single:
+            images = images[0]
+        return images.numpy() if self.is_numpy else images
+
+
+def read_images(images: Any, layout: str | None = None, name: str = "images") -> ImageBatch:
+    """See `images` as [B, 3, H, W], without copying.
+
+    Args:
+        images: torch tensor or NumPy array, uint8 or floating point, [3, H, W], [H, W, 3] or a batch of either.
+        layout: "CHW" or "HWC"; needed only where the shape fits both.
+        name: what to call the argument in errors.
+
+    Raises:
+        TypeError: no array, or a dtype that holds no RGB image.
+        ValueError: the shape is no RGB image, or fits both layouts.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}; expected 'CHW', 'HWC' or None.")
+    is_numpy = isinstance(images, np.ndarray)
+    if is_numpy:
+        tensor = _from_numpy(images, name)
+    elif isinstance(images, torch.Tensor):
+        tensor = images
+    else:
+        raise TypeError(f"{name} is a {type(images).__name__}; expected a torch tensor or a NumPy array.")
+    _check_dtype(tensor, name)
+    if tensor.ndim not in (3, 4):
+        hint = " A grey image has no stains to separate." if tensor.ndim == 2 else ""
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected [3, H, W], [H, W, 3] or a batch of them.{hint}"
+        )
+    channels_last = _channels_last(tensor, layout, name)
+    single = tensor.ndim == 3
+    batch = tensor.unsqueeze(0) if single else tensor
+    if channels_last:
+        batch = batch.permute(0, 3, 1, 2)
+    if batch.shape[2] == 0 or batch.shape[3] == 0:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: an image without pixels cannot be fitted.")
+    return ImageBatch(batch, channels_last, single, is_numpy)
+
+
+def _from_numpy(array: np.ndarray, name: str) -> torch.Tensor:
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} has dtype {array.dtype}; expected uint8 or a floating-point type.")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name} has dtype {array.dtype}, not in native byte order; use .astype('{array.dtype.name}').")
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()  # torch has no negative strides
+    if not array.flags.writeable:
+        # torch.from_numpy warns about read-only memory; nothing here writes to it.
+        array = np.asarray(_WritableView(array))
+    return torch.from_numpy(array)
+
+
+class _WritableView:
+    """The memory of a read-only array under an interface that does not say so."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._keep = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+
+
+def _check_dtype(tensor: torch.Tensor, name: str) -> None:
+    if tensor.dtype == torch.uint8 or tensor.dtype in FLOAT_DTYPES:
+        return
+    raise TypeError(
+        f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected uint8 or a floating-point type. "
+        "Convert 8-bit values held in wider integers with .to(torch.uint8) or .astype('uint8')."
+    )
+
+
+def _channels_last(tensor: torch.Tensor, layout: str | None, name: str) -> bool:
+    shape = tuple(tensor.shape)
+    first, last = shape[-3], shape[-1]
+    if layout is not None:
+        found = last if layout == "HWC" else first
+        if found != 3:
+            raise ValueError(f"{name} has shape {shape}, with {found} channels as {layout}; expected 3 (RGB).")
+        return layout == "HWC"
+    if first == 3 and last == 3:
+        raise ValueError(f"{name} has shape {shape}, which fits [3, H, W] and [H, W, 3]; pass layout='CHW' or 'HWC'.")
+    if first != 3 and last != 3:
+        hint = ""
+        if 4 in (first, last):
+            hint = " Drop the alpha channel of RGBA images first (image[..., :3] or image[:3])."
+        elif 1 in (first, last):
+            hint = " A grey image has no stains to separate."
+        raise ValueError(f"{name} has shape {shape}; expected 3 channels (RGB), first or last.{hint}")
+    return last == 3
