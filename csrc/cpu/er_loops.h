@@ -1,0 +1,104 @@
+// The loops behind the ER operators, free of torch. One table of functions per instruction set.
+//
+//   channel_moments   mean and sum of squared deviations of each channel
+//   weighted_sum      y = sum_l a_l * x_l + b, then ReLU if asked
+//   weighted_dot      g = dy (where y > 0);  da_l = sum g * x_l,  db = sum g
+//
+// A map is N samples of C channels of P pixels, either "planar" (NCHW: [N][C][P]) or channels-last ([N][P][C]).
+// "Groups" are what has coefficients or sums of its own: 1 (per channel) or N (per sample and channel).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+
+namespace ernet::cpu {
+
+enum class Storage : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+constexpr int kNumStorage = 4;
+
+struct MapShape {
+  int64_t N, C, P;
+  bool channels_last;
+  bool per_sample;
+
+  int64_t groups() const { return per_sample ? N : 1; }
+};
+
+// Coefficients, and means and variances, are float for f32, bf16 and f16 maps and double for f64 maps ("acc" below).
+struct WeightedSum {
+  MapShape shape;
+  int64_t num_maps;
+  const void* const* maps;  // [num_maps]
+  const void* a;            // acc [num_maps][groups][C]
+  const void* b;            // acc [groups][C], or null for zero
+  void* y;
+  bool relu;
+};
+
+struct WeightedDot {
+  MapShape shape;
+  int64_t num_maps;
+  const void* dy;
+  const void* y;            // null: no ReLU, g = dy
+  void* g;                  // written only where y is given
+  const void* const* maps;  // [num_maps]
+  double* partial;          // [groups * slabs][num_maps + 1][C]: sums of g * x_l of a slab, the last row those of g
+};
+
+struct ChannelMoments {
+  MapShape shape;
+  const void* x;
+  double* partial;  // [groups * slabs][2][C]: mean and sum of squared deviations of a slab
+};
+
+// How the work is cut: by shape alone, never by the number of threads, so results do not depend on it.
+// A reduction has groups() results a channel, each merged in order from slabs_per_group() partial results.
+// In the planar layout a slab is one sample; channels-last, a run of pixels (of one group) of all channels.
+int64_t slabs_per_group(const MapShape& shape);
+
+struct PixelRange {
+  int64_t group;  // which group the pixels belong to
+  int64_t begin;  // first pixel, counted from the start of the map
+  int64_t count;
+};
+
+// Independent work items of a reduction, and their number. Planar: item = n * C + c, a row (count = P pixels, begin
+// counted in rows of the planar layout); channels-last: item = group * slabs + slab.
+int64_t reduce_items(const MapShape& shape);
+PixelRange reduce_item(const MapShape& shape, int64_t item);
+
+// Independent work items of weighted_sum. Planar: item = n * C + c; channels-last: a run of pixels of one sample.
+int64_t sum_items(const MapShape& shape);
+PixelRange sum_item(const MapShape& shape, int64_t item);
+
+// About how many elements of one map an item touches: for the grain of parallel_for.
+int64_t item_elements(const MapShape& shape, bool reduction);
+
+// Merge the partial results, in order, in double. mean, var, da, db are acc arrays ("acc" as above):
+// mean and var [groups][C]; da [num_maps][groups][C]; db [groups][C].
+template <typename A>
+void merge_moments(const ChannelMoments& args, A* mean, A* var);
+template <typename A>
+void merge_dot(const WeightedDot& args, A* da, A* db);
+
+struct ErLoops {
+  // Work items [begin, end). Any partition of the items gives the same bits.
+  void (*weighted_sum[kNumStorage])(const WeightedSum&, int64_t begin, int64_t end);
+  void (*weighted_dot[kNumStorage])(const WeightedDot&, int64_t begin, int64_t end);
+  void (*channel_moments[kNumStorage])(const ChannelMoments&, int64_t begin, int64_t end);
+};
+
+namespace isa_portable {
+extern const ErLoops er_loops;
+}
+namespace isa_avx2 {
+extern const ErLoops er_loops;
+}
+namespace isa_avx512 {
+extern const ErLoops er_loops;
+}
+
+const ErLoops& er_loops();
+
+}  // namespace ernet::cpu

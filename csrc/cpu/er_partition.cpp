@@ -1,0 +1,118 @@
+// How the ER loops are cut into work items, how partial sums are merged, and which instruction set runs.
+#include "cpu/er_loops.h"
+
+namespace ernet::cpu {
+namespace {
+
+constexpr int64_t kSumElements = 16384;   // elements of a map in one channels-last item of weighted_sum
+constexpr int64_t kSlabElements = 65536;  // elements of a map in one channels-last slab of a reduction
+constexpr int64_t kMaxSlabs = 64;         // bounds the partial results of a group
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t at_least_one(int64_t a) { return a > 0 ? a : 1; }
+
+int64_t group_pixels(const MapShape& s) { return s.per_sample ? s.P : s.N * s.P; }
+
+int64_t slab_size(const MapShape& s) {
+  const int64_t wanted = kSlabElements / at_least_one(s.C);
+  const int64_t least = ceil_div(group_pixels(s), kMaxSlabs);
+  return at_least_one(wanted > least ? wanted : least);
+}
+
+int64_t sum_pixels(const MapShape& s) { return at_least_one(kSumElements / at_least_one(s.C)); }
+
+}  // namespace
+
+int64_t slabs_per_group(const MapShape& s) {
+  if (!s.channels_last) return s.per_sample ? 1 : s.N;
+  return ceil_div(group_pixels(s), slab_size(s));
+}
+
+int64_t reduce_items(const MapShape& s) {
+  return s.channels_last ? s.groups() * slabs_per_group(s) : s.N * s.C;
+}
+
+PixelRange reduce_item(const MapShape& s, int64_t item) {
+  if (!s.channels_last) return {s.per_sample ? item / s.C : 0, item * s.P, s.P};
+  const int64_t slabs = slabs_per_group(s), group = item / slabs, begin = (item % slabs) * slab_size(s);
+  const int64_t left = group_pixels(s) - begin;
+  return {group, group * group_pixels(s) + begin, left < slab_size(s) ? left : slab_size(s)};
+}
+
+int64_t sum_items(const MapShape& s) {
+  return s.channels_last ? s.N * ceil_div(s.P, sum_pixels(s)) : s.N * s.C;
+}
+
+PixelRange sum_item(const MapShape& s, int64_t item) {
+  if (!s.channels_last) return {s.per_sample ? item / s.C : 0, item * s.P, s.P};
+  const int64_t runs = ceil_div(s.P, sum_pixels(s)), n = item / runs, begin = (item % runs) * sum_pixels(s);
+  const int64_t left = s.P - begin;
+  return {s.per_sample ? n : 0, n * s.P + begin, left < sum_pixels(s) ? left : sum_pixels(s)};
+}
+
+int64_t item_elements(const MapShape& s, bool reduction) {
+  if (!s.channels_last) return at_least_one(s.P);
+  return at_least_one((reduction ? slab_size(s) : sum_pixels(s)) * s.C);
+}
+
+// Chan's update: two sets of count, mean and sum of squared deviations become one.
+template <typename A>
+void merge_moments(const ChannelMoments& args, A* mean, A* var) {
+  const MapShape& s = args.shape;
+  const int64_t slabs = slabs_per_group(s);
+  for (int64_t group = 0; group < s.groups(); ++group) {
+    for (int64_t c = 0; c < s.C; ++c) {
+      double count = 0, m = 0, m2 = 0;
+      for (int64_t slab = 0; slab < slabs; ++slab) {
+        const double* part = args.partial + (group * slabs + slab) * 2 * s.C;
+        const double n = static_cast<double>(s.channels_last ? reduce_item(s, group * slabs + slab).count : s.P);
+        const double delta = part[c] - m, total = count + n;
+        m += delta * (n / total);
+        m2 += part[s.C + c] + delta * delta * (count * n / total);
+        count = total;
+      }
+      mean[group * s.C + c] = static_cast<A>(m);
+      var[group * s.C + c] = static_cast<A>(m2 / count);  // 0 / 0 = NaN for an empty group, as torch.var gives
+    }
+  }
+}
+
+template <typename A>
+void merge_dot(const WeightedDot& args, A* da, A* db) {
+  const MapShape& s = args.shape;
+  const int64_t slabs = slabs_per_group(s), rows = args.num_maps + 1;
+  for (int64_t group = 0; group < s.groups(); ++group) {
+    for (int64_t row = 0; row < rows; ++row) {
+      A* out = row < args.num_maps ? da + (row * s.groups() + group) * s.C : db + group * s.C;
+      for (int64_t c = 0; c < s.C; ++c) {
+        double total = 0;
+        for (int64_t slab = 0; slab < slabs; ++slab) {
+          total += args.partial[((group * slabs + slab) * rows + row) * s.C + c];
+        }
+        out[c] = static_cast<A>(total);
+      }
+    }
+  }
+}
+
+template void merge_moments<float>(const ChannelMoments&, float*, float*);
+template void merge_moments<double>(const ChannelMoments&, double*, double*);
+template void merge_dot<float>(const WeightedDot&, float*, float*);
+template void merge_dot<double>(const WeightedDot&, double*, double*);
+
+const ErLoops& er_loops() {
+  switch (selected_isa()) {
+#ifdef ERNET_HAS_AVX512
+    case Isa::avx512:
+      return isa_avx512::er_loops;
+#endif
+#ifdef ERNET_HAS_AVX2
+    case Isa::avx2:
+      return isa_avx2::er_loops;
+#endif
+    default:
+      return isa_portable::er_loops;
+  }
+}
+
+}  // namespace ernet::cpu
