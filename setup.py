@@ -190,7 +190,9 @@ class NinjaScript:
         if spec is None or not spec.submodule_search_locations:
             raise SystemExit("ernet_fast: pybind11 is needed to build. Install it: pip install pybind11")
         pybind_include = Path(spec.submodule_search_locations[0]) / "include"
-        include = f"-I{ROOT / 'csrc'} -isystem {self.torch / 'include'} -isystem {pybind_include} -isystem {python_include}"
+        include = (
+            f"-I{ROOT / 'csrc'} -isystem {self.torch / 'include'} -isystem {pybind_include} -isystem {python_include}"
+        )
         common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
         links = f"-L{self.torch / 'lib'} -ltorch_cpu"
         if self.nvcc:
@@ -241,7 +243,9 @@ class NinjaScript:
             path = self._toolkit() / sub / name
             if path.exists():
                 return path
-        raise SystemExit(f"ernet_fast: {name} was not found under {self._toolkit()}. Install the CUDA runtime, or set ERNET_CUDA=0.")
+        raise SystemExit(
+            f"ernet_fast: {name} was not found under {self._toolkit()}. Install the CUDA runtime, or set ERNET_CUDA=0."
+        )
 
 
 def escape(path: Path) -> str:

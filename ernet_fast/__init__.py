@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ernet_fast import _backend
 from ernet_fast._version import __version__
+from ernet_fast.er.functional import er_shortcut_sum
+from ernet_fast.er.shortcut import ERShortcut
 
-_backend.extension_available()  # registers torch.ops.ernet.*
-
-__all__ = ["__version__"]
+__all__ = ["ERShortcut", "__version__", "er_shortcut_sum"]

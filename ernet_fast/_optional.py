@@ -26,5 +26,7 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
             raise ImportError(
                 f"{package} is needed for {purpose}. Install it with: pip install 'ernet_fast[{extra}]'", name=package
             ) from None
-        raise ImportError(f"{package} is needed for {purpose}, but importing it failed: {error}", name=package) from error
+        raise ImportError(
+            f"{package} is needed for {purpose}, but importing it failed: {error}", name=package
+        ) from error
     return loaded

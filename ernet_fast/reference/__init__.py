@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ernet_fast.reference.er import er_shortcut_sum
 from ernet_fast.reference.macenko import macenko_fit, macenko_normalize
 
-__all__ = ["macenko_fit", "macenko_normalize"]
+__all__ = ["er_shortcut_sum", "macenko_fit", "macenko_normalize"]

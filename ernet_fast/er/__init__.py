@@ -1,0 +1,1 @@
+"""Operators of the ER shortcut sum, its function and its modules."""

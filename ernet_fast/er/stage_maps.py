@@ -1,0 +1,116 @@
+"""The maps of one stage during one forward pass: where ER blocks leave their maps and read those of earlier blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ernet_fast import _backend
+from ernet_fast.er import _ops
+from ernet_fast.er.fused_maps import FusedMaps
+from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.er.statistics import (
+    MapStatistics,
+    combine_samples,
+    map_statistics,
+    momentum_of,
+    shortcut_coefficients,
+    update_running,
+)
+
+
+class StageMaps:
+    """The maps x_0 ... x_l of one stage in one forward pass, made anew by each `ERStage.forward`.
+
+    With `fused=True` the last BatchNorm of a block, all shortcuts, the sum and the ReLU are one weighted sum over the
+    raw maps. With `fused=False`, for empty batches, and where no compiled operator serves the device, they are the
+    naive composition.
+    """
+
+    def __init__(self, *, fused: bool) -> None:
+        self.fused = fused
+        self._maps: FusedMaps | None = None
+        self._statistics: list[MapStatistics] = []
+        self._xs: list[Tensor] = []
+
+    def start(self, x0: Tensor, shortcut: ERShortcut) -> Tensor:
+        """File x_0, the output of the projection block.
+
+        Args:
+            x0: [N, C, H, W], after its ReLU.
+            shortcut: that of the next block; it says how maps are normalised.
+
+        Returns:
+            The tensor to feed to the next block.
+        """
+        serves = _ops.serves(x0)
+        if self.fused and not serves and x0.device.type == "cpu":
+            _backend.warn_fallback_once()
+        if not (self.fused and serves and x0.numel() > 0):
+            self._xs.append(x0)
+            return x0
+        self._maps = FusedMaps(per_sample=shortcut.norm == "group")
+        measure = shortcut.norm == "group" or shortcut.normalises_with_batch()
+        moments, x0 = self._maps.file(x0, measure=measure, pass_on=True)
+        self._statistics.append(map_statistics(moments, num_groups=shortcut.num_groups))
+        return x0
+
+    def add(self, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
+        """File the output z of a branch and return the block's output.
+
+        Args:
+            z: [N, C, H, W], output of the branch's last convolution, before its normalisation.
+            bn: that normalisation, usually `nn.BatchNorm2d`.
+            shortcut: the block's weights, one row for each map filed before.
+
+        Returns:
+            y = ReLU(bn(z) + sum_i weight_i * N(x_i)), [N, C, H, W].
+        """
+        if self._maps is None:
+            self._xs.append(bn(z))
+            return shortcut(self._xs, fused=False)
+        shortcut.check_maps_filed(len(self._statistics), z)
+        collapse = type(bn) is nn.BatchNorm2d
+        if not collapse:  # any other normalisation runs as it is, and its output is the map
+            z = bn(z)
+        by_batch = shortcut.norm == "group" or shortcut.normalises_with_batch()
+        moments, _ = self._maps.file(z, measure=by_batch or (collapse and _uses_batch(bn)))
+        scale, shift = _affine(bn, moments, z) if collapse else (None, None)
+        # moments that only bn needed say nothing that a shortcut with running statistics would use
+        last = map_statistics(moments if by_batch else None, scale, shift, num_groups=shortcut.num_groups)
+        a, b = shortcut.coefficients(self._statistics, last, z)
+        self._statistics.append(last)
+        return self._maps.weighted_sum(a, b, shortcut.relu)
+
+
+def _uses_batch(bn: nn.Module) -> bool:
+    assert isinstance(bn, nn.BatchNorm2d)
+    return bn.training or bn.running_mean is None
+
+
+def _affine(bn: nn.Module, moments: tuple[Tensor, Tensor] | None, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] with which `bn(z) = scale * z + shift`; updates its running statistics as bn would."""
+    assert isinstance(bn, nn.BatchNorm2d)
+    dtype = _ops.acc_dtype(z)
+    if _uses_batch(bn):
+        assert moments is not None
+        mean, var = moments if moments[0].dim() == 1 else combine_samples(*moments)
+        count = z.shape[0] * z.shape[2] * z.shape[3]
+        if count == 1:
+            raise ValueError(
+                f"the map has shape {tuple(z.shape)}, one value a channel: BatchNorm cannot train on it. "
+                "Use a larger batch or image, or eval()."
+            )
+        if bn.training and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
+            momentum = momentum_of(bn.momentum, bn.num_batches_tracked)
+            update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
+    else:
+        assert bn.running_mean is not None and bn.running_var is not None
+        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+    scale = torch.rsqrt(var + bn.eps)
+    if bn.weight is not None:
+        scale = bn.weight.to(dtype) * scale
+    shift = -mean * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(dtype)
+    return scale, shift
