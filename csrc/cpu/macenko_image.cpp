@@ -1,0 +1,144 @@
+#include "cpu/macenko_image.h"
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/macenko_select.h"
+
+namespace ernet::cpu {
+
+#define ERNET_DECLARE_TABLE(isa) \
+  namespace isa {                \
+  extern const MacenkoLoops macenko_table[kNumPixelTypes]; \
+  }
+ERNET_DECLARE_TABLE(isa_portable)
+#ifdef ERNET_HAS_AVX2
+ERNET_DECLARE_TABLE(isa_avx2)
+#endif
+#ifdef ERNET_HAS_AVX512
+ERNET_DECLARE_TABLE(isa_avx512)
+#endif
+#undef ERNET_DECLARE_TABLE
+
+const MacenkoLoops& macenko_loops(Pixel type) {
+  switch (selected_isa()) {
+#ifdef ERNET_HAS_AVX512
+    case Isa::avx512:
+      return isa_avx512::macenko_table[int(type)];
+#endif
+#ifdef ERNET_HAS_AVX2
+    case Isa::avx2:
+      return isa_avx2::macenko_table[int(type)];
+#endif
+    default:
+      return isa_portable::macenko_table[int(type)];
+  }
+}
+
+Strips one_strip() {
+  return {1, [](int64_t tasks, const std::function<void(int64_t)>& body) {
+            for (int64_t task = 0; task < tasks; ++task) body(task);
+          }};
+}
+
+namespace {
+
+// Largest |exponent| of a table entry; beyond it a product of three leaves the range of float.
+constexpr double kTableExponent = 25.0;
+
+// The nine tables exp(-M_ck OD), Io in those of the first input; false if float cannot hold them.
+bool make_tables(const double matrix[3][3], const macenko::OdTable& table, double io, float* tables) {
+  for (int c = 0; c < 3; ++c) {
+    for (int k = 0; k < 3; ++k) {
+      // OD falls with the level, so the ends bound the rest. The comparison is false for NaN.
+      const double bound = std::fabs(matrix[c][k]) * std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
+      if (!(bound < kTableExponent)) return false;
+      for (int level = 0; level < 256; ++level) {
+        const double factor = std::exp(-matrix[c][k] * table.od[level]);
+        tables[(c * 3 + k) * 256 + level] = float(k == 0 ? io * factor : factor);
+      }
+    }
+  }
+  return true;
+}
+
+Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p, const macenko::OdTable& table) {
+  return {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
+}
+
+}  // namespace
+
+int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
+                        const Strips& strips, double moments[macenko::kMomentCount]) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  std::vector<MomentSums> partial(size_t(strips.tasks), MomentSums{});
+  strips.run(strips.tasks, [&](int64_t strip) {
+    loops.moments(image, span_of_strip(image.pixels, strip, strips.tasks), table, p.io, p.beta, partial[strip]);
+  });
+  MomentSums sums = {};
+  for (const MomentSums& part : partial) {
+    sums.count += part.count;
+    sums.invalid += part.invalid;
+    for (int k = 0; k < 3; ++k) sums.sum[k] += part.sum[k];
+    for (int k = 0; k < 6; ++k) sums.product[k] += part.product[k];
+  }
+  const double scale = 1 / macenko::kOdScale;
+  moments[0] = double(sums.count);
+  for (int k = 0; k < 3; ++k) moments[1 + k] = double(sums.sum[k]) * scale;
+  for (int k = 0; k < 6; ++k) moments[4 + k] = double(sums.product[k]) * (scale * scale);
+  return sums.invalid;
+}
+
+MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
+                            const Strips& strips) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  const double nan = std::nan("");
+  MacenkoImageFit fit = {{{nan, nan, nan}, {nan, nan, nan}}, {nan, nan}, macenko::kNonFinite};
+  double moments[macenko::kMomentCount];
+  if (macenko_moments(type, image, p, table, strips, moments) > 0) return fit;
+
+  macenko::Plane plane;
+  fit.status = macenko::plane_of_moments(moments, plane);
+  if (fit.status != macenko::kOk) return fit;
+  const double extremes[2] = {p.alpha, 100 - p.alpha};
+  double angle[2];
+  const Keys angles = make_keys(KeyKind::angle, plane.first, plane.second, p, table);
+  macenko_percentiles(loops, image, angles, int64_t(moments[0]), extremes, p.nearest, true, strips, angle);
+
+  macenko::Stain stain;
+  fit.status = macenko::stain_of_angles(plane, angle[0], angle[1], stain);
+  if (fit.status != macenko::kOk) return fit;
+  double rows[2][3];
+  macenko::concentration_rows(stain, rows);
+  const double top[2] = {99, 99};
+  double maximum[2];
+  const Keys concentrations = make_keys(KeyKind::linear, rows[0], rows[1], p, table);
+  macenko_percentiles(loops, image, concentrations, image.pixels, top, p.nearest, false, strips, maximum);
+  if (!(maximum[0] > macenko::kMinConcentration && maximum[1] > macenko::kMinConcentration)) {
+    fit.status = macenko::kZeroConcentration;
+    return fit;
+  }
+  fit.stain = stain;
+  fit.max_concentration[0] = maximum[0];
+  fit.max_concentration[1] = maximum[1];
+  return fit;
+}
+
+void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table, double io,
+                         const Strips& strips, void* out) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  Reconstruction r = {};
+  for (int c = 0; c < 3; ++c) {
+    for (int k = 0; k < 3; ++k) r.matrix[c][k] = matrix[c][k];
+  }
+  r.io = io;
+  r.table = &table;
+  r.out = out;
+  float tables[9 * 256];
+  if (type == Pixel::u8 && make_tables(matrix, table, io, tables)) r.tables = tables;
+  strips.run(strips.tasks, [&](int64_t strip) {
+    loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r);
+  });
+}
+
+}  // namespace ernet::cpu

@@ -1,0 +1,95 @@
+// The loops over pixels behind the Macenko operators, free of torch. One table of functions per instruction set.
+//
+// Every function works on a range of pixels of one image, and its results add up: the caller may cut an image into any ranges and
+// gets the same bits. Temporary memory is a few blocks on the stack.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/isa.h"
+#include "macenko/reconstruct.h"
+
+namespace ernet::cpu {
+
+enum class Pixel : int { u8 = 0, f32 = 1, f64 = 2 };
+constexpr int kNumPixelTypes = 3;
+
+// One RGB image. Strides are in elements: (1, H W) in the planar layout, (3, 1) channels-last.
+struct ImageView {
+  const void* data;
+  int64_t pixel_stride;
+  int64_t channel_stride;
+  int64_t pixels;
+  double scale;  // grey level of the value 1
+};
+
+struct PixelSpan {
+  int64_t begin;
+  int64_t end;
+};
+
+__extension__ typedef unsigned __int128 uint128;
+
+// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/od.h, products with twice the fractional bits.
+struct MomentSums {
+  int64_t count;
+  int64_t invalid;  // pixels with a value that is no grey level
+  int64_t sum[3];
+  uint128 product[6];
+};
+
+// What is ordered: `angle` gives tissue pixels the pseudo-angle of (a . OD, b . OD) as both keys; `linear` gives all pixels the keys
+// a . OD and b . OD.
+enum class KeyKind : int { angle = 0, linear = 1 };
+struct Keys {
+  KeyKind kind;
+  double a[3];
+  double b[3];
+  double beta;
+  double io;
+  const macenko::OdTable* table;
+};
+
+// Counts keys below `low`, and collects those in [low, high].
+struct Bracket {
+  double low;
+  double high;
+  int64_t below;
+  int64_t inside;     // how many there are, also beyond `capacity`
+  double* collected;  // the first `capacity` of them
+  int64_t capacity;
+};
+
+constexpr int kRadixBits = 11;
+constexpr int kRadixBins = 1 << kRadixBits;
+
+// Counts, among the keys whose ordered bits above `shift + kRadixBits` equal those of `prefix`, the digits at `shift`.
+struct RadixPass {
+  int which;  // key a or b
+  int shift;
+  uint64_t prefix;
+  uint64_t prefix_mask;
+  int64_t* counts;  // [kRadixBins], added to
+};
+
+struct Reconstruction {
+  double matrix[3][3];
+  double io;
+  const float* tables;  // [3 output][3 input][256], or null: compute. 8-bit images only.
+  const macenko::OdTable* table;
+  void* out;
+};
+
+struct MacenkoLoops {
+  void (*moments)(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
+  void (*scan)(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+  // Keys of every `stride`-th pixel from `begin`; returns how many were written (angle: tissue only) to a and, if linear, b.
+  int64_t (*sample)(const ImageView&, PixelSpan, int64_t stride, const Keys&, double* a, double* b);
+  void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
+  void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
+};
+
+// Loops of the selected instruction set.
+const MacenkoLoops& macenko_loops(Pixel type);
+
+}  // namespace ernet::cpu

@@ -1,0 +1,12 @@
+// The steps in this folder run on the host and in CUDA kernels. Everything is `static`: the CPU loops are compiled once per
+// instruction set, and the linker must not merge an AVX-512 copy with a portable one (see cpu/isa.h).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define ERNET_HOST_DEVICE static __host__ __device__ __forceinline__
+#else
+#define ERNET_HOST_DEVICE static inline
+#endif

@@ -1,0 +1,247 @@
+// The Macenko operators: schemas, argument checks and the CPU implementation. Autograd and fake kernels are in
+// ernet_fast/stain/_ops.py; the CUDA implementations are registered in cuda/binding.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/macenko_image.h"
+#include "macenko_checks.h"
+
+namespace {
+
+using ernet::DenseImages;
+using ernet::cpu::ImageView;
+using ernet::cpu::MacenkoImageFit;
+using ernet::cpu::MacenkoParameters;
+using ernet::cpu::Pixel;
+using ernet::cpu::Strips;
+using ernet::macenko::OdTable;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// From this size on an image is shared by all threads; smaller ones are taken whole.
+constexpr int64_t kSharedImagePixels = 1 << 18;
+
+Pixel pixel_type(const Tensor& images) {
+  switch (images.scalar_type()) {
+    case ScalarType::Byte:
+      return Pixel::u8;
+    case ScalarType::Float:
+      return Pixel::f32;
+    case ScalarType::Double:
+      return Pixel::f64;
+    default:
+      STD_TORCH_CHECK(false, "ernet: images must be uint8, float32 or float64 on the CPU");
+  }
+  return Pixel::u8;
+}
+
+// Runs body(image, strips) for every image, either whole images or strips of each in parallel.
+template <class F>
+void for_each_image(const DenseImages& images, const F& body) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (images.pixels < kSharedImagePixels || threads == 1) {
+    torch::stable::parallel_for(0, images.count, 1, [&](int64_t begin, int64_t end) {
+      const Strips whole = ernet::cpu::one_strip();
+      for (int64_t i = begin; i < end; ++i) body(i, whole);
+    });
+    return;
+  }
+  const Strips shared = {threads, [](int64_t tasks, const std::function<void(int64_t)>& task) {
+                           torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+                             for (int64_t i = begin; i < end; ++i) task(i);
+                           });
+                         }};
+  for (int64_t i = 0; i < images.count; ++i) body(i, shared);
+}
+
+ImageView view_of(const DenseImages& images, int64_t index, size_t element_size, double range) {
+  const auto* base = static_cast<const unsigned char*>(images.data);
+  return {base + size_t(index * images.image_stride) * element_size, images.pixel_stride, images.channel_stride,
+          images.pixels, element_size == 1 ? 1.0 : 255.0 / range};
+}
+
+void* output_of(const DenseImages& images, int64_t index, size_t element_size) {
+  return static_cast<unsigned char*>(images.data) + size_t(index * images.image_stride) * element_size;
+}
+
+struct FitTensors {
+  Tensor stain, maximum, status;
+
+  FitTensors(const Tensor& images, int64_t count)
+      : stain(torch::stable::new_empty(images, {count, 3, 2}, ScalarType::Double)),
+        maximum(torch::stable::new_empty(images, {count, 2}, ScalarType::Double)),
+        status(torch::stable::new_empty(images, {count}, ScalarType::Int)) {}
+
+  void set(int64_t index, const MacenkoImageFit& fit) const {
+    auto* s = static_cast<double*>(stain.mutable_data_ptr()) + 6 * index;
+    for (int k = 0; k < 3; ++k) {
+      s[2 * k] = fit.stain.h[k];
+      s[2 * k + 1] = fit.stain.e[k];
+    }
+    auto* m = static_cast<double*>(maximum.mutable_data_ptr()) + 2 * index;
+    m[0] = fit.max_concentration[0];
+    m[1] = fit.max_concentration[1];
+    static_cast<int32_t*>(status.mutable_data_ptr())[index] = fit.status;
+  }
+};
+
+Tensor macenko_moments(const Tensor& images, double io, double beta, double range) {
+  ernet::check_fit_parameters(io, 1.0, beta, range);
+  const Pixel type = pixel_type(images);
+  const DenseImages in = ernet::dense_images(images, "images");
+  Tensor moments = torch::stable::new_empty(images, {in.count, ernet::macenko::kMomentCount}, ScalarType::Double);
+  auto* out = static_cast<double*>(moments.mutable_data_ptr());
+  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  const MacenkoParameters p = {io, 1.0, beta, false};
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    double* row = out + i * ernet::macenko::kMomentCount;
+    const ImageView view = view_of(in, i, images.element_size(), range);
+    if (ernet::cpu::macenko_moments(type, view, p, table, strips, row) > 0) row[0] = std::nan("");
+  });
+  return moments;
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, double alpha, double beta, bool nearest,
+                                               double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Pixel type = pixel_type(images);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const FitTensors fits(images, in.count);
+  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  const MacenkoParameters p = {io, alpha, beta, nearest};
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    fits.set(i, ernet::cpu::macenko_fit(type, view_of(in, i, images.element_size(), range), p, table, strips));
+  });
+  return {fits.stain, fits.maximum, fits.status};
+}
+
+// The stains of `count` images: [1 or count, 3, 2] and [1 or count, 2].
+struct StainsOfImages {
+  Tensor stain_tensor, maximum_tensor;
+  const double* stain;
+  const double* maximum;
+  bool shared;
+
+  StainsOfImages(const Tensor& s, const Tensor& m, int64_t count, const char* name) : stain_tensor(s), maximum_tensor(m) {
+    ernet::check_stains(s, m, count, name);
+    STD_TORCH_CHECK(s.is_cpu() && m.is_cpu(), "ernet: ", name, " stains must be on the device of the images");
+    stain = static_cast<const double*>(s.const_data_ptr());
+    maximum = static_cast<const double*>(m.const_data_ptr());
+    shared = s.size(0) == 1;
+    for (int64_t i = 0; i < s.numel(); ++i) {
+      STD_TORCH_CHECK(std::isfinite(stain[i]), "ernet: ", name, "_stain of image ", i / 6,
+                      " is not finite. Images whose fit has a status need another source");
+    }
+    for (int64_t i = 0; i < m.numel(); ++i) {
+      STD_TORCH_CHECK(std::isfinite(maximum[i]), "ernet: ", name, "_max of image ", i / 2,
+                      " is not finite. Images whose fit has a status need another source");
+    }
+  }
+
+  void get(int64_t index, ernet::macenko::Stain& s, double m[2]) const {
+    const int64_t i = shared ? 0 : index;
+    for (int k = 0; k < 3; ++k) {
+      s.h[k] = stain[6 * i + 2 * k];
+      s.e[k] = stain[6 * i + 2 * k + 1];
+    }
+    m[0] = maximum[2 * i];
+    m[1] = maximum[2 * i + 1];
+  }
+};
+
+Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                           const Tensor& target_stain, const Tensor& target_max, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Pixel type = pixel_type(images);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  Tensor result = torch::stable::empty_like(images);
+  const DenseImages out = ernet::output_images(result, in);
+  const OdTable table = ernet::macenko::make_od_table(io, 0.0);
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    ernet::macenko::Stain source, target;
+    double source_maxima[2], target_maxima[2], matrix[3][3];
+    sources.get(i, source, source_maxima);
+    targets.get(i, target, target_maxima);
+    ernet::macenko::reconstruction_matrix(source, source_maxima, target, target_maxima, matrix);
+    ernet::cpu::macenko_reconstruct(type, view_of(in, i, images.element_size(), range), matrix, table, io, strips,
+                                    output_of(out, i, images.element_size()));
+  });
+  return result;
+}
+
+void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, size_t element_size) {
+  const auto* from = static_cast<const unsigned char*>(in.data) + size_t(index * in.image_stride) * element_size;
+  auto* to = static_cast<unsigned char*>(output_of(out, index, element_size));
+  if (in.pixel_stride == 3) {
+    std::memcpy(to, from, size_t(3 * in.pixels) * element_size);
+    return;
+  }
+  for (int k = 0; k < 3; ++k) {
+    std::memcpy(to + size_t(k * out.channel_stride) * element_size, from + size_t(k * in.channel_stride) * element_size,
+                size_t(in.pixels) * element_size);
+  }
+}
+
+// Fit and reconstruction of each image one after the other, while it is in the cache.
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
+                                                             const Tensor& target_max, double io, double alpha,
+                                                             double beta, bool nearest, bool identity, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Pixel type = pixel_type(images);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  Tensor result = torch::stable::empty_like(images);
+  const DenseImages out = ernet::output_images(result, in);
+  const FitTensors fits(images, in.count);
+  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  const MacenkoParameters p = {io, alpha, beta, nearest};
+  const size_t element_size = images.element_size();
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    const ImageView view = view_of(in, i, element_size, range);
+    const MacenkoImageFit fit = ernet::cpu::macenko_fit(type, view, p, table, strips);
+    fits.set(i, fit);
+    if (fit.status != ernet::macenko::kOk && identity) {
+      copy_image(in, out, i, element_size);
+      return;
+    }
+    ernet::macenko::Stain target;
+    double target_maxima[2], matrix[3][3];
+    targets.get(i, target, target_maxima);
+    const bool ok = fit.status == ernet::macenko::kOk;
+    ernet::macenko::reconstruction_matrix(ok ? fit.stain : target, ok ? fit.max_concentration : target_maxima, target,
+                                          target_maxima, matrix);
+    ernet::cpu::macenko_reconstruct(type, view, matrix, table, io, strips, output_of(out, i, element_size));
+  });
+  return {result, fits.stain, fits.maximum, fits.status};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
+  m.def("macenko_moments(Tensor images, float Io, float beta, float range=255.) -> Tensor");
+  m.def(
+      "macenko_fit(Tensor images, float Io, float alpha, float beta, bool nearest, float range=255.) -> (Tensor "
+      "stain_matrix, Tensor max_concentration, Tensor status)");
+  m.def(
+      "macenko_reconstruct(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
+      "target_max, float Io, float range=255.) -> Tensor");
+  m.def(
+      "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, bool "
+      "nearest, bool identity, float range=255.) -> (Tensor images, Tensor stain_matrix, Tensor max_concentration, "
+      "Tensor status)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
+  m.impl("macenko_moments", TORCH_BOX(&macenko_moments));
+  m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
+  m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
+}
