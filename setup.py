@@ -210,7 +210,8 @@ class NinjaScript:
             "  deps = gcc",
             "rule nvcc",
             # Spills, local memory and every other ptxas warning are errors.
-            f"  command = {self.nvcc} -O3 -std=c++17 {gencode} -lineinfo -I{ROOT / 'csrc'} -Xcompiler -fPIC,-fvisibility=hidden "
+            f"  command = {self.nvcc} -O3 -std=c++17 {gencode} -lineinfo -I{ROOT / 'csrc'} "
+            "-Xcompiler -fPIC,-fvisibility=hidden "
             "-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Werror all-warnings -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",

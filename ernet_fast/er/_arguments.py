@@ -40,7 +40,7 @@ def check_maps(xs: Sequence[Tensor]) -> None:
         first = xs[0]
         if x.shape != first.shape:
             raise ValueError(
-                f"xs[{i}] has shape {tuple(x.shape)} but xs[0] {tuple(first.shape)}; the maps of a stage have one shape."
+                f"xs[{i}] has shape {tuple(x.shape)} but xs[0] {tuple(first.shape)}; all maps must have one shape."
             )
         if x.dtype != first.dtype:
             raise TypeError(f"xs[{i}] is {x.dtype} but xs[0] {first.dtype}; the maps must have one dtype.")
@@ -55,8 +55,8 @@ def check_weight(weight: Tensor, xs: Sequence[Tensor]) -> None:
         raise TypeError(f"weight is a {type(weight).__name__}; expected a tensor of shape {expected}.")
     if tuple(weight.shape) != expected:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; expected {expected}: one row of {expected[1]} channel weights for "
-            f"each of the {expected[0]} earlier maps."
+            f"weight has shape {tuple(weight.shape)}; expected {expected}: one row of {expected[1]} channel weights "
+            f"for each of the {expected[0]} earlier maps."
         )
     if weight.dtype not in (torch.float32, xs[0].dtype):
         raise TypeError(f"weight is {weight.dtype}; expected float32 or the dtype of the maps, {xs[0].dtype}.")

@@ -85,7 +85,7 @@ class FileMap(torch.autograd.Function):
         return mean, var, token, z.view_as(z) if pass_on else z.new_empty((0,))
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, dmean: Tensor | None, dvar: Tensor | None, _token: Tensor | None, dz: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
         _forbid_double_backward()
@@ -126,7 +126,7 @@ class Tail(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         _forbid_double_backward()
         maps = list(ctx.saved_tensors)
         y = maps.pop() if ctx.relu else None

@@ -39,8 +39,9 @@ def er_shortcut_sum(
         weight: [l, C], float32 or the dtype of the maps.
         norm: "batch" (per channel, over N, H and W) or "group" (per sample and group of channels).
         num_groups: for norm="group" (1 is layer norm, C instance norm).
-        running_mean, running_var: for norm="batch", l tensors [C] each, or None. In training they are moved in place
-            towards the statistics of the batch (the variance the unbiased one); otherwise they are what N uses.
+        running_mean: for norm="batch", l tensors [C], or None. In training they are moved in place towards the means of
+            the batch; otherwise they are what N uses.
+        running_var: likewise, the variances (in training, towards the unbiased ones).
         training: with norm="batch", normalise with the statistics of the batch.
         momentum: of the running statistics.
         eps: added to variances.

@@ -14,7 +14,6 @@ from ernet_fast.er.statistics import (
     combine_samples,
     map_statistics,
     momentum_of,
-    shortcut_coefficients,
     update_running,
 )
 

@@ -83,7 +83,8 @@ def shortcut_coefficients(
 
     Args:
         weight: [L - 1, C], in the accumulation dtype.
-        earlier, last: statistics of the L maps.
+        earlier: statistics of the L - 1 earlier maps.
+        last: those of the block's own map.
         running: running mean and variance, [L - 1, C] each, to normalise with; None for the measured ones.
         eps: added to the variances.
         num_samples: N.
