@@ -1,0 +1,175 @@
+"""From a uint8 image to a network's input: stain normalisation, size, augmentation, scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_RESIZE_MODES = ("shorter", "squeeze", "none")
+
+
+class PatchTransform:
+    """uint8 [3, H, W] to float32 [3, size, size], scaled by ``(x / 255 - mean) / std``.
+
+    In order: `normalizer` on the whole image; resize (antialiased, bilinear); crop to the size, at random in training
+    and central otherwise; in training also flips and quarter turns (exact), then one resampling that rotates, shifts
+    and zooms by random amounts about the centre, bilinear, with the image mirrored beyond its border. Without
+    training nothing is random.
+
+    Random numbers come from torch's default generator, which `DataLoader` seeds anew for every worker and epoch.
+    Instances can be pickled if `normalizer` can.
+
+    Args:
+        size: height and width of the result in pixels, an int or a pair.
+        train: augment.
+        resize: ``"shorter"`` scales so that the image just covers the size, ``"squeeze"`` scales each side on its
+            own, ``"none"`` leaves the scale (the image must be at least as large as the size).
+        flips: flip left-right and up-down, each with probability 1/2.
+        quarter_turns: rotate by a random multiple of 90 degrees (only where the size is square).
+        rotation: further rotation, uniform in ± this many degrees.
+        translation: shift along each side, uniform in ± this share of the side.
+        zoom: scale factor, log-uniform between these two values; above 1 enlarges.
+        normalizer: callable from uint8 [3, H, W] to uint8 [3, H, W], e.g. a stain normaliser.
+        mean: one value a channel, in units of the 0 ... 1 range.
+        std: one value a channel, in the same units.
+
+    Raises:
+        ValueError: an argument is out of range; or, on call, the image has a wrong shape or is too small for
+            ``resize="none"``.
+        TypeError: on call, the image (or what `normalizer` returned) is no uint8 tensor.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int] = 224,
+        *,
+        train: bool = False,
+        resize: str = "shorter",
+        flips: bool = True,
+        quarter_turns: bool = True,
+        rotation: float = 15.0,
+        translation: float = 0.05,
+        zoom: tuple[float, float] = (0.9, 1.1),
+        normalizer: Callable[[Tensor], Tensor] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        if min(self.size) < 1:
+            raise ValueError(f"size={size!r}; expected a positive int or a pair of them")
+        if resize not in _RESIZE_MODES:
+            raise ValueError(f"resize={resize!r}; expected one of {', '.join(map(repr, _RESIZE_MODES))}")
+        if not 0 <= rotation <= 180:
+            raise ValueError(f"rotation={rotation}; expected degrees between 0 and 180")
+        if not 0 <= translation < 1:
+            raise ValueError(f"translation={translation}; expected a share 0 <= translation < 1")
+        if len(zoom) != 2 or not 0 < zoom[0] <= zoom[1] < math.inf:
+            raise ValueError(f"zoom={zoom!r}; expected a pair 0 < smallest <= largest")
+        if len(mean) != 3 or len(std) != 3 or not all(0 < value < math.inf for value in std):
+            raise ValueError(f"mean={mean!r}, std={std!r}; expected three values each, std above 0")
+        self.train, self.resize, self.flips = train, resize, flips
+        self.quarter_turns = quarter_turns and self.size[0] == self.size[1]
+        self.rotation, self.translation, self.zoom = (
+            float(rotation),
+            float(translation),
+            (float(zoom[0]), float(zoom[1])),
+        )
+        self.normalizer = normalizer
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Transform one uint8 image [3, H, W], which is not modified."""
+        _check_image(image, "image")
+        if self.normalizer is not None:
+            image = self.normalizer(image)
+            _check_image(image, "what normalizer returned")
+        image = self._crop(self._resized(image))
+        if self.train:
+            image = self._turned(image)
+        pixels = image.to(torch.float32)
+        if self.train and (self.rotation or self.translation or self.zoom != (1.0, 1.0)):
+            pixels = warp_affine(pixels, self._random_matrix())
+        scale = torch.tensor(self.std).mul_(255).reciprocal_()
+        offset = torch.tensor(self.mean) / torch.tensor(self.std)
+        return torch.addcmul(-offset[:, None, None], pixels, scale[:, None, None]).contiguous()
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if name not in ("mean", "std")}
+        return f"PatchTransform({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def _resized(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        if self.resize == "none":
+            if height < self.size[0] or width < self.size[1]:
+                raise ValueError(
+                    f"the image is {height}x{width} pixels, smaller than size {self.size[0]}x{self.size[1]}; "
+                    f"use resize='shorter' or a smaller size"
+                )
+            return image
+        target = self.size
+        if self.resize == "shorter":
+            factor = max(self.size[0] / height, self.size[1] / width)
+            target = (max(self.size[0], round(height * factor)), max(self.size[1], round(width * factor)))
+        if target == (height, width):
+            return image
+        return F.interpolate(image[None], size=target, mode="bilinear", antialias=True)[0]
+
+    def _crop(self, image: Tensor) -> Tensor:
+        room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
+        top, left = (int(torch.randint(r + 1, ())) if self.train and r else r // 2 for r in room)
+        return image[:, top : top + self.size[0], left : left + self.size[1]]
+
+    def _turned(self, image: Tensor) -> Tensor:
+        if self.flips:
+            across, down = torch.rand(2).tolist()
+            axes = [axis for axis, chance in ((1, down), (2, across)) if chance < 0.5]
+            image = image.flip(axes) if axes else image
+        if self.quarter_turns:
+            image = torch.rot90(image, int(torch.randint(4, ())), dims=(1, 2))
+        return image
+
+    def _random_matrix(self) -> Tensor:
+        angle, right, down, zoom = torch.rand(4).tolist()
+        low, high = map(math.log, self.zoom)
+        return affine_matrix(
+            self.size,
+            rotation=(2 * angle - 1) * self.rotation,
+            translation=((2 * right - 1) * self.translation, (2 * down - 1) * self.translation),
+            zoom=math.exp(low + zoom * (high - low)),
+        )
+
+
+def affine_matrix(
+    size: tuple[int, int], *, rotation: float = 0.0, translation: tuple[float, float] = (0.0, 0.0), zoom: float = 1.0
+) -> Tensor:
+    """Matrix [2, 3] for `warp_affine`: zoom and rotate the content about the image's centre, then shift it.
+
+    `rotation` in degrees, counter-clockwise as seen on a screen; `translation` is (right, down) in shares of width
+    and height. The matrix maps coordinates of the result to those of the input, both running from -1 to 1 between the
+    image's outer edges.
+    """
+    height, width = size
+    cosine, sine = math.cos(math.radians(rotation)) / zoom, math.sin(math.radians(rotation)) / zoom
+    linear = torch.tensor([[cosine, -sine * height / width], [sine * width / height, cosine]])
+    shift = torch.tensor([2 * translation[0], 2 * translation[1]])
+    return torch.cat([linear, -(linear @ shift)[:, None]], dim=1)
+
+
+def warp_affine(image: Tensor, matrix: Tensor) -> Tensor:
+    """Resample a float image [C, H, W] bilinearly through an `affine_matrix`, mirrored beyond its border."""
+    grid = F.affine_grid(matrix[None].to(image.dtype), [1, *image.shape], align_corners=False)
+    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
+
+
+def _check_image(image: Tensor, what: str) -> None:
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8:
+        found = image.dtype if isinstance(image, Tensor) else type(image).__name__
+        raise TypeError(f"{what} is {found}; expected a torch.uint8 tensor [3, H, W]")
+    if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+        raise ValueError(f"{what} has shape {tuple(image.shape)}; expected [3, H, W], not empty")

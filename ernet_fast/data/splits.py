@@ -1,0 +1,303 @@
+"""Stratified train, validation and test splits that keep a patient's images together.
+
+A share of the patients (30 %) is held out as the test set. The others are dealt into folds (5): `val` is one fold,
+`train` the other folds, so with the defaults a split has about 56 % / 14 % / 30 % of the images, and the test set is
+the same for every fold.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, parse_name
+
+SPLIT_NAMES = ("train", "val", "test", "trainval", "all")
+_COLUMNS = ("image", "patient", "subtype", "split", "fold")
+_TRIALS = 64  # enough for even parts, few enough for every seed to give another split
+
+
+class SplitRow(NamedTuple):
+    """Where one image belongs: `fold` counts from 0, None is the test set. `image` is the file name without suffix."""
+
+    image: str
+    patient: str
+    subtype: str
+    fold: int | None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A complete assignment of images to the test set and `num_folds` folds, sorted by image name."""
+
+    rows: tuple[SplitRow, ...]
+    num_folds: int
+
+    @cached_property
+    def fold_of(self) -> dict[str, int | None]:
+        """Image name to its fold, None for the test set."""
+        return {row.image: row.fold for row in self.rows}
+
+    @cached_property
+    def by(self) -> str:
+        """``"patient"`` where every patient's images lie in one part, else ``"image"``."""
+        parts: dict[str, int | None] = {}
+        return "patient" if all(parts.setdefault(row.patient, row.fold) == row.fold for row in self.rows) else "image"
+
+    def select(self, samples: Iterable[Sample], split: str, fold: int = 0) -> list[Sample]:
+        """The samples of ``"train"``, ``"val"``, ``"test"``, ``"trainval"`` or ``"all"`` when fold `fold` is the
+        validation fold.
+
+        Raises:
+            ValueError: `split` or `fold` is out of range.
+            KeyError: a sample is in no part.
+        """
+        if split not in SPLIT_NAMES:
+            raise ValueError(f"split={split!r}; expected one of {', '.join(map(repr, SPLIT_NAMES))}")
+        if split in ("train", "val") and not 0 <= fold < self.num_folds:
+            raise ValueError(f"fold={fold}; expected 0 <= fold < {self.num_folds}")
+        parts: set[int | None] = set(range(self.num_folds))
+        wanted: dict[str, set[int | None]] = {
+            "train": parts - {fold},
+            "val": {fold},
+            "test": {None},
+            "trainval": parts,
+            "all": {*parts, None},
+        }
+        return [sample for sample in samples if self.fold_of[sample.name] in wanted[split]]
+
+
+class _Unit(NamedTuple):
+    """Images that must not be separated."""
+
+    key: str
+    label: int  # majority label: patients and classes are counted by it
+    stratum: tuple[int | str, ...]
+    samples: tuple[Sample, ...]
+
+
+def make_splits(
+    samples: Iterable[Sample], *, by: str = "patient", test_fraction: float = 0.3, num_folds: int = 5, seed: int = 0
+) -> Splits:
+    """Divide images into a test set and folds, stratified by class.
+
+    ``by="patient"``: whole patients (the digits of the slide id) are dealt. Of each class,
+    ``round(test_fraction * n)`` patients are held out and the folds get equally many of the others, give or take one;
+    a patient with images of both classes counts for the more frequent one. Of 64 random ways to do so, the one with
+    the most even image counts (in all, by subtype and by magnification) is taken. ``by="image"``: single images,
+    stratified by subtype and magnification, as the ERNet paper did; a patient's images are then in several parts and
+    scores say little about new patients. (Images of one slide, magnification and number that are filed under two
+    subtypes stay together: they are one image.)
+
+    The result depends on file names, `by`, `test_fraction`, `num_folds` and `seed` alone: not on the order of
+    `samples`, nor on the random generator of a NumPy or torch version. The test set does not depend on `num_folds`.
+
+    Raises:
+        ValueError: a class has too few patients (or images) for a test set and `num_folds` folds, two samples have
+            one name, or an argument is out of range.
+    """
+    samples = sorted(samples, key=lambda sample: sample.name)
+    _check_arguments(samples, by, test_fraction, num_folds)
+    units = _units_by_patient(samples) if by == "patient" else _units_by_image(samples)
+    _check_enough(units, by, test_fraction, num_folds)
+    trials = _TRIALS if by == "patient" else 1  # single images: every deal is even
+    fold: dict[str, int] = {}
+    for label in sorted({unit.label for unit in units}):
+        members = [unit for unit in units if unit.label == label]
+        deal = partial(_hold_out, fraction=test_fraction)
+        part = _most_even(members, (test_fraction, 1 - test_fraction), seed, trials, deal)
+        kept = [unit for unit in members if part[unit.key] == 1]
+        # A class begins at the fold after the last one's end, which keeps the folds' totals even.
+        deal = partial(_deal_folds, num_folds=num_folds, first=len(fold))
+        fold |= _most_even(kept, [1 / num_folds] * num_folds, seed, trials, deal)
+    rows = [SplitRow(s.name, s.patient, s.subtype, fold.get(unit.key)) for unit in units for s in unit.samples]
+    return Splits(tuple(sorted(rows)), num_folds)
+
+
+def _check_arguments(samples: Sequence[Sample], by: str, test_fraction: float, num_folds: int) -> None:
+    if by not in ("patient", "image"):
+        raise ValueError(f"by={by!r}; expected 'patient' or 'image'")
+    if not 0 <= test_fraction < 1:
+        raise ValueError(f"test_fraction={test_fraction}; expected 0 <= test_fraction < 1")
+    if num_folds < 2:
+        raise ValueError(f"num_folds={num_folds}; expected at least 2 (one to validate on, the others to train on)")
+    if not samples:
+        raise ValueError("samples is empty: there is nothing to split")
+    for first, second in pairwise(samples):
+        if first.name == second.name:
+            raise ValueError(f"samples holds two images named {first.name!r}: {first.path} and {second.path}")
+
+
+def _units_by_patient(samples: Sequence[Sample]) -> list[_Unit]:
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.patient, []).append(sample)
+    units = []
+    for patient, members in groups.items():
+        label = int(2 * sum(sample.malignant for sample in members) >= len(members))
+        units.append(_Unit(patient, label, (label,), tuple(members)))
+    return units
+
+
+def _units_by_image(samples: Sequence[Sample]) -> list[_Unit]:
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(f"{sample.slide}-{sample.magnification}-{sample.sequence}", []).append(sample)
+    units = []
+    for key, members in groups.items():
+        label = max(sample.malignant for sample in members)
+        stratum = (label, "+".join(sample.subtype for sample in members), members[0].magnification)
+        units.append(_Unit(key, label, stratum, tuple(members)))
+    return units
+
+
+def _check_enough(units: Sequence[_Unit], by: str, test_fraction: float, num_folds: int) -> None:
+    needed = num_folds + (test_fraction > 0)
+    counts = Counter(unit.label for unit in units)
+    for label, count in sorted(counts.items()):
+        left = count - _round(test_fraction * count)
+        if count < needed or left < num_folds or (test_fraction > 0 and left == count):
+            raise ValueError(
+                f"class {LABELS[label]!r} has {count} {by}{'s' * (count != 1)}, too few for "
+                f"test_fraction={test_fraction} and num_folds={num_folds}: each part needs one. "
+                f"Lower num_folds{', change test_fraction or split by image' if by == 'patient' else ' or change test_fraction'}"
+            )
+
+
+def _round(value: float) -> int:
+    return math.floor(value + 0.5 + 1e-9)  # halves up, whatever the last bit of 0.3 * n
+
+
+def _shuffled(units: Sequence[_Unit], seed: int, trial: int) -> list[_Unit]:
+    """By stratum, in random order within each."""
+    return sorted(units, key=lambda u: (str(u.stratum), hashlib.sha256(f"{seed}/{trial}/{u.key}".encode()).digest()))
+
+
+def _hold_out(units: Sequence[_Unit], fraction: float) -> dict[str, int]:
+    """Part 0 (test) or 1 of the units of one class: the rounded share of them, spread evenly over the strata."""
+    taken = [_round(fraction * k) for k in range(len(units) + 1)]
+    return {unit.key: int(taken[k + 1] == taken[k]) for k, unit in enumerate(units)}
+
+
+def _deal_folds(units: Sequence[_Unit], num_folds: int, first: int) -> dict[str, int]:
+    """Fold of the units of one class: dealt one by one, so that each stratum differs by at most one between folds."""
+    return {unit.key: (first + k) % num_folds for k, unit in enumerate(units)}
+
+
+def _most_even(
+    units: Sequence[_Unit],
+    shares: Sequence[float],
+    seed: int,
+    trials: int,
+    deal: Callable[[list[_Unit]], dict[str, int]],
+) -> dict[str, int]:
+    """Of `trials` random deals, the one whose parts have the most even image counts (chi-square of `_image_counts`)."""
+    counts = {unit.key: _image_counts(unit) for unit in units}
+    expected = np.outer(shares, np.sum(list(counts.values()), axis=0))
+    best: tuple[float, dict[str, int]] | None = None
+    for trial in range(trials):
+        part = deal(_shuffled(units, seed, trial))
+        observed = np.zeros_like(expected)
+        for key, p in part.items():
+            observed[p] += counts[key]
+        unevenness = float(np.sum((observed - expected) ** 2 / np.maximum(expected, 1.0)))
+        if best is None or unevenness < best[0]:
+            best = unevenness, part
+    assert best is not None
+    return best[1]
+
+
+def _image_counts(unit: _Unit) -> list[int]:
+    """Images in all (fourfold, to weigh as much as the magnifications), by subtype, by class and magnification."""
+    subtypes = Counter(sample.subtype for sample in unit.samples)
+    cells = Counter((sample.malignant, sample.magnification) for sample in unit.samples)
+    total = [len(unit.samples)] * len(MAGNIFICATIONS)
+    return (
+        total + [subtypes[code] for code in SUBTYPES] + [cells[label, m] for label in range(2) for m in MAGNIFICATIONS]
+    )
+
+
+def write_split_csv(path: str | os.PathLike[str], splits: Splits) -> Path:
+    """Write one line an image: ``image,patient,subtype,split,fold``, split ``test`` (no fold) or ``trainval``.
+
+    The file is written aside and moved into place, so that a reader never sees half of it.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            for row in splits.rows:
+                held_out = row.fold is None
+                writer.writerow((*row[:3], "test" if held_out else "trainval", "" if held_out else row.fold))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def read_split_csv(path: str | os.PathLike[str]) -> Splits:
+    """Read a file that `write_split_csv` wrote, or one made by hand with the same columns in any order.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a column is missing, an image is listed twice, or a line contradicts itself; the message has file
+            and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no split file at {str(path)!r}")
+    rows: dict[str, SplitRow] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path}: no column {', '.join(missing)}; expected {','.join(_COLUMNS)}")
+            for record in reader:
+                where = f"{path}, line {reader.line_num}"
+                row = _parse_row(record, where)
+                if row.image in rows:
+                    raise ValueError(f"{where}: image {row.image!r} is listed twice")
+                rows[row.image] = row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} lists no images")
+    used = {row.fold for row in rows.values() if row.fold is not None}
+    num_folds = max(used, default=-1) + 1
+    if num_folds < 2 or len(used) < num_folds:
+        raise ValueError(f"{path}: folds {sorted(used)}; expected 0, 1, ... without gaps and at least two")
+    return Splits(tuple(sorted(rows.values())), num_folds)
+
+
+def _parse_row(record: dict[str | None, str | None], where: str) -> SplitRow:
+    image, patient, subtype, split, fold = ((record.get(column) or "").strip() for column in _COLUMNS)
+    try:
+        named = parse_name(image + ".png")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if (named.patient, named.subtype) != (patient, subtype):
+        raise ValueError(
+            f"{where}: patient {patient!r}, subtype {subtype!r}; "
+            f"the image name {image!r} says {named.patient!r}, {named.subtype!r}"
+        )
+    if split == "test" and not fold:
+        return SplitRow(image, patient, subtype, None)
+    if split == "trainval" and fold.isascii() and fold.isdigit():
+        return SplitRow(image, patient, subtype, int(fold))
+    raise ValueError(
+        f"{where}: split {split!r}, fold {fold!r}; expected test without a fold, or trainval with a fold 0, 1, ..."
+    )

@@ -1,0 +1,154 @@
+"""Writing a synthetic data set in the layout of BreakHis."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ernet_fast._optional import require
+from ernet_fast.data.layout import MAGNIFICATIONS, SUBTYPES, image_path, parse_name
+from ernet_fast.data.splits import make_splits
+from ernet_fast.data.synthetic.patch import generate_patch
+from ernet_fast.data.synthetic.stain import STAINING, StainProfile, sample_stain
+
+_FIRST_PATIENT = 90001  # slide numbers that BreakHis does not use
+_README = """Synthetic images in the layout of BreakHis, drawn by ernet_fast.data.synthetic. They show no patient and
+no tissue.
+
+patients {patients}, patches per patient and magnification {patches}, magnifications {magnifications}, size {size},
+seed {seed}, staining {staining}, split seed {split_seed}
+"""
+
+
+class _Patient(NamedTuple):
+    number: int
+    subtype: str
+    slide: str
+    stain: StainProfile
+
+
+def write_breakhis_like(
+    root: str | os.PathLike[str],
+    *,
+    patients: int = 24,
+    patches_per_patient: int = 20,
+    magnifications: int | Iterable[int] = (200,),
+    size: tuple[int, int] = (224, 224),
+    seed: int = 0,
+    staining: str = "similar",
+    split_seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a synthetic data set below `root`; ``BreakHis(root)`` reads it.
+
+    Patients are benign and malignant in turn and go round the eight subtypes. Every patient has one slide with stain
+    vectors and intensities of its own. Each patch depends on `seed`, patient, magnification and number alone, so a
+    larger set contains a smaller one. The folder appears when it is complete.
+
+    Args:
+        root: folder to write to; it may exist, but must not hold ``histology_slides`` yet.
+        patients: number of patients; at least 2, and 12 or more for the default split into 5 folds.
+        patches_per_patient: images of each patient at each magnification.
+        magnifications: one or several of 40, 100, 200, 400.
+        size: (height, width) in pixels; BreakHis itself has (460, 700).
+        seed: of tissue and stains.
+        staining: ``"similar"`` draws all stains around one mean; ``"shifted"`` stains the patients that
+            ``BreakHis(root, seed=split_seed)`` puts into its test set as another laboratory would. The classes are
+            stained alike in either case.
+        split_seed: seed of that split.
+        progress: called with (patches written, patches in all) after each.
+
+    Returns:
+        `root` as a path.
+
+    Raises:
+        ValueError: an argument is out of range.
+        FileExistsError: ``root/histology_slides`` exists.
+        ImportError: Pillow is missing.
+    """
+    root = Path(root)
+    wanted = (magnifications,) if isinstance(magnifications, int) else tuple(dict.fromkeys(magnifications))
+    if not wanted or any(m not in MAGNIFICATIONS for m in wanted):
+        raise ValueError(f"magnifications={magnifications!r}; expected one or several of {MAGNIFICATIONS}")
+    if not 2 <= patients <= 9999:
+        raise ValueError(f"patients={patients}; expected 2 to 9999")
+    if not 1 <= patches_per_patient <= 999:
+        raise ValueError(f"patches_per_patient={patches_per_patient}; expected 1 to 999")
+    if staining not in STAINING:
+        raise ValueError(f"staining={staining!r}; expected one of {', '.join(map(repr, STAINING))}")
+    if seed < 0:
+        raise ValueError(f"seed={seed}; expected 0 or above")
+    target = root / "histology_slides"
+    if target.exists():
+        raise FileExistsError(f"{str(target)!r} exists; choose another root, or remove it first")
+    pil = require("PIL.Image", extra="train", purpose="writing synthetic images")
+    cohort = _draw_cohort(patients, patches_per_patient, wanted, seed, staining, split_seed)
+
+    root.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
+    try:
+        total, done = patients * patches_per_patient * len(wanted), 0
+        for patient in cohort:
+            for magnification in wanted:
+                for number in range(1, patches_per_patient + 1):
+                    path = image_path(aside, patient.subtype, patient.slide, magnification, f"{number:03d}")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    patch = generate_patch(
+                        patient.subtype,
+                        magnification=magnification,
+                        size=size,
+                        stain=patient.stain,
+                        seed=[seed, patient.number, magnification, number],
+                    )
+                    pil.fromarray(np.ascontiguousarray(patch.image.transpose(1, 2, 0))).save(path, compress_level=3)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+        settings = dict(
+            patients=patients, patches=patches_per_patient, magnifications=wanted, size=tuple(size), seed=seed
+        )
+        (aside / "README.txt").write_text(
+            _README.format(**settings, staining=staining, split_seed=split_seed), encoding="utf-8"
+        )
+        aside.chmod(0o755)
+        os.rename(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return root
+
+
+def _draw_cohort(
+    patients: int, patches: int, magnifications: tuple[int, ...], seed: int, staining: str, split_seed: int
+) -> list[_Patient]:
+    benign = [code for code, kind in SUBTYPES.items() if not kind.malignant]
+    malignant = [code for code, kind in SUBTYPES.items() if kind.malignant]
+    who = []
+    for index in range(patients):
+        codes = (benign, malignant)[index % 2]
+        who.append((index, codes[index // 2 % len(codes)], f"14-{_FIRST_PATIENT + index}"))
+    shifted: set[str] = set()
+    if staining == "shifted":
+        images = [
+            parse_name(image_path(Path(), subtype, slide, magnification, f"{number:03d}"))
+            for _, subtype, slide in who
+            for magnification in magnifications
+            for number in range(1, patches + 1)
+        ]
+        splits = make_splits(images, seed=split_seed)
+        shifted = {sample.slide for sample in splits.select(images, "test")}
+    return [
+        _Patient(
+            i,
+            subtype,
+            slide,
+            sample_stain(np.random.default_rng([seed, i]), "shifted" if slide in shifted else "similar"),
+        )
+        for i, subtype, slide in who
+    ]

@@ -1,0 +1,78 @@
+"""Stain vectors and intensities, and the Beer-Lambert law that turns concentrations into an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+STAINING = ("similar", "shifted")
+
+
+@dataclass(frozen=True)
+class StainProfile:
+    """How one laboratory, on one day, stained and photographed a slide.
+
+    Attributes:
+        haematoxylin: unit vector of optical density in R, G, B.
+        eosin: the same for eosin.
+        strength: factors on the concentrations of haematoxylin and eosin.
+        background: grey level of unstained glass, 0 ... 255.
+    """
+
+    haematoxylin: tuple[float, float, float]
+    eosin: tuple[float, float, float]
+    strength: tuple[float, float] = (1.0, 1.0)
+    background: float = 240.0
+
+    def __post_init__(self) -> None:
+        for name in ("haematoxylin", "eosin"):
+            vector = np.asarray(getattr(self, name), dtype=np.float64)
+            if vector.shape != (3,) or not np.all(np.isfinite(vector)) or np.any(vector < 0) or not np.any(vector > 0):
+                raise ValueError(f"{name}={getattr(self, name)!r}; expected three optical densities >= 0, not all zero")
+            object.__setattr__(self, name, tuple((vector / np.linalg.norm(vector)).tolist()))
+        if len(self.strength) != 2 or not all(0 < value < np.inf for value in self.strength):
+            raise ValueError(f"strength={self.strength!r}; expected two factors above 0")
+        if not 0 < self.background <= 255:
+            raise ValueError(f"background={self.background!r}; expected a grey level above 0 and up to 255")
+
+    @property
+    def stain_matrix(self) -> NDArray[np.float64]:
+        """[3, 2]: optical density in R, G, B of a unit of haematoxylin (column 0) and of eosin (column 1)."""
+        return np.array([self.haematoxylin, self.eosin]).T
+
+
+# Mean direction and strength of each regime. "similar" lies between the published vectors of Ruifrok & Johnston
+# (2001) and Macenko et al. (2009); "shifted" is what another laboratory's slides look like: bluer and fainter
+# haematoxylin, stronger eosin, darker exposure.
+_REGIMES = {
+    "similar": StainProfile((0.60, 0.72, 0.35), (0.20, 0.87, 0.45), (1.0, 1.0), 240.0),
+    "shifted": StainProfile((0.65, 0.68, 0.34), (0.25, 0.83, 0.50), (0.62, 1.40), 228.0),
+}
+_DIRECTION_SPREAD = 0.025  # of each component of a stain vector between patients
+_STRENGTH_SPREAD = 0.10  # of the logarithm
+_BACKGROUND_SPREAD = 3.0  # grey levels
+
+
+def sample_stain(rng: np.random.Generator, regime: str = "similar") -> StainProfile:
+    """Draw one patient's staining around the mean of `regime` (``"similar"`` or ``"shifted"``)."""
+    if regime not in _REGIMES:
+        raise ValueError(f"regime={regime!r}; expected one of {', '.join(map(repr, _REGIMES))}")
+    mean = _REGIMES[regime]
+    vectors = np.maximum(mean.stain_matrix.T + _DIRECTION_SPREAD * rng.standard_normal((2, 3)), 0.01)
+    strength = np.array(mean.strength) * np.exp(_STRENGTH_SPREAD * rng.standard_normal(2))
+    background = float(np.clip(mean.background + _BACKGROUND_SPREAD * rng.standard_normal(), 200.0, 250.0))
+    h, e = (tuple(vector.tolist()) for vector in vectors)
+    return StainProfile(h, e, (float(strength[0]), float(strength[1])), background)
+
+
+def beer_lambert(concentrations: NDArray[np.float32], stain: StainProfile) -> NDArray[np.float32]:
+    """Transmitted light ``I = I0 exp(-S C)``: concentrations [2, H, W] of haematoxylin and eosin to grey levels [3,
+    H, W].
+
+    The concentrations are multiplied by ``stain.strength`` first.
+    """
+    matrix = (stain.stain_matrix * np.asarray(stain.strength)).astype(np.float32)
+    density = matrix @ concentrations.reshape(2, -1)
+    return (np.float32(stain.background) * np.exp(-density)).reshape(3, *concentrations.shape[1:])

@@ -1,0 +1,72 @@
+"""Random textures: smooth noise of a given grain, and wavy fibres."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.float32]
+
+
+@lru_cache(maxsize=256)
+def _spline_matrix(length: int, grain: float) -> Image:
+    """Cubic B-spline weights [length, knots] for knots every `grain` pixels; unit noise stays unit noise."""
+    position = np.arange(length) / grain
+    knot = np.floor(position).astype(int)
+    t = position - knot
+    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
+    matrix = np.zeros((length, knot[-1] + 4), dtype=np.float32)
+    for k in range(4):
+        matrix[np.arange(length), knot + k] = weights[:, k]
+    matrix /= np.sqrt(np.mean(np.sum(matrix**2, axis=1)))
+    return matrix
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], grain: float) -> Image:
+    """Gaussian noise [H, W] of zero mean and about unit variance, with spots about `grain` >= 1 pixels wide."""
+    rows, columns = (_spline_matrix(length, max(1.0, round(grain, 2))) for length in shape)
+    knots = rng.standard_normal((rows.shape[1], columns.shape[1]), dtype=np.float32)
+    return np.asarray(rows @ knots @ columns.T, dtype=np.float32)
+
+
+def fractal_noise(
+    rng: np.random.Generator, shape: tuple[int, int], grain: float, octaves: int = 3, gain: float = 0.6
+) -> Image:
+    """`octaves` smooth noises, each of half the grain and `gain` times the height of the one before; unit variance."""
+    total = smooth_noise(rng, shape, grain)
+    norm = 1.0
+    for octave in range(1, octaves):
+        height = gain**octave
+        total += np.float32(height) * smooth_noise(rng, shape, grain / 2**octave)
+        norm += height**2
+    total *= np.float32(norm**-0.5)
+    return total
+
+
+def fibre_texture(rng: np.random.Generator, across: Image, along: Image, thickness: float) -> Image:
+    """Wavy fibres between 0 and 1: noise drawn out along the fibres, in two layers of different thickness.
+
+    `across` and `along` [H, W] are coordinates in pixels across and along the fibres, which are about `thickness`
+    pixels wide.
+    """
+    coarse = _streaks(rng, across, along, thickness, 9.0 * thickness)
+    fine = _streaks(rng, across, along, 0.45 * thickness, 7.0 * thickness)
+    return np.clip(0.5 + 0.30 * coarse + 0.20 * fine, 0, 1)
+
+
+def _streaks(rng: np.random.Generator, across: Image, along: Image, thickness: float, length: float) -> Image:
+    """Gaussian noise of about unit variance on curved coordinates, with spots `thickness` wide and `length` long."""
+    position = [
+        (axis - axis.min()) / np.float32(max(1.0, grain)) for axis, grain in ((across, thickness), (along, length))
+    ]
+    corner = [p.astype(np.int32) for p in position]
+    weight = [
+        (t := p - k) * t * (3 - 2 * t) for p, k in zip(position, corner, strict=True)
+    ]  # smoothstep: no creases at the knots
+    rows, columns = (int(k.max()) + 2 for k in corner)
+    knots = rng.standard_normal((rows, columns), dtype=np.float32).reshape(-1)
+    index = corner[0] * columns + corner[1]
+    near, far = (knots[i] + weight[1] * (knots[i + 1] - knots[i]) for i in (index, index + columns))
+    return (near + weight[0] * (far - near)) * np.float32(1.35)  # the mean variance of the interpolation is 0.55
