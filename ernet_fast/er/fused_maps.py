@@ -31,7 +31,7 @@ class FusedMaps:
         Returns:
             Mean and biased variance ([C], or [N, C] with per_sample), or None; and z.
         """
-        z = _ops.in_layout(z, _ops.layout_of([*self._maps[:1], z]) if self._maps else _ops.layout_of([z]))
+        z = _ops.in_layout(z, _ops.layout_of([z, *self._maps[:1]]))  # where they differ, the last one decides
         record = MapRecord()
         token: Tensor | None = None
         # Compiled and exported programs use the operators' own autograd: plain and traceable, one gradient a pair.
