@@ -16,7 +16,9 @@ def check_parameters(Io: float, alpha: float, beta: float, percentile: str) -> N
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}; expected a finite number.")
     if not 1 < Io <= 1024:
-        raise ValueError(f"Io={Io!r}: the transmitted light is a grey level in (1, 1024]; 240 is usual for 8-bit images.")
+        raise ValueError(
+            f"Io={Io!r}: the transmitted light is a grey level in (1, 1024]; 240 is usual for 8-bit images."
+        )
     if not 0 <= alpha < 50:
         raise ValueError(f"alpha={alpha!r}: the angular percentile is in [0, 50) percent; 1 is usual.")
     if not 0 <= beta < math.log(Io):

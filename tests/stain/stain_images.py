@@ -60,7 +60,7 @@ def synthetic_tissue(height: int, width: int, seed: int = 0) -> np.ndarray:
     for _ in range(max(4, height * width // 250)):
         centre = rng.uniform(0, height), rng.uniform(0, width)
         radius = rng.uniform(1.5, 4.5)
-        nuclei = np.maximum(nuclei, np.exp(-(((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / radius**2) ** 2))
+        nuclei = np.maximum(nuclei, np.exp(-((((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / radius**2) ** 2)))
     fibres = 0.5 + 0.4 * np.sin(y / rng.uniform(3, 9) + 2 * np.sin(x / rng.uniform(5, 15)))
     gap = (x + 0.3 * y > 1.05 * width) * 1.0
     h = rng.uniform(1.0, 1.8) * nuclei * rng.uniform(0.7, 1.0, nuclei.shape)

@@ -1,0 +1,202 @@
+"""The operators `torch.ops.ernet.macenko_*`: fake kernels, the composition that serves CUDA, autograd, and the
+fallback.
+
+All images here are [B, 3, H, W], all stains [1 or B, 3, 2] and [1 or B, 2] float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ernet_fast import _backend
+from ernet_fast.stain import batched
+from ernet_fast.stain.result import MacenkoFit
+
+Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Stains = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # source and target: matrix, maxima
+
+
+def _fit_like(images: torch.Tensor) -> Fit:
+    count = images.shape[0]
+    return (
+        images.new_empty((count, 3, 2), dtype=torch.float64),
+        images.new_empty((count, 2), dtype=torch.float64),
+        images.new_empty((count,), dtype=torch.int32),
+    )
+
+
+def _register() -> None:
+    """Fake kernels, and the CUDA implementation of the fit as a composition."""
+
+    @torch.library.register_fake("ernet::macenko_moments")
+    def _moments(images: torch.Tensor, Io: float, beta: float, range: float = 255.0) -> torch.Tensor:
+        return images.new_empty((images.shape[0], 10), dtype=torch.float64)
+
+    @torch.library.register_fake("ernet::macenko_fit")
+    def _fit(images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool, range: float = 255.0) -> Fit:
+        return _fit_like(images)
+
+    @torch.library.register_fake("ernet::macenko_reconstruct")
+    def _reconstruct(
+        images: torch.Tensor,
+        source_stain: torch.Tensor,
+        source_max: torch.Tensor,
+        target_stain: torch.Tensor,
+        target_max: torch.Tensor,
+        Io: float,
+        range: float = 255.0,
+    ) -> torch.Tensor:
+        return torch.empty_like(images)
+
+    @torch.library.register_fake("ernet::macenko_normalize")
+    def _normalize(
+        images: torch.Tensor,
+        target_stain: torch.Tensor,
+        target_max: torch.Tensor,
+        Io: float,
+        alpha: float,
+        beta: float,
+        nearest: bool,
+        identity: bool,
+        range: float = 255.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (torch.empty_like(images), *_fit_like(images))
+
+    torch.library.impl("ernet::macenko_fit", "CUDA", batched.macenko_fit)
+    torch.library.impl("ernet::macenko_normalize", "CUDA", batched.macenko_normalize)
+
+
+if _backend.extension_available():
+    _register()
+
+
+def _compiled_for(images: torch.Tensor) -> bool:
+    """True if compiled code serves images of this device."""
+    if not _backend.extension_available():
+        if images.device.type == "cpu":
+            _backend.warn_fallback_once()
+        return False
+    if images.device.type == "cpu":
+        return True
+    return images.device.type == "cuda" and batched.cuda_kernels_available()
+
+
+def supported(images: torch.Tensor) -> torch.Tensor:
+    """`images` in a dtype and memory layout that the operators take: copied only if strided, float16 or bfloat16."""
+    if images.dtype in (torch.float16, torch.bfloat16):
+        images = images.float()
+    _, _, height, width = images.shape
+    planar = (width == 1 or images.stride(3) == 1) and (height == 1 or images.stride(2) == width)
+    if planar or images.numel() == 0:
+        return images
+    interleaved = images.stride(1) == 1 and (width == 1 or images.stride(3) == 3)
+    if interleaved and (height == 1 or images.stride(2) == 3 * width):
+        return images
+    last = images.stride(1) < images.stride(3)
+    return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def fit(images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool, range: float) -> MacenkoFit:
+    """Fit every image, by the best backend there is."""
+    images = images.detach()
+    if _compiled_for(images):
+        return MacenkoFit(*torch.ops.ernet.macenko_fit(supported(images), Io, alpha, beta, nearest, range))
+    if images.device.type == "cpu":
+        from ernet_fast import reference
+
+        percentile = "nearest" if nearest else "linear"
+        return reference.macenko_fit(
+            images, Io=Io, alpha=alpha, beta=beta, percentile=percentile, range=range, layout="CHW"
+        )
+    return MacenkoFit(*batched.macenko_fit(supported(images), Io, alpha, beta, nearest, range))
+
+
+def reconstruct(images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io: float, range: float) -> torch.Tensor:
+    """Replace the stains of `source` by those of `target`; differentiable for floating-point images."""
+    stains = (
+        _as_argument(source.stain_matrix, images),
+        _as_argument(source.max_concentration, images),
+        _as_argument(target.stain_matrix, images),
+        _as_argument(target.max_concentration, images),
+    )
+    wanted = images.is_floating_point() and (images.requires_grad or any(part.requires_grad for part in stains))
+    if torch.is_grad_enabled() and wanted:
+        matrix = batched.reconstruction_matrix(*stains)
+        return _Reconstruct.apply(images, matrix, stains, Io, range)
+    return _reconstruct(images, stains, Io, range)
+
+
+def _as_argument(part: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    return part.to(images.device, torch.float64).contiguous()
+
+
+def _reconstruct(images: torch.Tensor, stains: Stains, Io: float, range: float) -> torch.Tensor:
+    images = images.detach()
+    source_stain, source_max, target_stain, target_max = (part.detach() for part in stains)
+    if _compiled_for(images):
+        out = torch.ops.ernet.macenko_reconstruct(
+            supported(images), source_stain, source_max, target_stain, target_max, Io, range
+        )
+        return out.to(images.dtype)
+    return batched.macenko_reconstruct(images, source_stain, source_max, target_stain, target_max, Io, range)
+
+
+class _Reconstruct(torch.autograd.Function):
+    """I' = min(Io exp(M ln((I + 1) / Io)), 255), with gradients to I and M where the value is not clipped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: torch.Tensor,
+        matrix: torch.Tensor,
+        stains: Stains,
+        Io: float,
+        range: float,
+    ) -> torch.Tensor:
+        out = _reconstruct(images, stains, Io, range)
+        ctx.save_for_backward(images, matrix, out)
+        ctx.Io, ctx.range = Io, range
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        images, matrix, out = ctx.saved_tensors
+        work = torch.promote_types(images.dtype, torch.float32)
+        # dI'/d(M OD) = -I', and 0 where clipped at 255.
+        weighted = dout.to(work) * out.to(work)
+        weighted = weighted.masked_fill(out >= ctx.range, 0)
+        light = images.to(work) * (255 / ctx.range) + 1
+        dimages = dmatrix = None
+        if ctx.needs_input_grad[0]:
+            # dOD/dI = -1 / (I + 1), in the caller's units.
+            dimages = torch.einsum("bchw,bck->bkhw", weighted, matrix.to(work).expand(len(images), 3, 3))
+            dimages = (dimages / light * (255 / ctx.range)).to(images.dtype)
+        if ctx.needs_input_grad[1]:
+            log_light = (light / ctx.Io).log()
+            dmatrix = torch.einsum("bchw,bkhw->bck", weighted.double(), log_light.double())
+            dmatrix = dmatrix.sum_to_size(matrix.shape)
+        return dimages, dmatrix, None, None, None
+
+
+def normalize(
+    images: torch.Tensor,
+    target: MacenkoFit,
+    Io: float,
+    alpha: float,
+    beta: float,
+    nearest: bool,
+    identity: bool,
+    range: float,
+) -> tuple[torch.Tensor, MacenkoFit] | None:
+    """Fit and reconstruct in one operator; None where that operator does not serve."""
+    if images.requires_grad or not _compiled_for(images):
+        return None
+    target_stain = _as_argument(target.stain_matrix, images)
+    target_max = _as_argument(target.max_concentration, images)
+    out, *fitted = torch.ops.ernet.macenko_normalize(
+        supported(images), target_stain, target_max, Io, alpha, beta, nearest, identity, range
+    )
+    return out.to(images.dtype), MacenkoFit(*fitted)

@@ -1,0 +1,163 @@
+"""What may be passed in, and what comes back: arrays, tensors, layouts, strides, dtypes."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from stain_images import batch, synthetic_tissue
+
+from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
+
+TARGET = MacenkoNormalizer().target
+IMAGE = synthetic_tissue(31, 43, 7)
+EXPECTED = macenko_normalize(batch(IMAGE), TARGET)[0].permute(1, 2, 0).numpy()
+
+
+def hwc(result):
+    """A result of any form as an array [H, W, 3]."""
+    result = np.asarray(result)
+    result = result[0] if result.ndim == 4 else result
+    return result if result.shape[-1] == 3 else result.transpose(1, 2, 0)
+
+
+FORMS = {
+    "numpy HWC": lambda: IMAGE,
+    "numpy CHW": lambda: np.ascontiguousarray(IMAGE.transpose(2, 0, 1)),
+    "numpy HWC batch": lambda: IMAGE[None],
+    "numpy CHW view": lambda: IMAGE.transpose(2, 0, 1),
+    "tensor CHW": lambda: batch(IMAGE)[0],
+    "tensor HWC": lambda: torch.from_numpy(IMAGE),
+    "tensor batch": lambda: batch(IMAGE),
+    "tensor batch channels-last": lambda: batch(IMAGE).to(memory_format=torch.channels_last),
+    "tensor NHWC batch": lambda: torch.from_numpy(IMAGE)[None],
+    "rows of a larger tensor": lambda: torch.from_numpy(np.pad(IMAGE, ((4, 2), (0, 0), (0, 0))))[4:-2],
+    "columns of a larger tensor": lambda: torch.from_numpy(np.pad(IMAGE, ((0, 0), (5, 1), (0, 0))))[:, 5:-1],
+    "every other pixel": lambda: torch.from_numpy(IMAGE.repeat(2, 0).repeat(2, 1))[::2, ::2],
+    "RGBA view": lambda: torch.from_numpy(np.dstack([IMAGE, IMAGE[..., 0]]))[..., :3],
+    "planes of a CHW RGBA": lambda: torch.from_numpy(np.dstack([IMAGE, IMAGE[..., 0]]))
+    .permute(2, 0, 1)
+    .contiguous()[:3],
+    "transposed": lambda: torch.from_numpy(IMAGE.transpose(1, 0, 2).copy()).transpose(0, 1),
+    "reversed numpy rows": lambda: IMAGE[::-1].copy()[::-1],
+    "reversed numpy channels": lambda: IMAGE[..., ::-1].copy()[..., ::-1],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_values_and_its_own_form(form):
+    images = FORMS[form]()
+    kept = np.asarray(images).copy()
+    out = macenko_normalize(images, TARGET)
+    assert type(out) is type(images)
+    assert out.dtype == images.dtype
+    assert tuple(out.shape) == tuple(images.shape)
+    np.testing.assert_array_equal(hwc(out), EXPECTED)
+    np.testing.assert_array_equal(np.asarray(images), kept)
+
+
+def test_read_only_arrays_are_read_without_a_warning():
+    image = IMAGE.copy()
+    image.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = macenko_normalize(image, TARGET)
+    np.testing.assert_array_equal(out, EXPECTED)
+    assert out.flags.writeable and not np.shares_memory(out, image)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_strided_batches_are_read_in_place(step):
+    images = batch(*(synthetic_tissue(20, 30, seed) for seed in range(6)))
+    out = macenko_normalize(images[::step], TARGET)
+    assert torch.equal(out, macenko_normalize(images[::step].clone(), TARGET))
+
+
+def test_ambiguous_shapes_need_a_layout():
+    square = synthetic_tissue(64, 64, 1)[:3]  # [3, 64, 3]
+    with pytest.raises(ValueError, match="layout='CHW' or 'HWC'"):
+        macenko_fit(square)
+    assert macenko_fit(square, layout="HWC").status.shape == (1,)
+    assert macenko_fit(np.stack([square] * 2), layout="CHW").status.shape == (2,)
+    normalizer = MacenkoNormalizer(layout="HWC")
+    assert normalizer(square).shape == square.shape
+
+
+def test_empty_batch_gives_an_empty_batch():
+    for shape in ((0, 3, 16, 16), (0, 16, 16, 3)):
+        for images in (torch.empty(shape, dtype=torch.uint8), np.empty(shape, dtype=np.float32)):
+            out, status = macenko_normalize(images, TARGET, return_status=True)
+            assert tuple(out.shape) == shape and tuple(status.shape) == (0,)
+            fit = macenko_fit(images)
+            assert tuple(fit.stain_matrix.shape) == (0, 3, 2) and tuple(fit.max_concentration.shape) == (0, 2)
+
+
+REFUSED = [
+    (np.zeros((16, 16), np.uint8), ValueError, "grey image"),
+    (np.zeros((16, 16, 1), np.uint8), ValueError, "grey image"),
+    (np.zeros((16, 16, 4), np.uint8), ValueError, "alpha channel"),
+    (np.zeros((4, 16, 16), np.uint8), ValueError, "alpha channel"),
+    (np.zeros((16, 16, 5), np.uint8), ValueError, "3 channels"),
+    (np.zeros((0, 16, 3), np.uint8), ValueError, "without pixels"),
+    (torch.zeros((2, 3, 0, 5)), ValueError, "without pixels"),
+    (np.zeros((2, 2, 3, 16, 16), np.uint8), ValueError, "shape"),
+    (np.zeros((16, 16, 3), np.int16), TypeError, r"int16.*uint8"),
+    (np.zeros((16, 16, 3), bool), TypeError, "bool"),
+    (np.zeros((16, 16, 3), ">f4"), TypeError, "byte order"),
+    (torch.zeros((3, 16, 16), dtype=torch.int32), TypeError, "int32"),
+    (torch.zeros((3, 16, 16), dtype=torch.complex64), TypeError, "complex64"),
+    ([[1, 2, 3]], TypeError, "list"),
+    (None, TypeError, "NoneType"),
+]
+
+
+@pytest.mark.parametrize(("images", "error", "message"), REFUSED)
+def test_what_is_no_rgb_image_is_refused_with_a_reason(images, error, message):
+    for call in (macenko_fit, lambda x: macenko_normalize(x, TARGET), MacenkoNormalizer().fit, MacenkoNormalizer()):
+        with pytest.raises(error, match=message):
+            call(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"Io": 0}, ValueError, "Io=0"),
+        ({"Io": float("nan")}, ValueError, "Io"),
+        ({"Io": "240"}, TypeError, "Io"),
+        ({"alpha": 50}, ValueError, "alpha=50"),
+        ({"alpha": -1}, ValueError, "alpha=-1"),
+        ({"beta": -0.1}, ValueError, "beta"),
+        ({"beta": 6}, ValueError, "beta=6"),
+        ({"percentile": "median"}, ValueError, "'linear', 'nearest'"),
+        ({"on_degenerate": "ignore"}, ValueError, "'reference', 'identity', 'raise'"),
+        ({"range": 0}, ValueError, "range=0"),
+        ({"layout": "CWH"}, ValueError, "'CHW', 'HWC'"),
+    ],
+)
+def test_parameters_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        macenko_normalize(IMAGE, TARGET, **options)
+
+
+def test_target_is_checked():
+    with pytest.raises(TypeError, match="MacenkoFit"):
+        macenko_normalize(IMAGE, TARGET.stain_matrix)
+    with pytest.raises(ValueError, match=r"target has stain_matrix \(1, 2, 3\)"):
+        macenko_normalize(IMAGE, TARGET._replace(stain_matrix=TARGET.stain_matrix.mT))
+    with pytest.raises(ValueError, match="B = 1 or 2"):
+        three = type(TARGET)(*(torch.cat([part] * 3) for part in TARGET))
+        macenko_normalize(batch(IMAGE, IMAGE), three)
+    with pytest.raises(ValueError, match="fewer than 10 tissue pixels"):
+        macenko_normalize(IMAGE, macenko_fit(np.full((20, 20, 3), 255, np.uint8)))
+    single = type(TARGET)(TARGET.stain_matrix[0], TARGET.max_concentration[0], TARGET.status[0])
+    np.testing.assert_array_equal(macenko_normalize(IMAGE, single), EXPECTED)
+
+
+def test_stated_range_is_held_against_the_values():
+    image = IMAGE.astype(np.float32)
+    with pytest.raises(ValueError, match="pass range=255"):
+        macenko_normalize(image, TARGET, range=1)
+    with pytest.raises(ValueError, match="pass range=1"):
+        macenko_normalize(image / 255, TARGET)
