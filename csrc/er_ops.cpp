@@ -211,10 +211,10 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
-  m.def("channel_moments(Tensor x, bool per_sample=False) -> (Tensor mean, Tensor var)");
-  m.def("weighted_sum(Tensor[] maps, Tensor a, Tensor? b=None, bool relu=False) -> Tensor");
+  m.def("channel_moments(Tensor x, bool per_sample) -> (Tensor mean, Tensor var)");
+  m.def("weighted_sum(Tensor[] maps, Tensor a, Tensor? b, bool relu) -> Tensor");
   m.def(
-      "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y=None, bool per_sample=False) "
+      "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) "
       "-> (Tensor da, Tensor db, Tensor g)");
 }
 

@@ -100,8 +100,8 @@ def check_shortcut_sum(
     check_maps(xs)
     check_norm(norm, num_groups, xs[0].shape[1])
     check_weight(weight, xs)
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; expected a number >= 0.")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; expected a number > 0.")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together; only one of them was given.")
     if norm == "group":

@@ -19,9 +19,12 @@ from torch import Tensor
 from ernet_fast import _backend
 
 
+_COMPILED = _backend.extension_available()  # a constant, so that torch.compile need not trace how it is found
+
+
 def serves(x: Tensor) -> bool:
     """True if compiled operators exist for the device of `x`."""
-    return x.device.type == "cpu" and _backend.extension_available()
+    return _COMPILED and x.device.type == "cpu"
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -164,5 +167,5 @@ def _register() -> None:
     torch.library.register_autograd("ernet::weighted_dot", _dot_backward, setup_context=_dot_setup)
 
 
-if _backend.extension_available():
+if _COMPILED:
     _register()

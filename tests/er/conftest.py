@@ -1,0 +1,8 @@
+"""Makes er_cases importable: tests are collected with importmode=importlib."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,211 @@
+"""The three ER operators against float64 formulas, in every dtype and layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, relative_error, tolerance
+
+from ernet_fast.er import _ops
+
+CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))
+
+
+def spread(t: torch.Tensor) -> torch.Tensor:
+    """[..., C] or [..., N, C] coefficients, as they multiply [N, C, H, W]."""
+    return t[..., None, None] if t.dim() == 2 else t[None, :, None, None]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
+def test_channel_moments(shape, dtype, layout, per_sample):
+    (x,) = maps_like(shape, 1, dtype, layout)
+    mean, var = _ops.channel_moments(x, per_sample)
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
+    expected = x.double().mean(dims)
+    scale = x.double().square().mean(dims).sqrt().norm()  # a mean near zero is known to roundoff of its terms
+    assert float((mean.double() - expected).norm() / scale) <= bound
+    expected = x.double().var(dims, correction=0)
+    assert float((var.double() - expected).norm() / scale.square().clamp_min(1)) <= bound
+    assert mean.dtype == var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_moments_of_a_large_mean(layout, per_sample):
+    """Mean 1e4 and standard deviation 1 in float32: the variance must survive."""
+    x = (torch.randn((4, 16, 56, 56), generator=torch.Generator().manual_seed(0)) + 1e4).contiguous(
+        memory_format=layout
+    )
+    mean, var = _ops.channel_moments(x, per_sample)
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    torch.testing.assert_close(var.double(), x.double().var(dims, correction=0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("num_maps", [1, 2, 6, 7, 40])
+@pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
+def test_weighted_sum(shape, dtype, layout, per_sample, num_maps):
+    if num_maps == 40 and shape not in SHAPES[:2]:
+        num_maps = 13
+    maps = maps_like(shape, num_maps, dtype, layout)
+    acc = _ops.acc_dtype(maps[0])
+    sizes = shape[:2] if per_sample else shape[1:2]
+    a, b = torch.randn(num_maps, *sizes, dtype=acc), torch.randn(sizes, dtype=acc)
+    before = [x.clone() for x in maps]
+    for bias, relu in ((b, False), (b, True), (None, True)):
+        y = _ops.weighted_sum(maps, a, bias, relu)
+        expected = sum(spread(a[i]).double() * x.double() for i, x in enumerate(maps))
+        expected = expected if bias is None else expected + spread(bias).double()
+        expected = expected.relu() if relu else expected
+        assert relative_error(y, expected) <= tolerance(dtype, num_maps)
+        assert y.dtype == dtype and y.stride() == maps[0].stride()
+    assert all(torch.equal(x, kept) for x, kept in zip(maps, before, strict=True))
+
+
+@pytest.mark.parametrize("num_maps", [1, 5])
+@pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
+def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
+    dy, y, *maps = maps_like(shape, num_maps + 2, dtype, layout)
+    y = y.relu()
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
+    for mask in (y, None):
+        da, db, g = _ops.weighted_dot(dy, maps, mask, per_sample)
+        g64 = dy.double() if mask is None else dy.double() * (mask.double() > 0)
+        if mask is not None:
+            assert torch.equal(g.double(), g64) and g.stride() == dy.stride()
+        for i, x in enumerate(maps):
+            products = g64 * x.double()
+            assert float((da[i].double() - products.sum(dims)).norm()) <= bound * float(products.abs().sum(dims).norm())
+        assert float((db.double() - g64.sum(dims)).norm()) <= bound * float(g64.abs().sum(dims).norm())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_do_not_depend_on_threads(dtype, layout):
+    dy, y, *maps = maps_like((6, 37, 23, 29), 5, dtype, layout)
+    a = torch.randn(3, 37, dtype=_ops.acc_dtype(dy))
+
+    def everything() -> list[torch.Tensor]:
+        return [
+            *_ops.channel_moments(dy),
+            *_ops.channel_moments(dy, True),
+            _ops.weighted_sum(maps, a),
+            *_ops.weighted_dot(dy, maps, y),
+            *_ops.weighted_dot(dy, maps, y, True),
+        ]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = everything()
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(x, y) for x, y in zip(single, everything(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_per_sample_results_do_not_depend_on_the_batch():
+    dy, y, *maps = maps_like((6, 37, 13, 9), 5, torch.float32, torch.channels_last)
+    whole = _ops.weighted_dot(dy, maps, y, True)
+    one = _ops.weighted_dot(dy[2:3], [x[2:3] for x in maps], y[2:3], True)
+    assert torch.equal(whole[0][:, 2:3], one[0]) and torch.equal(whole[1][2:3], one[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relu_and_nan_are_those_of_torch(layout):
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1.0]).reshape(1, 6, 1, 1)
+    x = x.contiguous(memory_format=layout)
+    for dtype in DTYPES:
+        ones = torch.ones(1, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        y = _ops.weighted_sum([x.to(dtype)], ones, None, True)
+        torch.testing.assert_close(y, x.to(dtype).relu(), equal_nan=True, rtol=0, atol=0)
+    g = _ops.weighted_dot(torch.ones_like(x), [x], x.relu())[2]
+    leaf = x.clone().requires_grad_()
+    leaf.relu().sum().backward()
+    torch.testing.assert_close(g, leaf.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_number_survives(dtype):
+    """All 65,536 bit patterns pass unchanged through a sum with coefficient 1: conversions are exact."""
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).reshape(1, 1, 256, 256)
+    y = _ops.weighted_sum([x], torch.ones(1, 1))
+    torch.testing.assert_close(y, x, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_half_is_to_nearest_even(dtype):
+    exact = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 5, 64)
+    x, factor = torch.ones(1, 4096, 1, 1, dtype=dtype), exact.reshape(1, 4096)
+    y = _ops.weighted_sum([x], factor)
+    torch.testing.assert_close(y.flatten(), factor.flatten().to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 0, 3, 3)])
+def test_empty_maps(shape):
+    x = torch.ones(shape)
+    assert _ops.weighted_sum([x, x], torch.ones(2, shape[1])).shape == shape
+    da, db, _ = _ops.weighted_dot(x, [x], None)
+    assert torch.equal(da, torch.zeros(1, shape[1])) and torch.equal(db, torch.zeros(shape[1]))
+    mean, var = _ops.channel_moments(x)
+    assert mean.shape == var.shape == (shape[1],) and bool(var.isnan().all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype, layout):
+    dy, *maps = maps_like((2, 3, 5, 4), 3, dtype, layout)
+    a, b = torch.randn(2, 3, dtype=_ops.acc_dtype(dy)), torch.randn(3, dtype=_ops.acc_dtype(dy))
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (dy, *maps, a, b)]
+    dy, *maps, a, b = leaves
+    ops = torch.ops.ernet
+    torch.library.opcheck(ops.channel_moments.default, (dy, False))
+    torch.library.opcheck(ops.channel_moments.default, (dy, True))
+    torch.library.opcheck(ops.weighted_sum.default, (maps, a, b, True))
+    torch.library.opcheck(ops.weighted_sum.default, (maps, a, None, False))
+    torch.library.opcheck(ops.weighted_dot.default, (dy, maps, maps[0].detach(), False))
+    torch.library.opcheck(ops.weighted_dot.default, (dy, maps, None, True))
+
+
+def test_operator_gradients():
+    dy, y, *maps = (x.requires_grad_() for x in maps_like((2, 3, 3, 2), 4, torch.float64, torch.contiguous_format))
+    a, b = (
+        torch.randn(2, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, dtype=torch.float64, requires_grad=True),
+    )
+    mask = y.detach().relu()
+    assert torch.autograd.gradcheck(lambda x: _ops.channel_moments(x), (dy,))
+    assert torch.autograd.gradgradcheck(lambda *t: _ops.weighted_sum(t[:2], t[2], t[3]), (*maps, a, b))
+    assert torch.autograd.gradgradcheck(lambda *t: _ops.weighted_sum(t[:2], t[2], t[3], True), (*maps, a, b))
+    assert torch.autograd.gradcheck(lambda d, *x: _ops.weighted_dot(d, x, mask), (dy, *maps))
+    assert torch.autograd.gradcheck(lambda d, *x: _ops.weighted_dot(d, x, None, True)[:2], (dy, *maps))
+
+
+def test_operators_name_what_is_wrong():
+    x = torch.ones(2, 3, 4, 4)
+    a = torch.ones(1, 3)
+    for call, message in [
+        (lambda: _ops.weighted_sum([], a), "at least one map"),
+        (lambda: _ops.weighted_sum([x[0]], a), "4 dimensions"),
+        (lambda: _ops.weighted_sum([x.int()], a), "float32, float64, bfloat16 or float16"),
+        (lambda: _ops.weighted_sum([x, x[:1]], torch.ones(2, 3)), "one shape"),
+        (lambda: _ops.weighted_sum([x, x.double()], torch.ones(2, 3)), "one dtype"),
+        (lambda: _ops.weighted_sum([x], torch.ones(2, 3)), r"a must have shape \[1, 3\]; got \[2, 3\]"),
+        (lambda: _ops.weighted_sum([x], a.double()), "a must be float32"),
+        (lambda: _ops.weighted_sum([x], a, torch.ones(4)), r"b must have shape \[3\]"),
+        (lambda: _ops.weighted_sum([x], torch.ones(1, 6)[:, ::2]), "contiguous"),
+        (lambda: _ops.weighted_sum([x[..., ::2]], a), "dense in one layout"),
+        (
+            lambda: _ops.weighted_sum([x, x.contiguous(memory_format=torch.channels_last)], torch.ones(2, 3)),
+            "one layout",
+        ),
+        (lambda: _ops.weighted_dot(x, [x], x[:1]), "one shape"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
