@@ -1,0 +1,30 @@
+"""ER-ResNets: blocks, stages, networks of 18 to 152 layers, loading of weights, conversion and operation counts."""
+
+from __future__ import annotations
+
+from ernet_fast.models.blocks import ERBasicBlock, ERBlock, ERBlock133, ERBottleneck, ProjectionBlock
+from ernet_fast.models.convert import convert_resnet
+from ernet_fast.models.flops import FlopCount, count_flops
+from ernet_fast.models.resnet import ERResNet, er_resnet18, er_resnet34, er_resnet50, er_resnet101, er_resnet152
+from ernet_fast.models.stage import ERStage
+from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
+
+__all__ = [
+    "ERBasicBlock",
+    "ERBlock",
+    "ERBlock133",
+    "ERBottleneck",
+    "ERResNet",
+    "ERStage",
+    "FlopCount",
+    "ProjectionBlock",
+    "convert_resnet",
+    "count_flops",
+    "er_resnet18",
+    "er_resnet34",
+    "er_resnet50",
+    "er_resnet101",
+    "er_resnet152",
+    "load_torchvision_state_dict",
+    "read_weights",
+]

@@ -1,0 +1,184 @@
+"""Residual blocks: the projection block that opens a stage, and the ER blocks that follow it.
+
+Names and shapes of convolutions and BatchNorms are torchvision's (`conv1`, `bn1`, ..., `downsample.0`), so its
+checkpoints fit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from ernet_fast.er.shortcut import ERShortcut
+
+if TYPE_CHECKING:
+    from ernet_fast.er.stage_maps import StageMaps
+
+
+class ResidualBranch(nn.Module):
+    """The convolutional branch H of a block: convolutions without bias, each with a BatchNorm, ReLU between them.
+
+    The BatchNorm of the last convolution is left to the block, because the ER shortcut fuses with it.
+
+    Args:
+        in_channels: channels of the input.
+        width: channels between the convolutions.
+        out_channels: channels of the output.
+        stride: of the first 3x3 convolution.
+        dilation: of the 3x3 convolutions.
+        first_dilation: of the first 3x3 convolution, default `dilation`.
+    """
+
+    kernel_sizes: ClassVar[tuple[int, ...]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        first_dilation: int | None = None,
+    ) -> None:
+        super().__init__()
+        last = len(self.kernel_sizes) - 1
+        spatial = self.kernel_sizes.index(3)
+        for k, size in enumerate(self.kernel_sizes):
+            outputs = out_channels if k == last else width
+            spread = 1 if size == 1 else (first_dilation or dilation) if k == spatial else dilation
+            conv = nn.Conv2d(
+                in_channels if k == 0 else width,
+                outputs,
+                size,
+                stride if k == spatial else 1,
+                padding=spread * (size // 2),
+                dilation=spread,
+                bias=False,
+            )
+            self.add_module(f"conv{k + 1}", conv)
+            self.add_module(f"bn{k + 1}", nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU(inplace=True)
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The BatchNorm of the last convolution."""
+        return getattr(self, f"bn{len(self.kernel_sizes)}")
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The last convolution's output before its BatchNorm, z [N, out_channels, H / stride, W / stride]."""
+        last = len(self.kernel_sizes)
+        for k in range(1, last):
+            x = self.relu(getattr(self, f"bn{k}")(getattr(self, f"conv{k}")(x)))
+        return getattr(self, f"conv{last}")(x)
+
+
+class ProjectionBlock(ResidualBranch):
+    """Block 0 of a stage ("Block A"): x_0 = ReLU(bn(z) + shortcut(x)), torchvision's residual block.
+
+    The shortcut is a strided 1x1 convolution with BatchNorm (`downsample`) where shapes change and the identity
+    where they do not (stage 1 of the 18- and 34-layer nets). Arguments as in `ResidualBranch`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        first_dilation: int | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels, width, out_channels, stride=stride, dilation=dilation, first_dilation=first_dilation
+        )
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_0 [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W]."""
+        out = self.last_bn(self.branch(x))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ERBlock(ResidualBranch):
+    """Block l >= 1 of a stage ("Block B"): y_l = ReLU(bn(z) + sum_i w_i * N(x_i)) over the stage's earlier maps.
+
+    Args:
+        channels: channels C of the stage's maps [N, C, H, W].
+        num_maps: number of earlier maps of the stage, l.
+        width: channels inside the branch; default `channels` for a basic block, `channels // 4` for the others.
+        norm: "batch" or "group", the normaliser N of the shortcuts.
+        num_groups: groups of norm="group".
+        dilation: of the 3x3 convolutions.
+        fused: default of this block's `ERShortcut` when called by itself; inside a stage, `ERStage.fused` decides.
+
+    Source: equation (10) of the ERNet paper (Chandana Mani & Kamalakannan, ELCVIA).
+    """
+
+    reduction: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        channels: int,
+        num_maps: int,
+        *,
+        width: int | None = None,
+        norm: str = "batch",
+        num_groups: int | None = None,
+        dilation: int = 1,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(channels, channels // self.reduction if width is None else width, channels, dilation=dilation)
+        self.num_maps = num_maps
+        self.shortcut = ERShortcut(channels, num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused)
+
+    def forward(self, y: Tensor, maps: StageMaps) -> Tensor:
+        """y_l of y_{l-1}, both [N, channels, H, W]; `maps` holds x_0 ... x_{l-1} and receives x_l."""
+        return maps.add(self.branch(y), self.last_bn, self.shortcut)
+
+
+class ProjectionBasicBlock(ProjectionBlock):
+    """Block 0 of two 3x3 convolutions."""
+
+    kernel_sizes = (3, 3)
+
+
+class ProjectionBottleneck(ProjectionBlock):
+    """Block 0 of 1x1, 3x3 and 1x1 convolutions."""
+
+    kernel_sizes = (1, 3, 1)
+
+
+class ProjectionBlock133(ProjectionBlock):
+    """Block 0 of 1x1, 3x3 and 3x3 convolutions, see `ERBlock133`."""
+
+    kernel_sizes = (1, 3, 3)
+
+
+class ERBasicBlock(ERBlock):
+    """ER block of two 3x3 convolutions; arguments as in `ERBlock`."""
+
+    kernel_sizes = (3, 3)
+    reduction = 1
+
+
+class ERBottleneck(ERBlock):
+    """ER block of 1x1, 3x3 and 1x1 convolutions; arguments as in `ERBlock`."""
+
+    kernel_sizes = (1, 3, 1)
+
+
+class ERBlock133(ERBlock):
+    """ER block of "a 1x1 convolution accompanied by two 3x3 convolutions", as the ERNet paper once says; arguments
+    as in `ERBlock`.
+
+    The paper gives neither order nor widths: here the 1x1 convolution leads to `width` and the last 3x3 to
+    `channels`, the bottleneck's widths. Its parameter counts are those of the standard blocks, not of this one.
+    """
+
+    kernel_sizes = (1, 3, 3)

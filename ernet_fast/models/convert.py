@@ -1,0 +1,102 @@
+"""Conversion of a ResNet of torchvision's or timm's form into an ER-ResNet."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import torch
+from torch import nn
+
+from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.models.blocks import ERBlock, ProjectionBlock
+from ernet_fast.models.plain_resnet import check_plain_resnet
+from ernet_fast.models.resnet import DEFAULT_GROUPS, EXPANSION, ERResNet
+
+_STEM = ("conv1", "bn1", "maxpool")
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_FAMILY = {(3, 3): "basic", (1, 3, 1): "bottleneck"}
+
+
+def convert_resnet(
+    model: nn.Module, *, norm: str = "batch", num_groups: int | None = None, fused: bool = True
+) -> ERResNet:
+    """An ER-ResNet with the convolutions, BatchNorms and classifier of a plain ResNet.
+
+    The model is recognised by the names of its modules (`conv1`, `bn1`, `layer1` ... `layer4`, `fc`), as torchvision
+    and timm have them; neither package is needed. Stem, strides, dilations and wide bottlenecks are taken over as
+    they are. ER weights start at 1 with fresh running statistics: the result computes another function than `model`
+    and wants fine-tuning.
+
+    Args:
+        model: the ResNet; not modified, and it shares no tensor with the result.
+        norm: normaliser of the shortcuts, "batch" or "group".
+        num_groups: groups of norm="group", default 32.
+        fused: see `ERStage`.
+
+    Returns:
+        A network on the same device, of the same dtype and in the same mode, module by module, with `requires_grad`
+        of every copied parameter kept.
+
+    Raises:
+        TypeError: `model` is not a module, or already an ER-ResNet.
+        ValueError: it is not a plain ResNet: grouped convolutions (ResNeXt), attention, stochastic depth, other
+            activations or normalisers, a wrapper such as DistributedDataParallel; the message names the module.
+    """
+    if isinstance(model, ERResNet):
+        raise TypeError("model is an ER-ResNet already")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    stages = check_plain_resnet(model)
+    num_features = stages[-1][-1].channels
+    num_classes = _num_classes(model.get_submodule("fc"), num_features)
+    if norm == "group" and num_groups is None:
+        num_groups = DEFAULT_GROUPS
+    family = _FAMILY[stages[0][0].kernel_sizes]
+    with torch.device("meta"):  # structure only: every module with tensors is replaced below
+        er = ERResNet(
+            family,
+            [len(blocks) for blocks in stages],
+            num_classes=0,
+            norm=norm,
+            num_groups=num_groups,
+            fused=fused,
+            base_channels=stages[0][0].channels // EXPANSION[family],
+        )
+    for module in er.modules():
+        module.training = model.training
+    for name in (*_STEM, "fc"):
+        setattr(er, name, copy.deepcopy(model.get_submodule(name)))
+    for stage, name in zip(er.stages, _STAGES, strict=True):
+        for block, plain in zip(stage, model.get_submodule(name).children(), strict=True):
+            _copy_block(block, plain)
+            if isinstance(block, ERBlock):
+                shortcut = ERShortcut(
+                    block.last_bn.num_features, block.num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused
+                )
+                weight = block.last_bn.weight
+                block.shortcut = shortcut.to(weight.device, weight.dtype).train(plain.training)
+    er.num_classes = num_classes
+    er.in_channels = next(m.in_channels for m in er.conv1.modules() if isinstance(m, nn.Conv2d))
+    er.drop_rate = float(getattr(model, "drop_rate", 0.0))
+    return er
+
+
+def _copy_block(block: nn.Module, plain: nn.Module) -> None:
+    """Give `block` deep copies of the convolutions, BatchNorms and projection of `plain`, and its mode."""
+    block.training = plain.training
+    for name in dict(block.named_children()):
+        if re.fullmatch(r"(conv|bn)\d", name):
+            setattr(block, name, copy.deepcopy(plain.get_submodule(name)))
+    if isinstance(block, ProjectionBlock):
+        block.downsample = copy.deepcopy(getattr(plain, "downsample", None))
+
+
+def _num_classes(fc: nn.Module, num_features: int) -> int:
+    """Outputs of a classifier on `num_features` features, 0 for none."""
+    if isinstance(fc, nn.Identity):
+        return 0
+    linears = [module for module in fc.modules() if isinstance(module, nn.Linear)]
+    if not linears or linears[0].in_features != num_features:
+        raise ValueError(f"fc must be a linear layer (or a sequence with some) on {num_features} features, got {fc}")
+    return linears[-1].out_features

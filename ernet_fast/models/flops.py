@@ -1,0 +1,84 @@
+"""Floating-point operations of a forward pass, counted as multiply-accumulates times two."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ernet_fast.models.blocks import ERBlock
+from ernet_fast.models.stage import ERStage
+
+
+class FlopCount(NamedTuple):
+    """Operations of one forward pass: one multiply-accumulate (MAC) counts as two.
+
+    Attributes:
+        convolution: of all convolutions.
+        linear: of all matrix products.
+        er_shortcut: of the ER sums, one MAC for each value of each earlier map a block reads: normalisation and ER
+            weight are one scale a channel, and their constants one shift.
+    """
+
+    convolution: int
+    linear: int
+    er_shortcut: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the three; BatchNorm, ReLU and pooling are not counted, as usual."""
+        return self.convolution + self.linear + self.er_shortcut
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, half the total."""
+        return self.total // 2
+
+
+def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> FlopCount:
+    """Floating-point operations (multiply-accumulates x 2) of one forward pass of `model` in evaluation mode.
+
+    Args:
+        model: a network with or without ER stages; not run and not modified: a copy without storage is traced.
+        input_size: [N, C, H, W], or [C, H, W] for one image.
+
+    Raises:
+        ValueError: `input_size` has not 3 or 4 positive entries.
+    """
+    size = tuple(int(n) for n in input_size)
+    if len(size) not in (3, 4) or min(size) < 1:
+        raise ValueError(f"input_size must be [N, C, H, W] or [C, H, W], got {tuple(input_size)}")
+    if len(size) == 3:
+        size = (1, *size)
+    traced = _without_storage(model).eval()
+    shortcut_macs: list[int] = []
+
+    def count_stage(stage: nn.Module, _: Any, y: Tensor) -> None:
+        blocks = [block for block in stage.children() if isinstance(block, ERBlock)]
+        shortcut_macs.extend(block.shortcut.weight.shape[0] * y.numel() for block in blocks)
+
+    for module in traced.modules():
+        if isinstance(module, ERStage):
+            module.fused = False
+            module.register_forward_hook(count_stage)
+    dtype = next((p.dtype for p in traced.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        traced(torch.empty(size, device="meta", dtype=dtype))
+    counts = {str(operator): int(flops) for operator, flops in counter.get_flop_counts()["Global"].items()}
+    convolution = sum(flops for operator, flops in counts.items() if "conv" in operator)
+    return FlopCount(convolution, sum(counts.values()) - convolution, 2 * sum(shortcut_macs))
+
+
+def _without_storage(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose tensors are on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,123 @@
+"""Recognition of a plain ResNet by the names and kinds of its modules."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_NEEDED = ("conv1", "bn1", "maxpool", *_STAGES, "fc")
+_KERNELS = ((3, 3), (1, 3, 1))
+
+
+class PlainBlock(NamedTuple):
+    """What the conversion needs to know of a residual block: its kernel sizes and its output channels."""
+
+    kernel_sizes: tuple[int, ...]
+    channels: int
+
+
+def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
+    """The blocks of the four stages of a plain ResNet: all basic or all bottlenecks, stage k with 2^k times stage
+    1's channels.
+
+    Raises:
+        ValueError: `model` is no such network; the message names the module that differs.
+    """
+    missing = [name for name in _NEEDED if not isinstance(getattr(model, name, None), nn.Module)]
+    if missing:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no {', '.join(missing)}: expected a ResNet with torchvision's module "
+            "names. Of a wrapped model pass the network itself, e.g. model.module"
+        )
+    for name, child in model.named_children():
+        if name in ("avgpool", "global_pool"):
+            _check_pooling(name, child)
+        elif name not in _NEEDED:
+            _check_extra(name, child)
+    stages = [_check_stage(name, model.get_submodule(name)) for name in _STAGES]
+    kinds = {block.kernel_sizes for blocks in stages for block in blocks}
+    if len(kinds) > 1:
+        raise ValueError(f"the blocks of model differ in kind: kernel sizes {sorted(kinds)}")
+    channels = [blocks[0].channels for blocks in stages]
+    if channels != [channels[0] * 2**k for k in range(len(_STAGES))]:
+        raise ValueError(f"the stages of a ResNet double in channels, these have {channels}")
+    return stages
+
+
+def _check_stage(name: str, stage: nn.Module) -> list[PlainBlock]:
+    blocks = [
+        _check_block(f"{name}.{child}", block, opening=k == 0)
+        for k, (child, block) in enumerate(stage.named_children())
+    ]
+    if not blocks:
+        raise ValueError(f"{name} has no blocks")
+    return blocks
+
+
+def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
+    convs = {child: module for child, module in block.named_children() if re.fullmatch(r"conv\d", child)}
+    bns = {f"bn{child[4:]}" for child in convs}
+    for child, module in block.named_children():
+        if child in convs:
+            _check_conv(f"{name}.{child}", module, keeps_size=not opening)
+        elif child in bns:
+            _check_bn(f"{name}.{child}", module)
+        elif not (opening and child == "downsample"):
+            _check_extra(f"{name}.{child}", module)
+    kernels = tuple(module.kernel_size[0] for module in convs.values() if isinstance(module, nn.Conv2d))
+    absent = [bn for bn in sorted(bns) if not isinstance(getattr(block, bn, None), nn.BatchNorm2d)]
+    if kernels not in _KERNELS or absent:
+        raise ValueError(
+            f"{name} ({type(block).__name__}) has convolutions of sizes {kernels} and lacks {absent or 'nothing'}: "
+            "expected 3, 3 or 1, 3, 1, each with its bn"
+        )
+    first, last = convs["conv1"], convs[f"conv{len(convs)}"]
+    assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+    strided = any(module.stride != (1, 1) for module in convs.values() if isinstance(module, nn.Conv2d))
+    changes = strided or first.in_channels != last.out_channels
+    if changes and not isinstance(getattr(block, "downsample", None), nn.Module):
+        raise ValueError(f"{name} changes the shape of the map and has no projection `downsample`:\n{block}")
+    return PlainBlock(kernels, last.out_channels)
+
+
+def _check_conv(name: str, conv: nn.Module, *, keeps_size: bool) -> None:
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(f"{name} is a {type(conv).__name__}, expected a Conv2d")
+    if conv.groups != 1:
+        raise ValueError(f"{name} has {conv.groups} groups: grouped convolutions (ResNeXt) cannot be converted")
+    if conv.kernel_size[0] != conv.kernel_size[1]:
+        raise ValueError(f"{name} has kernel size {conv.kernel_size}, expected a square one")
+    if keeps_size and (conv.stride != (1, 1) or not _pads_fully(conv)):
+        raise ValueError(f"{name} ({conv}) changes the size of the map; only block 0 of a stage may")
+
+
+def _pads_fully(conv: nn.Conv2d) -> bool:
+    if isinstance(conv.padding, str):
+        return conv.padding == "same"
+    return all(2 * conv.padding[axis] == conv.dilation[axis] * (conv.kernel_size[axis] - 1) for axis in (0, 1))
+
+
+def _check_bn(name: str, bn: nn.Module) -> None:
+    if not isinstance(bn, nn.BatchNorm2d):
+        hint = "; convert before convert_sync_batchnorm" if isinstance(bn, nn.SyncBatchNorm) else ""
+        raise ValueError(f"{name} is a {type(bn).__name__}, expected a BatchNorm2d{hint}")
+    if not bn.affine or not bn.track_running_stats:
+        raise ValueError(f"{name} must be affine and track running statistics, got {bn}")
+
+
+def _check_pooling(name: str, pool: nn.Module) -> None:
+    size = getattr(pool, "output_size", None)
+    average = isinstance(pool, nn.AdaptiveAvgPool2d) and size in (1, (1, 1))
+    if not average and getattr(pool, "pool_type", None) != "avg":
+        raise ValueError(f"{name} must average each map to one value, got {pool}")
+
+
+def _check_extra(name: str, module: nn.Module) -> None:
+    """Whatever is no convolution, BatchNorm or projection must be a ReLU or do nothing."""
+    child = name.rpartition(".")[2]
+    if isinstance(module, nn.Identity) or (isinstance(module, nn.ReLU) and re.fullmatch(r"(relu|act)\d?", child)):
+        return
+    raise ValueError(f"{name} is a {type(module).__name__}: only plain ResNets with ReLU can be converted")

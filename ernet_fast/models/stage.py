@@ -1,0 +1,135 @@
+"""One stage of an ER-ResNet: a projection block and the ER blocks that read its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+from torch import Tensor, nn
+
+from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.models.blocks import (
+    ERBasicBlock,
+    ERBlock,
+    ERBlock133,
+    ERBottleneck,
+    ProjectionBasicBlock,
+    ProjectionBlock,
+    ProjectionBlock133,
+    ProjectionBottleneck,
+)
+
+
+class BlockKind(NamedTuple):
+    """The two block classes of a stage."""
+
+    projection: type[ProjectionBlock]
+    er: type[ERBlock]
+
+
+BLOCK_KINDS: dict[str, BlockKind] = {
+    "basic": BlockKind(ProjectionBasicBlock, ERBasicBlock),
+    "bottleneck": BlockKind(ProjectionBottleneck, ERBottleneck),
+    "er133": BlockKind(ProjectionBlock133, ERBlock133),
+}
+
+
+class ERStage(nn.Module):
+    """Blocks "0" ... "L-1" of one map shape; block l >= 1 adds weight-normalised shortcuts from every earlier map.
+
+        x_l = H_l(y_{l-1}),   y_l = ReLU(x_l + sum_{i<l} w_{l,i} * N(x_i)),   y_0 = x_0
+
+    Args:
+        in_channels: channels of the stage's input.
+        channels: channels C of the stage's maps.
+        num_blocks: number of blocks L, at least 1.
+        stride: of block 0.
+        block: "basic" (3x3, 3x3), "bottleneck" (1x1, 3x3, 1x1) or "er133" (1x1, 3x3, 3x3).
+        width: channels inside the branches; default `channels` for "basic", `channels // 4` for the others.
+        norm: "batch" (per channel, running statistics for evaluation) or "group" (per sample and group).
+        num_groups: groups of norm="group"; 1 is layer norm, `channels` is instance norm.
+        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass; False composes
+            them from plain PyTorch operators. The attribute may be changed at any time.
+        dilation: of the 3x3 convolutions.
+        first_dilation: of block 0's first 3x3 convolution, default `dilation`.
+
+    Raises:
+        ValueError: a size below 1, or an unknown block.
+
+    Source: equation (10) of the ERNet paper (Chandana Mani & Kamalakannan, ELCVIA).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        num_blocks: int,
+        *,
+        stride: int = 1,
+        block: str = "bottleneck",
+        width: int | None = None,
+        norm: str = "batch",
+        num_groups: int | None = None,
+        fused: bool = True,
+        dilation: int = 1,
+        first_dilation: int | None = None,
+    ) -> None:
+        super().__init__()
+        if block not in BLOCK_KINDS:
+            raise ValueError(f"block must be one of {sorted(BLOCK_KINDS)}, got {block!r}")
+        kind = BLOCK_KINDS[block]
+        width = channels // kind.er.reduction if width is None else width
+        sizes = {"in_channels": in_channels, "channels": channels, "num_blocks": num_blocks, "width": width}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.fused = fused
+        opening = kind.projection(
+            in_channels, width, channels, stride=stride, dilation=dilation, first_dilation=first_dilation
+        )
+        self.add_module("0", opening)
+        for index in range(1, num_blocks):
+            block_l = kind.er(
+                channels, index, width=width, norm=norm, num_groups=num_groups, dilation=dilation, fused=fused
+            )
+            self.add_module(str(index), block_l)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self.children())[index]
+
+    @property
+    def channels(self) -> int:
+        """Channels of the stage's maps."""
+        return self._opening().last_bn.num_features
+
+    @property
+    def stride(self) -> int:
+        """Size of the stage's input over that of its maps."""
+        factor = 1
+        for name, layer in self._opening().named_children():
+            if name.startswith("conv") and isinstance(layer, nn.Conv2d):
+                factor *= layer.stride[0]
+        return factor
+
+    def _opening(self) -> ProjectionBlock:
+        opening = self[0]
+        assert isinstance(opening, ProjectionBlock)
+        return opening
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y_{L-1} [N, channels, H / stride, W / stride] of x [N, in_channels, H, W]."""
+        opening, *er_blocks = self.children()
+        x_0 = opening(x)
+        if not er_blocks:
+            return x_0
+        maps = StageMaps(fused=self.fused)
+        y = maps.start(x_0, cast(ERBlock, er_blocks[0]).shortcut)
+        for block in er_blocks:
+            y = block(y, maps)
+        return y

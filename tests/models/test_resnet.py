@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import ernet_fast.models
+from ernet_fast.models import ERResNet, ERStage, er_resnet18, er_resnet50
+
+SMALL = {"num_classes": 5, "base_channels": 8}
+
+
+def small(family: str = "basic", **kw: object) -> ERResNet:
+    torch.manual_seed(0)
+    return ERResNet(family, (2, 3, 1, 2), **(SMALL | kw))
+
+
+def on_meta(depth: int, **kw: object) -> ERResNet:
+    with torch.device("meta"):
+        return getattr(ernet_fast.models, f"er_resnet{depth}")(**kw)
+
+
+# Published counts of the plain networks, and the ER weights that `sum over stages of C * L (L - 1) / 2` gives.
+COUNTS = {
+    18: (11_689_512, 960),
+    34: (21_797_672, 6_336),
+    50: (25_557_032, 25_344),
+    101: (44_549_160, 269_056),
+    152: (60_192_808, 666_368),
+}
+MILLIONS = {18: 11.69, 34: 21.80, 50: 25.58, 101: 44.82, 152: 60.86}
+
+
+@pytest.mark.parametrize("depth", COUNTS)
+def test_parameter_counts(depth: int) -> None:
+    model = on_meta(depth)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    shortcuts = sum(size for name, size in sizes.items() if ".shortcut." in name)
+    assert (sum(sizes.values()) - shortcuts, shortcuts) == COUNTS[depth]
+    assert round(sum(sizes.values()) / 1e6, 2) == MILLIONS[depth]
+
+
+def test_stage_sizes_give_the_er_weights() -> None:
+    for layers, channels, expected in (
+        ((3, 4, 6, 3), (256, 512, 1024, 2048), 25_344),
+        ((3, 4, 23, 3), (256, 512, 1024, 2048), 269_056),
+    ):
+        assert sum(c * length * (length - 1) // 2 for c, length in zip(channels, layers, strict=True)) == expected
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_stage_one_of_the_basic_family_has_no_projection(depth: int) -> None:
+    model = on_meta(depth)
+    assert model.layer1[0].downsample is None
+    assert isinstance(model.layer2[0].downsample, nn.Sequential)
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    model = er_resnet18(10)
+    weight = model.layer3[0].conv1.weight  # fan_out = 256 * 9
+    expected = (2 / (256 * 9)) ** 0.5
+    # the sample deviation of n values scatters by 1 / sqrt(2 n) of itself; six times that
+    assert abs(float(weight.detach().std()) / expected - 1) < 6 / (2 * weight.numel()) ** 0.5
+    for name, parameter in model.named_parameters():
+        if ".bn" in name or "downsample.1" in name:
+            assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
+        if ".shortcut." in name:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("block", ["standard", "er133"])
+@pytest.mark.parametrize("family", ["basic", "bottleneck"])
+def test_forward_shapes(family: str, block: str, norm: str) -> None:
+    model = small(family, block=block, norm=norm, num_groups=4 if norm == "group" else None, in_channels=2)
+    x = torch.randn(2, 2, 65, 96)
+    features = model.forward_features(x)
+    assert features.shape == (2, model.num_features, 3, 3)
+    assert model(x).shape == (2, 5)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
+    info = model.feature_info
+    assert [level["reduction"] for level in info] == [2, 4, 8, 16, 32]
+    assert [level["num_chs"] for level in info][1:] == [stage.channels for stage in model.stages]
+    assert all(hasattr(model, level["module"]) for level in info)
+
+
+def test_group_norm_defaults_to_32_groups() -> None:
+    model = on_meta(18, norm="group")
+    assert model.layer1[1].shortcut.num_groups == 32
+    assert "layer1.1.shortcut.running_mean" not in model.state_dict()
+
+
+def test_classifier() -> None:
+    model = small().double()
+    assert isinstance(model.get_classifier(), nn.Linear)
+    model.reset_classifier(3)
+    assert model.get_classifier().weight.dtype == torch.float64
+    assert model.num_classes == 3
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model(x).shape == (2, 64)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = small(drop_rate=0.5)
+    features = torch.rand(2, model.num_features, 1, 1)
+    torch.manual_seed(0)
+    assert not torch.equal(model.forward_head(features), model.forward_head(features))
+    model.eval()
+    assert torch.equal(model.forward_head(features), model.forward_head(features))
+
+
+def test_dilation_in_place_of_strides() -> None:
+    model = small("bottleneck", replace_stride_with_dilation=(False, True, True))
+    assert model.forward_features(torch.randn(2, 3, 64, 64)).shape[2:] == (8, 8)
+    assert [level["reduction"] for level in model.feature_info] == [2, 4, 8, 8, 8]
+    # torchvision: the first block of a dilated stage keeps the dilation of the stage before
+    assert [model.layer3[0].conv2.dilation[0], model.layer4[0].conv2.dilation[0]] == [1, 2]
+    assert model.layer4[1].conv2.dilation == (4, 4)
+
+
+def test_channels_last_stays_channels_last() -> None:
+    model = small().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    features = model.forward_features(x)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    features.sum().backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_copies_and_pickles_compute_the_same(fused: bool) -> None:
+    model = small("bottleneck", fused=fused)
+    x = torch.randn(2, 3, 40, 40)
+    model(x).sum().backward()
+    model.eval()
+    expected = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = small("bottleneck", fused=not fused).eval()
+    missing = other.load_state_dict(torch.load(file, weights_only=True))
+    assert not missing.missing_keys and not missing.unexpected_keys
+    # the two paths round differently: about a hundred float32 operations deep
+    torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_checkpointing_changes_nothing_but_memory(fused: bool, norm: str) -> None:
+    """Also with the stem frozen (stage 1's input needs no gradient), and when a retained graph runs backward twice."""
+    x = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    models = []
+    for checkpointing in (False, True):
+        model = small(fused=fused, norm=norm, num_groups=2 if norm == "group" else None).double()
+        model.conv1.requires_grad_(False)
+        model.bn1.requires_grad_(False)
+        model.set_grad_checkpointing(checkpointing)
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        models.append(model)
+    plain, checkpointed = models
+    for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or torch.equal(p.grad, q.grad), name
+    for (name, b), c in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        assert torch.equal(b, c), name
+        assert "num_batches" not in name or int(b) == 1, name
+
+
+def test_checkpointing_keeps_only_the_inputs_of_stages() -> None:
+    def saved_bytes(model: ERResNet) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randn(4, 3, 64, 64))
+        return sum(seen.values())
+
+    model = small()
+    plain = saved_bytes(model)
+    model.set_grad_checkpointing()
+    assert saved_bytes(model) < 0.5 * plain
+
+
+def test_wrapped_stages_are_not_skipped() -> None:
+    model = small().eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    model.layer2 = nn.Sequential(model.layer2)
+    assert torch.equal(model(x), expected)
+    model.set_fused(False)
+    assert model.layer2[0].fused is False
+
+
+@pytest.mark.parametrize(
+    ("kw", "error", "message"),
+    [
+        ({"num_classes": -1}, ValueError, "num_classes must be at least 0, got -1"),
+        ({"num_classes": 2.0}, TypeError, "num_classes must be an int, got 2.0"),
+        ({"in_channels": 0}, ValueError, "in_channels must be at least 1"),
+        ({"base_channels": True}, TypeError, "base_channels must be an int"),
+        ({"family": "wide"}, ValueError, "family must be one of"),
+        ({"block": "bottleneck"}, ValueError, "block must be one of"),
+        ({"norm": "layer"}, ValueError, "norm must be one of"),
+        ({"norm": "group", "num_groups": 3}, ValueError, "num_groups must divide the 8 channels of stage 1, got 3"),
+        ({"norm": "batch", "num_groups": 4}, ValueError, "num_groups=4 has no meaning with norm='batch'"),
+        ({"layers": (2, 2)}, ValueError, "layers must have 4 entries"),
+        ({"layers": (2, 2, 0, 1)}, ValueError, r"layers\[2\] must be at least 1"),
+        ({"width_per_group": 128}, ValueError, "width_per_group must be 64 for the basic family"),
+        ({"replace_stride_with_dilation": (True,)}, ValueError, "must have 3 entries"),
+        ({"drop_rate": 1.0}, ValueError, r"drop_rate must be in \[0, 1\)"),
+    ],
+)
+def test_errors(kw: dict, error: type[Exception], message: str) -> None:
+    arguments = {"family": "basic", "layers": (2, 1, 1, 1)} | SMALL | kw
+    with pytest.raises(error, match=message):
+        ERResNet(arguments.pop("family"), arguments.pop("layers"), **arguments)
+
+
+def test_stage_errors() -> None:
+    with pytest.raises(ValueError, match="num_blocks must be at least 1, got 0"):
+        ERStage(3, 8, 0)
+    with pytest.raises(ValueError, match="block must be one of"):
+        ERStage(3, 8, 2, block="standard")
+
+
+def test_unknown_keyword_is_an_error() -> None:
+    with pytest.raises(TypeError, match="zero_init_residual"):
+        er_resnet50(zero_init_residual=True)
+
+
+def test_stage_behaves_like_a_sequence() -> None:
+    stage = ERStage(3, 8, 3)
+    assert len(stage) == 3
+    assert [type(block).__name__ for block in stage] == ["ProjectionBottleneck", "ERBottleneck", "ERBottleneck"]
+    assert stage[-1] is stage.get_submodule("2")
