@@ -5,5 +5,29 @@ from __future__ import annotations
 from ernet_fast._version import __version__
 from ernet_fast.er.functional import er_shortcut_sum
 from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.models import (
+    ERBasicBlock,
+    ERBottleneck,
+    ERStage,
+    convert_resnet,
+    er_resnet18,
+    er_resnet34,
+    er_resnet50,
+    er_resnet101,
+    er_resnet152,
+)
 
-__all__ = ["ERShortcut", "__version__", "er_shortcut_sum"]
+__all__ = [
+    "ERBasicBlock",
+    "ERBottleneck",
+    "ERShortcut",
+    "ERStage",
+    "__version__",
+    "convert_resnet",
+    "er_resnet18",
+    "er_resnet34",
+    "er_resnet50",
+    "er_resnet101",
+    "er_resnet152",
+    "er_shortcut_sum",
+]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ernet_fast.models.blocks import ERBlock
 from ernet_fast.models.stage import ERStage
@@ -49,6 +48,8 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
     Raises:
         ValueError: `input_size` has not 3 or 4 positive entries.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton
+
     size = tuple(int(n) for n in input_size)
     if len(size) not in (3, 4) or min(size) < 1:
         raise ValueError(f"input_size must be [N, C, H, W] or [C, H, W], got {tuple(input_size)}")
