@@ -97,8 +97,9 @@ const void* coefficients(const Tensor& t, const char* name, const std::vector<in
   }
   STD_TORCH_CHECK(same, "ernet: ", name, " must have shape ", wanted, "]; got ", shape_text(t));
   STD_TORCH_CHECK(t.is_cpu(), "ernet: ", name, " must be on the device of the maps");
-  STD_TORCH_CHECK(t.scalar_type() == acc_type(storage), "ernet: ", name, " must be ",
-                  storage == Storage::f64 ? "float64 for float64 maps" : "float32 for float32, bfloat16 and float16 maps");
+  STD_TORCH_CHECK(
+      t.scalar_type() == acc_type(storage), "ernet: ", name, " must be ",
+      storage == Storage::f64 ? "float64 for float64 maps" : "float32 for float32, bfloat16 and float16 maps");
   STD_TORCH_CHECK(t.is_contiguous() || t.numel() == 0, "ernet: ", name, " must be contiguous");
   return t.const_data_ptr();
 }
@@ -159,8 +160,8 @@ Tensor weighted_sum(const std::vector<Tensor>& maps, const Tensor& a, const std:
   const void* a_data = coefficients(a, "a", sizes, storage);
   Tensor y = torch::stable::empty_like(maps[0]);
   const std::vector<const void*> data = pointers(maps);
-  const ernet::cpu::WeightedSum args{shape,  static_cast<int64_t>(maps.size()), data.data(), a_data, b_data,
-                                     y.mutable_data_ptr(), relu};
+  const ernet::cpu::WeightedSum args{
+      shape, static_cast<int64_t>(maps.size()), data.data(), a_data, b_data, y.mutable_data_ptr(), relu};
   if (y.numel() > 0) {
     const auto loop = ernet::cpu::er_loops().weighted_sum[static_cast<int>(storage)];
     torch::stable::parallel_for(0, ernet::cpu::sum_items(shape), grain(shape, args.num_maps, false),
@@ -202,8 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
     ernet::cpu::merge_dot(args, static_cast<double*>(da.mutable_data_ptr()),
                           static_cast<double*>(db.mutable_data_ptr()));
   } else {
-    ernet::cpu::merge_dot(args, static_cast<float*>(da.mutable_data_ptr()),
-                          static_cast<float*>(db.mutable_data_ptr()));
+    ernet::cpu::merge_dot(args, static_cast<float*>(da.mutable_data_ptr()), static_cast<float*>(db.mutable_data_ptr()));
   }
   return {da, db, g};
 }

@@ -6,9 +6,9 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kRowChunk = 1024;        // planar: elements of g at a time
-constexpr int64_t kTileElements = 8192;    // channels-last: elements of g at a time
-constexpr int64_t kChannelBlock = 512;     // channels-last: channels of a tile
+constexpr int64_t kRowChunk = 1024;      // planar: elements of g at a time
+constexpr int64_t kTileElements = 8192;  // channels-last: elements of g at a time
+constexpr int64_t kChannelBlock = 512;   // channels-last: channels of a tile
 
 // g = dy, or dy where y > 0 and zero elsewhere; written to `out` (as T) and to `tile` (as A), which may be read again.
 template <typename T, typename A>
@@ -89,7 +89,8 @@ void planar(const WeightedDot& args, int64_t begin, int64_t end) {
 
 // acc[c] += sum over rows of g[row][c] * x[row][c], four rows at a time; without x, of g alone.
 template <typename T, typename A>
-inline void add_rows(A* acc, const A* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t rows, int64_t channels) {
+inline void add_rows(A* acc, const A* g, int64_t g_stride, const T* x, int64_t x_stride, int64_t rows,
+                     int64_t channels) {
   int64_t r = 0;
   for (; r < rows; r += 4) {
     const int64_t left = rows - r < 4 ? rows - r : 4;

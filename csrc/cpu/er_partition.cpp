@@ -28,9 +28,7 @@ int64_t slabs_per_group(const MapShape& s) {
   return ceil_div(group_pixels(s), slab_size(s));
 }
 
-int64_t reduce_items(const MapShape& s) {
-  return s.channels_last ? s.groups() * slabs_per_group(s) : s.N * s.C;
-}
+int64_t reduce_items(const MapShape& s) { return s.channels_last ? s.groups() * slabs_per_group(s) : s.N * s.C; }
 
 PixelRange reduce_item(const MapShape& s, int64_t item) {
   if (!s.channels_last) return {s.per_sample ? item / s.C : 0, item * s.P, s.P};
@@ -39,9 +37,7 @@ PixelRange reduce_item(const MapShape& s, int64_t item) {
   return {group, group * group_pixels(s) + begin, left < slab_size(s) ? left : slab_size(s)};
 }
 
-int64_t sum_items(const MapShape& s) {
-  return s.channels_last ? s.N * ceil_div(s.P, sum_pixels(s)) : s.N * s.C;
-}
+int64_t sum_items(const MapShape& s) { return s.channels_last ? s.N * ceil_div(s.P, sum_pixels(s)) : s.N * s.C; }
 
 PixelRange sum_item(const MapShape& s, int64_t item) {
   if (!s.channels_last) return {s.per_sample ? item / s.C : 0, item * s.P, s.P};

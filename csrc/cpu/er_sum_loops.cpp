@@ -7,7 +7,7 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kChunk = 1024;   // elements of an accumulator chunk: 4 KiB of float
+constexpr int64_t kChunk = 1024;    // elements of an accumulator chunk: 4 KiB of float
 constexpr int64_t kMapsAtOnce = 6;  // more streams at once than cache ways would evict each other's lines
 
 // One row of constant coefficients: acc[j] (+)= sum_l a[l] * x[l][j].

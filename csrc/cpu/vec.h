@@ -88,7 +88,7 @@ static inline uint16_t float_to_half(float value) {  // round to nearest, ties t
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // nan
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // >= 65520 rounds to infinity
-  if (magnitude < 0x38800000u) {                                              // below 2^-14: subnormal
+  if (magnitude < 0x38800000u) {                                               // below 2^-14: subnormal
     float absolute;
     memcpy(&absolute, &magnitude, 4);
     const float shifted = absolute + 0.5f;  // aligns the bits of value * 2^24 at the end of the significand
