@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -106,3 +108,19 @@ print("imported")
 """
     result = run(code)
     assert result.stdout.strip() == "imported", result.stderr
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils is not installed")
+def test_binary_uses_the_stable_abi_alone():
+    """No C++ symbol of torch is imported: those change between versions, the C shims do not."""
+    binary = importlib.import_module("ernet_fast._C").__file__
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", binary], capture_output=True, text=True, check=True
+    ).stdout.split()
+    shims = [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
+    assert shims
+    unstable = [
+        s for s in symbols if s.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "_ZNK5torch"))
+    ]
+    assert not unstable
