@@ -171,7 +171,7 @@ def _check_enough(units: Sequence[_Unit], by: str, test_fraction: float, num_fol
             raise ValueError(
                 f"class {LABELS[label]!r} has {count} {by}{'s' * (count != 1)}, too few for "
                 f"test_fraction={test_fraction} and num_folds={num_folds}: each part needs one. "
-                f"Lower num_folds{', change test_fraction or split by image' if by == 'patient' else ' or change test_fraction'}"
+                f"Lower num_folds, change test_fraction" + (" or split by image" if by == "patient" else "")
             )
 
 

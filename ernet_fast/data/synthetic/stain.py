@@ -48,11 +48,11 @@ class StainProfile:
 # haematoxylin, stronger eosin, darker exposure.
 _REGIMES = {
     "similar": StainProfile((0.60, 0.72, 0.35), (0.20, 0.87, 0.45), (1.0, 1.0), 240.0),
-    "shifted": StainProfile((0.65, 0.68, 0.34), (0.25, 0.83, 0.50), (0.62, 1.40), 228.0),
+    "shifted": StainProfile((0.65, 0.68, 0.34), (0.25, 0.83, 0.50), (0.60, 1.50), 240.0),
 }
 _DIRECTION_SPREAD = 0.025  # of each component of a stain vector between patients
 _STRENGTH_SPREAD = 0.10  # of the logarithm
-_BACKGROUND_SPREAD = 3.0  # grey levels
+_BACKGROUND_SPREAD = 2.0  # grey levels
 
 
 def sample_stain(rng: np.random.Generator, regime: str = "similar") -> StainProfile:

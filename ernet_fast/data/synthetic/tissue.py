@@ -40,16 +40,21 @@ class TissueProfile:
     mucin: float = 0.0
 
 
-# Nuclear density, size and pleomorphism tell the classes apart; the subtypes differ in how the cells are arranged.
+# Nuclear density, size and pleomorphism tell the classes apart. Glands and solid sheets occur in both (ductal hyperplasia is solid,
+# well differentiated carcinoma has lumens); the subtypes differ in how much there is of either, and of stroma.
 PROFILES: dict[str, TissueProfile] = {
-    "A": TissueProfile(3.0, 0.10, 8.6, gland_spacing=62, gland_radius=21),
-    "F": TissueProfile(2.9, 0.09, 8.4, gland_spacing=120, gland_radius=30, stromal_spacing=19),
-    "PT": TissueProfile(3.1, 0.12, 8.8, gland_spacing=150, gland_radius=40, stromal_spacing=14),
-    "TA": TissueProfile(3.0, 0.08, 8.4, gland_spacing=48, gland_radius=19, stromal_spacing=26),
-    "DC": TissueProfile(4.0, 0.24, 10.6, nest_share=0.62, nest_size=75),
-    "LC": TissueProfile(3.6, 0.20, 9.8, nest_share=0.50, nest_size=24, gap_share=0.03),
-    "MC": TissueProfile(3.9, 0.21, 10.2, nest_share=0.45, nest_size=55, gap_share=0.03, mucin=0.9),
-    "PC": TissueProfile(4.0, 0.22, 10.0, nest_share=0.58, nest_size=40, gap_share=0.16),
+    "A": TissueProfile(3.0, 0.10, 9.4, gland_spacing=62, gland_radius=21, nest_share=0.12, nest_size=40),
+    "F": TissueProfile(2.9, 0.09, 9.2, gland_spacing=110, gland_radius=30, nest_share=0.16, stromal_spacing=19),
+    "PT": TissueProfile(3.1, 0.12, 9.6, gland_spacing=130, gland_radius=40, nest_share=0.14, stromal_spacing=14),
+    "TA": TissueProfile(
+        3.0, 0.08, 9.2, gland_spacing=50, gland_radius=19, nest_share=0.20, nest_size=45, stromal_spacing=26
+    ),
+    "DC": TissueProfile(4.0, 0.24, 10.2, gland_spacing=95, gland_radius=26, nest_share=0.50, nest_size=75),
+    "LC": TissueProfile(3.6, 0.20, 9.6, nest_share=0.45, nest_size=24, gap_share=0.04),
+    "MC": TissueProfile(3.9, 0.21, 10.0, gland_spacing=120, gland_radius=28, nest_share=0.42, nest_size=55, mucin=0.9),
+    "PC": TissueProfile(
+        4.0, 0.22, 9.8, gland_spacing=85, gland_radius=24, nest_share=0.48, nest_size=40, gap_share=0.10
+    ),
 }
 
 
