@@ -1,0 +1,68 @@
+"""The command ``ernet-fast``: demo, train, evaluate, normalize, doctor.
+
+Built on argparse, so that ``--help`` and ``doctor`` work where only torch and numpy are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ernet_fast import __version__
+from ernet_fast.cli import demo, doctor, evaluate, normalize, train
+from ernet_fast.cli.failures import describe, exit_code
+
+_COMMANDS = (demo, train, evaluate, normalize, doctor)
+_EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="ernet-fast",
+        description="Fused ER-ResNets and Macenko stain normalisation for histology images.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"ernet_fast {__version__}")
+    general = argparse.ArgumentParser(add_help=False)
+    group = general.add_argument_group("general")
+    group.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    group.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and the result")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands, [general])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        argv: arguments without the program's name; default: those of the process.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse has printed its message
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:
+        return _reader_gone()
+    except KeyboardInterrupt:
+        print("ernet-fast: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:  # the boundary of the program: every error ends in a message and an exit code
+        if arguments.debug:
+            traceback.print_exc()
+        else:
+            print(f"ernet-fast {arguments.command}: {describe(error)}", file=sys.stderr)
+        return exit_code(error)
+
+
+def _reader_gone() -> int:
+    """Whoever read our output, e.g. `head`, has enough; keep Python from complaining about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

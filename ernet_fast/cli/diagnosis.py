@@ -1,0 +1,184 @@
+"""The facts that ``ernet-fast doctor`` shows, gathered without any optional package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+from typing import Any, NamedTuple
+
+import torch
+
+from ernet_fast import __version__, _backend
+
+
+class _Package(NamedTuple):
+    module: str
+    distribution: str
+    extra: str
+    purpose: str
+
+
+_PACKAGES = (
+    _Package("torch", "torch", "core", "tensors"),
+    _Package("numpy", "numpy", "core", "arrays"),
+    _Package("triton", "triton", "with CUDA torch", "ER operators on GPUs"),
+    _Package("PIL", "pillow", "train", "reading and writing images"),
+    _Package("lightning_fabric", "lightning-fabric", "train", "training: devices, precision, several processes"),
+    _Package("torchmetrics", "torchmetrics", "train", "metrics"),
+    _Package("matplotlib", "matplotlib", "train", "pictures"),
+    _Package("sklearn", "scikit-learn", "train", "statistics"),
+    _Package("kornia", "kornia", "train", "augmentation of batches"),
+    _Package("rich", "rich", "train", "progress bars"),
+    _Package("safetensors", "safetensors", "optional", "weights in .safetensors files"),
+    _Package("timm", "timm", "timm", "model registry"),
+    _Package("torchvision", "torchvision", "optional", "needed by timm only"),
+    _Package("openslide", "openslide-python", "slides", "whole-slide images"),
+    _Package("tifffile", "tifffile", "slides", "TIFF images"),
+    _Package("torchstain", "torchstain", "bench", "the package to compare with"),
+)
+
+_PURPOSES = {
+    "channel_moments": "ER shortcuts: mean and variance of each channel",
+    "weighted_sum": "ER shortcuts: forward and backward",
+    "weighted_dot": "ER shortcuts: gradients of the weights",
+    "macenko_moments": "Macenko: covariance of the tissue",
+    "macenko_fit": "Macenko: stains of an image",
+    "macenko_reconstruct": "Macenko: image with other stains",
+    "macenko_normalize": "Macenko: fit and reconstruct in one",
+}
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything, as plain values."""
+    return {
+        "version": __version__,
+        "machine": _machine(),
+        "packages": [_package(package) for package in _PACKAGES],
+        "extension": {
+            "available": _backend.extension_available(),
+            "reason": _backend.why_unavailable(),
+            "build": _backend.build_info(),
+        },
+        "cuda": _cuda(),
+        "operators": _operators(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            found = re.search(r"model name\s*:\s*(.+)", file.read())
+    except OSError:
+        found = None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _package(package: _Package) -> dict[str, Any]:
+    """Name, version (None if missing), extra, and what it is for or what is wrong with it."""
+    entry = {"name": package.distribution, "version": None, "extra": package.extra, "note": package.purpose}
+    try:
+        present = importlib.util.find_spec(package.module) is not None
+    except (ImportError, ValueError):
+        present = False
+    if not present:
+        return entry
+    try:
+        entry["version"] = importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        entry["version"] = "unknown"
+    if package.module == "torchvision":
+        entry["note"] = _torchvision_note()
+    return entry
+
+
+def _torchvision_note() -> str:
+    """A torchvision built for another torch breaks every package that imports it: worth an import to see."""
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:  # its failure is a RuntimeError about a missing operator, or an ImportError
+        return f"does not load ({str(error).splitlines()[0]}) and breaks torchmetrics and lightning: uninstall or match it to torch"
+    return "loads"
+
+
+def _cuda() -> dict[str, Any]:
+    devices = []
+    info = _backend.build_info()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            devices.append(
+                {
+                    "index": index,
+                    "name": found.name,
+                    "capability": f"{found.major}.{found.minor}",
+                    "memory_gib": round(found.total_memory / 2**30, 1),
+                    "compiled_for": info is not None
+                    and serves_capability(info["cuda_archs"], found.major, found.minor),
+                }
+            )
+    if devices:
+        reason = None
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} was built without CUDA"
+    else:
+        reason = "torch sees no device; check the driver with nvidia-smi"
+    return {"torch_cuda": torch.version.cuda, "devices": devices, "reason": reason}
+
+
+def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether machine code for one of `architectures` ("80", "90a") runs on a device of this compute capability.
+
+    Code runs on later minor versions of its major version; architecture-specific code ("90a") on its own version only.
+    """
+    for name in architectures:
+        match = re.fullmatch(r"(\d+)(\d)([a-z]?)", name)
+        if match is None:
+            continue
+        same_major, own_minor = int(match[1]) == major, int(match[2])
+        if same_major and (own_minor == minor if match[3] else own_minor <= minor):
+            return True
+    return False
+
+
+def _operators() -> list[dict[str, str]]:
+    rows = []
+    for name, purpose in _PURPOSES.items():
+        for device in ("cpu", "cuda"):
+            backend, why = _backend_on(name, device)
+            rows.append({"operator": name, "purpose": purpose, "device": device, "backend": backend, "why": why})
+    return rows
+
+
+def _backend_on(name: str, device: str) -> tuple[str, str]:
+    """Which implementation serves an operator on a device, and the reason."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "-", "no CUDA device here"
+    if not _backend.extension_available():
+        return "PyTorch reference", _backend.why_unavailable() or "the compiled operators are missing"
+    info = _backend.build_info() or {}
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", device.upper()):
+        return ("C++", f"compiled, {info['isa']}") if device == "cpu" else ("CUDA", "registered for CUDA")
+    if device == "cuda" and not name.startswith("macenko") and _triton_serves():
+        return "Triton", "compiled at first use"
+    return "PyTorch reference", f"no {device.upper()} kernel is compiled in"
+
+
+def _triton_serves() -> bool:
+    from ernet_fast.er import _ops
+
+    return _ops.serves(torch.empty(1, 1, 1, 1, device="cuda"))

@@ -1,0 +1,116 @@
+"""``ernet-fast normalize``: Macenko stain normalisation of files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ernet_fast.cli.normalize_files import Outcome, normalize_files, plan
+from ernet_fast.cli.output import print_json
+from ernet_fast.data import read_image
+from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.train.progress import Reporter
+
+_LISTED = 20
+
+
+def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "normalize",
+        parents=parents,
+        help="normalise the stains of images",
+        description="Give every image the stains of a target (Macenko et al., ISBI 2009). Reads PNG and JPEG; folders are "
+        "searched with all their subfolders, whose structure is kept. Inputs are never overwritten.",
+    )
+    parser.add_argument("input", metavar="INPUT", help="an image, or a folder of images")
+    parser.add_argument("output", metavar="FOLDER", help="folder for the normalised images, made if missing")
+    parser.add_argument(
+        "--target",
+        metavar="IMAGE",
+        help="image whose stains all others get; default: the stains Macenko's authors published",
+    )
+    parser.add_argument("--format", choices=("keep", "png"), default="keep",
+                        help="file format: that of the input (JPEG is written at quality 95), or PNG (default: keep)")  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files that exist in FOLDER (default: skip them)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count() or 1,
+                        help="images worked on at the same time (default: one a core)")  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--json", action="store_true", help="print what became of every file as JSON")
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--Io", type=float, default=240.0, metavar="X", help="grey level of an empty slide (default: 240)"
+    )
+    method.add_argument("--alpha", type=float, default=1.0, metavar="X",
+                        help="percentile of the extreme stain directions (default: 1)")  # fmt: skip
+    method.add_argument(
+        "--beta", type=float, default=0.15, metavar="X", help="least optical density of tissue (default: 0.15)"
+    )
+    method.add_argument("--percentile", choices=("linear", "nearest"), default="linear",
+                        help="linear as torchstain's NumPy backend, nearest as its torch backend (default: linear)")  # fmt: skip
+    method.add_argument(
+        "--on-degenerate", choices=("reference", "identity", "raise"), default="reference",
+        help="an image without stains to fit (background): take it to be stained like the target, copy it, or count it as failed "
+        "(default: reference)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Normalise; returns 0, or 1 if a file failed."""
+    if arguments.workers < 1:
+        raise ValueError(f"--workers {arguments.workers}; expected a positive number.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device here.")
+    normalizer = MacenkoNormalizer(
+        Io=arguments.Io,
+        alpha=arguments.alpha,
+        beta=arguments.beta,
+        percentile=arguments.percentile,
+        on_degenerate=arguments.on_degenerate,
+        layout="CHW",
+    )
+    if arguments.target is not None:
+        try:
+            normalizer.fit(read_image(arguments.target))
+        except ValueError as error:
+            raise ValueError(f"--target {arguments.target}: {error}") from error
+    files, ignored = plan(Path(arguments.input), Path(arguments.output), as_png=arguments.format == "png")
+    reporter = Reporter(quiet=arguments.quiet)
+    with reporter.task("normalise", len(files)) as task:
+        outcomes = normalize_files(
+            files,
+            normalizer.to(arguments.device),
+            overwrite=arguments.overwrite,
+            workers=arguments.workers,
+            advance=lambda: task.advance(1),
+        )
+    outcomes = sorted([*outcomes, *ignored], key=lambda outcome: outcome.input)
+    if arguments.json:
+        counts = Counter(outcome.status for outcome in outcomes)
+        print_json({"counts": dict(sorted(counts.items())), "files": [asdict(outcome) for outcome in outcomes]})
+    else:
+        _print_summary(outcomes, arguments.output)
+    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def _print_summary(outcomes: list[Outcome], folder: str) -> None:
+    """One line a file that was not simply normalised, then the counts."""
+    notable = [outcome for outcome in outcomes if outcome.status != "normalised"]
+    for outcome in notable[:_LISTED]:
+        print(f"{outcome.status:<10}  {outcome.input}: {outcome.reason}")
+    if len(notable) > _LISTED:
+        print(f"... and {len(notable) - _LISTED} more; --json lists all")
+    counts = Counter(outcome.status for outcome in outcomes)
+    shown = ", ".join(
+        f"{counts[status]} {status}" for status in ("normalised", "degenerate", "skipped", "failed") if counts[status]
+    )
+    print(f"{shown or 'nothing to do'}; written to {folder}")

@@ -1,0 +1,57 @@
+"""What commands print on stdout: aligned tables, or pure JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+FIGURES = (
+    ("images", "images"),
+    ("accuracy", "accuracy"),
+    ("balanced_accuracy", "balanced"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("specificity", "specificity"),
+    ("f1", "F1"),
+    ("auc", "AUC"),
+)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    json.dump(value, sys.stdout, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
+    """Columns aligned with spaces; those from `right_from` on to the right."""
+    widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(width) if k < right_from else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def format_figure(value: float | int | None) -> str:
+    """Three decimals, a whole number, or a dash for what is undefined."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def metrics_rows(figures: dict[str, Any]) -> list[list[str]]:
+    """Rows of the metrics table of `Evaluation.figures()`: all images, then each magnification."""
+    groups = {"all": figures["overall"], **figures["by_magnification"]}
+    return [[name, *(format_figure(group[key]) for key, _ in FIGURES)] for name, group in groups.items()]
+
+
+def metrics_header() -> list[str]:
+    """Header of `metrics_rows`."""
+    return ["set", *(title for _, title in FIGURES)]

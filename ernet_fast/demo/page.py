@@ -1,0 +1,189 @@
+"""The demo's report: what was done, what came out, and what it does not mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ernet_fast.cli.diagnosis import diagnose
+from ernet_fast.cli.output import format_figure, metrics_header, metrics_rows
+from ernet_fast.demo.stain_tour import StainTour
+from ernet_fast.demo.timing import Timing, format_seconds
+from ernet_fast.train import report
+from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.evaluation import Evaluation
+from ernet_fast.train.loop import TrainResult
+from ernet_fast.train.pictures import confusion_picture, history_picture, roc_picture
+
+
+@dataclass(frozen=True)
+class DemoFindings:
+    """Everything the report tells."""
+
+    synthetic: bool
+    data: str
+    settings: TrainConfig
+    counts: dict[str, int]
+    target: str
+    tour: StainTour
+    trained: TrainResult
+    evaluation: Evaluation
+    timings: list[Timing]
+    seconds: float
+
+
+def write_page(path: Path, found: DemoFindings) -> Path:
+    """Write the report; returns its path."""
+    figures = found.evaluation.figures()
+    facts = diagnose()
+    kind = "synthetic patches" if found.synthetic else f"images of {Path(found.data).name}"
+    return report.write_report(
+        path,
+        title="ernet_fast demo",
+        subtitle=f"Stain normalisation, training and evaluation of an ER-ResNet-18 on {kind}",
+        blocks=[
+            _summary(found, figures),
+            report.note(_caution(found, figures)),
+            _stain(found),
+            _training(found),
+            _evaluation(found, figures),
+            _speed(found),
+            _machine(found, facts),
+        ],
+        footer=f"Written by ernet_fast {facts['version']}. This file holds all its pictures and needs no network.",
+    )
+
+
+def _summary(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
+    overall = figures["overall"]
+    names = {
+        "accuracy": "accuracy",
+        "precision": "precision",
+        "recall": "recall (sensitivity)",
+        "specificity": "specificity",
+        "f1": "F1",
+        "auc": "AUC",
+    }
+    remark = {"accuracy": f"{overall['images']} test images"}
+    entries = [(title, format_figure(overall[key]), remark.get(key, "")) for key, title in names.items()]
+    entries.append(
+        ("patients", format_figure(figures["patient_recognition_rate"]), f"mean of {figures['patients']} patients")
+    )
+    return report.cards(entries)
+
+
+def _caution(found: DemoFindings, figures: dict[str, Any]) -> str:
+    patients = figures["patients"]
+    common = (
+        f"The test set has {patients} patients, so one patient more or less classified well moves the patient figure by "
+        f"{1 / patients:.2f}. Training was kept short ({found.settings.epochs} epochs at {found.settings.image_size}x"
+        f"{found.settings.image_size} pixels): this shows that the parts work together, not how good the network can get."
+    )
+    if found.synthetic:
+        return f"The images are synthetic, drawn by a program: the figures say nothing about diagnostic performance. {common}"
+    return f"Not for diagnostic use. {common}"
+
+
+def _stain(found: DemoFindings) -> report.Block:
+    tour = found.tour
+    return report.section(
+        "Stain normalisation",
+        report.paragraph(
+            f"Every image gets the stains of one target (Macenko's method). The target is the training image with the most typical stains, "
+            f"{found.target}. The spread of the images' mean colours (standard deviation over {tour.measured} images, mean of the three "
+            f"channels) goes from {tour.spread_before:.1f} to {tour.spread_after:.1f} grey levels."
+        ),
+        report.pictures(
+            [(tour.picture, "Patches of six patients before and after stain normalisation, beside the target", "")]
+        ),
+    )
+
+
+def _training(found: DemoFindings) -> report.Block:
+    settings, history = found.settings, found.trained.history
+    trained_on = min(found.counts["train"], settings.max_train_images or found.counts["train"])
+    chosen = (
+        "all of them"
+        if trained_on == found.counts["train"]
+        else f"{trained_on} of {found.counts['train']}, evenly chosen to save time"
+    )
+    seconds = sum(record["train_seconds"] for record in history)
+    return report.section(
+        "Training",
+        report.paragraph(
+            f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), {settings.epochs} epochs, "
+            f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by frequency, random flips, "
+            f"turns, rotations, shifts and zooms. No patient is in two of training, validation and test. {seconds:.0f} s of training in all, "
+            f"{1e3 * seconds / (len(history) * trained_on):.0f} ms an image. The checkpoint of epoch {found.trained.best['epoch']} has the best "
+            f"validation AUC and is the one evaluated."
+        ),
+        report.pictures([(history_picture(history), "Loss and validation figures by epoch", "")]),
+    )
+
+
+def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
+    tested, there = figures["overall"]["images"], found.counts["test"]
+    part = "" if tested == there else f" ({tested} of {there}, evenly chosen to save time)"
+    predictions = found.evaluation.predictions
+    return report.section(
+        "Evaluation on test patients",
+        report.table(
+            metrics_header(),
+            metrics_rows(figures),
+            kind="total",
+            caption=f"{tested} images of {figures['patients']} patients not seen in training{part}. Malignant is the positive class; "
+            f"balanced is the mean of recall and specificity; a dash marks what is undefined.",
+        ),
+        report.pictures(
+            [
+                (confusion_picture(predictions), f"Confusion matrix: {figures['confusion_matrix']}", ""),
+                (roc_picture(predictions), f"ROC curves, AUC {format_figure(figures['overall']['auc'])}", ""),
+            ]
+        ),
+    )
+
+
+def _speed(found: DemoFindings) -> report.Block:
+    groups, rows = [], []
+    for timing in found.timings:
+        own = next(iter(timing.seconds.values()))
+        entries = [
+            (name, value, format_seconds(value) + ("" if index == 0 else f"  ({value / own:.1f}x)"))
+            for index, (name, value) in enumerate(timing.seconds.items())
+        ]
+        groups.append((timing.task, entries))
+        if timing.remark:
+            rows.append(report.paragraph(f"{timing.remark}."))
+    repeats = " and ".join(str(timing.repeats) for timing in found.timings)
+    return report.section(
+        "Speed",
+        report.paragraph(
+            f"Medians of {repeats} repeats, the contestants taking turns on this machine. Both networks have the same weights; naive is the same "
+            f"shortcut composed of plain PyTorch operations."
+        ),
+        report.bars(groups),
+        *rows,
+    )
+
+
+def _machine(found: DemoFindings, facts: dict[str, Any]) -> report.Block:
+    machine, build = facts["machine"], facts["extension"]["build"]
+    versions = ", ".join(f"{p['name']} {p['version']}" for p in facts["packages"] if p["version"])
+    compiled = (
+        f"yes, {build['isa']} in use (of {', '.join(build['isa_variants'])})"
+        if build
+        else f"no: {facts['extension']['reason']}"
+    )
+    devices = ", ".join(device["name"] for device in facts["cuda"]["devices"]) or f"none ({facts['cuda']['reason']})"
+    plain = {key: value for key, value in found.settings.to_dict().items() if value is not None}
+    rows = [
+        ["processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"],
+        ["system", f"{machine['system']}, Python {machine['python']}"],
+        ["compiled operators", compiled],
+        ["CUDA devices", devices],
+        ["packages", versions],
+        ["settings", ", ".join(f"{key}={value}" for key, value in plain.items())],
+        ["time of the demo", f"{found.seconds:.0f} s"],
+    ]
+    return report.section("Machine, versions and settings", report.table(["", ""], rows, kind="text"))

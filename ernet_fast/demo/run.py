@@ -1,0 +1,202 @@
+"""The steps of the demo, one after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ernet_fast.data import Sample, read_image
+from ernet_fast.data.synthetic import write_breakhis_like
+from ernet_fast.demo.page import DemoFindings, write_page
+from ernet_fast.demo.stain_tour import StainTour, show_normalization
+from ernet_fast.demo.timing import Timing, time_macenko, time_training_step
+from ernet_fast.train.atomic_file import write_text
+from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.data_sets import open_split
+from ernet_fast.train.evaluation import evaluate
+from ernet_fast.train.loop import fit
+from ernet_fast.train.progress import Reporter
+from ernet_fast.train.selection import evenly_chosen
+from ernet_fast.train.stain_choice import fit_to_image, most_typical
+
+_RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv")
+_SYNTHETIC = {
+    "patients": 24,
+    "patches_per_patient": 12,
+    "magnifications": [100, 200],
+    "size": [224, 224],
+    "staining": "shifted",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of the demo; the defaults take less than three minutes on two cores.
+
+    Attributes:
+        data: folder in the BreakHis layout, or None to draw synthetic images.
+        out: folder for everything the demo writes.
+        epochs: passes over the training images.
+        image_size: pixels of the network's input.
+        max_images: most images trained on; validation takes a quarter of that, the test half.
+        seed: of the synthetic images, the split, weights and order.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    """
+
+    data: str | None = None
+    out: str = "runs/demo"
+    epochs: int = 4
+    image_size: int = 112
+    max_images: int = 480
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("image_size", 16), ("max_images", 16), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; expected an integer of at least {least}.")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All figures as plain values, the lines about speed, the report and the time everything took."""
+
+    figures: dict[str, Any]
+    timing_lines: list[str]
+    report: Path
+    seconds: float
+
+
+def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult:
+    """Normalise, train, evaluate, time and report.
+
+    Raises:
+        ValueError, FileNotFoundError: the data is missing or cannot be used.
+        ImportError: the extra ``train`` is not installed.
+    """
+    reporter = reporter or Reporter()
+    start = time.perf_counter()
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter.line("1/6  images")
+    data = config.data if config.data is not None else str(_synthetic_images(folder / "images", config.seed, reporter))
+    settings = _training(config, data, folder / "run")
+    train, test = open_split(settings, "train").samples, open_split(settings, "test").samples
+    reporter.line(f"     {_count(train)} to train on, {_count(test)} to test on")
+
+    reporter.line("2/6  stain normalisation")
+    target = most_typical(evenly_chosen(train, settings.max_train_images))
+    tour = show_normalization([*train, *test], target, fit_to_image(target), folder / "before_after.png")
+    reporter.line(f"     spread of mean colours {tour.spread_before:.1f} -> {tour.spread_after:.1f} grey levels")
+
+    reporter.line("3/6  training")
+    _clear_run(folder / "run")
+    settings = TrainConfig.from_dict(settings.to_dict() | {"stain_target": str(target)})
+    trained = fit(settings, reporter=reporter)
+
+    reporter.line("4/6  evaluation on test patients")
+    evaluation = evaluate(
+        trained.best_checkpoint, max_images=max(1, config.max_images // 2), device=config.device, reporter=reporter
+    )
+    evaluation.write(folder / "evaluation")
+
+    reporter.line("5/6  speed")
+    timings = _timings(config, evenly_chosen(train, 1)[0])
+
+    reporter.line("6/6  report")
+    findings = DemoFindings(
+        synthetic=config.data is None,
+        data=data,
+        settings=settings,
+        counts={"train": len(train), "test": len(test)},
+        target=target.name,
+        tour=tour,
+        trained=trained,
+        evaluation=evaluation,
+        timings=timings,
+        seconds=time.perf_counter() - start,
+    )
+    report = write_page(folder / "report.html", findings)
+    seconds = time.perf_counter() - start
+    figures = _figures(findings, report, seconds)
+    write_text(folder / "demo.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
+    return DemoResult(figures, [timing.line for timing in timings], report, seconds)
+
+
+def _count(samples: list[Sample]) -> str:
+    return f"{len(samples)} images of {len({sample.patient for sample in samples})} patients"
+
+
+def _training(config: DemoConfig, data: str, out: Path) -> TrainConfig:
+    return TrainConfig(
+        data=data,
+        out=str(out),
+        model="er_resnet18",
+        epochs=config.epochs,
+        image_size=config.image_size,
+        batch_size=24,
+        lr=1e-3,
+        schedule="one-cycle",
+        class_weights="balanced",
+        cache=True,
+        max_train_images=config.max_images,
+        max_val_images=max(1, config.max_images // 4),
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def _synthetic_images(root: Path, seed: int, reporter: Reporter) -> Path:
+    """The synthetic set, drawn unless this folder has the same one already."""
+    wanted = json.dumps({**_SYNTHETIC, "seed": seed}, sort_keys=True)
+    stamp = root / "settings.json"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        reporter.line(f"     found in {root}")
+        return root
+    if root.exists():
+        raise FileExistsError(f"{str(root)!r} holds other images; choose another --out, or remove that folder.")
+    settings: dict[str, Any] = dict(_SYNTHETIC)
+    settings["size"] = tuple(settings["size"])
+    count = settings["patients"] * settings["patches_per_patient"] * len(settings["magnifications"])
+    with reporter.task("draw synthetic images", count) as task:
+        write_breakhis_like(root, seed=seed, split_seed=seed, progress=lambda done, total: task.advance(1), **settings)
+    write_text(stamp, wanted)
+    return root
+
+
+def _clear_run(folder: Path) -> None:
+    """Remove the training of an earlier demo, and nothing else."""
+    for name in _RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _timings(config: DemoConfig, sample: Sample) -> list[Timing]:
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return [time_training_step(device), time_macenko(read_image(sample.path))]
+
+
+def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, Any]:
+    return {
+        "report": str(report),
+        "seconds": round(seconds, 1),
+        "synthetic": findings.synthetic,
+        "stain": _stain_figures(findings.tour, findings.target),
+        "history": findings.trained.history,
+        "evaluation": findings.evaluation.figures(),
+        "timings": [{"task": t.task, "median_seconds": t.seconds, "repeats": t.repeats} for t in findings.timings],
+    }
+
+
+def _stain_figures(tour: StainTour, target: str) -> dict[str, Any]:
+    return {
+        "target": target,
+        "spread_before": tour.spread_before,
+        "spread_after": tour.spread_after,
+        "images": tour.measured,
+    }

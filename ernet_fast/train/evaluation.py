@@ -1,0 +1,178 @@
+"""A checkpoint and a folder of images: what is it worth?"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ernet_fast.data import Skipped, parse_name
+from ernet_fast.train.atomic_file import write_text
+from ernet_fast.train.checkpoint import load_checkpoint
+from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.data_sets import open_split
+from ernet_fast.train.device import build_fabric, to_network
+from ernet_fast.train.images import ImageSet, build_loader
+from ernet_fast.train.metrics import (
+    compute_metrics,
+    confusion_matrix,
+    metrics_by_magnification,
+    patient_recognition_rate,
+    patient_scores,
+)
+from ernet_fast.train.network import build_network
+from ernet_fast.train.predictions import Predictions, predict
+from ernet_fast.train.progress import Reporter
+from ernet_fast.train.selection import evenly_chosen
+from ernet_fast.train.stain_choice import StainNormalization
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network said about a set of images, and figures of it.
+
+    `seen_images` of the images were trained on, and `seen_patients` of their patients: not zero means that the figures say less
+    about new patients.
+    """
+
+    predictions: Predictions
+    checkpoint: Path
+    epoch: int
+    split: str
+    skipped: tuple[Skipped, ...]
+    seen_images: int
+    seen_patients: int
+
+    def figures(self) -> dict[str, Any]:
+        """Everything that is a number, as plain values: overall, by magnification, by patient, and the confusion matrix."""
+        scores = patient_scores(self.predictions)
+        return {
+            "checkpoint": str(self.checkpoint),
+            "epoch": self.epoch,
+            "split": self.split,
+            "classes": list(self.predictions.classes),
+            "loss": self.predictions.loss(),
+            "overall": compute_metrics(self.predictions),
+            "by_magnification": metrics_by_magnification(self.predictions),
+            "patients": len(scores),
+            "patient_recognition_rate": patient_recognition_rate(self.predictions),
+            "patient_scores": scores,
+            "confusion_matrix": confusion_matrix(self.predictions).tolist(),
+            "images_seen_in_training": self.seen_images,
+            "patients_seen_in_training": self.seen_patients,
+            "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
+        }
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `metrics.json`, `predictions.csv`, `confusion_matrix.png` and `roc.png` into `folder`; returns it."""
+        from ernet_fast.train.pictures import confusion_picture, roc_picture
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "metrics.json", json.dumps(self.figures(), indent=1, allow_nan=False) + "\n")
+        self.predictions.write_csv(folder / "predictions.csv")
+        confusion_picture(self.predictions, folder / "confusion_matrix.png")
+        roc_picture(self.predictions, folder / "roc.png")
+        return folder
+
+
+def evaluate(
+    checkpoint: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    split: str = "test",
+    magnifications: tuple[int, ...] | None = None,
+    split_file: str | os.PathLike[str] | None = None,
+    max_images: int | None = None,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    device: str = "auto",
+    on_error: str | None = None,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Run the network of a checkpoint over a part of the data, prepared as in its training (size, stain normalisation).
+
+    Args:
+        checkpoint: a file of `fit`.
+        data: folder with images; default: that of the training.
+        split: ``"test"``, ``"val"``, ``"train"`` or ``"all"``. The split is the training's own.
+        magnifications: default: those of the training.
+        split_file: a CSV split instead of the training's.
+        max_images: look at no more than this many images, evenly chosen.
+        batch_size: default: that of the training.
+        num_workers: processes that read images.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        on_error: ``"raise"`` or ``"skip"`` for unusable images; default: as in training.
+        reporter: where progress goes; default: stderr.
+
+    Raises:
+        FileNotFoundError, ValueError: checkpoint or data are missing, damaged or do not fit.
+    """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images={max_images}; expected a positive number.")
+    state = load_checkpoint(checkpoint)
+    changes = {
+        "data": None if data is None else os.fspath(data),
+        "magnifications": magnifications,
+        "split_file": None if split_file is None else os.fspath(split_file),
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+        "on_error": on_error,
+    }
+    settings = state["config"] | {name: value for name, value in changes.items() if value is not None}
+    config = TrainConfig.from_dict(settings | {"weights": None})
+    opened = open_split(config, split)
+    if tuple(opened.classes) != tuple(state["classes"]):
+        raise ValueError(f"the data has classes {opened.classes}, the checkpoint {state['classes']}.")
+    images = ImageSet(
+        evenly_chosen(opened.samples, max_images),
+        config.image_size,
+        resize=config.resize,
+        normalizer=StainNormalization.from_state(state["stain"]),
+    )
+    reporter = reporter or Reporter()
+    names = set(state["train_images"])
+    patients = {parse_name(f"{name}.png").patient for name in names}
+    seen_images = sum(sample.name in names for sample in images.samples)
+    seen_patients = len({sample.patient for sample in images.samples} & patients)
+    if seen_patients and split != "train":
+        reporter.warning(
+            f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
+            f"the figures are no measure of its worth on new patients."
+        )
+    predictions = _predict(config, state, images, reporter)
+    return Evaluation(
+        predictions, Path(checkpoint), int(state["epoch"]), split, tuple(opened.skipped), seen_images, seen_patients
+    )
+
+
+def _predict(config: TrainConfig, state: dict[str, Any], images: ImageSet, reporter: Reporter) -> Predictions:
+    fabric = build_fabric(config.device, config.precision)
+    network = build_network(config, len(state["classes"]))
+    network.load_state_dict(state["model"])
+    if config.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fabric.setup_module(network)
+    batches, _ = build_loader(
+        images,
+        batch_size=config.batch_size,
+        shuffle=False,
+        num_workers=config.num_workers,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    with reporter.task("evaluate", len(images)) as task:
+        return predict(
+            model,
+            batches,
+            images.samples,
+            state["classes"],
+            to_device=to_network(fabric, config.channels_last),
+            advance=task.advance,
+        )

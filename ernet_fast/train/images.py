@@ -1,0 +1,141 @@
+"""Images on their way to the network: prepared (normalised, resized, perhaps kept), augmented, in an order that can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ernet_fast.data import PatchTransform, Sample, read_image
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images float32 [N, 3, S, S], class indices int64 [N], positions in the sample list int64 [N]."""
+
+
+def mixed_seed(*parts: int) -> int:
+    """One 64-bit seed of several non-negative numbers; different numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+class ImageSet(Dataset[tuple[Tensor, int, int]]):
+    """Samples as network input, addressed by ``(epoch, position)``.
+
+    The random numbers of an image's augmentation depend on the seed, the epoch and the position alone: neither on the number of
+    processes nor on what was read before, so a resumed run sees what an uninterrupted one would have seen.
+
+    Args:
+        samples: the images.
+        size: pixels of the result's sides.
+        resize: ``"shorter"`` or ``"squeeze"``, see `PatchTransform`.
+        normalizer: from uint8 [3, H, W] to uint8 [3, H, W], or None.
+        augment: vary the image at random.
+        cache: keep each prepared image (uint8, after normalisation and resize) in memory.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        size: int,
+        *,
+        resize: str = "shorter",
+        normalizer: Callable[[Tensor], Tensor] | None = None,
+        augment: bool = False,
+        cache: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.samples = list(samples)
+        self.size, self.resize, self.normalizer, self.augment, self.seed = size, resize, normalizer, augment, seed
+        self._transform = PatchTransform(size, train=augment, resize="none")
+        self._kept: list[Tensor | None] | None = [None] * len(self.samples) if cache else None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def prepared(self, position: int) -> Tensor:
+        """The image before augmentation: uint8, normalised, resized to cover the size."""
+        if self._kept is not None and (kept := self._kept[position]) is not None:
+            return kept
+        image = read_image(self.samples[position].path)
+        if self.normalizer is not None:
+            image = self.normalizer(image)
+        image = _resized(image, self.size, self.resize)
+        if self._kept is not None:
+            self._kept[position] = image
+        return image
+
+    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, position = address
+        image, label = self.prepared(position), self.samples[position].label
+        if not self.augment:
+            return self._transform(image), label, position
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, position))
+            return self._transform(image), label, position
+
+
+def _resized(image: Tensor, size: int, resize: str) -> Tensor:
+    """Antialiased bilinear resize so that the image covers size x size (shorter), or is that size (squeeze)."""
+    height, width = image.shape[1:]
+    factor = size / min(height, width)
+    target = (
+        (size, size) if resize == "squeeze" else (max(size, round(height * factor)), max(size, round(width * factor)))
+    )
+    if target == (height, width):
+        return image
+    return F.interpolate(image.unsqueeze(0), size=target, mode="bilinear", antialias=True).squeeze(0)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Addresses ``(epoch, position)`` of one process's share of an epoch; set `epoch` before iterating.
+
+    Shuffled, every process takes every `world_size`-th image of one permutation that seed and epoch decide; surplus images (fewer
+    than `world_size`) sit the epoch out so that all processes take equally many steps. Unshuffled, nothing is left out.
+    """
+
+    def __init__(self, count: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.shuffle, self.seed, self.rank, self.world_size = count, shuffle, seed, rank, world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return self.count // self.world_size
+        return len(range(self.rank, self.count, self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if not self.shuffle:
+            return ((self.epoch, position) for position in range(self.rank, self.count, self.world_size))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(self.count, generator=generator)[self.rank :: self.world_size][: len(self)]
+        return ((self.epoch, position) for position in order.tolist())
+
+
+def build_loader(
+    images: ImageSet,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int = 0,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> tuple[DataLoader[Batch], EpochSampler]:
+    """A loader and its sampler. Shuffled, an incomplete last batch is left out, unless it would be the only one."""
+    sampler = EpochSampler(len(images), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+    loader: DataLoader[Batch] = DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=sampler,  # type: ignore[arg-type]  # the addresses are pairs
+        num_workers=num_workers,
+        drop_last=shuffle and len(sampler) >= batch_size,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        # A generator of the loader's own: by default each pass draws from torch's, and validation would move the training's numbers.
+        generator=torch.Generator().manual_seed(mixed_seed(seed, len(images))),
+    )
+    return loader, sampler

@@ -1,0 +1,304 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ernet_fast import _version
+from ernet_fast.data import write_split_csv
+from ernet_fast.train.atomic_file import write_text
+from ernet_fast.train.checkpoint import FORMAT, generator_state, load_checkpoint, restore_generators, save_checkpoint
+from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.data_sets import class_weights, open_run_data
+from ernet_fast.train.device import build_fabric, to_network
+from ernet_fast.train.history import write_history
+from ernet_fast.train.images import Batch, EpochSampler, ImageSet, build_loader, mixed_seed
+from ernet_fast.train.loss_watch import LossWatch
+from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
+from ernet_fast.train.network import build_network
+from ernet_fast.train.predictions import predict
+from ernet_fast.train.progress import Reporter
+from ernet_fast.train.resume import check_same_run
+from ernet_fast.train.schedule import build_optimizer, build_schedule
+
+LAST, BEST = "last.pt", "best.pt"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind: its folder, one record an epoch, the best record, and whether all epochs are done."""
+
+    folder: Path
+    history: list[dict[str, Any]]
+    best: dict[str, Any]
+    finished: bool
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the best validation figure."""
+        return self.folder / BEST
+
+
+def fit(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    reporter: Reporter | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train as `config` says, writing into its folder `last.pt` (after every epoch), `best.pt`, history, split and configuration.
+
+    A run that is interrupted (Ctrl-C, a crash, a full disk) leaves the checkpoint of its last complete epoch; resumed, it goes on
+    from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, with ``deterministic=True``).
+
+    Args:
+        config: the settings.
+        resume: continue the run in the folder, which must have been made with the same settings; only `data`, `out`, `device`,
+            `num_workers` and `cache` may differ.
+        stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time limit).
+        reporter: where progress goes; default: stderr.
+        on_epoch: called with each epoch's record after its checkpoint is written.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume` is false.
+        FileNotFoundError: nothing to resume, or no data.
+        ValueError: settings and checkpoint or data do not fit.
+        TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
+    """
+    if stop_after is not None and stop_after < 1:
+        raise ValueError(f"stop_after={stop_after}; expected a positive number of epochs.")
+    state = _state_to_resume(config, resume)
+    with _determinism(config.deterministic):
+        run = _Run(config, state, reporter or Reporter())
+        return run.train(stop_after, on_epoch or (lambda record: None))
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Torch's deterministic mode for the duration of a run; without `wanted`, as the caller has it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _state_to_resume(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
+    last = config.folder / LAST
+    if resume:
+        if not last.is_file():
+            raise FileNotFoundError(f"nothing to resume: no {LAST} in {config.out!r}.")
+        state = load_checkpoint(last)
+        check_same_run(state["config"], config)
+        return state
+    if last.exists():
+        raise FileExistsError(
+            f"{config.out!r} already holds a run ({LAST}). Continue it with --resume, or choose another --out."
+        )
+    return None
+
+
+class _Run:
+    """Everything that lives while a run does."""
+
+    def __init__(self, config: TrainConfig, state: dict[str, Any] | None, reporter: Reporter) -> None:
+        self.config = config
+        self.fabric = build_fabric(config.device, config.precision)
+        self.reporter = reporter if self.fabric.is_global_zero else Reporter(quiet=True)
+        torch.manual_seed(config.seed)
+        self.data = open_run_data(config, None if state is None else state["stain"])
+        self.train_batches, self.train_order = self._loader(self.data.train, shuffle=True, batch_size=config.batch_size)
+        self.val_batches, self.val_order = self._loader(self.data.val, shuffle=False, batch_size=config.batch_size)
+        # The checkpoint brings all weights: those the run started from may be gone.
+        self._build_network(config if state is None else replace(config, weights=None))
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        if state is not None:
+            self._restore(state)
+        if self.fabric.world_size > 1:  # dropout must differ between processes
+            torch.manual_seed(mixed_seed(config.seed, self.epoch, self.fabric.global_rank))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_batches)
+
+    def _loader(self, images: ImageSet, *, shuffle: bool, batch_size: int) -> tuple[DataLoader[Batch], EpochSampler]:
+        loader, order = build_loader(
+            images,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.config.seed,
+            num_workers=self.config.num_workers,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+        if shuffle and not len(loader):
+            raise ValueError(
+                f"{len(images)} training images are too few for {self.fabric.world_size} processes; each needs one image at least."
+            )
+        return loader, order
+
+    def _build_network(self, config: TrainConfig) -> None:
+        self.network = build_network(config, len(self.data.classes))
+        if config.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = build_optimizer(self.network, config)
+        self.schedule = build_schedule(optimizer, config, self.steps_per_epoch)
+        self.model, self.optimizer = self.fabric.setup(self.network, optimizer)
+        weights = class_weights(self.data.train.samples, len(self.data.classes), config.class_weights)
+        loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.label_smoothing)
+        self.loss = loss.to(self.fabric.device)
+        self.to_network = to_network(self.fabric, config.channels_last)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": _version.__version__,
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "epoch": self.epoch,
+            "step": self.epoch * self.steps_per_epoch,
+            "history": self.history,
+            "best": self.best,
+            "rng": generator_state(),
+            "config": self.config.to_dict(),
+            "classes": list(self.data.classes),
+            "train_images": [sample.name for sample in self.data.train.samples],
+            "stain": None if self.data.stain is None else self.data.stain.state(),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["step"] != state["epoch"] * self.steps_per_epoch:
+            raise ValueError(
+                f"the checkpoint did {state['step']} steps in {state['epoch']} epochs, but here an epoch has "
+                f"{self.steps_per_epoch}: the images or the number of processes have changed."
+            )
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["precision"]:
+            self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        restore_generators(state["rng"])
+
+    def train(self, stop_after: int | None, on_epoch: Callable[[dict[str, Any]], None]) -> TrainResult:
+        """All epochs that are left, or `stop_after` of them."""
+        config = self.config
+        self._prepare_folder()
+        end = config.epochs if stop_after is None else min(config.epochs, self.epoch + stop_after)
+        while self.epoch < end:
+            record = self._one_epoch(self.epoch + 1)
+            self.epoch += 1
+            self.history.append(record)
+            improved = self._is_best(record)
+            if improved:
+                self.best = record
+            self._save(improved)
+            self.reporter.line(describe_epoch(record, config.epochs, improved))
+            on_epoch(record)
+        return TrainResult(config.folder, self.history, self.best, self.epoch >= config.epochs)
+
+    def _prepare_folder(self) -> None:
+        """Folder, configuration and split; and a first checkpoint, so that an early interruption can be resumed too."""
+        if self.fabric.is_global_zero:
+            folder = self.config.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
+            write_split_csv(folder / "split.csv", self.data.splits)
+            if not (folder / LAST).exists():
+                save_checkpoint(folder / LAST, self._state())
+        self.fabric.barrier()
+
+    def _save(self, improved: bool) -> None:
+        if self.fabric.is_global_zero:
+            folder, state = self.config.folder, self._state()
+            if improved:  # first: a crash between the two files then repeats an epoch, and never loses the best
+                save_checkpoint(folder / BEST, state)
+            save_checkpoint(folder / LAST, state)
+            write_history(folder, self.history)
+        self.fabric.barrier()
+
+    def _is_best(self, record: dict[str, Any]) -> bool:
+        """Better than before; an undefined AUC is worse than any, and equal AUCs are decided by the loss."""
+        if not self.best:
+            return True
+        return self._rank(record) > self._rank(self.best)
+
+    def _rank(self, record: dict[str, Any]) -> tuple[float, float]:
+        auc, loss = record["val"]["auc"], record["val_loss"]
+        return (-1.0 if auc is None or self.config.select_by == "loss" else auc, -loss)
+
+    def _one_epoch(self, number: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        rate = self.optimizer.param_groups[0]["lr"]
+        train_loss = self._train_epoch(number)
+        seconds = time.perf_counter() - start
+        with self.reporter.task(f"validate {number}/{self.config.epochs}", len(self.data.val)) as task:
+            predictions = predict(
+                self.model,
+                self.val_batches,
+                self.data.val.samples,
+                self.data.classes,
+                to_device=self.to_network,
+                advance=task.advance,
+            )
+        return {
+            "epoch": number,
+            "lr": rate,
+            "train_loss": train_loss,
+            "val_loss": predictions.loss(),
+            "train_seconds": round(seconds, 3),
+            "val": compute_metrics(predictions),
+            "val_by_magnification": metrics_by_magnification(predictions),
+        }
+
+    def _train_epoch(self, number: int) -> float:
+        config = self.config
+        self.model.train()
+        self.train_order.epoch = number
+        advice = (
+            f"Try a smaller --lr (it was {config.lr:g}), --clip-norm 1, or --precision bf16-mixed instead of 16-mixed; "
+            f"then --resume continues."
+        )
+        watch = LossWatch(self.fabric, number, (number - 1) * self.steps_per_epoch, advice)
+        count = self.steps_per_epoch * config.batch_size
+        with self.reporter.task(f"train {number}/{config.epochs}", count) as task:
+            for images, labels, _ in self.train_batches:
+                output = self.model(self.to_network(images))
+                loss = self.loss(output.float(), labels.to(self.fabric.device, non_blocking=True))
+                watch.add(loss, len(labels))
+                self.optimizer.zero_grad(set_to_none=True)
+                self.fabric.backward(loss)
+                if config.clip_norm is not None:
+                    self.fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                task.advance(len(labels), f"loss {watch.last:.4f}")
+        return watch.mean()
+
+
+def describe_epoch(record: dict[str, Any], epochs: int, improved: bool) -> str:
+    """One line about an epoch."""
+    val = record["val"]
+    auc = "undefined" if val["auc"] is None else f"{val['auc']:.4f}"
+    return (
+        f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
+        f"accuracy {val['accuracy']:.4f}  AUC {auc}  {record['train_seconds']:.1f} s{'  (best)' if improved else ''}"
+    )

@@ -1,0 +1,63 @@
+"""Notices a loss that is no longer a number, without making a GPU wait at every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GPU_INTERVAL = 20
+"""Steps between two looks at the losses on a GPU; on the CPU every step is looked at."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss became NaN or infinite; the message says at which step and what to try."""
+
+
+class LossWatch:
+    """Collects an epoch's losses and raises at the first that is not finite, naming its step."""
+
+    def __init__(self, fabric: Any, epoch: int, first_step: int, advice: str) -> None:
+        self._fabric, self._epoch, self._first, self._advice = fabric, epoch, first_step, advice
+        self._interval = 1 if fabric.device.type == "cpu" else GPU_INTERVAL
+        self._pending: list[Tensor] = []
+        self._steps = 0
+        self._sum, self._images = 0.0, 0
+        self._counts: list[int] = []
+        self.last = float("nan")
+
+    def add(self, loss: Tensor, count: int) -> None:
+        """The mean loss of one step's `count` images."""
+        self._pending.append(loss.detach().float())
+        self._counts.append(count)
+        if len(self._pending) >= self._interval:
+            self._look()
+
+    def mean(self) -> float:
+        """Mean loss of the epoch's images so far, over all processes."""
+        self._look()
+        totals = torch.tensor([self._sum, float(self._images)], dtype=torch.float64, device=self._fabric.device)
+        if self._fabric.world_size > 1:
+            totals = self._fabric.all_reduce(totals, reduce_op="sum")
+        return float(totals[0] / totals[1])
+
+    def _look(self) -> None:
+        if not self._pending:
+            return
+        losses = torch.stack(self._pending)
+        bad = (~losses.isfinite()).float()
+        if self._fabric.world_size > 1:  # all processes must stop together: one that went on would wait for ever
+            bad = self._fabric.all_reduce(bad, reduce_op="sum")
+        values, flags = losses.tolist(), bad.tolist()
+        for offset, (value, flag) in enumerate(zip(values, flags, strict=True)):
+            if flag:
+                step = self._first + self._steps + offset + 1
+                raise TrainingDivergedError(
+                    f"the loss is {value} at step {step} (epoch {self._epoch}). The last good checkpoint is kept. {self._advice}"
+                )
+        self._sum += sum(value * count for value, count in zip(values, self._counts, strict=True))
+        self._images += sum(self._counts)
+        self._steps += len(values)
+        self.last = values[-1]
+        self._pending, self._counts = [], []

@@ -1,0 +1,33 @@
+"""The network of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ernet_fast import models
+from ernet_fast.train.config import TrainConfig
+
+
+def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network that `config` names, with random weights (of torch's generator) or those of `config.weights`.
+
+    Weights with another number of classes bring everything but the classifier, which then starts at random.
+
+    Raises:
+        FileNotFoundError: there is no file `config.weights`.
+        ValueError: it cannot be read, or belongs to another network.
+    """
+    build = getattr(models, config.model)
+    settings: dict[str, Any] = {"norm": config.norm, "fused": config.fused, "block": config.block}
+    if config.num_groups is not None:
+        settings["num_groups"] = config.num_groups
+    if config.weights is None:
+        return build(num_classes, **settings)
+    state = models.read_weights(config.weights)
+    classes = len(state["fc.weight"]) if "fc.weight" in state else num_classes
+    model = build(classes, weights=state, **settings)
+    if classes != num_classes:
+        model.reset_classifier(num_classes)
+    return model

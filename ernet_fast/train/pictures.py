@@ -1,0 +1,200 @@
+"""Pictures of a run, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+from typing import Any
+
+from torch import Tensor
+
+from ernet_fast._optional import require
+from ernet_fast.train.atomic_file import atomic_write
+from ernet_fast.train.metrics import confusion_matrix
+from ernet_fast.train.predictions import Predictions
+
+INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e7eb"
+PALETTE = ("#2563a8", "#c2571a", "#2f855a", "#7c4dbb", "#b83280", "#718096", "#b7791f", "#0f8a8a")
+_DPI = 144
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of `width` x `height` inches, in the project's style; no global state of matplotlib is touched."""
+    require("matplotlib", extra="train", purpose="drawing pictures")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style_axes(axes: Any, *, grid: bool = True) -> None:
+    """Thin, grey and out of the way."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=8, labelcolor=INK)
+    axes.xaxis.label.set(color=INK, size=9)
+    axes.yaxis.label.set(color=INK, size=9)
+    axes.title.set(color=INK, size=10)
+    if grid:
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+
+
+def png_bytes(figure: Any) -> bytes:
+    """The figure as a PNG file."""
+    target = BytesIO()
+    figure.savefig(target, format="png", dpi=_DPI)
+    return target.getvalue()
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write the figure as PNG, atomically."""
+    with atomic_write(path) as file:
+        file.write(png_bytes(figure))
+
+
+def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
+    """Confusion matrix, counts and row shares; PNG bytes, and a file if `path` is given."""
+    counts = confusion_matrix(predictions)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    classes = len(predictions.classes)
+    side = 3.6 if classes <= 3 else 6.4
+    figure = new_figure(side + 0.5, side)
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for row in range(classes):
+        for column in range(classes):
+            share = float(shares[row, column])
+            text = f"{int(counts[row, column])}\n{share:.0%}" if classes <= 3 else f"{int(counts[row, column])}"
+            axes.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                color="white" if share > 0.55 else INK,
+                size=11 if classes <= 3 else 8,
+            )
+    names = [name.replace("_", " ") for name in predictions.classes]
+    turn = {"rotation": 40, "ha": "right"} if classes > 3 else {}
+    axes.set_xticks(range(classes), names, **turn)
+    axes.set_yticks(range(classes), names)
+    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    style_axes(axes, grid=False)
+    return _finished(figure, path)
+
+
+def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
+    """ROC curve of the positive class, overall and by magnification; with more than two classes one a class (against the rest)."""
+    figure = new_figure(4.4, 3.6)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 4)))
+    drawn = 0
+    for color, (name, scores, truth) in zip(_cycle(PALETTE), _roc_groups(predictions), strict=False):
+        positives = int(truth.sum())
+        if positives == 0 or positives == len(truth):
+            continue
+        first = drawn == 0
+        false_rate, true_rate, area = _roc(scores, truth)
+        style: dict[str, Any] = {"linewidth": 2.0 if first else 1.2, "color": color, "zorder": 3 if first else 2}
+        axes.plot(false_rate, true_rate, label=f"{name}  AUC {area:.3f}", **style)
+        drawn += 1
+    if drawn:
+        axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
+    else:
+        axes.text(0.5, 0.55, "undefined: images of one class only", ha="center", color=MUTED, size=9)
+    axes.set(
+        xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity (recall)", title="ROC"
+    )
+    style_axes(axes)
+    return _finished(figure, path)
+
+
+def history_picture(history: list[dict[str, Any]], path: str | os.PathLike[str] | None = None) -> bytes:
+    """Losses, and validation accuracy and AUC, by epoch."""
+    figure = new_figure(7.6, 2.9)
+    left, right = figure.subplots(1, 2)
+    epochs = [record["epoch"] for record in history]
+    left.plot(
+        epochs, [record["train_loss"] for record in history], color=PALETTE[0], marker="o", ms=3, label="training"
+    )
+    left.plot(
+        epochs, [record["val_loss"] for record in history], color=PALETTE[1], marker="o", ms=3, label="validation"
+    )
+    left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
+    left.set_ylim(bottom=0)
+    for name, color in (("accuracy", PALETTE[2]), ("auc", PALETTE[3])):
+        values = [record["val"][name] for record in history]
+        values = [float("nan") if value is None else value for value in values]
+        right.plot(epochs, values, color=color, marker="o", ms=3, label="AUC" if name == "auc" else name)
+    right.set(xlabel="epoch", title="Validation patients", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.legend(fontsize=8, frameon=False, labelcolor=INK)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        style_axes(axes)
+    return _finished(figure, path)
+
+
+def before_after_picture(
+    pairs: list[tuple[str, Tensor, Tensor]], target: Tensor | None = None, path: str | os.PathLike[str] | None = None
+) -> bytes:
+    """A column for each (title, image, normalised image), both uint8 [3, H, W]; first the target, if given."""
+    columns = len(pairs) + (target is not None)
+    figure = new_figure(1.45 * columns + 0.3, 3.5)
+    grid = figure.subplots(2, columns, squeeze=False)
+    shift = 0
+    if target is not None:
+        _show(grid[0][0], target)
+        grid[0][0].set_title("stain target", size=8, color=INK)
+        grid[1][0].set_visible(False)
+        shift = 1
+    for column, (title, before, after) in enumerate(pairs):
+        _show(grid[0][column + shift], before)
+        _show(grid[1][column + shift], after)
+        grid[0][column + shift].set_title(title, size=8, color=INK)
+    for row, name in enumerate(("before", "after")):
+        grid[row][shift].set_ylabel(name, size=9, color=INK)
+    return _finished(figure, path)
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _roc_groups(predictions: Predictions) -> list[tuple[str, Tensor, Tensor]]:
+    if len(predictions.classes) > 2:
+        return [
+            (name.replace("_", " "), predictions.probabilities[:, k], predictions.targets == k)
+            for k, name in enumerate(predictions.classes)
+        ]
+    groups = [("all images", predictions)]
+    found = sorted({sample.magnification for sample in predictions.samples})
+    if len(found) > 1:
+        groups += [(f"{m}X", predictions.subset(lambda s, m=m: s.magnification == m)) for m in found]  # type: ignore[misc]
+    return [(name, part.probabilities[:, 1], part.targets == 1) for name, part in groups]
+
+
+def _roc(scores: Tensor, truth: Tensor) -> tuple[Any, Any, float]:
+    functional = require("torchmetrics.functional.classification", extra="train", purpose="ROC curves")
+    false_rate, true_rate, _ = functional.binary_roc(scores, truth.long())
+    return false_rate.numpy(), true_rate.numpy(), float(functional.binary_auroc(scores, truth.long()))
+
+
+def _cycle(colors: tuple[str, ...]) -> Any:
+    import itertools
+
+    return itertools.cycle(colors)
+
+
+def _finished(figure: Any, path: str | os.PathLike[str] | None) -> bytes:
+    if path is not None:
+        save_figure(figure, path)
+    return png_bytes(figure)

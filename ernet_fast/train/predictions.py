@@ -1,0 +1,121 @@
+"""What a network said about each image."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ernet_fast.data import Sample
+from ernet_fast.train.atomic_file import write_text
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities [n, K] float64 of n images, their samples in the same order, and the class names."""
+
+    probabilities: Tensor
+    samples: tuple[Sample, ...]
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        expected = (len(self.samples), len(self.classes))
+        if tuple(self.probabilities.shape) != expected:
+            raise ValueError(
+                f"probabilities have shape {tuple(self.probabilities.shape)}; expected {expected} (images, classes)."
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def targets(self) -> Tensor:
+        """True class indices [n] int64."""
+        return torch.tensor([sample.label for sample in self.samples], dtype=torch.int64)
+
+    @property
+    def predicted(self) -> Tensor:
+        """Most probable class [n] int64."""
+        return self.probabilities.argmax(dim=1)
+
+    def subset(self, keep: Callable[[Sample], bool]) -> Predictions:
+        """The images for which `keep(sample)` is true."""
+        rows = [i for i, sample in enumerate(self.samples) if keep(sample)]
+        return Predictions(self.probabilities[rows], tuple(self.samples[i] for i in rows), self.classes)
+
+    def loss(self) -> float:
+        """Mean negative logarithm of the true class's probability (cross-entropy without weights or smoothing)."""
+        true = self.probabilities[torch.arange(len(self)), self.targets]
+        return float(-true.clamp_min(1e-12).log().mean())
+
+    def write_csv(self, path: str | os.PathLike[str]) -> None:
+        """One line an image: name, patient, magnification, true and predicted class, probability of each class."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(
+            ["image", "patient", "magnification", "true", "predicted", *(f"p_{name}" for name in self.classes)]
+        )
+        for sample, guess, row in zip(self.samples, self.predicted.tolist(), self.probabilities.tolist(), strict=True):
+            names = self.classes[sample.label], self.classes[guess]
+            writer.writerow(
+                [sample.path.name, sample.patient, sample.magnification, *names, *(f"{p:.6f}" for p in row)]
+            )
+        write_text(path, text.getvalue())
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    batches: Iterable[Any],
+    samples: Sequence[Sample],
+    classes: Sequence[str],
+    *,
+    to_device: Callable[[Tensor], Tensor],
+    advance: Callable[[int], None] = lambda count: None,
+) -> Predictions:
+    """Run `model` over the batches of this process and put the results of all processes together, each image once.
+
+    Raises:
+        FloatingPointError: the network gives a NaN or infinite output; the message names an image.
+    """
+    was_training = model.training
+    model.eval()
+    probabilities, positions = [], []
+    try:
+        for images, _, where in batches:
+            output = model(to_device(images)).double().softmax(dim=1).cpu()
+            _check_finite(output, where, samples)
+            probabilities.append(output)
+            positions.append(where.cpu())
+            advance(len(where))
+    finally:
+        model.train(was_training)
+    table = torch.cat(probabilities) if probabilities else torch.empty(0, len(classes), dtype=torch.float64)
+    places = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
+    table, places = _gathered(table, places)
+    order = places.argsort()
+    return Predictions(table[order], tuple(samples[i] for i in places[order].tolist()), tuple(classes))
+
+
+def _check_finite(output: Tensor, where: Tensor, samples: Sequence[Sample]) -> None:
+    bad = (~output.isfinite()).any(dim=1).nonzero().flatten()
+    if len(bad):
+        name = samples[int(where[bad[0]])].path.name
+        raise FloatingPointError(
+            f"the network's output is not finite for {len(bad)} of {len(output)} images of a batch, e.g. {name}."
+        )
+
+
+def _gathered(table: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return table, places
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, (table, places))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

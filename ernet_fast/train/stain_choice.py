@@ -1,0 +1,99 @@
+"""Which stains a run normalises to, and the normaliser that training, evaluation and the checkpoint share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernet_fast.data import Sample, read_image
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, macenko_fit
+from ernet_fast.train.selection import evenly_chosen
+
+CANDIDATES = 64
+"""Images looked at for the most typical stains."""
+
+
+class StainNormalization:
+    """Callable from uint8 [3, H, W] to uint8 [3, H, W], picklable, with the fitted target's state.
+
+    An image that has no stains to fit (background) is reconstructed with the target's own stains (``on_degenerate="reference"``).
+    """
+
+    def __init__(self, normalizer: MacenkoNormalizer, source: str) -> None:
+        self.normalizer = normalizer
+        self.source = source
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.normalizer(image.unsqueeze(0)).squeeze(0)
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: method, where the target came from, and the normaliser's tensors."""
+        return {"method": "macenko", "source": self.source, "normalizer": self.normalizer.state_dict()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any] | None) -> StainNormalization | None:
+        """The inverse of `state`; None for a run without normalisation.
+
+        Raises:
+            ValueError: the state is of another method.
+        """
+        if state is None:
+            return None
+        if state.get("method") != "macenko":
+            raise ValueError(f"the checkpoint's stain normalisation is {state.get('method')!r}; expected 'macenko'.")
+        normalizer = MacenkoNormalizer(layout="CHW")
+        normalizer.load_state_dict(state["normalizer"])
+        return cls(normalizer, state["source"])
+
+
+def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
+    """Normalise to the stains of one image.
+
+    Raises:
+        ValueError: the image has no stains to fit.
+    """
+    image = read_image(path)
+    status = MacenkoStatus(int(macenko_fit(image.unsqueeze(0)).status[0]))
+    if status != MacenkoStatus.OK:
+        raise ValueError(
+            f"the stain target {os.fspath(path)!r} cannot be fitted: {status.reason}. Choose an image with tissue."
+        )
+    normalizer = MacenkoNormalizer(layout="CHW")
+    normalizer.fit(image)
+    return StainNormalization(normalizer, Path(path).name)
+
+
+def most_typical(samples: Sequence[Sample]) -> Path:
+    """The image whose stains lie nearest to the median of the set; the same for the same set, whatever its order.
+
+    Of up to 64 images, evenly chosen, each is fitted; the eight numbers of a fit (two stain vectors, two maximum concentrations) are
+    compared with their medians, each difference in units of its median absolute deviation. The least sum of squares wins.
+
+    Raises:
+        ValueError: no image can be fitted.
+    """
+    chosen = evenly_chosen(samples, CANDIDATES)
+    fits, paths = [], []
+    for sample in chosen:
+        fit = macenko_fit(read_image(sample.path).unsqueeze(0))
+        if int(fit.status[0]) == MacenkoStatus.OK:
+            fits.append(_numbers(fit))
+            paths.append(sample.path)
+    if not fits:
+        raise ValueError(
+            f"none of {len(chosen)} training images has stains to fit (all are background?). Name a target with --stain-target, or "
+            f"train with --stain none."
+        )
+    table = torch.stack(fits)
+    deviation = table - table.quantile(0.5, dim=0)
+    spread = deviation.abs().quantile(0.5, dim=0).clamp_min(1e-6)
+    return paths[int(((deviation / spread) ** 2).sum(dim=1).argmin())]
+
+
+def _numbers(fit: MacenkoFit) -> Tensor:
+    return torch.cat([fit.stain_matrix[0].flatten(), fit.max_concentration[0]]).double().cpu()
