@@ -134,7 +134,6 @@ class ERBlock(ResidualBranch):
         fused: bool = True,
     ) -> None:
         super().__init__(channels, channels // self.reduction if width is None else width, channels, dilation=dilation)
-        self.num_maps = num_maps
         self.shortcut = ERShortcut(channels, num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused)
 
     def forward(self, y: Tensor, maps: StageMaps) -> Tensor:

@@ -72,7 +72,12 @@ def convert_resnet(
             _copy_block(block, plain)
             if isinstance(block, ERBlock):
                 shortcut = ERShortcut(
-                    block.last_bn.num_features, block.num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused
+                    block.last_bn.num_features,
+                    block.shortcut.num_maps,
+                    norm=norm,
+                    num_groups=num_groups,
+                    relu=True,
+                    fused=fused,
                 )
                 weight = block.last_bn.weight
                 block.shortcut = shortcut.to(weight.device, weight.dtype).train(plain.training)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.models.blocks import ERBlock
+from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.models.stage import ERStage
 
 
@@ -58,14 +58,15 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
     traced = _without_storage(model).eval()
     shortcut_macs: list[int] = []
 
-    def count_stage(stage: nn.Module, _: Any, y: Tensor) -> None:
-        blocks = [block for block in stage.children() if isinstance(block, ERBlock)]
-        shortcut_macs.extend(block.shortcut.weight.shape[0] * y.numel() for block in blocks)
+    def count_shortcut(shortcut: nn.Module, _: Any, y: Tensor) -> None:
+        assert isinstance(shortcut, ERShortcut)
+        shortcut_macs.append(shortcut.num_maps * y.numel())
 
     for module in traced.modules():
         if isinstance(module, ERStage):
-            module.fused = False
-            module.register_forward_hook(count_stage)
+            module.fused = False  # the composed path calls each shortcut as a module
+        elif isinstance(module, ERShortcut):
+            module.register_forward_hook(count_shortcut)
     dtype = next((p.dtype for p in traced.parameters() if p.is_floating_point()), torch.get_default_dtype())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

@@ -20,6 +20,7 @@ LAYERS: dict[int, tuple[int, int, int, int]] = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+FAMILY = {depth: "basic" if depth < 50 else "bottleneck" for depth in LAYERS}
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32
 
@@ -153,6 +154,7 @@ class ERResNet(nn.Module):
         self.fc: nn.Module = nn.Identity()
         if num_classes > 0:
             self.fc = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+        self.fc.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in backward instead of keeping its maps: less memory, about a third more time."""
@@ -256,7 +258,7 @@ def er_resnet152(
 
 def _build(depth: int, num_classes: int, weights: Weights | None, **kw: Any) -> ERResNet:
     state = None if weights is None else read_weights(weights)
-    model = ERResNet("basic" if depth < 50 else "bottleneck", LAYERS[depth], num_classes, **kw)
+    model = ERResNet(FAMILY[depth], LAYERS[depth], num_classes, **kw)
     if state is not None:
         load_torchvision_state_dict(model, state)
     return model

@@ -39,7 +39,7 @@ def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
     for key in ("state_dict", "model"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
-    wrong = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    wrong = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if wrong:
         raise TypeError(f"weights must map names to tensors, but these entries are none: {_listed(wrong)}")
     if state and all(key.startswith("module.") for key in state):
@@ -68,9 +68,8 @@ def load_torchvision_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    classes = state["fc.weight"].shape[0] if "fc.weight" in state and state["fc.weight"].ndim == 2 else 0
-    expected = own["fc.weight"].shape[0] if "fc.weight" in own else 0
-    if classes != expected:
+    classes, expected = _num_classes(state), _num_classes(own)
+    if classes != expected and None not in (classes, expected):
         raise ValueError(
             f"the weights are for {classes} classes and the model has num_classes={expected}. Build it with "
             f"num_classes={classes}, then call model.reset_classifier({expected})"
@@ -94,6 +93,14 @@ def load_torchvision_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -
     model.load_state_dict(dict(state), strict=False)
 
 
+def _num_classes(state: Mapping[str, Tensor]) -> int | None:
+    """Outputs of the linear classifier `fc`, 0 without one; None if `fc` is something else."""
+    head = {name for name in state if name.startswith("fc.")}
+    if not head:
+        return 0
+    return state["fc.weight"].shape[0] if head == {"fc.weight", "fc.bias"} else None
+
+
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"weights: no file {str(path)!r} (published weights are not downloaded; give a path)")
@@ -104,7 +111,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     try:
         state = load_file(str(path))
     except Exception as error:  # safetensors and torch each have their own errors for a damaged file
-        raise ValueError(f"weights: cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"weights: cannot read {str(path)!r}: {reason}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"weights: {str(path)!r} holds a {type(state).__name__}, expected a state dict")
     return state

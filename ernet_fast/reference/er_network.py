@@ -184,7 +184,13 @@ class NaiveERResNet(nn.Module):
 
 
 def naive_er_resnet(depth: int, num_classes: int = 1000, *, block: str = "standard", **kw: Any) -> NaiveERResNet:
-    """The naive network of 18, 34, 50, 101 or 152 layers; `block` and `kw` as in `ernet_fast.er_resnet50`.
+    """The naive network of 18, 34, 50, 101 or 152 layers.
+
+    Args:
+        depth: number of layers.
+        num_classes: outputs of the last linear layer.
+        block: "standard" or "er133", as in `ernet_fast.er_resnet50`.
+        **kw: norm, num_groups, in_channels and base_channels of `NaiveERResNet`.
 
     Raises:
         ValueError: an unknown depth or block.

@@ -157,8 +157,11 @@ def test_unreadable_weights(tmp_path: Path) -> None:
         er_resnet18(weights="DEFAULT")
     with pytest.raises(TypeError, match="weights must be a path, a state dict or None, got int"):
         er_resnet18(weights=3)
-    with pytest.raises(TypeError, match="these entries are none: epoch"):
-        read_weights({"epoch": 3})
+    with pytest.raises(TypeError, match="these entries are none: epoch, 0"):
+        read_weights({"epoch": 3, 0: torch.zeros(1)})
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot read .*empty\.pth"):
+        read_weights(tmp_path / "empty.pth")
     (tmp_path / "bad.pth").write_bytes(b"\x80\x02junk")
     with pytest.raises(ValueError, match=r"cannot read .*bad\.pth"):
         read_weights(tmp_path / "bad.pth")

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from ernet_fast import convert_resnet, er_resnet18
+from ernet_fast.models import ERResNet, load_torchvision_state_dict
+
+Plain = Callable[..., nn.Module]
+
+
+def plain_keys(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in model.state_dict().items() if ".shortcut." not in name}
+
+
+def train_a_little(model: nn.Module) -> None:
+    for _ in range(2):
+        model(torch.randn(2, model.conv1.in_channels, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize(("bottleneck", "widening"), [(False, 1), (True, 1), (True, 2)])
+def test_every_tensor_is_kept_and_the_original_untouched(
+    plain_resnet: Plain, bottleneck: bool, widening: int, norm: str
+) -> None:
+    torch.manual_seed(0)
+    model = plain_resnet((2, 3, 1, 2), bottleneck=bottleneck, widening=widening, in_channels=4, num_classes=7)
+    train_a_little(model)
+    before = copy.deepcopy(model.state_dict())
+    er = convert_resnet(model, norm=norm, num_groups=2 if norm == "group" else None)
+    assert isinstance(er, ERResNet)
+    assert (er.num_classes, er.in_channels, er.num_features) == (7, 4, 64 * (4 if bottleneck else 1))
+    kept = plain_keys(er)
+    assert kept.keys() == before.keys()
+    assert all(torch.equal(kept[name], before[name]) for name in before)
+    er.train()
+    train_a_little(er)
+    with torch.no_grad():
+        for parameter in er.parameters():
+            parameter.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_same_function_as_loading_the_state_dict(plain_resnet: Plain) -> None:
+    torch.manual_seed(0)
+    model = plain_resnet((2, 3, 1, 2), bottleneck=True).double()
+    converted = convert_resnet(model)
+    loaded = ERResNet("bottleneck", (2, 3, 1, 2), 5, base_channels=8).double()
+    load_torchvision_state_dict(loaded, model.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(converted(x), loaded(x))
+    assert converted.feature_info == loaded.feature_info
+
+
+def test_without_shortcuts_the_function_is_kept(plain_resnet: Plain) -> None:
+    model = plain_resnet((1, 1, 1, 1)).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(convert_resnet(model)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_device_dtype_mode_and_frozen_parameters(plain_resnet: Plain) -> None:
+    model = plain_resnet().to(torch.bfloat16).train()
+    model.layer1.requires_grad_(False)
+    model.layer1[1].bn2.eval()
+    er = convert_resnet(model)
+    assert {t.dtype for t in er.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
+    assert er.training and er.layer1[1].shortcut.training and er.layer2[0].relu.training
+    assert not er.layer1[1].bn2.training
+    assert not er.layer1[1].conv1.weight.requires_grad
+    assert er.layer1[1].shortcut.weight.requires_grad
+    assert not any(module.training for module in convert_resnet(model.eval()).modules())
+    with torch.device("meta"):
+        placed = convert_resnet(plain_resnet())
+    assert {t.device.type for t in placed.state_dict().values()} == {"meta"}
+
+
+def test_random_numbers_are_not_drawn(plain_resnet: Plain) -> None:
+    model = plain_resnet()
+    before = torch.get_rng_state()
+    convert_resnet(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_timm_like_network(plain_resnet: Plain) -> None:
+    """timm names its activations act1 ..., pools in `global_pool` and has identities and Nones between."""
+    model = plain_resnet((2, 2, 1, 1), bottleneck=True)
+
+    class Pool(nn.Module):
+        pool_type = "avg"
+
+    model.act1, model.global_pool, model.drop_rate = model.relu, Pool(), 0.25
+    del model.relu, model.avgpool
+    model.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
+    for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for block in layer:
+            block.act1, block.act2, block.act3 = nn.ReLU(True), nn.ReLU(True), nn.ReLU(True)
+            block.aa, block.drop_block, block.se, block.drop_path = nn.Identity(), nn.Identity(), None, None
+            del block.relu
+    er = convert_resnet(model)
+    assert (er.in_channels, er.drop_rate) == (3, 0.25)
+    assert plain_keys(er).keys() == model.state_dict().keys()
+    assert [level["reduction"] for level in er.feature_info] == [2, 4, 8, 16, 32]
+    assert er(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+    er.reset_classifier(2)
+    assert er(torch.randn(2, 3, 64, 64)).shape == (2, 2)
+
+
+def test_small_image_stem_and_dilation_are_kept(plain_resnet: Plain) -> None:
+    model = plain_resnet((2, 2, 2, 1))
+    model.conv1 = nn.Conv2d(1, 8, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    conv = model.layer3[1].conv1
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+    er = convert_resnet(model)
+    assert [level["reduction"] for level in er.feature_info] == [1, 1, 2, 4, 8]
+    assert er.layer3[1].conv1.dilation == (2, 2)
+    assert er.forward_features(torch.randn(2, 1, 32, 32)).shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("fc", "num_classes"),
+    [
+        (nn.Identity(), 0),
+        (nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)), 3),
+    ],
+)
+def test_other_heads(plain_resnet: Plain, fc: nn.Module, num_classes: int) -> None:
+    model = plain_resnet()
+    model.fc = fc
+    er = convert_resnet(model)
+    assert er.num_classes == num_classes
+    assert er(torch.randn(2, 3, 32, 32)).shape == (2, num_classes or 64)
+
+
+def edited(plain_resnet: Plain, edit: Callable[[nn.Module], None], **kw: object) -> nn.Module:
+    model = plain_resnet(**kw)
+    edit(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: delattr(m, "layer3"), r"model \(PlainResNet\) has no layer3"),
+        (lambda m: setattr(m.layer2[1], "se", nn.Linear(1, 1)), r"layer2\.1\.se is a Linear: only plain ResNets"),
+        (lambda m: setattr(m, "act1", nn.GELU()), "act1 is a GELU"),
+        (lambda m: setattr(m.layer1[0], "relu", nn.SiLU()), r"layer1\.0\.relu is a SiLU"),
+        (lambda m: setattr(m.layer1[0], "bn1", nn.GroupNorm(1, 8)), r"layer1\.0\.bn1 is a GroupNorm, expected a Batch"),
+        (lambda m: setattr(m.layer1[1], "bn2", nn.SyncBatchNorm(8)), "convert before convert_sync_batchnorm"),
+        (lambda m: setattr(m.layer1[1], "bn2", nn.BatchNorm2d(8, affine=False)), r"layer1\.1\.bn2 must be affine"),
+        (lambda m: delattr(m.layer1[1], "bn2"), r"lacks \['bn2'\]"),
+        (lambda m: setattr(m.layer1[1], "conv2", nn.Conv2d(8, 8, 5, 1, 2)), r"layer1\.1 .*sizes \(3, 5\)"),
+        (lambda m: setattr(m.layer1[1], "conv2", nn.Conv2d(8, 8, 3)), r"layer1\.1\.conv2 .* changes the size"),
+        (lambda m: setattr(m.layer1[1], "conv2", nn.Linear(8, 8)), r"layer1\.1\.conv2 is a Linear, expected a Conv2d"),
+        (lambda m: setattr(m.layer2[0], "downsample", None), r"layer2\.0 changes the shape of the map and has no"),
+        (lambda m: setattr(m.layer2[1], "downsample", nn.Sequential()), r"layer2\.1\.downsample is a Sequential"),
+        (lambda m: setattr(m, "avgpool", nn.AdaptiveMaxPool2d(1)), "avgpool must average each map to one value"),
+        (lambda m: setattr(m, "fc", nn.Linear(3, 2)), "fc must be a linear layer .* on 64 features"),
+        (lambda m: setattr(m, "layer4", nn.Sequential()), "layer4 has no blocks"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_resnet(plain_resnet: Plain, edit: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_resnet(edited(plain_resnet, edit))
+
+
+def test_grouped_convolutions(plain_resnet: Plain) -> None:
+    with pytest.raises(ValueError, match=r"layer1\.0\.conv2 has 2 groups: grouped convolutions \(ResNeXt\)"):
+        convert_resnet(plain_resnet(bottleneck=True, groups=2))
+
+
+def test_stages_that_do_not_double(plain_resnet: Plain) -> None:
+    model, wider = plain_resnet((1, 1, 1, 1)), plain_resnet((1, 1, 1, 1), base_channels=16)
+    model.layer4 = wider.layer4
+    with pytest.raises(ValueError, match=r"double in channels, these have \[8, 16, 32, 128\]"):
+        convert_resnet(model)
+
+
+def test_mixed_kinds(plain_resnet: Plain) -> None:
+    model, other = plain_resnet(), plain_resnet(bottleneck=True)
+    model.layer4 = other.layer4
+    with pytest.raises(ValueError, match="differ in kind"):
+        convert_resnet(model)
+
+
+def test_wrong_types(plain_resnet: Plain) -> None:
+    with pytest.raises(TypeError, match="model is an ER-ResNet already"):
+        convert_resnet(er_resnet18(2, base_channels=4))
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got OrderedDict"):
+        convert_resnet(OrderedDict())
+    with pytest.raises(ValueError, match=r"Of a wrapped model pass the network itself, e\.g\. model\.module"):
+        convert_resnet(nn.DataParallel(plain_resnet()))
+
+
+def test_torchvision_and_timm_are_not_imported() -> None:
+    program = (
+        "import sys, ernet_fast; ernet_fast.convert_resnet; sys.exit(bool({'torchvision', 'timm'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
