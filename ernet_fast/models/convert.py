@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,16 +72,7 @@ def convert_resnet(
         for block, plain in zip(stage, model.get_submodule(name).children(), strict=True):
             _copy_block(block, plain)
             if isinstance(block, ERBlock):
-                shortcut = ERShortcut(
-                    block.last_bn.num_features,
-                    block.shortcut.num_maps,
-                    norm=norm,
-                    num_groups=num_groups,
-                    relu=True,
-                    fused=fused,
-                )
-                weight = block.last_bn.weight
-                block.shortcut = shortcut.to(weight.device, weight.dtype).train(plain.training)
+                block.shortcut = _new_shortcut(block, norm=norm, num_groups=num_groups, fused=fused)
     er.num_classes = num_classes
     er.in_channels = next(m.in_channels for m in er.conv1.modules() if isinstance(m, nn.Conv2d))
     er.drop_rate = float(getattr(model, "drop_rate", 0.0))
@@ -95,6 +87,13 @@ def _copy_block(block: nn.Module, plain: nn.Module) -> None:
             setattr(block, name, copy.deepcopy(plain.get_submodule(name)))
     if isinstance(block, ProjectionBlock):
         block.downsample = copy.deepcopy(getattr(plain, "downsample", None))
+
+
+def _new_shortcut(block: ERBlock, **kw: Any) -> ERShortcut:
+    """Untrained shortcuts beside the last BatchNorm of `block`: its device, its dtype and the block's mode."""
+    weight = block.last_bn.weight
+    shortcut = ERShortcut(weight.numel(), block.shortcut.num_maps, relu=True, **kw)
+    return shortcut.to(weight.device, weight.dtype).train(block.training)
 
 
 def _num_classes(fc: nn.Module, num_features: int) -> int:
