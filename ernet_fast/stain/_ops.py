@@ -80,7 +80,7 @@ def _compiled_for(images: torch.Tensor) -> bool:
         return False
     if images.device.type == "cpu":
         return True
-    return images.device.type == "cuda" and batched.cuda_kernels_available()
+    return images.device.type == "cuda" and images.dtype != torch.float64 and batched.cuda_kernels_available()
 
 
 def supported(images: torch.Tensor) -> torch.Tensor:

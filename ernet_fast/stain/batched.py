@@ -27,6 +27,11 @@ def cuda_kernels_available() -> bool:
     )
 
 
+def _kernels_serve(images: torch.Tensor) -> bool:
+    """True if the CUDA kernels take these images; they hold values in at most float32."""
+    return images.is_cuda and images.dtype in (torch.uint8, torch.float32) and cuda_kernels_available()
+
+
 def optical_density(images: torch.Tensor, Io: float, range: float) -> torch.Tensor:
     """OD = -ln((I + 1) / Io) in float64, [B, 3, H W]."""
     return -((grey_levels(images, range) + 1) / Io).log()
@@ -67,7 +72,7 @@ def macenko_fit(
 def _fit_group(
     images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool, range: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    use_kernel = images.is_cuda and cuda_kernels_available()
+    use_kernel = _kernels_serve(images)
     measure = torch.ops.ernet.macenko_moments if use_kernel else macenko_moments
     moments = measure(images, Io, beta, range)
     count = moments[:, 0].nan_to_num(0.0)
@@ -205,7 +210,7 @@ def macenko_normalize(
     ok = status == MacenkoStatus.OK
     source_stain = stain.where(ok[:, None, None], target_stain)
     source_max = maximum.where(ok[:, None], target_max)
-    use_kernel = images.is_cuda and cuda_kernels_available()
+    use_kernel = _kernels_serve(images)
     rebuild = torch.ops.ernet.macenko_reconstruct if use_kernel else macenko_reconstruct
     out = rebuild(images, source_stain.contiguous(), source_max.contiguous(), target_stain, target_max, Io, range)
     if identity:

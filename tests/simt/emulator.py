@@ -1,0 +1,117 @@
+"""Builds the CUDA kernels for the CPU emulator and calls them through ctypes; needs NumPy only, no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = [
+    ROOT / "csrc" / "cuda" / "macenko_moments.cu",
+    ROOT / "csrc" / "cuda" / "macenko_reconstruct.cu",
+    HERE / "planted.cu",
+    HERE / "simt.cpp",
+    HERE / "macenko_entry.cpp",
+]
+
+
+class Images(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("type", ctypes.c_int),
+        *[(name, ctypes.c_int64) for name in ("count", "pixels", "image_stride", "channel_stride", "pixel_stride")],
+        ("scale", ctypes.c_double),
+    )
+
+
+class Stains(ctypes.Structure):
+    _fields_ = (("stain", ctypes.c_void_p), ("maximum", ctypes.c_void_p), ("shared", ctypes.c_bool))
+
+
+class Output(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("image_stride", ctypes.c_int64), ("channel_stride", ctypes.c_int64))
+
+
+def missing_tools() -> str | None:
+    """Why the emulator cannot be built here, or None."""
+    if not (ROOT / "csrc" / "cuda").is_dir():
+        return "the CUDA sources are not beside the tests"
+    if shutil.which("g++") is None:
+        return "g++ is not installed"
+    if cuda_include() is None:
+        return "the CUDA headers are not installed (set CUDA_HOME)"
+    return None
+
+
+def cuda_include() -> Path | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (Path(home) / "include" / "cuda_runtime.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def build(folder: Path, sanitize: str | None = None) -> Path:
+    """Compile the same .cu files that nvcc compiles, with g++."""
+    library = folder / "libernet_simt.so"
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+    if sanitize:
+        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(cuda_include()), "-include", str(HERE / "simt.h")]
+    command = ["g++", *flags, *includes, "-x", "c++", *map(str, SOURCES), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the kernels do not compile for the emulator:\n{done.stderr}")
+    return library
+
+
+class Emulator:
+    """The launchers of csrc/cuda/macenko.h on NumPy arrays."""
+
+    def __init__(self, library: Path, seed: int = 0) -> None:
+        self.lib = ctypes.CDLL(str(library))
+        self.lib.simt_moments_workspace.restype = ctypes.c_int64
+        self.lib.simt_seed(ctypes.c_uint64(seed))
+
+    def moments(self, images: np.ndarray, io: float = 240, beta: float = 0.15, scale: float = 1) -> np.ndarray:
+        """[B, 10] of images [B, 3, H, W] in either memory layout."""
+        what = describe(images, scale)
+        workspace = np.full(self.lib.simt_moments_workspace(ctypes.byref(what)), 0xA5, np.uint8)
+        result = np.full((len(images), 10), -7.0)
+        error = self.lib.simt_moments(
+            ctypes.byref(what), ctypes.c_double(io), ctypes.c_double(beta), pointer(workspace), pointer(result)
+        )
+        assert error == 0
+        return result
+
+    def reconstruct(self, images, source, target, io: float = 240, scale: float = 1) -> np.ndarray:
+        """Images rebuilt; source and target are pairs of float64 arrays [1 or B, 3, 2] and [1 or B, 2]."""
+        what = describe(images, scale)
+        out = np.empty_like(images)
+        out.view(np.uint8).fill(0xA5) if out.flags.c_contiguous else out.fill(77)
+        placed = describe(out, scale)
+        to = Output(placed.data, placed.image_stride, placed.channel_stride)
+        stains = [Stains(pointer(s), pointer(m), len(s) == 1) for s, m in (source, target)]
+        error = self.lib.simt_reconstruct(
+            ctypes.byref(what), ctypes.byref(stains[0]), ctypes.byref(stains[1]), ctypes.c_double(io), ctypes.byref(to)
+        )
+        assert error == 0
+        return out
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def describe(images: np.ndarray, scale: float) -> Images:
+    count, _, height, width = images.shape
+    strides = [s // images.itemsize for s in images.strides]
+    planar = images.flags.c_contiguous
+    assert planar or images.transpose(0, 2, 3, 1).flags.c_contiguous
+    kind = {np.dtype(np.uint8): 0, np.dtype(np.float32): 1}[images.dtype]
+    return Images(images.ctypes.data, kind, count, height * width, strides[0], strides[1], 1 if planar else 3, scale)

@@ -1,0 +1,87 @@
+// Runs CUDA kernels on the CPU: force-included before a .cu file that g++ compiles (-x c++ -include simt.h).
+//
+// Each thread of a block is a fiber; fibers switch at __syncthreads, __syncwarp and shuffles, and are resumed in an order drawn from
+// a seed, so that code that leans on a missing barrier gives different results. Blocks run one after the other, also in random order.
+// Not covered: warps in lockstep, clusters, inline PTX, dynamic shared memory.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+namespace simt {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// What the running fiber sees.
+extern thread_local Index thread_index, block_index, block_size, grid_size;
+
+void barrier();                // all threads of the block that have not returned
+void warp_barrier();           // all threads of the warp that have not returned
+uint64_t* exchange_slot(unsigned lane);  // of the running thread's warp
+
+// Runs `body(argument)` once for each thread of each block. Aborts with a message on a deadlock or an impossible launch.
+void launch(Index grid, Index block, void (*body)(void*), void* argument);
+
+void set_seed(uint64_t seed);
+
+inline Index as_index(dim3 d) { return {d.x, d.y, d.z}; }
+
+template <class F>
+void launch_kernel(dim3 grid, dim3 block, F kernel) {
+  launch(as_index(grid), as_index(block), [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
+}
+
+template <class T>
+T shuffle_down(T value, unsigned delta) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "one slot a lane");
+  const unsigned lane = thread_index.x % 32;
+  __builtin_memcpy(exchange_slot(lane), &value, sizeof(T));
+  warp_barrier();
+  T result = value;
+  if (lane + delta < 32) __builtin_memcpy(&result, exchange_slot(lane + delta), sizeof(T));
+  warp_barrier();
+  return result;
+}
+
+}  // namespace simt
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// Blocks run one at a time, so one copy serves them all. The linker gathers it, so that each block can be given garbage.
+#define __shared__ static __attribute__((section("simt_shared")))
+
+#define threadIdx (simt::thread_index)
+#define blockIdx (simt::block_index)
+#define blockDim (simt::block_size)
+#define gridDim (simt::grid_size)
+#define __syncthreads() simt::barrier()
+#define __syncwarp(...) simt::warp_barrier()
+#define __shfl_down_sync(mask, value, delta) simt::shuffle_down(value, delta)
+
+#define ERNET_LAUNCH(kernel, grid, block, stream, ...) \
+  simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
+
+static inline double __longlong_as_double(long long bits) {
+  double value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline float __int_as_float(int bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
