@@ -32,6 +32,8 @@ def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
             f"model ({type(model).__name__}) has no {', '.join(missing)}: expected a ResNet with torchvision's module "
             "names. Of a wrapped model pass the network itself, e.g. model.module"
         )
+    if not any(isinstance(module, nn.Conv2d) for module in model.get_submodule("conv1").modules()):
+        raise ValueError(f"conv1 must be a Conv2d, or a sequence with some, got {model.get_submodule('conv1')}")
     for name, child in model.named_children():
         if name in ("avgpool", "global_pool"):
             _check_pooling(name, child)

@@ -162,6 +162,7 @@ def edited(plain_resnet: Plain, edit: Callable[[nn.Module], None], **kw: object)
         (lambda m: setattr(m.layer2[0], "downsample", None), r"layer2\.0 changes the shape of the map and has no"),
         (lambda m: setattr(m.layer2[1], "downsample", nn.Sequential()), r"layer2\.1\.downsample is a Sequential"),
         (lambda m: setattr(m, "avgpool", nn.AdaptiveMaxPool2d(1)), "avgpool must average each map to one value"),
+        (lambda m: setattr(m, "conv1", nn.Identity()), "conv1 must be a Conv2d"),
         (lambda m: setattr(m, "fc", nn.Linear(3, 2)), "fc must be a linear layer .* on 64 features"),
         (lambda m: setattr(m, "layer4", nn.Sequential()), "layer4 has no blocks"),
     ],
