@@ -43,7 +43,7 @@ class Tails(nn.Module):
 
     def forward(self, zs: list[Tensor]) -> list[Tensor]:
         maps = StageMaps(fused=self.fused)
-        ys = [maps.start(zs[0], self.shortcuts[0])]
+        ys = [maps.start(zs[0], self.shortcuts)]
         ys += [maps.add(z, bn, s) for z, bn, s in zip(zs[1:], self.bns, self.shortcuts, strict=True)]
         return ys
 

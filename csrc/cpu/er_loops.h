@@ -54,19 +54,30 @@ struct ChannelMoments {
 
 // How the work is cut: by shape alone, never by the number of threads, so results do not depend on it.
 // A reduction has groups() results a channel, each merged in order from slabs_per_group() partial results.
-// In the planar layout a slab is one sample; channels-last, a run of pixels (of one group) of all channels.
+// In the planar layout a slab is a run of samples; channels-last, a run of pixels (of one group).
 int64_t slabs_per_group(const MapShape& shape);
+
+// Most channels of a channels-last item of a reduction: 2 KiB of float in a row, long enough to stream.
+constexpr int64_t kItemChannels = 512;
+
+// Independent work items of a reduction: some channels of one slab.
+struct ReduceItem {
+  int64_t slab;      // group * slabs_per_group + slab: the row of partial results
+  int64_t begin;     // planar: the first sample; channels-last: the first pixel, counted from the start of the map
+  int64_t count;     // of samples, of pixels
+  int64_t channel;   // the first channel
+  int64_t channels;  // how many: 1 in the planar layout
+};
+int64_t reduce_items(const MapShape& shape);
+ReduceItem reduce_item(const MapShape& shape, int64_t item);
+// Elements of each channel in slab `slab` of a group.
+int64_t slab_elements(const MapShape& shape, int64_t slab);
 
 struct PixelRange {
   int64_t group;  // which group the pixels belong to
   int64_t begin;  // first pixel, counted from the start of the map
   int64_t count;
 };
-
-// Independent work items of a reduction, and their number. Planar: item = n * C + c, a row (count = P pixels, begin
-// counted in rows of the planar layout); channels-last: item = group * slabs + slab.
-int64_t reduce_items(const MapShape& shape);
-PixelRange reduce_item(const MapShape& shape, int64_t item);
 
 // Independent work items of weighted_sum. Planar: item = n * C + c; channels-last: a run of pixels of one sample.
 int64_t sum_items(const MapShape& shape);

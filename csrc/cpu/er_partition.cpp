@@ -4,37 +4,48 @@
 namespace ernet::cpu {
 namespace {
 
-constexpr int64_t kSumElements = 16384;   // elements of a map in one channels-last item of weighted_sum
-constexpr int64_t kSlabElements = 65536;  // elements of a map in one channels-last slab of a reduction
-constexpr int64_t kMaxSlabs = 64;         // bounds the partial results of a group
+constexpr int64_t kSumElements = 16384;  // elements of a map in one channels-last item of weighted_sum
+constexpr int64_t kRowElements = 2048;   // planar: samples share a slab up to this many elements of a channel
+constexpr int64_t kSlabPixels = 512;     // channels-last: pixels of a slab
+constexpr int64_t kMaxSlabs = 64;        // bounds the partial results of a group
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_one(int64_t a) { return a > 0 ? a : 1; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
-int64_t group_pixels(const MapShape& s) { return s.per_sample ? s.P : s.N * s.P; }
-
-int64_t slab_size(const MapShape& s) {
-  const int64_t wanted = kSlabElements / at_least_one(s.C);
-  const int64_t least = ceil_div(group_pixels(s), kMaxSlabs);
-  return at_least_one(wanted > least ? wanted : least);
+// What a group is cut along: samples in the planar layout, pixels in channels-last.
+int64_t group_units(const MapShape& s) {
+  if (!s.channels_last) return s.per_sample ? 1 : s.N;
+  return s.per_sample ? s.P : s.N * s.P;
 }
+
+int64_t slab_units(const MapShape& s) {
+  if (!s.channels_last) return at_least_one(at_most(kRowElements / at_least_one(s.P), group_units(s)));
+  const int64_t least = ceil_div(group_units(s), kMaxSlabs);
+  return least > kSlabPixels ? least : kSlabPixels;
+}
+
+int64_t channel_blocks(const MapShape& s) { return s.channels_last ? ceil_div(s.C, kItemChannels) : s.C; }
 
 int64_t sum_pixels(const MapShape& s) { return at_least_one(kSumElements / at_least_one(s.C)); }
 
 }  // namespace
 
-int64_t slabs_per_group(const MapShape& s) {
-  if (!s.channels_last) return s.per_sample ? 1 : s.N;
-  return ceil_div(group_pixels(s), slab_size(s));
+int64_t slabs_per_group(const MapShape& s) { return ceil_div(group_units(s), slab_units(s)); }
+
+int64_t reduce_items(const MapShape& s) { return s.groups() * slabs_per_group(s) * channel_blocks(s); }
+
+ReduceItem reduce_item(const MapShape& s, int64_t item) {
+  const int64_t blocks = channel_blocks(s), slabs = slabs_per_group(s), row = item / blocks;
+  const int64_t begin = (row % slabs) * slab_units(s), width = s.channels_last ? kItemChannels : 1;
+  const int64_t channel = (item % blocks) * width;
+  return {row, (row / slabs) * group_units(s) + begin, at_most(slab_units(s), group_units(s) - begin), channel,
+          at_most(width, s.C - channel)};
 }
 
-int64_t reduce_items(const MapShape& s) { return s.channels_last ? s.groups() * slabs_per_group(s) : s.N * s.C; }
-
-PixelRange reduce_item(const MapShape& s, int64_t item) {
-  if (!s.channels_last) return {s.per_sample ? item / s.C : 0, item * s.P, s.P};
-  const int64_t slabs = slabs_per_group(s), group = item / slabs, begin = (item % slabs) * slab_size(s);
-  const int64_t left = group_pixels(s) - begin;
-  return {group, group * group_pixels(s) + begin, left < slab_size(s) ? left : slab_size(s)};
+int64_t slab_elements(const MapShape& s, int64_t slab) {
+  const int64_t units = at_most(slab_units(s), group_units(s) - slab * slab_units(s));
+  return s.channels_last ? units : units * s.P;
 }
 
 int64_t sum_items(const MapShape& s) { return s.channels_last ? s.N * ceil_div(s.P, sum_pixels(s)) : s.N * s.C; }
@@ -47,8 +58,8 @@ PixelRange sum_item(const MapShape& s, int64_t item) {
 }
 
 int64_t item_elements(const MapShape& s, bool reduction) {
-  if (!s.channels_last) return at_least_one(s.P);
-  return at_least_one((reduction ? slab_size(s) : sum_pixels(s)) * s.C);
+  if (!reduction) return at_least_one(s.channels_last ? sum_pixels(s) * s.C : s.P);
+  return at_least_one(slab_elements(s, 0) * (s.channels_last ? at_most(kItemChannels, s.C) : 1));
 }
 
 // Chan's update: two sets of count, mean and sum of squared deviations become one.
@@ -61,7 +72,7 @@ void merge_moments(const ChannelMoments& args, A* mean, A* var) {
       double count = 0, m = 0, m2 = 0;
       for (int64_t slab = 0; slab < slabs; ++slab) {
         const double* part = args.partial + (group * slabs + slab) * 2 * s.C;
-        const double n = static_cast<double>(s.channels_last ? reduce_item(s, group * slabs + slab).count : s.P);
+        const double n = static_cast<double>(slab_elements(s, slab));
         const double delta = part[c] - m, total = count + n;
         m += delta * (n / total);
         m2 += part[s.C + c] + delta * delta * (count * n / total);

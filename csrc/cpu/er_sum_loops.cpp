@@ -1,8 +1,7 @@
-// weighted_sum: y = sum_l a_l * x_l + b, then ReLU. Every map is read once and y is written once, in one pass over
-// chunks whose accumulators stay in the L1 cache. Compiled once per instruction set.
-#include "cpu/er_loops.h"
+// weighted_sum: y = sum_l a_l * x_l + b, then ReLU. Every map is read once and y is written once. Up to six maps are
+// summed in registers; where there are more, a chunk of accumulators waits in the L1 cache between groups of six.
+// Compiled once per instruction set.
 #include "cpu/er_tables.h"
-#include "cpu/vec.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
@@ -10,88 +9,107 @@ namespace {
 constexpr int64_t kChunk = 1024;    // elements of an accumulator chunk: 4 KiB of float
 constexpr int64_t kMapsAtOnce = 6;  // more streams at once than cache ways would evict each other's lines
 
-// One row of constant coefficients: acc[j] (+)= sum_l a[l] * x[l][j].
-template <typename T, typename A>
-struct PlanarRow {
-  const T* x[kMapsAtOnce];
-  A a[kMapsAtOnce];
-  int64_t maps;
-
-  Vec<A> at(Vec<A> acc, int64_t j) const {
-    for (int64_t l = 0; l < maps; ++l) acc += a[l] * load<A>(x[l] + j);
-    return acc;
-  }
-  Vec<A> part(Vec<A> acc, int64_t j, int64_t count) const {
-    for (int64_t l = 0; l < maps; ++l) acc += a[l] * load_part<A>(x[l] + j, count);
-    return acc;
-  }
-};
-
-// One pixel of channels: acc[c] (+)= sum_l a[l][c] * x[l][c].
-template <typename T, typename A>
-struct ChannelRow {
-  const T* x[kMapsAtOnce];
+// Coefficients of a row of one channel: constant.
+template <typename A>
+struct Constant {
   const A* a[kMapsAtOnce];
-  int64_t maps;
+  const A* b;
 
-  Vec<A> at(Vec<A> acc, int64_t j) const {
-    for (int64_t l = 0; l < maps; ++l) acc += load<A>(a[l] + j) * load<A>(x[l] + j);
-    return acc;
-  }
-  Vec<A> part(Vec<A> acc, int64_t j, int64_t count) const {
-    for (int64_t l = 0; l < maps; ++l) acc += load_part<A>(a[l] + j, count) * load_part<A>(x[l] + j, count);
-    return acc;
-  }
+  Vec<A> coefficient(int64_t l, int64_t, int64_t) const { return broadcast<A>(*a[l]); }
+  Vec<A> start(int64_t, int64_t) const { return b == nullptr ? Vec<A>{} : broadcast<A>(*b); }
 };
 
-// Adds one row of maps to a row of accumulators; the last group of maps applies the ReLU and writes y.
-template <typename Row, typename T, typename A>
-inline void accumulate(const Row& row, A* acc, int64_t count, bool last, bool relu_wanted, T* y) {
-  int64_t j = 0;
-  for (; j + kLanes<A> <= count; j += kLanes<A>) {
-    Vec<A> sum = row.at(load<A>(acc + j), j);
-    if (!last) {
-      store(acc + j, sum);
-    } else {
-      store(y + j, relu_wanted ? relu<A>(sum) : sum);
-    }
-  }
-  if (j < count) {
-    const int64_t left = count - j;
-    Vec<A> sum = row.part(load_part<A>(acc + j, left), j, left);
-    if (!last) {
-      store_part<A>(acc + j, sum, left);
-    } else {
-      store_part<A>(y + j, relu_wanted ? relu<A>(sum) : sum, left);
-    }
+// Coefficients of a row of channels: a vector for each vector of the row.
+template <typename A>
+struct PerChannel {
+  const A* a[kMapsAtOnce];
+  const A* b;
+
+  Vec<A> coefficient(int64_t l, int64_t j, int64_t left) const { return load_upto<A>(a[l] + j, left); }
+  Vec<A> start(int64_t j, int64_t left) const { return b == nullptr ? Vec<A>{} : load_upto<A>(b + j, left); }
+};
+
+template <typename T, typename A>
+struct Row {
+  const T* x[kMapsAtOnce];
+  T* y;
+  A* acc;
+  int64_t count;
+  bool relu_wanted;
+};
+
+// One vector, `left` elements of it: the first group of maps starts from b, the last one writes y.
+template <int kMaps, bool kFirst, bool kLast, typename Coefficients, typename T, typename A>
+inline void sum_vector(const Row<T, A>& row, const Coefficients& k, int64_t j, int64_t left) {
+  Vec<A> sum = kFirst ? k.start(j, left) : load_upto<A>(row.acc + j, left);
+  for (int l = 0; l < kMaps; ++l) sum += k.coefficient(l, j, left) * load_upto<A>(row.x[l] + j, left);
+  if constexpr (kLast) {
+    store_upto<A>(row.y + j, row.relu_wanted ? relu<A>(sum) : sum, left);
+  } else {
+    store_upto<A>(row.acc + j, sum, left);
   }
 }
 
-template <typename A>
-inline void fill(A* acc, const A* b, A value, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) acc[j] = b != nullptr ? b[j] : value;
+template <int kMaps, bool kFirst, bool kLast, typename Coefficients, typename T, typename A>
+void sum_row(const Row<T, A>& row, const Coefficients& k) {
+  int64_t j = 0;
+  for (; j + kLanes<A> <= row.count; j += kLanes<A>) {
+    sum_vector<kMaps, kFirst, kLast>(row, k, j, static_cast<int64_t>(kLanes<A>));
+  }
+  if (j < row.count) sum_vector<kMaps, kFirst, kLast>(row, k, j, row.count - j);
+}
+
+// The last group holds 1 to kMapsAtOnce maps; those before are full.
+template <bool kFirst, typename Coefficients, typename T, typename A>
+inline void sum_last_group(int64_t maps, const Row<T, A>& row, const Coefficients& k) {
+  static_assert(kMapsAtOnce == 6, "one case for each possible number of maps");
+  switch (maps) {
+    case 1:
+      return sum_row<1, kFirst, true>(row, k);
+    case 2:
+      return sum_row<2, kFirst, true>(row, k);
+    case 3:
+      return sum_row<3, kFirst, true>(row, k);
+    case 4:
+      return sum_row<4, kFirst, true>(row, k);
+    case 5:
+      return sum_row<5, kFirst, true>(row, k);
+    default:
+      return sum_row<6, kFirst, true>(row, k);
+  }
+}
+
+// All maps over one row of at most kChunk elements at `offset`; `channel` is where its coefficients are.
+template <typename Coefficients, typename T, typename A>
+inline void sum_maps(const WeightedSum& args, A* acc, int64_t offset, int64_t count, int64_t channel) {
+  const MapShape& s = args.shape;
+  const A* a = static_cast<const A*>(args.a) + channel;
+  const A* b = args.b == nullptr ? nullptr : static_cast<const A*>(args.b) + channel;
+  for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
+    const int64_t left = args.num_maps - first, maps = left < kMapsAtOnce ? left : kMapsAtOnce;
+    Row<T, A> row = {{}, static_cast<T*>(args.y) + offset, acc, count, args.relu};
+    Coefficients k = {{}, b};
+    for (int64_t l = 0; l < maps; ++l) {
+      row.x[l] = static_cast<const T*>(args.maps[first + l]) + offset;
+      k.a[l] = a + (first + l) * s.groups() * s.C;
+    }
+    if (left > kMapsAtOnce) {
+      first == 0 ? sum_row<kMapsAtOnce, true, false>(row, k) : sum_row<kMapsAtOnce, false, false>(row, k);
+    } else {
+      first == 0 ? sum_last_group<true>(maps, row, k) : sum_last_group<false>(maps, row, k);
+    }
+  }
 }
 
 template <typename T, typename A>
 void planar(const WeightedSum& args, int64_t begin, int64_t end) {
   const MapShape& s = args.shape;
-  const A* a = static_cast<const A*>(args.a);
-  const A* b = static_cast<const A*>(args.b);
   A acc[kChunk];
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t c = item % s.C, group = s.per_sample ? item / s.C : 0;
+    const int64_t channel = s.per_sample ? item : item % s.C;
     for (int64_t j = 0; j < s.P; j += kChunk) {
-      const int64_t count = s.P - j < kChunk ? s.P - j : kChunk, offset = item * s.P + j;
-      fill<A>(acc, nullptr, b != nullptr ? b[group * s.C + c] : A(0), count);
-      for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
-        PlanarRow<T, A> row;
-        row.maps = args.num_maps - first < kMapsAtOnce ? args.num_maps - first : kMapsAtOnce;
-        for (int64_t l = 0; l < row.maps; ++l) {
-          row.x[l] = static_cast<const T*>(args.maps[first + l]) + offset;
-          row.a[l] = a[((first + l) * s.groups() + group) * s.C + c];
-        }
-        accumulate(row, acc, count, first + row.maps == args.num_maps, args.relu, static_cast<T*>(args.y) + offset);
-      }
+      const int64_t count = s.P - j < kChunk ? s.P - j : kChunk;
+      sum_maps<Constant<A>, T, A>(args, acc, item * s.P + j, count, channel);
     }
   }
 }
@@ -99,24 +117,13 @@ void planar(const WeightedSum& args, int64_t begin, int64_t end) {
 template <typename T, typename A>
 void channels_last(const WeightedSum& args, int64_t begin, int64_t end) {
   const MapShape& s = args.shape;
-  const A* a = static_cast<const A*>(args.a);
-  const A* b = static_cast<const A*>(args.b);
   A acc[kChunk];
   for (int64_t item = begin; item < end; ++item) {
     const PixelRange range = sum_item(s, item);
     for (int64_t pixel = range.begin; pixel < range.begin + range.count; ++pixel) {
       for (int64_t c = 0; c < s.C; c += kChunk) {
-        const int64_t count = s.C - c < kChunk ? s.C - c : kChunk, offset = pixel * s.C + c;
-        fill<A>(acc, b != nullptr ? b + range.group * s.C + c : nullptr, A(0), count);
-        for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
-          ChannelRow<T, A> row;
-          row.maps = args.num_maps - first < kMapsAtOnce ? args.num_maps - first : kMapsAtOnce;
-          for (int64_t l = 0; l < row.maps; ++l) {
-            row.x[l] = static_cast<const T*>(args.maps[first + l]) + offset;
-            row.a[l] = a + ((first + l) * s.groups() + range.group) * s.C + c;
-          }
-          accumulate(row, acc, count, first + row.maps == args.num_maps, args.relu, static_cast<T*>(args.y) + offset);
-        }
+        const int64_t count = s.C - c < kChunk ? s.C - c : kChunk;
+        sum_maps<PerChannel<A>, T, A>(args, acc, pixel * s.C + c, count, range.group * s.C + c);
       }
     }
   }

@@ -154,7 +154,8 @@ static inline void store(f16* p, Vec<float> v) {
 #endif
 }
 
-// The first `count` < kLanes elements; the other lanes are zero.
+// The first `count` < kLanes elements; the other lanes are zero. memcpy of a variable size is a call: where the
+// instruction set has masks, float, double and half-width types use them.
 template <typename A, typename T>
 static inline Vec<A> load_part(const T* p, int64_t count) {
   T buffer[kLanes<A>] = {};
@@ -169,18 +170,88 @@ static inline void store_part(T* p, Vec<A> v, int64_t count) {
   memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+template <>
+inline Vec<float> load_part<float, float>(const float* p, int64_t count) {
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
+}
+template <>
+inline Vec<double> load_part<double, double>(const double* p, int64_t count) {
+  return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p));
+}
+template <>
+inline Vec<float> load_part<float, bf16>(const bf16* p, int64_t count) {
+  bf16 buffer[kLanes<float>];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
+                      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+  return load<float>(buffer);
+}
+template <>
+inline Vec<float> load_part<float, f16>(const f16* p, int64_t count) {
+  f16 buffer[kLanes<float>];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
+                      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+  return load<float>(buffer);
+}
+template <>
+inline void store_part<float, float>(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+}
+template <>
+inline void store_part<double, double>(double* p, Vec<double> v, int64_t count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), reinterpret_cast<__m512d>(v));
+}
+#endif
+
+// load and load_part in one: `count` may be anything >= 1.
+template <typename A, typename T>
+static inline Vec<A> load_upto(const T* p, int64_t count) {
+  return count >= kLanes<A> ? load<A>(p) : load_part<A, T>(p, count);
+}
+
+template <typename A, typename T>
+static inline void store_upto(T* p, Vec<A> v, int64_t count) {
+  if (count >= kLanes<A>) {
+    store(p, v);
+  } else {
+    store_part<A, T>(p, v, count);
+  }
+}
+
+// v in the first `count` lanes, zero in the others.
+static inline Vec<float> keep(Vec<float> v, int64_t count) {
+  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
+  index lane;
+  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
+  return lane < static_cast<int32_t>(count < kLanes<float> ? count : kLanes<float>) ? v : Vec<float>{};
+}
+static inline Vec<double> keep(Vec<double> v, int64_t count) {
+  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
+  index lane;
+  for (int i = 0; i < kLanes<double>; ++i) lane[i] = i;
+  return lane < count ? v : Vec<double>{};
+}
+
 template <typename A>
 static inline Vec<A> relu(Vec<A> v) {  // NaN stays NaN, as in torch.relu
   const Vec<A> zero = {};
   return v < zero ? zero : v;
 }
 
-// Sum of the lanes, always in the same order.
-template <typename A>
-static inline double sum_lanes(Vec<A> v) {
-  double total = 0;
-  for (int i = 0; i < kLanes<A>; ++i) total += static_cast<double>(v[i]);
-  return total;
+// Sum of the lanes in double, always in the same order: neighbours first.
+static inline double sum_lanes(Vec<double> v) {
+  double lanes[kLanes<double>];
+  memcpy(lanes, &v, sizeof v);
+  for (int step = 1; step < kLanes<double>; step *= 2) {
+    for (int i = 0; i < kLanes<double>; i += 2 * step) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+static inline double sum_lanes(Vec<float> v) {
+  typedef float half __attribute__((vector_size(kVectorBytes / 2)));
+  half parts[2];
+  memcpy(parts, &v, sizeof v);
+  return sum_lanes(__builtin_convertvector(parts[0], Vec<double>) + __builtin_convertvector(parts[1], Vec<double>));
 }
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

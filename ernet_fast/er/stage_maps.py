@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,13 +33,14 @@ class StageMaps:
         self._maps: FusedMaps | None = None
         self._statistics: list[MapStatistics] = []
         self._xs: list[Tensor] = []
+        self._measure = False
 
-    def start(self, x0: Tensor, shortcut: ERShortcut) -> Tensor:
+    def start(self, x0: Tensor, shortcuts: Iterable[ERShortcut]) -> Tensor:
         """File x_0, the output of the projection block.
 
         Args:
             x0: [N, C, H, W], after its ReLU.
-            shortcut: that of the next block; it says how maps are normalised.
+            shortcuts: those of the blocks to come; they say how maps are normalised, all in one way.
 
         Returns:
             The tensor to feed to the next block.
@@ -48,10 +51,12 @@ class StageMaps:
         if not (self.fused and serves and x0.numel() > 0):
             self._xs.append(x0)
             return x0
-        self._maps = FusedMaps(per_sample=shortcut.norm == "group")
-        measure = shortcut.norm == "group" or shortcut.normalises_with_batch()
-        moments, x0 = self._maps.file(x0, measure=measure, pass_on=True)
-        self._statistics.append(map_statistics(moments, num_groups=shortcut.num_groups))
+        shortcuts = list(shortcuts)
+        per_group = shortcuts[0].norm == "group"
+        self._measure = per_group or any(shortcut.normalises_with_batch() for shortcut in shortcuts)
+        self._maps = FusedMaps(per_sample=per_group)
+        moments, x0 = self._maps.file(x0, measure=self._measure, pass_on=True)
+        self._statistics.append(map_statistics(moments, num_groups=shortcuts[0].num_groups))
         return x0
 
     def add(self, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
@@ -72,11 +77,10 @@ class StageMaps:
         collapse = type(bn) is nn.BatchNorm2d
         if not collapse:  # any other normalisation runs as it is, and its output is the map
             z = bn(z)
-        by_batch = shortcut.norm == "group" or shortcut.normalises_with_batch()
-        moments, _ = self._maps.file(z, measure=by_batch or (collapse and _uses_batch(bn)))
+        moments, _ = self._maps.file(z, measure=self._measure or (collapse and _uses_batch(bn)))
         scale, shift = _affine(bn, moments, z) if collapse else (None, None)
-        # moments that only bn needed say nothing that a shortcut with running statistics would use
-        last = map_statistics(moments if by_batch else None, scale, shift, num_groups=shortcut.num_groups)
+        # moments that bn alone needed say nothing that a shortcut with running statistics would use
+        last = map_statistics(moments if self._measure else None, scale, shift, num_groups=shortcut.num_groups)
         a, b = shortcut.coefficients(self._statistics, last, z)
         self._statistics.append(last)
         return self._maps.weighted_sum(a, b, shortcut.relu)

@@ -129,7 +129,7 @@ class ERStage(nn.Module):
         if not er_blocks:
             return x_0
         maps = StageMaps(fused=self.fused)
-        y = maps.start(x_0, cast(ERBlock, er_blocks[0]).shortcut)
+        y = maps.start(x_0, [cast(ERBlock, block).shortcut for block in er_blocks])
         for block in er_blocks:
             y = block(y, maps)
         return y

@@ -35,7 +35,7 @@ class Stage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         maps = StageMaps(fused=self.fused)
-        y = maps.start(x.relu(), self.shortcuts[0])
+        y = maps.start(x.relu(), self.shortcuts)
         outputs = [y]
         for conv, bn, shortcut in zip(self.convs, self.bns, self.shortcuts, strict=True):
             y = maps.add(conv(y), bn, shortcut)
@@ -84,7 +84,7 @@ def loss_of_all(ys):
 
 
 @pytest.mark.parametrize("loss", [loss_of_last, loss_of_middle, loss_of_all])
-@pytest.mark.parametrize("mode", ["train", "eval", "frozen norm", "shortcut eval"])
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen norm", "shortcut eval", "one shortcut eval"])
 @pytest.mark.parametrize(("norm", "groups"), [("batch", None), ("group", 1), ("group", 3)])
 def test_values_and_gradients(norm, groups, mode, loss):
     fused, naive = pair(norm=norm, num_groups=groups)
@@ -97,6 +97,8 @@ def test_values_and_gradients(norm, groups, mode, loss):
                 module.eval()
             if mode == "shortcut eval" and isinstance(module, ERShortcut):
                 module.eval()
+        if mode == "one shortcut eval":
+            stage.shortcuts[1].eval()
     x, y = picture(), picture()
     ours, expected = fused(x), naive(y)
     for a, b in zip(ours, expected, strict=True):
@@ -281,7 +283,7 @@ def test_empty_batch_and_single_values():
 def test_wrong_number_of_maps_is_named():
     maps = StageMaps(fused=True)
     x = torch.randn(2, CHANNELS, 3, 3)
-    maps.start(x, ERShortcut(CHANNELS, 1))
+    maps.start(x, [ERShortcut(CHANNELS, 1)])
     with pytest.raises(ValueError, match="weights for 3 earlier maps of 6 channels; got 1 maps"):
         maps.add(x, nn.BatchNorm2d(CHANNELS), ERShortcut(CHANNELS, 3))
 
