@@ -60,9 +60,10 @@ class PatchTransform:
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        if min(self.size) < 1:
+        height, width = (size, size) if isinstance(size, int) else size if len(size) == 2 else (0, 0)
+        if height < 1 or width < 1:
             raise ValueError(f"size={size!r}; expected a positive int or a pair of them")
+        self.size = (height, width)
         if resize not in _RESIZE_MODES:
             raise ValueError(f"resize={resize!r}; expected one of {', '.join(map(repr, _RESIZE_MODES))}")
         if not 0 <= rotation <= 180:

@@ -104,8 +104,8 @@ def make_splits(
     `samples`, nor on the random generator of a NumPy or torch version. The test set does not depend on `num_folds`.
 
     Raises:
-        ValueError: a class has too few patients (or images) for a test set and `num_folds` folds, two samples have
-            one name, or an argument is out of range.
+        ValueError: a class has too few patients (or images) for the test set and the folds (fewer than 7 with the
+            defaults), two samples have one name, or an argument is out of range.
     """
     samples = sorted(samples, key=lambda sample: sample.name)
     _check_arguments(samples, by, test_fraction, num_folds)
@@ -163,15 +163,13 @@ def _units_by_image(samples: Sequence[Sample]) -> list[_Unit]:
 
 
 def _check_enough(units: Sequence[_Unit], by: str, test_fraction: float, num_folds: int) -> None:
-    needed = num_folds + (test_fraction > 0)
-    counts = Counter(unit.label for unit in units)
-    for label, count in sorted(counts.items()):
-        left = count - _round(test_fraction * count)
-        if count < needed or left < num_folds or (test_fraction > 0 and left == count):
+    for label, count in sorted(Counter(unit.label for unit in units).items()):
+        held_out = _round(test_fraction * count)
+        if count - held_out < num_folds or (test_fraction > 0 and held_out == 0):
             raise ValueError(
-                f"class {LABELS[label]!r} has {count} {by}{'s' * (count != 1)}, too few for "
-                f"test_fraction={test_fraction} and num_folds={num_folds}: each part needs one. "
-                f"Lower num_folds, change test_fraction" + (" or split by image" if by == "patient" else "")
+                f"class {LABELS[label]!r} has too few {by}s: of {count}, test_fraction={test_fraction} holds out "
+                f"{held_out} and leaves {count - held_out} for num_folds={num_folds}, but each part needs one. Lower "
+                f"num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
             )
 
 
@@ -212,7 +210,7 @@ def _most_even(
         for key, p in part.items():
             observed[p] += counts[key]
         unevenness = float(np.sum((observed - expected) ** 2 / np.maximum(expected, 1.0)))
-        if best is None or unevenness < best[0]:
+        if best is None or unevenness < best[0] * (1 - 1e-9):  # equal up to rounding is equal, on every machine
             best = unevenness, part
     assert best is not None
     return best[1]

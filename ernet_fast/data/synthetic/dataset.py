@@ -53,7 +53,7 @@ def write_breakhis_like(
 
     Args:
         root: folder to write to; it may exist, but must not hold ``histology_slides`` yet.
-        patients: number of patients; at least 2, and 12 or more for the default split into 5 folds.
+        patients: number of patients; at least 2, and 14 or more for the default split into 5 folds.
         patches_per_patient: images of each patient at each magnification.
         magnifications: one or several of 40, 100, 200, 400.
         size: (height, width) in pixels; BreakHis itself has (460, 700).

@@ -11,24 +11,35 @@ Image = NDArray[np.float32]
 
 
 @lru_cache(maxsize=256)
-def _spline_matrix(length: int, grain: float) -> Image:
-    """Cubic B-spline weights [length, knots] for knots every `grain` pixels; unit noise stays unit noise."""
+def _spline_taps(length: int, grain: float) -> tuple[NDArray[np.intp], Image]:
+    """First of the four knots [length] each pixel depends on, knots lying `grain` pixels apart, and their weights [4, length, 1].
+
+    The weights are those of the cubic B-spline, scaled so that unit noise at the knots gives unit noise.
+    """
     position = np.arange(length) / grain
-    knot = np.floor(position).astype(int)
+    knot = np.floor(position).astype(np.intp)
     t = position - knot
-    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
-    matrix = np.zeros((length, knot[-1] + 4), dtype=np.float32)
-    for k in range(4):
-        matrix[np.arange(length), knot + k] = weights[:, k]
-    matrix /= np.sqrt(np.mean(np.sum(matrix**2, axis=1)))
-    return matrix
+    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3])
+    weights /= np.sqrt(np.mean(np.sum(weights**2, axis=0)))
+    return knot, weights[:, :, None].astype(np.float32)
+
+
+def _interpolated(knots: Image, length: int, grain: float) -> Image:
+    """Spline through the first axis of `knots`. Written out, as a threaded matrix product stalls when the cores are busy."""
+    knot, weights = _spline_taps(length, grain)
+    total = weights[0] * knots[knot]
+    for k in range(1, 4):
+        total += weights[k] * knots[knot + k]
+    return total
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], grain: float) -> Image:
     """Gaussian noise [H, W] of zero mean and about unit variance, with spots about `grain` >= 1 pixels wide."""
-    rows, columns = (_spline_matrix(length, max(1.0, round(grain, 2))) for length in shape)
-    knots = rng.standard_normal((rows.shape[1], columns.shape[1]), dtype=np.float32)
-    return np.asarray(rows @ knots @ columns.T, dtype=np.float32)
+    grain = max(1.0, round(grain, 2))
+    rows, columns = (int((length - 1) / grain) + 4 for length in shape)
+    knots = rng.standard_normal((rows, columns), dtype=np.float32)
+    across = _interpolated(knots, shape[0], grain)
+    return np.ascontiguousarray(_interpolated(np.ascontiguousarray(across.T), shape[1], grain).T)
 
 
 def fractal_noise(

@@ -40,8 +40,9 @@ class TissueProfile:
     mucin: float = 0.0
 
 
-# Nuclear density, size and pleomorphism tell the classes apart. Glands and solid sheets occur in both (ductal hyperplasia is solid,
-# well differentiated carcinoma has lumens); the subtypes differ in how much there is of either, and of stroma.
+# Nuclear density, size and pleomorphism tell the classes apart. Glands and solid sheets occur in both, as ductal
+# hyperplasia is solid and well differentiated carcinoma has lumens; the subtypes differ in how much there is of
+# either.
 PROFILES: dict[str, TissueProfile] = {
     "A": TissueProfile(3.0, 0.10, 9.4, gland_spacing=62, gland_radius=21, nest_share=0.12, nest_size=40),
     "F": TissueProfile(2.9, 0.09, 9.2, gland_spacing=110, gland_radius=30, nest_share=0.16, stromal_spacing=19),
