@@ -76,11 +76,8 @@ class PatchTransform:
             raise ValueError(f"mean={mean!r}, std={std!r}; expected three values each, std above 0")
         self.train, self.resize, self.flips = train, resize, flips
         self.quarter_turns = quarter_turns and self.size[0] == self.size[1]
-        self.rotation, self.translation, self.zoom = (
-            float(rotation),
-            float(translation),
-            (float(zoom[0]), float(zoom[1])),
-        )
+        self.rotation, self.translation = float(rotation), float(translation)
+        self.zoom = float(zoom[0]), float(zoom[1])
         self.normalizer = normalizer
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
 

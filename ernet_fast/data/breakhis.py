@@ -145,9 +145,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             lines = [f"  {problem.path}: {problem.reason}" for problem in problems[:_LISTED]]
             if len(problems) > _LISTED:
                 lines.append(f"  and {len(problems) - _LISTED} more")
-            advice = (
-                "Repair or remove them, or pass on_error='skip' to leave them out and have them listed in .skipped:"
-            )
+            advice = "Repair or remove them, or pass on_error='skip' to leave them out, listed in .skipped:"
             raise ValueError(f"{len(problems)} {what}. {advice}\n" + "\n".join(lines))
 
     def _load_splits(
@@ -174,15 +172,13 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         return [s._replace(label=s.malignant if self.target == "binary" else codes.index(s.subtype)) for s in samples]
 
     def _verify(self) -> None:
-        with ThreadPoolExecutor(
-            max_workers=min(8, os.cpu_count() or 1)
-        ) as pool:  # decoders release the interpreter lock
+        threads = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
+        with ThreadPoolExecutor(threads) as pool:
             reasons = list(pool.map(_damage, self.samples))
         damaged = [Skipped(s.path, why) for s, why in zip(self.samples, reasons, strict=True) if why is not None]
         if damaged and not self._skip:
-            more = (
-                f" (and {len(damaged) - 1} more of the {len(self.samples)} selected images)" if len(damaged) > 1 else ""
-            )
+            others = len(damaged) - 1
+            more = f" (and {others} more of the {len(self.samples)} selected images)" if others else ""
             raise ImageReadError(damaged[0].reason + more)
         self.skipped.extend(damaged)
         self.samples = [s for s, why in zip(self.samples, reasons, strict=True) if why is None]

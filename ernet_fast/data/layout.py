@@ -106,15 +106,8 @@ def image_path(tree: Path, subtype: str, slide: str, magnification: int, sequenc
     """Where the official layout puts an image below `tree` (the folder that holds ``breast/``)."""
     kind = SUBTYPES[subtype]
     letter = "BM"[kind.malignant]
-    return (
-        tree
-        / "breast"
-        / LABELS[kind.malignant]
-        / "SOB"
-        / kind.folder
-        / f"SOB_{letter}_{subtype}_{slide}"
-        / f"{magnification}X"
-    ) / f"SOB_{letter}_{subtype}-{slide}-{magnification}-{sequence}{suffix}"
+    folder = tree / "breast" / LABELS[kind.malignant] / "SOB" / kind.folder / f"SOB_{letter}_{subtype}_{slide}"
+    return folder / f"{magnification}X" / f"SOB_{letter}_{subtype}-{slide}-{magnification}-{sequence}{suffix}"
 
 
 def find_tree(root: str | os.PathLike[str]) -> Path:

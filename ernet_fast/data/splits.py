@@ -56,8 +56,7 @@ class Splits:
         return "patient" if all(parts.setdefault(row.patient, row.fold) == row.fold for row in self.rows) else "image"
 
     def select(self, samples: Iterable[Sample], split: str, fold: int = 0) -> list[Sample]:
-        """The samples of ``"train"``, ``"val"``, ``"test"``, ``"trainval"`` or ``"all"`` when fold `fold` is the
-        validation fold.
+        """The samples of a split (one of `SPLIT_NAMES`) when fold `fold` is the validation fold.
 
         Raises:
             ValueError: `split` or `fold` is out of range.

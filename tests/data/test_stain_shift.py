@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ernet_fast.data import BreakHis
 from ernet_fast.data.synthetic import generate_patch, write_breakhis_like
-from ernet_fast.reference import macenko_fit, macenko_normalize
+from ernet_fast.stain import macenko_fit, macenko_normalize
 
 SEEDS = (0, 1, 2)
 
@@ -71,7 +71,7 @@ def normalise() -> Callable[[Tensor], Tensor]:
 def test_normalisation_helps_when_train_and_test_patients_are_stained_differently(
     tmp_path: Path, normalise: Callable[[Tensor], Tensor]
 ) -> None:
-    """Over twelve seeds the accuracy was 0.95 to 1.00 with normalisation and 0.50 to 0.98 (mean 0.77) without."""
+    """Over seeds 0 to 11 the accuracy was 0.95 to 1.00 (mean 0.98) with and 0.50 to 0.95 (mean 0.76) without it."""
     raw, normalised = [], []
     for seed in SEEDS:
         root = write_breakhis_like(

@@ -58,10 +58,10 @@ def test_noise_is_what_was_asked_for() -> None:
     assert np.var((noisy - clean)[inner]) == pytest.approx(16 + 1 / 6, rel=0.08)
 
 
-def angle(a: np.ndarray, b: np.ndarray) -> float:
-    """Degrees between two directions, accurate for small angles too."""
-    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
-    return float(np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(a - b) / 2, 0, 1))))
+def angle(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Degrees between directions [3, ...], accurate for small angles too."""
+    a, b = a / np.linalg.norm(a, axis=0), b / np.linalg.norm(b, axis=0)
+    return np.degrees(2 * np.arcsin(np.clip(np.linalg.norm(a - b, axis=0) / 2, 0, 1)))
 
 
 @pytest.mark.parametrize("subtype", ["A", "PT", "DC", "PC"])
@@ -83,17 +83,15 @@ def test_macenko_recovers_the_planted_stains(subtype: str, regime: str) -> None:
     )
     mixture = np.percentile(np.arctan2(concentration[1], concentration[0]), [1, 99])
     extremes = stain.stain_matrix @ np.stack([np.cos(mixture), np.sin(mixture)])
-    # Rounding to grey levels and the method's I+1 turn each pixel's direction a little. Percentiles of the seen
-    # directions lie within the largest turn of all pixels of the true percentiles; 99.9 % of the pixels bound it in
-    # practice as well as in the plane.
-    true = stain.stain_matrix @ concentration
-    turns = [angle(true[:, k], seen[:, tissue][:, k]) for k in range(0, true.shape[1], 7)]
-    tolerance = np.percentile(turns, 99.9)
-    assert tolerance < 4
+    # Rounding to grey levels and the method's I+1 turn each pixel's direction a little; a percentile of the seen
+    # directions lies within the largest such turn of the true percentile. (The plane, fitted to all pixels, turns by
+    # less.)
+    tolerance = angle(stain.stain_matrix @ concentration, seen[:, tissue]).max()
+    assert tolerance < 1.2  # degrees
     for column, planted in enumerate((stain.haematoxylin, stain.eosin)):
         assert angle(estimated[:, column], extremes[:, column]) <= tolerance
-        # Nearly pure pixels occur, so the planted vectors are found too.
-        assert angle(extremes[:, column], np.array(planted)) < 3
+        # Nearly pure pixels occur (the extreme mixtures hold at most 6 % of the other stain), so the planted vectors
+        # are found.
         assert angle(estimated[:, column], np.array(planted)) < 4
 
 

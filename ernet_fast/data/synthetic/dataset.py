@@ -18,11 +18,9 @@ from ernet_fast.data.synthetic.patch import generate_patch
 from ernet_fast.data.synthetic.stain import STAINING, StainProfile, sample_stain
 
 _FIRST_PATIENT = 90001  # slide numbers that BreakHis does not use
-_README = """Synthetic images in the layout of BreakHis, drawn by ernet_fast.data.synthetic. They show no patient and
-no tissue.
+_README = """\
+Synthetic images in the layout of BreakHis, drawn by ernet_fast.data.synthetic. They show no patient and no tissue.
 
-patients {patients}, patches per patient and magnification {patches}, magnifications {magnifications}, size {size},
-seed {seed}, staining {staining}, split seed {split_seed}
 """
 
 
@@ -48,8 +46,8 @@ def write_breakhis_like(
     """Write a synthetic data set below `root`; ``BreakHis(root)`` reads it.
 
     Patients are benign and malignant in turn and go round the eight subtypes. Every patient has one slide with stain
-    vectors and intensities of its own. Each patch depends on `seed`, patient, magnification and number alone, so a
-    larger set contains a smaller one. The folder appears when it is complete.
+    vectors and intensities of its own. Each patch depends on `seed`, patient, magnification, number and the patient's
+    stain alone, so a larger set contains a smaller one of similar staining. The folder appears when it is complete.
 
     Args:
         root: folder to write to; it may exist, but must not hold ``histology_slides`` yet.
@@ -89,34 +87,24 @@ def write_breakhis_like(
         raise FileExistsError(f"{str(target)!r} exists; choose another root, or remove it first")
     pil = require("PIL.Image", extra="train", purpose="writing synthetic images")
     cohort = _draw_cohort(patients, patches_per_patient, wanted, seed, staining, split_seed)
-
+    patches = [(who, m, k) for who in cohort for m in wanted for k in range(1, patches_per_patient + 1)]
+    settings = f"""\
+patients {patients}, patches per patient and magnification {patches_per_patient}, magnifications {wanted}, size {size},
+seed {seed}, staining {staining}, split seed {split_seed}
+"""
     root.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
     try:
-        total, done = patients * patches_per_patient * len(wanted), 0
-        for patient in cohort:
-            for magnification in wanted:
-                for number in range(1, patches_per_patient + 1):
-                    path = image_path(aside, patient.subtype, patient.slide, magnification, f"{number:03d}")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    patch = generate_patch(
-                        patient.subtype,
-                        magnification=magnification,
-                        size=size,
-                        stain=patient.stain,
-                        seed=[seed, patient.number, magnification, number],
-                    )
-                    pil.fromarray(np.ascontiguousarray(patch.image.transpose(1, 2, 0))).save(path, compress_level=3)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-        settings = dict(
-            patients=patients, patches=patches_per_patient, magnifications=wanted, size=tuple(size), seed=seed
-        )
-        (aside / "README.txt").write_text(
-            _README.format(**settings, staining=staining, split_seed=split_seed), encoding="utf-8"
-        )
-        aside.chmod(0o755)
+        for done, (who, magnification, k) in enumerate(patches, 1):
+            path = image_path(aside, who.subtype, who.slide, magnification, f"{k:03d}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            origin = [seed, who.number, magnification, k]
+            patch = generate_patch(who.subtype, magnification=magnification, size=size, stain=who.stain, seed=origin)
+            pil.fromarray(np.ascontiguousarray(patch.image.transpose(1, 2, 0))).save(path, compress_level=3)
+            if progress is not None:
+                progress(done, len(patches))
+        (aside / "README.txt").write_text(_README + settings, encoding="utf-8")
+        aside.chmod(0o755)  # temporary folders are private
         os.rename(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,10 +13,9 @@ from ernet_fast.data.synthetic.stain import StainProfile, beer_lambert, sample_s
 from ernet_fast.data.synthetic.texture import Image, fractal_noise, smooth_noise
 from ernet_fast.data.synthetic.tissue import PROFILES, Tissue, TissueProfile, draw_tissue, nuclei_grid
 
-# A BreakHis image is 460 pixels high; at 200X a nucleus of 8 um is about 24 of them, at other magnifications in
-# proportion.
+# A BreakHis image is 460 pixels high; at 200X a nucleus of 8 um is about 24 of them wide, in proportion elsewhere.
 _NATIVE_HEIGHT = 460
-_NATIVE_PIXEL = 0.33 * 200
+_NATIVE_PIXEL_AT_1X = 0.33 * 200  # micrometres
 _SENSOR_NOISE = 1.2  # standard deviation, grey levels
 
 
@@ -68,7 +67,7 @@ def generate_patch(
     if stain is None:
         stain = sample_stain(rng)
     shape = int(size[0]), int(size[1])
-    pixel = _NATIVE_PIXEL / magnification * _NATIVE_HEIGHT / shape[0]
+    pixel = _NATIVE_PIXEL_AT_1X / magnification * _NATIVE_HEIGHT / shape[0]
     profile = PROFILES[subtype]
     tissue = draw_tissue(rng, profile, shape, pixel)
     nuclei = _place_nuclei(rng, profile, tissue, pixel)

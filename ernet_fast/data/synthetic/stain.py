@@ -44,8 +44,8 @@ class StainProfile:
 
 
 # Mean direction and strength of each regime. "similar" lies between the published vectors of Ruifrok & Johnston
-# (2001) and Macenko et al. (2009); "shifted" is what another laboratory's slides look like: bluer and fainter
-# haematoxylin, stronger eosin, darker exposure.
+# (2001) and Macenko et al. (2009); "shifted" is what another laboratory's slides look like: fainter, bluer haematoxylin
+# and stronger, redder eosin. Exposure is the same, as stain normalisation takes a known background for granted.
 _REGIMES = {
     "similar": StainProfile((0.60, 0.72, 0.35), (0.20, 0.87, 0.45), (1.0, 1.0), 240.0),
     "shifted": StainProfile((0.65, 0.68, 0.34), (0.25, 0.83, 0.50), (0.60, 1.50), 240.0),
@@ -68,10 +68,10 @@ def sample_stain(rng: np.random.Generator, regime: str = "similar") -> StainProf
 
 
 def beer_lambert(concentrations: NDArray[np.float32], stain: StainProfile) -> NDArray[np.float32]:
-    """Transmitted light ``I = I0 exp(-S C)``: concentrations [2, H, W] of haematoxylin and eosin to grey levels [3,
-    H, W].
+    """Transmitted light ``I = I0 exp(-S C)`` in grey levels [3, H, W].
 
-    The concentrations are multiplied by ``stain.strength`` first.
+    C are the concentrations [2, H, W] of haematoxylin and eosin times ``stain.strength``, S is ``stain.stain_matrix``
+    and I0 ``stain.background``.
     """
     matrix = (stain.stain_matrix * np.asarray(stain.strength)).astype(np.float32)
     density = matrix @ concentrations.reshape(2, -1)

@@ -12,9 +12,9 @@ Image = NDArray[np.float32]
 
 @lru_cache(maxsize=256)
 def _spline_taps(length: int, grain: float) -> tuple[NDArray[np.intp], Image]:
-    """First of the four knots [length] each pixel depends on, knots lying `grain` pixels apart, and their weights [4, length, 1].
+    """First of the four knots [length] each pixel depends on, and the knots' weights [4, length, 1].
 
-    The weights are those of the cubic B-spline, scaled so that unit noise at the knots gives unit noise.
+    Knots lie `grain` pixels apart. The weights are the cubic B-spline's, scaled so that unit noise gives unit noise.
     """
     position = np.arange(length) / grain
     knot = np.floor(position).astype(np.intp)
@@ -25,7 +25,8 @@ def _spline_taps(length: int, grain: float) -> tuple[NDArray[np.intp], Image]:
 
 
 def _interpolated(knots: Image, length: int, grain: float) -> Image:
-    """Spline through the first axis of `knots`. Written out, as a threaded matrix product stalls when the cores are busy."""
+    """Spline along the first axis of `knots`."""
+    # Written out: as a matrix product it would run on all cores, and stall where they are busy.
     knot, weights = _spline_taps(length, grain)
     total = weights[0] * knots[knot]
     for k in range(1, 4):
@@ -69,13 +70,11 @@ def fibre_texture(rng: np.random.Generator, across: Image, along: Image, thickne
 
 def _streaks(rng: np.random.Generator, across: Image, along: Image, thickness: float, length: float) -> Image:
     """Gaussian noise of about unit variance on curved coordinates, with spots `thickness` wide and `length` long."""
-    position = [
-        (axis - axis.min()) / np.float32(max(1.0, grain)) for axis, grain in ((across, thickness), (along, length))
-    ]
+    grains = ((across, thickness), (along, length))
+    position = [(axis - axis.min()) / np.float32(max(1.0, grain)) for axis, grain in grains]
     corner = [p.astype(np.int32) for p in position]
-    weight = [
-        (t := p - k) * t * (3 - 2 * t) for p, k in zip(position, corner, strict=True)
-    ]  # smoothstep: no creases at the knots
+    # Smoothstep instead of straight lines: no creases at the knots.
+    weight = [(t := p - k) * t * (3 - 2 * t) for p, k in zip(position, corner, strict=True)]
     rows, columns = (int(k.max()) + 2 for k in corner)
     knots = rng.standard_normal((rows, columns), dtype=np.float32).reshape(-1)
     index = corner[0] * columns + corner[1]

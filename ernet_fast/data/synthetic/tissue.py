@@ -41,8 +41,7 @@ class TissueProfile:
 
 
 # Nuclear density, size and pleomorphism tell the classes apart. Glands and solid sheets occur in both, as ductal
-# hyperplasia is solid and well differentiated carcinoma has lumens; the subtypes differ in how much there is of
-# either.
+# hyperplasia is solid and well differentiated carcinoma has lumens. Subtypes differ in how much there is of either.
 PROFILES: dict[str, TissueProfile] = {
     "A": TissueProfile(3.0, 0.10, 9.4, gland_spacing=62, gland_radius=21, nest_share=0.12, nest_size=40),
     "F": TissueProfile(2.9, 0.09, 9.2, gland_spacing=110, gland_radius=30, nest_share=0.16, stromal_spacing=19),
@@ -60,9 +59,10 @@ PROFILES: dict[str, TissueProfile] = {
 
 
 class Tissue(NamedTuple):
-    """Maps [H, W] of one field of view: `epithelium`, `stroma` and `mucin` between 0 and 1 (what is left is empty),
-    `fibres` between 0 and 1, `angle` of the fibres in radians; and the epithelial nuclei that line glands as rows (y,
-    x, angle) in pixels.
+    """Maps [H, W] of one field of view, and the nuclei that line its glands.
+
+    `epithelium`, `stroma` and `mucin` lie between 0 and 1, and what is left is empty; `fibres` lies between 0 and 1;
+    `angle` is the fibres' in radians; `lining` has rows (y, x, angle) in pixels and radians.
     """
 
     epithelium: Image
@@ -84,11 +84,9 @@ def draw_tissue(rng: np.random.Generator, profile: TissueProfile, shape: tuple[i
     loose = fractal_noise(rng, shape, 45.0 / pixel) - 0.9 * fibres
     gap = _threshold(loose, profile.gap_share, 0.10) * (1 - 0.85 * epithelium)
     tissue = (1 - lumen) * (1 - gap)
-    pool = (
-        _threshold(smooth_noise(rng, shape, 70.0 / pixel), 0.7, 0.2) * np.float32(profile.mucin)
-        if profile.mucin
-        else np.zeros_like(gap)
-    )
+    pool = np.zeros_like(gap)
+    if profile.mucin:
+        pool = _threshold(smooth_noise(rng, shape, 70.0 / pixel), 0.7, 0.2) * np.float32(profile.mucin)
     epithelium = epithelium * tissue
     rest = np.maximum(tissue - epithelium, 0)
     return Tissue(epithelium, rest * (1 - pool), rest * pool, fibres, angle, lining)
@@ -121,9 +119,8 @@ def _fibre_field(rng: np.random.Generator, shape: tuple[int, int], pixel: float)
     """Coordinates in pixels across and along the fibres, and the fibres' angle."""
     y, x = np.meshgrid(np.arange(shape[0], dtype=np.float32), np.arange(shape[1], dtype=np.float32), indexing="ij")
     turn = rng.uniform(0, np.pi)
-    bend = smooth_noise(rng, shape, 90.0 / pixel) * np.float32(26.0 / pixel) + smooth_noise(
-        rng, shape, 35.0 / pixel
-    ) * np.float32(6.5 / pixel)
+    bend = smooth_noise(rng, shape, 90.0 / pixel) * np.float32(26.0 / pixel)
+    bend += smooth_noise(rng, shape, 35.0 / pixel) * np.float32(6.5 / pixel)
     across = np.float32(np.cos(turn)) * y - np.float32(np.sin(turn)) * x + bend
     along = np.float32(np.cos(turn)) * x + np.float32(np.sin(turn)) * y
     dy, dx = np.gradient(across)
