@@ -45,3 +45,12 @@ def real_images() -> Path:
             pytest.fail(f"ERNET_TEST_DATA={named} is no folder")
         pytest.skip("no real H&E images here: set ERNET_TEST_DATA to a folder that holds BreaKHis_tiny")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_breakhis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic data set in the BreakHis layout: 16 patients, 64 images of 64x64 at 100X and 200X."""
+    from ernet_fast.data.synthetic import write_breakhis_like
+
+    root = tmp_path_factory.mktemp("tiny_breakhis")
+    return write_breakhis_like(root, patients=16, patches_per_patient=2, magnifications=(100, 200), size=(64, 64))

@@ -30,8 +30,6 @@ _PACKAGES = (
     _Package("lightning_fabric", "lightning-fabric", "train", "training: devices, precision, several processes"),
     _Package("torchmetrics", "torchmetrics", "train", "metrics"),
     _Package("matplotlib", "matplotlib", "train", "pictures"),
-    _Package("sklearn", "scikit-learn", "train", "statistics"),
-    _Package("kornia", "kornia", "train", "augmentation of batches"),
     _Package("rich", "rich", "train", "progress bars"),
     _Package("safetensors", "safetensors", "optional", "weights in .safetensors files"),
     _Package("timm", "timm", "timm", "model registry"),

@@ -15,7 +15,7 @@ _GROUPS = (
     ("data", ("data", "out", "target", "magnifications", "split_by", "fold", "num_folds", "split_file", "on_error",
               "max_train_images", "max_val_images")),
     ("images", ("stain", "stain_target", "image_size", "resize", "augment", "cache", "num_workers")),
-    ("network", ("model", "block", "norm", "num_groups", "fused", "weights")),
+    ("network", ("model", "block", "base_channels", "norm", "num_groups", "fused", "weights")),
     ("training", ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "momentum", "schedule", "warmup_epochs",
                   "class_weights", "label_smoothing", "clip_norm", "select_by")),
     ("machine", ("device", "precision", "channels_last", "deterministic", "seed")),

@@ -57,19 +57,17 @@ def write_page(path: Path, found: DemoFindings) -> Path:
 
 def _summary(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
     overall = figures["overall"]
-    names = {
-        "accuracy": "accuracy",
-        "precision": "precision",
-        "recall": "recall (sensitivity)",
-        "specificity": "specificity",
-        "f1": "F1",
-        "auc": "AUC",
-    }
-    remark = {"accuracy": f"{overall['images']} test images"}
-    entries = [(title, format_figure(overall[key]), remark.get(key, "")) for key, title in names.items()]
-    entries.append(
-        ("patients", format_figure(figures["patient_recognition_rate"]), f"mean of {figures['patients']} patients")
+    names = (
+        ("accuracy", "accuracy", f"{overall['images']} test images"),
+        ("precision", "precision", "of malignant"),
+        ("recall", "recall", "sensitivity"),
+        ("specificity", "specificity", "recall of benign"),
+        ("f1", "F1", "of malignant"),
+        ("auc", "AUC", "area under ROC"),
     )
+    entries = [(title, format_figure(overall[key]), remark) for key, title, remark in names]
+    rate = format_figure(figures["patient_recognition_rate"])
+    entries.append(("patient rate", rate, f"{figures['patients']} patients"))
     return report.cards(entries)
 
 

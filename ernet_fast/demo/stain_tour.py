@@ -35,9 +35,14 @@ def show_normalization(samples: Sequence[Sample], target: Path, stain: StainNorm
 
     The spread is the standard deviation, over up to 48 images, of an image's mean colour, averaged over the three channels.
     """
-    chosen = _one_each_patient(samples)
+    patients = _one_each_patient(samples)
+    shown = [
+        sample
+        for malignant in (0, 1)
+        for sample in evenly_chosen([s for s in patients if s.malignant == malignant], _SHOWN // 2)
+    ]
     pairs = []
-    for sample in evenly_chosen(chosen, _SHOWN):
+    for sample in shown:
         image = read_image(sample.path)
         title = f"{'malignant' if sample.malignant else 'benign'}, {sample.magnification}X\npatient {sample.patient}"
         pairs.append((title, _thumbnail(image), _thumbnail(stain(image))))

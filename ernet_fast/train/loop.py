@@ -88,12 +88,13 @@ def fit(
 def _determinism(wanted: bool) -> Iterator[None]:
     """Torch's deterministic mode for the duration of a run; without `wanted`, as the caller has it."""
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
         torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def _state_to_resume(config: TrainConfig, resume: bool) -> dict[str, Any] | None:

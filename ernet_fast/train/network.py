@@ -20,7 +20,9 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
         ValueError: it cannot be read, or belongs to another network.
     """
     build = getattr(models, config.model)
-    settings: dict[str, Any] = {"norm": config.norm, "fused": config.fused, "block": config.block}
+    settings: dict[str, Any] = {
+        name: getattr(config, name) for name in ("norm", "fused", "block", "base_channels")
+    }
     if config.num_groups is not None:
         settings["num_groups"] = config.num_groups
     if config.weights is None:

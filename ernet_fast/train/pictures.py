@@ -62,8 +62,8 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
     counts = confusion_matrix(predictions)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     classes = len(predictions.classes)
-    side = 3.6 if classes <= 3 else 6.4
-    figure = new_figure(side + 0.5, side)
+    width, height = (4.4, 3.6) if classes <= 3 else (6.9, 6.4)
+    figure = new_figure(width, height)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     for row in range(classes):
@@ -85,6 +85,9 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
     axes.set_yticks(range(classes), names)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
     style_axes(axes, grid=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0)
     return _finished(figure, path)
 
 
@@ -144,7 +147,7 @@ def before_after_picture(
 ) -> bytes:
     """A column for each (title, image, normalised image), both uint8 [3, H, W]; first the target, if given."""
     columns = len(pairs) + (target is not None)
-    figure = new_figure(1.45 * columns + 0.3, 3.5)
+    figure = new_figure(1.45 * columns + 0.3, 3.3)
     grid = figure.subplots(2, columns, squeeze=False)
     shift = 0
     if target is not None:

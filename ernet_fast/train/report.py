@@ -27,9 +27,9 @@ header { border-bottom: 3px solid var(--accent); padding-bottom: 14px; margin-bo
 h1 { font-size: 27px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 header p { margin: 0; color: var(--muted); }
 h2 { font-size: 18px; margin: 34px 0 10px; padding-bottom: 5px; border-bottom: 1px solid var(--line); }
-p { margin: 0 0 12px; max-width: 76ch; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 10px; margin: 0 0 18px; padding: 0; }
-.cards div { border: 1px solid var(--line); border-radius: 8px; padding: 11px 13px 9px; }
+p { margin: 0 0 12px; max-width: 92ch; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(114px, 1fr)); gap: 8px; margin: 0 0 18px; padding: 0; }
+.cards div { border: 1px solid var(--line); border-radius: 8px; padding: 10px 11px 8px; }
 .cards dt { color: var(--muted); font-size: 12.5px; }
 .cards dd { margin: 2px 0 0; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .cards small { display: block; color: var(--muted); font-size: 12px; font-weight: 400; }
