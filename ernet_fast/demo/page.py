@@ -113,8 +113,8 @@ def _training(found: DemoFindings) -> report.Block:
             f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), {settings.epochs} epochs, "
             f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by frequency, random flips, "
             f"turns, rotations, shifts and zooms. No patient is in two of training, validation and test. {seconds:.0f} s of training in all, "
-            f"{1e3 * seconds / (len(history) * trained_on):.0f} ms an image. The checkpoint of epoch {found.trained.best['epoch']} has the best "
-            f"validation AUC and is the one evaluated."
+            f"{1e3 * seconds / (len(history) * trained_on):.0f} ms an image. The checkpoint of epoch {found.trained.best['epoch']} has the lowest "
+            f"validation loss and is the one evaluated."
         ),
         report.pictures([(history_picture(history), "Loss and validation figures by epoch", "")]),
     )

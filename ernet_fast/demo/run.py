@@ -50,7 +50,7 @@ class DemoConfig:
 
     data: str | None = None
     out: str = "runs/demo"
-    epochs: int = 4
+    epochs: int = 8
     image_size: int = 112
     max_images: int = 480
     seed: int = 0
@@ -141,9 +141,10 @@ def _training(config: DemoConfig, data: str, out: Path) -> TrainConfig:
         epochs=config.epochs,
         image_size=config.image_size,
         batch_size=24,
-        lr=1e-3,
+        lr=5e-4,
         schedule="one-cycle",
         class_weights="balanced",
+        select_by="loss",
         cache=True,
         max_train_images=config.max_images,
         max_val_images=max(1, config.max_images // 4),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ernet_fast import models
 from ernet_fast.stain import MacenkoNormalizer
 
-_BATCH, _SIDE = 8, 112
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def time_training_step(device: torch.device, repeats: int = 5) -> Timing:
+def time_training_step(device: torch.device, repeats: int = 5, side: int = 112) -> Timing:
     """Forward and backward of ER-ResNet-50, fused against the naive composition of the same weights."""
     network = models.er_resnet50(2).to(device=device, memory_format=torch.channels_last).train()
     generator = torch.Generator().manual_seed(0)
     images = (
-        torch.randn(_BATCH, 3, _SIDE, _SIDE, generator=generator)
+        torch.randn(_BATCH, 3, side, side, generator=generator)
         .to(device)
         .contiguous(memory_format=torch.channels_last)
     )
@@ -82,7 +82,7 @@ def time_training_step(device: torch.device, repeats: int = 5) -> Timing:
 
     medians = interleaved_medians({"fused": step(True), "naive": step(False)}, repeats)
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    task = f"ER-ResNet-50, forward and backward of {_BATCH} images of {_SIDE}x{_SIDE}, float32, {where}"
+    task = f"ER-ResNet-50, forward and backward of {_BATCH} images of {side}x{side}, float32, {where}"
     return Timing(task, medians, repeats)
 
 

@@ -1,0 +1,106 @@
+"""train and evaluate as commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from ernet_fast.cli import train as train_command
+from ernet_fast.train import TrainConfig
+
+TINY = ["--base-channels", 8, "--image-size", 32, "--batch-size", 8, "--device", "cpu", "--seed", 0]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_breakhis, tmp_path_factory):
+    from ernet_fast.train import Reporter, fit
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = TrainConfig(
+        data=str(tiny_breakhis), out=str(out), base_channels=8, image_size=32, batch_size=8, epochs=1, device="cpu"
+    )
+    return fit(config, reporter=Reporter(quiet=True))
+
+
+def test_train_json_stop_and_resume(call, tiny_breakhis, tmp_path):
+    out = tmp_path / "run"
+    first = call("train", "--data", tiny_breakhis, "--out", out, "--epochs", 2, "--stop-after", 1, *TINY, "--json")
+    assert first.code == 0 and first.json["finished"] is False and len(first.json["history"]) == 1
+    assert "epoch 1/2" in first.err
+    second = call("train", "--out", out, "--resume")  # the settings come from the checkpoint
+    assert second.code == 0 and "best epoch" in second.out and "ernet-fast evaluate" in second.out
+    assert len(json.loads((out / "history.json").read_text())) == 2
+    again = call("train", "--data", tiny_breakhis, "--out", out, *TINY)
+    assert again.code == 2 and "already holds a run" in again.err
+    other = call("train", "--out", out, "--resume", "--lr", 0.5)
+    assert other.code == 2 and "lr was 0.001, now 0.5" in other.err
+
+
+def test_quiet_is_quiet(call, tiny_breakhis, tmp_path):
+    called = call("train", "--data", tiny_breakhis, "--out", tmp_path / "run", "--epochs", 1, *TINY, "--quiet")
+    assert called.code == 0 and called.err == ""
+
+
+def test_interrupted_training_says_how_to_go_on(call, tiny_breakhis, tmp_path, monkeypatch):
+    def interrupt(config, **options):
+        config.folder.mkdir(parents=True)
+        (config.folder / "last.pt").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_command, "fit", interrupt)
+    called = call("train", "--data", tiny_breakhis, "--out", tmp_path / "run", *TINY)
+    assert called.code == 1 and "--resume goes on" in called.err and "Traceback" not in called.err
+
+
+def test_every_setting_is_an_option(call):
+    named = [name for _, names in train_command._GROUPS for name in names]
+    assert sorted(named) == sorted(item.name for item in TrainConfig.__dataclass_fields__.values())
+    shown = call("train", "--help").out
+    assert all(f"--{name.replace('_', '-')}" in shown for name in named)
+
+
+def test_evaluate_json_is_pure_and_complete(call, trained, tmp_path):
+    called = call("evaluate", trained.best_checkpoint, "--json", "--out", tmp_path / "evaluation")
+    figures = called.json
+    assert called.code == 0 and figures["split"] == "test" and set(figures["by_magnification"]) == {"100X", "200X"}
+    assert figures["overall"]["images"] == sum(map(sum, figures["confusion_matrix"])) > 0
+    assert len(figures["patient_scores"]) == figures["patients"]
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text()) == figures
+    with open(tmp_path / "evaluation" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == figures["overall"]["images"]
+    right = sum(row["true"] == row["predicted"] for row in rows) / len(rows)
+    assert right == pytest.approx(figures["overall"]["accuracy"], abs=1e-6)
+    assert all(float(row["p_benign"]) + float(row["p_malignant"]) == pytest.approx(1, abs=2e-6) for row in rows)
+    for name in ("confusion_matrix.png", "roc.png"):
+        assert (tmp_path / "evaluation" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_table(call, trained):
+    called = call("evaluate", trained.best_checkpoint, "--patients", "--magnifications", 200)
+    assert called.code == 0 and "recall" in called.out and "200X" in called.out and "100X" not in called.out
+    assert "patient recognition rate" in called.out and "90" in called.out
+
+
+def test_evaluate_limits_and_damage(call, trained, tmp_path, tiny_breakhis):
+    called = call("evaluate", trained.best_checkpoint, "--max-images", 5, "--json")
+    assert called.json["overall"]["images"] == 5
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(trained.best_checkpoint.read_bytes()[:1000])
+    called = call("evaluate", damaged)
+    assert called.code == 2 and "damaged" in called.err and "Traceback" not in called.err
+
+
+def test_a_corrupt_training_image_is_named(call, tiny_breakhis, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_breakhis, data)
+    for victim in data.rglob("*.png"):
+        victim.write_bytes(victim.read_bytes()[:100])
+    called = call("train", "--data", data, "--out", tmp_path / "run", "--epochs", 1, *TINY)
+    assert called.code == 2 and ".png" in called.err and "truncated" in called.err
+    skipped = call("train", "--data", data, "--out", tmp_path / "run2", "--on-error", "skip", *TINY)
+    assert skipped.code == 2 and "no image is left" in skipped.err
