@@ -60,7 +60,7 @@ def test_patients_are_disjoint_and_stratified(published: list[Sample], seed: int
         assert max(in_fold) - min(in_fold) <= 1
     in_fold = [len(parts[fold]) for fold in range(5)]
     assert max(in_fold) - min(in_fold) <= 1
-    # Image counts cannot be exact with whole patients (one has 373 images), but the class shares stay near.
+    # Image counts cannot be exact with whole patients (one has 493 images), but the class shares stay near.
     for label in (0, 1):
         held_out = sum(s.malignant == label for s in splits.select(published, "test"))
         assert held_out / sum(s.malignant == label for s in published) == pytest.approx(0.3, abs=0.06)
