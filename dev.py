@@ -33,7 +33,7 @@ COMMANDS = ("demo", "test", "build", "bench", "lint", "kernels", "gpu")
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
 # the tests themselves.
 BUILD = ("torch", "numpy", "pybind11", "ninja", "setuptools")
-TRAIN = ("lightning_fabric", "torchmetrics", "kornia", "sklearn", "matplotlib", "PIL", "rich")
+TRAIN = ("lightning_fabric", "torchmetrics", "matplotlib", "PIL", "rich")
 NEEDS = {
     "build": BUILD,
     "gpu": ("torch", "numpy", "setuptools"),
