@@ -43,23 +43,18 @@ Strips one_strip() {
 
 namespace {
 
-// Largest |exponent| of a table entry; beyond it a product of three leaves the range of float.
-constexpr double kTableExponent = 25.0;
+// Largest exponent of one input channel: with three, and log2 Io, 2^z stays within float32.
+constexpr double kSingleExponent = 25.0;
 
-// The nine tables exp(-M_ck OD), Io in those of the first input; false if float cannot hold them.
-bool make_tables(const double matrix[3][3], const macenko::OdTable& table, double io, float* tables) {
+// True if every exponent M_ck OD_k of an 8-bit image is small enough; false for NaN.
+bool fits_single(const double matrix[3][3], const macenko::OdTable& table) {
+  // OD falls with the level, so the ends bound the rest.
+  const double od = std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
+  bool fits = true;
   for (int c = 0; c < 3; ++c) {
-    for (int k = 0; k < 3; ++k) {
-      // OD falls with the level, so the ends bound the rest. The comparison is false for NaN.
-      const double bound = std::fabs(matrix[c][k]) * std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
-      if (!(bound < kTableExponent)) return false;
-      for (int level = 0; level < 256; ++level) {
-        const double factor = std::exp(-matrix[c][k] * table.od[level]);
-        tables[(c * 3 + k) * 256 + level] = float(k == 0 ? io * factor : factor);
-      }
-    }
+    for (int k = 0; k < 3; ++k) fits &= std::fabs(matrix[c][k]) * od < kSingleExponent;
   }
-  return true;
+  return fits;
 }
 
 Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p, const macenko::OdTable& table) {
@@ -134,8 +129,7 @@ void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix
   r.io = io;
   r.table = &table;
   r.out = out;
-  float tables[9 * 256];
-  if (type == Pixel::u8 && make_tables(matrix, table, io, tables)) r.tables = tables;
+  r.single = type == Pixel::u8 && fits_single(matrix, table);
   strips.run(strips.tasks, [&](int64_t strip) {
     loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r);
   });

@@ -75,8 +75,6 @@ static void tissue_flags(const Block<T>&, const Keys& keys, const double (*od)[k
   }
 }
 
-static int64_t count_invalid(const Block<uint8_t>&, double, int) { return 0; }
-
 template <class T>
 static int64_t count_invalid(const Block<T>& block, double scale, int count) {
   int64_t invalid = 0;
@@ -87,13 +85,6 @@ static int64_t count_invalid(const Block<T>& block, double scale, int count) {
     invalid += !(macenko::is_level(r) & macenko::is_level(g) & macenko::is_level(b));
   }
   return invalid;
-}
-
-static void fixed_densities(const Block<uint8_t>& block, const Keys& keys, const double (*)[kBlock], const uint8_t* flags,
-                            int32_t q[3][kBlock]) {
-  for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < kBlock; ++i) q[k][i] = keys.table->fixed[block.value[k][i]] & -int32_t(flags[i]);
-  }
 }
 
 template <class T>
@@ -147,7 +138,7 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
     load(image, begin, count, block);
     sums.invalid += count_invalid(block, image.scale, count);
-    if constexpr (sizeof(T) > 1) densities(block, keys, image.scale, od);
+    densities(block, keys, image.scale, od);
     tissue_flags(block, keys, od, flags);
     clear_tail(flags, count);
     int tissue = 0;
@@ -278,17 +269,6 @@ static void store(const ImageView& image, int64_t begin, int count, void* out, c
   }
 }
 
-// Grey levels of a block by three table entries a value.
-static void levels_by_table(const Block<uint8_t>& block, const float* tables, uint8_t out[3][kBlock]) {
-  for (int c = 0; c < 3; ++c) {
-    const float* t = tables + c * 3 * 256;
-    for (int i = 0; i < kBlock; ++i) {
-      const float value = t[block.value[0][i]] * t[256 + block.value[1][i]] * t[512 + block.value[2][i]];
-      out[c][i] = macenko::level_of_float(value);
-    }
-  }
-}
-
 static void levels_by_exp(const double od[3][kBlock], const Reconstruction& r, double out[3][kBlock]) {
   for (int c = 0; c < 3; ++c) {
     const double* m = r.matrix[c];
@@ -339,6 +319,9 @@ static void reconstruction_densities(const Block<T>& block, const Keys& keys, do
 
 template <class T>
 static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction& r) {
+  if constexpr (sizeof(T) == 1) {
+    if (r.single) return reconstruct_bytes(image, span, r);
+  }
   Keys keys = {};
   keys.table = r.table;
   keys.io = r.io;
@@ -349,13 +332,6 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
   for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
     load(image, begin, count, block);
-    if constexpr (sizeof(T) == 1) {
-      if (r.tables) {
-        levels_by_table(block, r.tables, out);
-        store<T>(image, begin, count, r.out, out);
-        continue;
-      }
-    }
     reconstruction_densities(block, keys, image.scale, od);
     levels_by_exp(od, r, level);
     finish(block, image.scale, level, out);
@@ -363,12 +339,12 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
   }
 }
 
-template <class T>
-constexpr MacenkoLoops make_loops() {
-  return {moments<T>, scan<T>, sample<T>, radix<T>, reconstruct<T>};
-}
 
 extern const MacenkoLoops macenko_table[kNumPixelTypes];
-const MacenkoLoops macenko_table[kNumPixelTypes] = {make_loops<uint8_t>(), make_loops<float>(), make_loops<double>()};
+const MacenkoLoops macenko_table[kNumPixelTypes] = {
+    {moments_of_bytes, scan_bytes, sample<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>},
+    {moments<float>, scan<float>, sample<float>, radix<float>, reconstruct<float>},
+    {moments<double>, scan<double>, sample<double>, radix<double>, reconstruct<double>},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

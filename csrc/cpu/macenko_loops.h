@@ -50,10 +50,13 @@ struct Keys {
   const macenko::OdTable* table;
 };
 
-// Counts keys below `low`, and collects those in [low, high].
+// Counts keys below `low`, and collects those in [low, high]. The loops for 8-bit images compare in float32: a key within `margin` of
+// an end may count as either side of it, so what was collected is right if the keys sought are at least that far inside. A margin of
+// infinity says that these loops cannot order this image's keys.
 struct Bracket {
   double low;
   double high;
+  double margin;
   int64_t below;
   int64_t inside;     // how many there are, also beyond `capacity`
   double* collected;  // the first `capacity` of them
@@ -75,7 +78,7 @@ struct RadixPass {
 struct Reconstruction {
   double matrix[3][3];
   double io;
-  const float* tables;  // [3 output][3 input][256], or null: compute. 8-bit images only.
+  bool single;  // float32 holds the exponents: 8-bit images may be computed in it
   const macenko::OdTable* table;
   void* out;
 };
@@ -88,6 +91,15 @@ struct MacenkoLoops {
   void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
   void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
 };
+
+// Defined by macenko_bytes_loops.cpp: the same functions for 8-bit images, faster.
+#ifdef ERNET_ISA
+namespace ERNET_ISA_NAMESPACE {
+void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
+void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction&);
+}  // namespace ERNET_ISA_NAMESPACE
+#endif
 
 // Loops of the selected instruction set.
 const MacenkoLoops& macenko_loops(Pixel type);

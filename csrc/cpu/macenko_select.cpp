@@ -1,7 +1,9 @@
 #include "cpu/macenko_select.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace ernet::cpu {
@@ -18,7 +20,7 @@ constexpr int64_t kLargeSample = 8192;
 // Images up to this size are collected whole.
 constexpr int64_t kCollectAll = 2048;
 // Half width of a bracket in standard deviations of a sampled rank. A miss costs time, never exactness.
-constexpr double kBracketDeviations = 4.0;
+constexpr double kBracketDeviations = 3.0;
 
 // The interval that very probably holds the order statistics around `percent`, from sampled keys (which are reordered).
 void guess_bracket(double* keys, int64_t count, double percent, Bracket& bracket) {
@@ -95,15 +97,68 @@ class RadixSelect {
   const Strips& strips_;
 };
 
-// True, and the two order statistics, if the collected keys hold both ranks.
-bool select_collected(std::vector<double>& collected, int64_t below, int64_t inside, const Ranks& ranks, OrderStatistics& found) {
-  const bool complete = inside == int64_t(collected.size());
-  if (!complete || ranks.lower < below || ranks.upper >= below + inside) return false;
-  const auto lower = collected.begin() + (ranks.lower - below);
-  std::nth_element(collected.begin(), lower, collected.end());
+// A bracket of an image, and what was collected in it.
+struct Collected {
+  Bracket total;
+  std::vector<double> keys;
+};
+
+// Scans the image for two brackets at once.
+void scan_image(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const Bracket guess[2], const Strips& strips,
+                Collected collected[2]) {
+  const int64_t n = image.pixels;
+  // Room for what a good bracket holds; a key that many pixels share overflows it and is found the other way.
+  const int64_t tasks = n > kCollectAll ? strips.tasks : 1;
+  const int64_t capacity = n > kCollectAll ? n / tasks / 16 + 512 : n;
+  std::unique_ptr<double[]> room(new double[size_t(2 * tasks * capacity)]);  // left uninitialised
+  std::vector<Bracket> brackets(size_t(2 * tasks));
+  strips.run(tasks, [&](int64_t task) {
+    for (int i = 0; i < 2; ++i) {
+      Bracket& bracket = brackets[2 * task + i];
+      bracket = {guess[i].low, guess[i].high, 0, 0, 0, room.get() + (2 * task + i) * capacity, capacity};
+    }
+    loops.scan(image, span_of_strip(n, task, tasks), keys, brackets[2 * task], brackets[2 * task + 1]);
+  });
+  for (int i = 0; i < 2; ++i) {
+    collected[i].total = {guess[i].low, guess[i].high, 0, 0, 0, nullptr, 0};
+    collected[i].keys.clear();
+    for (int64_t task = 0; task < tasks; ++task) {
+      const Bracket& part = brackets[2 * task + i];
+      Bracket& total = collected[i].total;
+      total.below += part.below;
+      total.inside += part.inside;
+      total.margin = std::max(total.margin, part.margin);
+      const int64_t kept = std::min(part.inside, part.capacity);
+      collected[i].keys.insert(collected[i].keys.end(), part.collected, part.collected + kept);
+    }
+  }
+}
+
+// True, and the two order statistics, if the collected keys certainly hold both.
+bool select_collected(Collected& collected, const Ranks& ranks, OrderStatistics& found) {
+  const Bracket& total = collected.total;
+  const bool complete = total.inside == int64_t(collected.keys.size());
+  if (!complete || ranks.lower < total.below || ranks.upper >= total.below + total.inside) return false;
+  const auto lower = collected.keys.begin() + (ranks.lower - total.below);
+  std::nth_element(collected.keys.begin(), lower, collected.keys.end());
   found.lower = *lower;
-  found.upper = ranks.upper == ranks.lower ? *lower : *std::min_element(lower + 1, collected.end());
-  return true;
+  found.upper = ranks.upper == ranks.lower ? *lower : *std::min_element(lower + 1, collected.keys.end());
+  return found.lower >= total.low + total.margin && found.upper <= total.high - total.margin;
+}
+
+// Where the sample says the percentiles are; everything for small images.
+void guess_brackets(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const double percent[2], Bracket guess[2]) {
+  for (int i = 0; i < 2; ++i) guess[i] = {-kInfinity, kInfinity, 0, 0, 0, nullptr, 0};
+  const int64_t n = image.pixels;
+  if (n <= kCollectAll) return;
+  const int64_t wanted = std::clamp(n / 64, kSmallSample, kLargeSample);
+  const int64_t stride = (n / wanted) | 1;  // odd, so that it does not walk down the columns of an even width
+  std::vector<double> sampled(size_t(2 * (n / stride + 1)));
+  double* a = sampled.data();
+  double* b = a + sampled.size() / 2;
+  const int64_t found = loops.sample(image, {0, n}, stride, keys, a, b);
+  guess_bracket(a, found, percent[0], guess[0]);
+  guess_bracket(b, found, percent[1], guess[1]);
 }
 
 }  // namespace
@@ -111,50 +166,34 @@ bool select_collected(std::vector<double>& collected, int64_t below, int64_t ins
 void macenko_percentiles(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, int64_t count,
                          const double percent[2], bool nearest, bool interpolate_angles, const Strips& strips,
                          double result[2]) {
-  const int64_t n = image.pixels;
-  Bracket guess[2] = {};
-  guess[0].low = guess[1].low = -kInfinity;
-  guess[0].high = guess[1].high = kInfinity;
-  if (n > kCollectAll) {
-    const int64_t wanted = std::clamp(n / 64, kSmallSample, kLargeSample);
-    const int64_t stride = (n / wanted) | 1;  // odd, so that it does not walk down the columns of an even width
-    std::vector<double> sampled(size_t(2 * (n / stride + 1)));
-    double* a = sampled.data();
-    double* b = a + sampled.size() / 2;
-    const int64_t found = loops.sample(image, {0, n}, stride, keys, a, b);
-    guess_bracket(a, found, percent[0], guess[0]);
-    guess_bracket(b, found, percent[1], guess[1]);
-  }
-  // Room for what a good bracket holds; a key that many pixels share overflows it and goes the other way.
-  const int64_t tasks = n > kCollectAll ? strips.tasks : 1;
-  const int64_t capacity = n > kCollectAll ? n / tasks / 16 + 512 : n;
-  std::vector<double> room(size_t(2 * tasks * capacity));
-  std::vector<Bracket> brackets(size_t(2 * tasks));
-  strips.run(tasks, [&](int64_t task) {
+  Bracket guess[2];
+  guess_brackets(loops, image, keys, percent, guess);
+  bool done[2] = {false, false};
+  OrderStatistics found[2];
+  Ranks ranks[2];
+  for (int i = 0; i < 2; ++i) ranks[i] = macenko::percentile_ranks(count, percent[i], nearest);
+  // A second, wider look costs less than the radix selection.
+  for (int attempt = 0; attempt < 2 && !(done[0] && done[1]); ++attempt) {
+    Collected collected[2];
+    scan_image(loops, image, keys, guess, strips, collected);
     for (int i = 0; i < 2; ++i) {
-      brackets[2 * task + i] = guess[i];
-      brackets[2 * task + i].collected = room.data() + (2 * task + i) * capacity;
-      brackets[2 * task + i].capacity = capacity;
+      if (!done[i]) done[i] = select_collected(collected[i], ranks[i], found[i]);
+      const Bracket& total = collected[i].total;
+      if (done[i]) {
+        guess[i].low = guess[i].high = kInfinity;
+      } else if (total.inside <= int64_t(collected[i].keys.size()) && total.margin < 1) {
+        const double width = total.high - total.low < 1e30 ? total.high - total.low : 0.0;
+        guess[i].low -= width + 8 * total.margin;
+        guess[i].high += width + 8 * total.margin;
+      } else {
+        guess[i].low = guess[i].high = kInfinity;
+      }
     }
-    loops.scan(image, span_of_strip(n, task, tasks), keys, brackets[2 * task], brackets[2 * task + 1]);
-  });
+  }
   for (int i = 0; i < 2; ++i) {
-    int64_t below = 0;
-    int64_t inside = 0;
-    std::vector<double> collected;
-    for (int64_t task = 0; task < tasks; ++task) {
-      const Bracket& bracket = brackets[2 * task + i];
-      below += bracket.below;
-      inside += bracket.inside;
-      collected.insert(collected.end(), bracket.collected, bracket.collected + std::min(bracket.inside, bracket.capacity));
-    }
-    const Ranks ranks = macenko::percentile_ranks(count, percent[i], nearest);
-    OrderStatistics found;
-    if (!select_collected(collected, below, inside, ranks, found)) {
-      found = RadixSelect(loops, image, keys, i, strips).find(ranks);
-    }
-    if (interpolate_angles) found = {macenko::angle_of_key(found.lower), macenko::angle_of_key(found.upper)};
-    result[i] = macenko::interpolate(found.lower, found.upper, ranks.weight);
+    if (!done[i]) found[i] = RadixSelect(loops, image, keys, i, strips).find(ranks[i]);
+    if (interpolate_angles) found[i] = {macenko::angle_of_key(found[i].lower), macenko::angle_of_key(found[i].upper)};
+    result[i] = macenko::interpolate(found[i].lower, found[i].upper, ranks[i].weight);
   }
 }
 

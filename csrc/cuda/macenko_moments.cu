@@ -35,10 +35,11 @@ struct FixedTable {
 };
 
 FixedTable make_fixed_table(double io, double beta) {
+  const macenko::OdTable levels = macenko::make_od_table(io, beta);
   FixedTable table;
   for (int level = 0; level < 256; ++level) {
-    const double od = macenko::od_of_level(level, io);
-    table.fixed[level] = od >= beta ? macenko::fixed_of_od(od) : -1;
+    const int32_t fixed = levels.fixed[level] > 0 ? levels.fixed[level] : 0;
+    table.fixed[level] = level <= levels.tissue_limit ? fixed : -1;
   }
   return table;
 }

@@ -10,3 +10,10 @@
 #else
 #define ERNET_HOST_DEVICE static inline
 #endif
+
+// A fused multiply-add that compilers can vectorise; a call where the instruction set has none.
+#ifdef __CUDA_ARCH__
+#define ERNET_FMA fmaf
+#else
+#define ERNET_FMA __builtin_fmaf
+#endif

@@ -40,12 +40,12 @@ def test_opcheck(dtype, channels_last):
 def test_moments_equal_sums_over_tissue(dtype):
     images = some_images(dtype, False)
     expected = batched.macenko_moments(images, 240.0, 0.15)
-    # Each fixed-point OD is off by at most 2^-25, a product of ODs below 6 by at most 6 * 2^-24.
+    # Each fixed-point OD is off by at most 1.5 units of 2^-24, a product of ODs below 6 by twelve times that.
     count = images.shape[2] * images.shape[3]
     for layout in (images, images.to(memory_format=torch.channels_last)):
         moments = torch.ops.ernet.macenko_moments(layout, 240.0, 0.15)
         assert torch.equal(moments[:, 0], expected[:, 0])
-        torch.testing.assert_close(moments, expected, rtol=0, atol=count * 6 * 2.0**-24)
+        torch.testing.assert_close(moments, expected, rtol=0, atol=count * 18 * 2.0**-24)
     images = images.double()
     images[1, 2, 3, 4] = math.nan
     assert torch.ops.ernet.macenko_moments(images, 240.0, 0.15)[:, 0].isnan().tolist() == [False, True]
