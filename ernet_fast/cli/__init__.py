@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from ernet_fast import __version__
@@ -48,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return arguments.run(arguments)
     except BrokenPipeError:
         return _reader_gone()
     except KeyboardInterrupt:
@@ -60,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"ernet-fast {arguments.command}: {describe(error)}", file=sys.stderr)
         return exit_code(error)
+
+
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """One line, without the place in the code that Python shows."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _reader_gone() -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ernet_fast.cli.output import format_table, metrics_header, metrics_rows, print_json
+from ernet_fast.cli.json_output import print_json
 from ernet_fast.demo import DemoConfig, run_demo
 from ernet_fast.train.progress import Reporter
+from ernet_fast.train.tables import format_table, metrics_header, metrics_rows
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -17,8 +18,9 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "demo",
         parents=parents,
         help="normalise, train, evaluate and time on a small set, in three minutes",
-        description="Normalise the stains of histology patches, train an ER-ResNet-18 with validation on other patients, evaluate it on "
-        "test patients, time the library against its alternatives, and write one self-contained report.html.",
+        description="Normalise the stains of histology patches, train an ER-ResNet-18 with validation on other "
+        "patients, evaluate it on test patients, time the library against its alternatives, and write one "
+        "self-contained report.html.",
     )
     parser.add_argument(
         "--data", metavar="FOLDER", help="images in the BreakHis layout; default: synthetic ones are drawn"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ernet_fast.cli.diagnosis import diagnose
-from ernet_fast.cli.output import format_table, print_json
+from ernet_fast.cli.json_output import print_json
+from ernet_fast.diagnosis import diagnose
+from ernet_fast.train.tables import format_table
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -15,7 +16,8 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "doctor",
         parents=parents,
         help="show what is installed and which backend serves which operator",
-        description="Show what is installed, what is compiled in, and which backend serves which operator here, and why not another.",
+        description="Show what is installed, what is compiled in, which backend serves which operator here, and why "
+        "not another.",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=run)
@@ -48,7 +50,8 @@ def _print(found: dict[str, Any]) -> None:
     if found["cuda"]["devices"]:
         for device in found["cuda"]["devices"]:
             print(
-                f"CUDA device {device['index']}: {device['name']}, compute capability {device['capability']}, {device['memory_gib']} GiB"
+                f"CUDA device {device['index']}: {device['name']}, compute capability {device['capability']}, "
+                f"{device['memory_gib']} GiB"
             )
     else:
         print(f"CUDA devices: none ({found['cuda']['reason']})")

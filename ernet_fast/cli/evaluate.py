@@ -6,8 +6,9 @@ import argparse
 import os
 from typing import Any
 
-from ernet_fast.cli.output import format_table, metrics_header, metrics_rows, print_json
+from ernet_fast.cli.json_output import print_json
 from ernet_fast.train import Reporter, evaluate
+from ernet_fast.train.tables import format_table, metrics_header, metrics_rows
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_workers=arguments.num_workers,
         device=arguments.device,
         on_error=arguments.on_error,
-        reporter=Reporter(quiet=arguments.quiet or not first),
+        reporter=Reporter(quiet=arguments.quiet, mute=not first),
     )
     if not first:
         return 0

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ernet_fast.cli.json_output import print_json
 from ernet_fast.cli.normalize_files import Outcome, normalize_files, plan
-from ernet_fast.cli.output import print_json
 from ernet_fast.data import read_image
 from ernet_fast.stain import MacenkoNormalizer
 from ernet_fast.train.progress import Reporter
@@ -26,42 +26,61 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "normalize",
         parents=parents,
         help="normalise the stains of images",
-        description="Give every image the stains of a target (Macenko et al., ISBI 2009). Reads PNG and JPEG; folders are "
-        "searched with all their subfolders, whose structure is kept. Inputs are never overwritten.",
+        description="Give every image the stains of a target (Macenko et al., ISBI 2009). Reads PNG and JPEG; folders "
+        "are searched with all their subfolders, whose structure is kept. Inputs are never overwritten.",
     )
     parser.add_argument("input", metavar="INPUT", help="an image, or a folder of images")
     parser.add_argument("output", metavar="FOLDER", help="folder for the normalised images, made if missing")
     parser.add_argument(
         "--target",
         metavar="IMAGE",
-        help="image whose stains all others get; default: the stains Macenko's authors published",
+        help="image whose stains all others get; default: the reference stains published with Macenko's method",
     )
-    parser.add_argument("--format", choices=("keep", "png"), default="keep",
-                        help="file format: that of the input (JPEG is written at quality 95), or PNG (default: keep)")  # fmt: skip
+    parser.add_argument(
+        "--format",
+        choices=("keep", "png"),
+        default="keep",
+        help="file format: that of the input (JPEG at quality 95), or PNG (default: keep)",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files that exist in FOLDER (default: skip them)"
     )
-    parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count() or 1,
-                        help="images worked on at the same time (default: one a core)")  # fmt: skip
+    workers = os.cpu_count() or 1
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=workers,
+        help="images worked on at the same time (default: one a core)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print what became of every file as JSON")
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--Io", type=float, default=240.0, metavar="X", help="grey level of an empty slide (default: 240)"
-    )
-    method.add_argument("--alpha", type=float, default=1.0, metavar="X",
-                        help="percentile of the extreme stain directions (default: 1)")  # fmt: skip
-    method.add_argument(
-        "--beta", type=float, default=0.15, metavar="X", help="least optical density of tissue (default: 0.15)"
-    )
-    method.add_argument("--percentile", choices=("linear", "nearest"), default="linear",
-                        help="linear as torchstain's NumPy backend, nearest as its torch backend (default: linear)")  # fmt: skip
-    method.add_argument(
-        "--on-degenerate", choices=("reference", "identity", "raise"), default="reference",
-        help="an image without stains to fit (background): take it to be stained like the target, copy it, or count it as failed "
-        "(default: reference)",
-    )  # fmt: skip
+    _add_method(parser.add_argument_group("method"))
     parser.set_defaults(run=run)
+
+
+def _add_method(group: Any) -> None:
+    """The constants of Macenko's method."""
+    numbers = (
+        ("--Io", 240.0, "grey level of an empty slide"),
+        ("--alpha", 1.0, "percentile of the extreme stain directions"),
+        ("--beta", 0.15, "least optical density of tissue"),
+    )
+    for option, default, meaning in numbers:
+        group.add_argument(option, type=float, default=default, metavar="X", help=f"{meaning} (default: {default:g})")
+    group.add_argument(
+        "--percentile",
+        choices=("linear", "nearest"),
+        default="linear",
+        help="linear as torchstain's NumPy backend, nearest as its torch backend (default: linear)",
+    )
+    group.add_argument(
+        "--on-degenerate",
+        choices=("reference", "identity", "raise"),
+        default="reference",
+        help="an image without stains to fit (background): take it to be stained like the target, copy it, or count "
+        "it as failed (default: reference)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,9 @@ _JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file: ``normalised``, ``degenerate`` (written, but without stains of its own), ``skipped`` or ``failed``."""
+    """What became of a file: ``normalised``, ``degenerate`` (written, but without stains of its own), ``skipped`` or
+    ``failed``.
+    """
 
     input: str
     output: str | None
@@ -55,7 +57,8 @@ def plan(source: Path, folder: Path, *, as_png: bool = False) -> tuple[list[Job]
     base = source if source.is_dir() else source.parent
     if source.is_dir() and _is_within(folder, source):
         raise ValueError(
-            f"the output folder {str(folder)!r} is the input folder or lies in it; choose one outside of {str(source)!r}."
+            f"the output folder {str(folder)!r} is the input folder or lies in it; choose one outside of "
+            f"{str(source)!r}."
         )
     inputs, ignored = [], []
     for path in _files(source):
@@ -110,7 +113,8 @@ def _check_outputs(jobs: list[Job]) -> None:
         other = taken.setdefault(os.path.realpath(job.output), job.input)
         if other != job.input:
             raise ValueError(
-                f"{str(other)!r} and {str(job.input)!r} would both be written to {str(job.output)!r}; use --format keep."
+                f"{str(other)!r} and {str(job.input)!r} would both be written to {str(job.output)!r}; use --format "
+                "keep."
             )
 
 

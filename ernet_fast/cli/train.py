@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.cli.output import print_json
+from ernet_fast.cli.json_output import print_json
 from ernet_fast.train import Reporter, TrainConfig, fit, load_checkpoint
 
 _GROUPS = (
@@ -28,7 +28,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "train",
         parents=parents,
         help="train an ER-ResNet",
-        description="Train an ER-ResNet on images in the BreakHis layout, validating on other patients after every epoch.",
+        description="Train an ER-ResNet on images in the BreakHis layout, with validation on other patients.",
         epilog="Several GPUs: torchrun --nproc-per-node=4 -m ernet_fast train ...",
     )
     for title, names in _GROUPS:
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stop_after is not None and arguments.stop_after < 1:
         raise ValueError(f"--stop-after {arguments.stop_after}; expected a positive number of epochs.")
     first = int(os.environ.get("RANK", "0")) == 0
-    reporter = Reporter(quiet=arguments.quiet or not first)
+    reporter = Reporter(quiet=arguments.quiet, mute=not first)
     config = _config(arguments)
     try:
         result = fit(config, resume=arguments.resume, stop_after=arguments.stop_after, reporter=reporter)
@@ -109,7 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"best epoch {result.best['epoch']}: {result.best_checkpoint}")
     if not result.finished:
         print(
-            f"{len(result.history)} of {config.epochs} epochs done; continue with: ernet-fast train --out {config.out} --resume"
+            f"{len(result.history)} of {config.epochs} epochs done; continue with: ernet-fast train --out "
+            f"{config.out} --resume"
         )
     else:
         print(f"next: ernet-fast evaluate {result.best_checkpoint} --out {result.folder / 'evaluation'}")

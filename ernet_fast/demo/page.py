@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.cli.diagnosis import diagnose
-from ernet_fast.cli.output import format_figure, metrics_header, metrics_rows
 from ernet_fast.demo.stain_tour import StainTour
 from ernet_fast.demo.timing import Timing, format_seconds
+from ernet_fast.diagnosis import diagnose
 from ernet_fast.train import report
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.evaluation import Evaluation
 from ernet_fast.train.loop import TrainResult
 from ernet_fast.train.pictures import confusion_picture, history_picture, roc_picture
+from ernet_fast.train.tables import format_figure, metrics_header, metrics_rows
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,14 @@ def _summary(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
 def _caution(found: DemoFindings, figures: dict[str, Any]) -> str:
     patients = figures["patients"]
     common = (
-        f"The test set has {patients} patients, so one patient more or less classified well moves the patient figure by "
+        f"The test set has {patients} patients, so one patient more or less classified well moves the patient figure "
+        "by "
         f"{1 / patients:.2f}. Training was kept short ({found.settings.epochs} epochs at {found.settings.image_size}x"
-        f"{found.settings.image_size} pixels): this shows that the parts work together, not how good the network can get."
+        f"{found.settings.image_size} pixels): this shows that the parts work together, not how good the network can "
+        "get."
     )
     if found.synthetic:
-        return f"The images are synthetic, drawn by a program: the figures say nothing about diagnostic performance. {common}"
+        return f"Synthetic data, drawn by a program: the figures say nothing about diagnostic performance. {common}"
     return f"Not for diagnostic use. {common}"
 
 
@@ -88,8 +90,10 @@ def _stain(found: DemoFindings) -> report.Block:
     return report.section(
         "Stain normalisation",
         report.paragraph(
-            f"Every image gets the stains of one target (Macenko's method). The target is the training image with the most typical stains, "
-            f"{found.target}. The spread of the images' mean colours (standard deviation over {tour.measured} images, mean of the three "
+            "Every image gets the stains of one target (Macenko's method). The target is the training image with the "
+            "most typical stains, "
+            f"{found.target}. The spread of the images' mean colours (standard deviation over {tour.measured} images, "
+            "mean of the three "
             f"channels) goes from {tour.spread_before:.1f} to {tour.spread_after:.1f} grey levels."
         ),
         report.pictures(
@@ -110,10 +114,14 @@ def _training(found: DemoFindings) -> report.Block:
     return report.section(
         "Training",
         report.paragraph(
-            f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), {settings.epochs} epochs, "
-            f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by frequency, random flips, "
-            f"turns, rotations, shifts and zooms. No patient is in two of training, validation and test. {seconds:.0f} s of training in all, "
-            f"{1e3 * seconds / (len(history) * trained_on):.0f} ms an image. The checkpoint of epoch {found.trained.best['epoch']} has the lowest "
+            f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), "
+            f"{settings.epochs} epochs, "
+            f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by "
+            "frequency, random flips, "
+            "turns, rotations, shifts and zooms. No patient is in two of training, validation and test. "
+            f"{seconds:.0f} s of training in all, "
+            f"{1e3 * seconds / (len(history) * trained_on):.0f} ms an image. The checkpoint of epoch "
+            f"{found.trained.best['epoch']} has the lowest "
             f"validation loss and is the one evaluated."
         ),
         report.pictures([(history_picture(history), "Loss and validation figures by epoch", "")]),
@@ -130,8 +138,8 @@ def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
             metrics_header(),
             metrics_rows(figures),
             kind="total",
-            caption=f"{tested} images of {figures['patients']} patients not seen in training{part}. Malignant is the positive class; "
-            f"balanced is the mean of recall and specificity; a dash marks what is undefined.",
+            caption=f"{tested} images of {figures['patients']} patients not seen in training{part}. Malignant is the "
+            f"positive class; balanced is the mean of recall and specificity; a dash marks what is undefined.",
         ),
         report.pictures(
             [
@@ -153,12 +161,14 @@ def _speed(found: DemoFindings) -> report.Block:
         groups.append((timing.task, entries))
         if timing.remark:
             rows.append(report.paragraph(f"{timing.remark}."))
-    repeats = " and ".join(str(timing.repeats) for timing in found.timings)
+    repeats = ", ".join(str(timing.repeats) for timing in found.timings)
     return report.section(
         "Speed",
         report.paragraph(
-            f"Medians of {repeats} repeats, the contestants taking turns on this machine. Both networks have the same weights; naive is the same "
-            f"shortcut composed of plain PyTorch operations."
+            f"Medians of {repeats} repeats in float32, the contestants taking turns on this machine; whatever else "
+            "ran here slowed all of "
+            "them. Fused and naive share their weights: naive is the same shortcut composed of plain PyTorch "
+            "operations."
         ),
         report.bars(groups),
         *rows,

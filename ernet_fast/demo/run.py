@@ -14,7 +14,7 @@ from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import StainTour, show_normalization
-from ernet_fast.demo.timing import Timing, time_macenko, time_training_step
+from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
 from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
@@ -24,7 +24,7 @@ from ernet_fast.train.progress import Reporter
 from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import fit_to_image, most_typical
 
-_RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv")
+_RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
 _SYNTHETIC = {
     "patients": 24,
     "patches_per_patient": 12,
@@ -179,7 +179,7 @@ def _clear_run(folder: Path) -> None:
 
 def _timings(config: DemoConfig, sample: Sample) -> list[Timing]:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    return [time_training_step(device), time_macenko(read_image(sample.path))]
+    return [time_shortcuts(device), time_training_step(device), time_macenko(read_image(sample.path))]
 
 
 def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, Any]:

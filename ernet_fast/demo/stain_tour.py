@@ -33,7 +33,8 @@ class StainTour:
 def show_normalization(samples: Sequence[Sample], target: Path, stain: StainNormalization, picture: Path) -> StainTour:
     """Normalise some images of different patients; writes the picture.
 
-    The spread is the standard deviation, over up to 48 images, of an image's mean colour, averaged over the three channels.
+    The spread is the standard deviation, over up to 48 images, of an image's mean colour, averaged over the three
+    channels.
     """
     patients = _one_each_patient(samples)
     shown = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ernet_fast import models
+from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.er.stage_maps import StageMaps
 from ernet_fast.stain import MacenkoNormalizer
 
-_BATCH = 8
+BATCH = 8
+_BUDGET = 15.0  # seconds a task
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,27 @@ def format_seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
 
-def interleaved_medians(contestants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; in every round each is called once, after one round that does not count.
+def interleaved_medians(
+    contestants: dict[str, Callable[[], Any]], repeats: int, budget: float = math.inf
+) -> tuple[dict[str, float], int]:
+    """Median seconds of each call, and the number of repeats; in every round each is called once, after a first round
+    that does not count.
 
-    Interleaving lets a disturbance of the machine fall on all of them.
+    Interleaving lets a disturbance of the machine fall on all of them. Once `budget` seconds are spent, no round
+    follows (one is made in any case).
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for round_ in range(repeats + 1):
+    begin = time.perf_counter()
+    done = -1  # the first round warms up
+    while done < repeats and (done < 1 or time.perf_counter() - begin < budget):
         for name, call in contestants.items():
             start = time.perf_counter()
             call()
             _wait()
-            if round_:
+            if done >= 0:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+        done += 1
+    return {name: statistics.median(values) for name, values in times.items()}, done
 
 
 def _wait() -> None:
@@ -62,32 +73,65 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def time_training_step(device: torch.device, repeats: int = 5, side: int = 112) -> Timing:
-    """Forward and backward of ER-ResNet-50, fused against the naive composition of the same weights."""
-    network = models.er_resnet50(2).to(device=device, memory_format=torch.channels_last).train()
+class _StageTails(nn.Module):
+    """Last BatchNorm, shortcuts, sum and ReLU of every block of a stage, without the convolutions."""
+
+    def __init__(self, channels: int, num_maps: int) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(num_maps - 1))
+        self.shortcuts = nn.ModuleList(ERShortcut(channels, i + 1) for i in range(num_maps - 1))
+
+    def forward(self, zs: list[Tensor], fused: bool) -> list[Tensor]:
+        maps = StageMaps(fused=fused)
+        ys = [maps.start(zs[0], self.shortcuts)]  # type: ignore[arg-type]  # every module of the list is an ERShortcut
+        for z, bn, shortcut in zip(zs[1:], self.bns, self.shortcuts, strict=True):
+            ys.append(maps.add(z, bn, shortcut))  # type: ignore[arg-type]
+        return ys
+
+
+def time_shortcuts(device: torch.device, repeats: int = 9) -> Timing:
+    """Forward and backward of the shortcuts alone, stage 3 of ER-ResNet-50, fused against the naive composition."""
+    shape, num_maps = (BATCH, 1024, 14, 14), 6
     generator = torch.Generator().manual_seed(0)
-    images = (
-        torch.randn(_BATCH, 3, side, side, generator=generator)
-        .to(device)
-        .contiguous(memory_format=torch.channels_last)
+    zs = [_random_maps(shape, generator, device).requires_grad_() for _ in range(num_maps)]
+    gradients = [_random_maps(shape, generator, device) for _ in range(num_maps)]
+    tails = _StageTails(shape[1], num_maps).to(device)
+
+    def step(fused: bool) -> None:
+        for z in zs:
+            z.grad = None
+        torch.autograd.backward(tails(zs, fused), gradients)
+
+    medians, repeats = interleaved_medians(
+        {"fused": lambda: step(True), "naive": lambda: step(False)}, repeats, _BUDGET
     )
-
-    def step(fused: bool) -> Callable[[], None]:
-        def run() -> None:
-            network.set_fused(fused)
-            network.zero_grad(set_to_none=True)
-            network(images).square().mean().backward()
-
-        return run
-
-    medians = interleaved_medians({"fused": step(True), "naive": step(False)}, repeats)
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    task = f"ER-ResNet-50, forward and backward of {_BATCH} images of {side}x{side}, float32, {where}"
+    task = f"ER shortcuts of stage 3 of ER-ResNet-50, forward and backward, batch {BATCH} at 224x224"
     return Timing(task, medians, repeats)
 
 
+def time_training_step(device: torch.device, repeats: int = 5, side: int = 224) -> Timing:
+    """Forward and backward of ER-ResNet-50, fused against the naive composition of the same weights."""
+    network = models.er_resnet50(2).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = _random_maps((BATCH, 3, side, side), torch.Generator().manual_seed(0), device)
+
+    def step(fused: bool) -> None:
+        network.set_fused(fused)
+        network.zero_grad(set_to_none=True)
+        network(images).square().mean().backward()
+
+    medians, repeats = interleaved_medians(
+        {"fused": lambda: step(True), "naive": lambda: step(False)}, repeats, _BUDGET
+    )
+    task = f"ER-ResNet-50 with all its convolutions, forward and backward, batch {BATCH} at {side}x{side}"
+    return Timing(task, medians, repeats)
+
+
+def _random_maps(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
+
+
 def time_macenko(image: Tensor, repeats: int = 15) -> Timing:
-    """Normalisation of one uint8 image [3, H, W] to a fitted target, one thread; against torchstain where it is installed."""
+    """Normalisation of one uint8 image [3, H, W] to a fitted target, one thread; torchstain too if installed."""
     own = MacenkoNormalizer(layout="CHW").fit(image)
     contestants: dict[str, Callable[[], Any]] = {"ernet_fast": lambda: own.normalize(image, stains=False)}
     remark = "torchstain is not installed, so there is nothing to compare with"
@@ -105,7 +149,7 @@ def time_macenko(image: Tensor, repeats: int = 15) -> Timing:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        medians = interleaved_medians(contestants, repeats)
+        medians, repeats = interleaved_medians(contestants, repeats, _BUDGET)
     finally:
         torch.set_num_threads(threads)
     height, width = image.shape[1:]

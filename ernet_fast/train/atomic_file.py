@@ -14,8 +14,8 @@ from typing import IO
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, and never does when the block fails.
 
-    The bytes go to a temporary file of the same folder, reach the disk (fsync) and are then renamed, so that a reader sees the old
-    file or the new one, whatever happens in between.
+    The bytes go to a temporary file of the same folder, reach the disk (fsync) and are then renamed, so that a reader
+    sees the old file or the new one, whatever happens in between.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")

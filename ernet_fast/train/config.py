@@ -31,7 +31,8 @@ _SEED_END = 2**32 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of one training run. Each field's meaning is in its metadata, in `ernet-fast train --help` and in docs/training.md.
+    """Settings of one training run. Each field's meaning is in its metadata, in `ernet-fast train --help` and in
+    docs/training.md.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -79,7 +80,9 @@ class TrainConfig:
 
     model: str = _setting("er_resnet18", "network", choices=MODELS)
     block: str = _setting("standard", "residual block: the usual one, or 1x1, 3x3, 3x3", choices=("standard", "er133"))
-    base_channels: int = _setting(64, "channels of the stem, which all widths follow; 64 is usual", number=(int, 1, 1024))
+    base_channels: int = _setting(
+        64, "channels of the stem, which all widths follow; 64 is usual", number=(int, 1, 1024)
+    )
     norm: str = _setting("batch", "normaliser of the ER shortcuts", choices=("batch", "group"))
     num_groups: int | None = _setting(None, "groups of norm=group", number=(int, 1, 2048))
     fused: bool = _setting(True, "fused ER shortcuts; otherwise the naive composition of the same network")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,14 @@ from typing import Any
 import torch
 
 from ernet_fast.data import BreakHis, Sample, Skipped, Splits
+from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.images import ImageSet
+from ernet_fast.train.progress import Reporter
 from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization, fit_to_image, most_typical
+
+_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,21 @@ def _choose_stain(config: TrainConfig, train: list[Sample]) -> StainNormalizatio
     return fit_to_image(target)
 
 
+def report_skipped(skipped: tuple[Skipped, ...], folder: Path, reporter: Reporter) -> None:
+    """Warn of images that are left out, and list all of them in `skipped.csv` of the run."""
+    for path, reason in skipped[:_LISTED]:
+        reporter.warning(f"left out {path}: {reason}")
+    if len(skipped) > _LISTED:
+        reporter.warning(f"and {len(skipped) - _LISTED} more, see {folder / 'skipped.csv'}")
+    if skipped:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *skipped])
+        write_text(folder / "skipped.csv", text.getvalue())
+
+
 def class_weights(samples: list[Sample], num_classes: int, method: str) -> torch.Tensor | None:
-    """Weights [num_classes] of the loss: ``"balanced"`` is n / (number of occurring classes * count), None for ``"none"``.
+    """Weights [num_classes] of the loss: ``"balanced"`` is n / (number of occurring classes * count), None for
+    ``"none"``.
 
     A class without images gets weight 0; it never occurs in the loss.
     """

@@ -35,8 +35,8 @@ from ernet_fast.train.stain_choice import StainNormalization
 class Evaluation:
     """What a network said about a set of images, and figures of it.
 
-    `seen_images` of the images were trained on, and `seen_patients` of their patients: not zero means that the figures say less
-    about new patients.
+    `seen_images` of the images were trained on, and `seen_patients` of their patients: not zero means that the figures
+    say less about new patients.
     """
 
     predictions: Predictions
@@ -48,7 +48,7 @@ class Evaluation:
     seen_patients: int
 
     def figures(self) -> dict[str, Any]:
-        """Everything that is a number, as plain values: overall, by magnification, by patient, and the confusion matrix."""
+        """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
         scores = patient_scores(self.predictions)
         return {
             "checkpoint": str(self.checkpoint),

@@ -1,8 +1,11 @@
-"""Images on their way to the network: prepared (normalised, resized, perhaps kept), augmented, in an order that can be repeated."""
+"""Images on their way to the network: prepared (normalised, resized, perhaps kept), augmented, in an order that can be
+repeated.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +24,11 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
-class ImageSet(Dataset[tuple[Tensor, int, int]]):
+class ImageSet(Dataset[Any]):
     """Samples as network input, addressed by ``(epoch, position)``.
 
-    The random numbers of an image's augmentation depend on the seed, the epoch and the position alone: neither on the number of
-    processes nor on what was read before, so a resumed run sees what an uninterrupted one would have seen.
+    The random numbers of an image's augmentation depend on the seed, the epoch and the position alone: neither on the
+    number of processes nor on what was read before, so a resumed run sees what an uninterrupted one would have seen.
 
     Args:
         samples: the images.
@@ -93,8 +96,9 @@ def _resized(image: Tensor, size: int, resize: str) -> Tensor:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Addresses ``(epoch, position)`` of one process's share of an epoch; set `epoch` before iterating.
 
-    Shuffled, every process takes every `world_size`-th image of one permutation that seed and epoch decide; surplus images (fewer
-    than `world_size`) sit the epoch out so that all processes take equally many steps. Unshuffled, nothing is left out.
+    Shuffled, every process takes every `world_size`-th image of one permutation that seed and epoch decide; surplus
+    images (fewer than `world_size`) sit the epoch out so that all processes take equally many steps. Unshuffled,
+    nothing is left out.
     """
 
     def __init__(self, count: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -130,12 +134,13 @@ def build_loader(
     loader: DataLoader[Batch] = DataLoader(
         images,
         batch_size=batch_size,
-        sampler=sampler,  # type: ignore[arg-type]  # the addresses are pairs
+        sampler=sampler,
         num_workers=num_workers,
         drop_last=shuffle and len(sampler) >= batch_size,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        # A generator of the loader's own: by default each pass draws from torch's, and validation would move the training's numbers.
+        # A generator of the loader's own: by default each pass draws from torch's, and validation would move the
+        # training's numbers.
         generator=torch.Generator().manual_seed(mixed_seed(seed, len(images))),
     )
     return loader, sampler

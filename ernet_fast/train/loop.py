@@ -19,7 +19,7 @@ from ernet_fast.data import write_split_csv
 from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.checkpoint import FORMAT, generator_state, load_checkpoint, restore_generators, save_checkpoint
 from ernet_fast.train.config import TrainConfig
-from ernet_fast.train.data_sets import class_weights, open_run_data
+from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
 from ernet_fast.train.device import build_fabric, to_network
 from ernet_fast.train.history import write_history
 from ernet_fast.train.images import Batch, EpochSampler, ImageSet, build_loader, mixed_seed
@@ -57,16 +57,20 @@ def fit(
     reporter: Reporter | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Train as `config` says, writing into its folder `last.pt` (after every epoch), `best.pt`, history, split and configuration.
+    """Train as `config` says, writing into its folder `last.pt` (after every epoch), `best.pt`, history, split and
+    configuration.
 
-    A run that is interrupted (Ctrl-C, a crash, a full disk) leaves the checkpoint of its last complete epoch; resumed, it goes on
-    from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, with ``deterministic=True``).
+    A run that is interrupted (Ctrl-C, a crash, a full disk) leaves the checkpoint of its last complete epoch; resumed,
+    it goes on from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, with
+    ``deterministic=True``).
 
     Args:
         config: the settings.
-        resume: continue the run in the folder, which must have been made with the same settings; only `data`, `out`, `device`,
+        resume: continue the run in the folder, which must have been made with the same settings; only `data`, `out`,
+            `device`,
             `num_workers` and `cache` may differ.
-        stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time limit).
+        stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time
+            limit).
         reporter: where progress goes; default: stderr.
         on_epoch: called with each epoch's record after its checkpoint is written.
 
@@ -118,7 +122,7 @@ class _Run:
     def __init__(self, config: TrainConfig, state: dict[str, Any] | None, reporter: Reporter) -> None:
         self.config = config
         self.fabric = build_fabric(config.device, config.precision)
-        self.reporter = reporter if self.fabric.is_global_zero else Reporter(quiet=True)
+        self.reporter = reporter if self.fabric.is_global_zero else Reporter(mute=True)
         torch.manual_seed(config.seed)
         self.data = open_run_data(config, None if state is None else state["stain"])
         self.train_batches, self.train_order = self._loader(self.data.train, shuffle=True, batch_size=config.batch_size)
@@ -150,7 +154,8 @@ class _Run:
         )
         if shuffle and not len(loader):
             raise ValueError(
-                f"{len(images)} training images are too few for {self.fabric.world_size} processes; each needs one image at least."
+                f"{len(images)} training images are too few for {self.fabric.world_size} processes; each needs one "
+                "image at least."
             )
         return loader, order
 
@@ -223,6 +228,7 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             write_split_csv(folder / "split.csv", self.data.splits)
+            report_skipped(self.data.skipped, folder, self.reporter)
             if not (folder / LAST).exists():
                 save_checkpoint(folder / LAST, self._state())
         self.fabric.barrier()
@@ -291,7 +297,7 @@ class _Run:
                     self.fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip_norm)
                 self.optimizer.step()
                 self.schedule.step()
-                task.advance(len(labels), f"loss {watch.last:.4f}")
+                task.advance(len(labels), "" if watch.last is None else f"loss {watch.last:.4f}")
         return watch.mean()
 
 

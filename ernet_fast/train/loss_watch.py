@@ -25,7 +25,7 @@ class LossWatch:
         self._steps = 0
         self._sum, self._images = 0.0, 0
         self._counts: list[int] = []
-        self.last = float("nan")
+        self.last: float | None = None  # the newest loss that was looked at
 
     def add(self, loss: Tensor, count: int) -> None:
         """The mean loss of one step's `count` images."""
@@ -54,7 +54,8 @@ class LossWatch:
             if flag:
                 step = self._first + self._steps + offset + 1
                 raise TrainingDivergedError(
-                    f"the loss is {value} at step {step} (epoch {self._epoch}). The last good checkpoint is kept. {self._advice}"
+                    f"the loss is {value} at step {step} (epoch {self._epoch}). The last good checkpoint is kept. "
+                    f"{self._advice}"
                 )
         self._sum += sum(value * count for value, count in zip(values, self._counts, strict=True))
         self._images += sum(self._counts)

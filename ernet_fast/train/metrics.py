@@ -27,9 +27,10 @@ def confusion_matrix(predictions: Predictions) -> Tensor:
 def compute_metrics(predictions: Predictions) -> dict[str, float | int | None]:
     """Figures of one set of images.
 
-    Two classes: the second (malignant) is the positive one; recall is sensitivity. More classes: precision, recall, specificity, F1
-    and AUC (one against the rest) are means over the classes that occur. Balanced accuracy is the mean recall of the classes that
-    occur, and undefined with only one. None stands for a figure that is undefined, e.g. the AUC of images of one class.
+    Two classes: the second (malignant) is the positive one; recall is sensitivity. More classes: precision, recall,
+    specificity, F1 and AUC (one against the rest) are means over the classes that occur. Balanced accuracy is the mean
+    recall of the classes that occur, and undefined with only one. None stands for a figure that is undefined, e.g. the
+    AUC of images of one class.
     """
     if not len(predictions):
         return {"images": 0, **dict.fromkeys(NAMES)}
@@ -53,7 +54,7 @@ def patient_scores(predictions: Predictions) -> dict[str, float]:
 
 
 def patient_recognition_rate(predictions: Predictions) -> float | None:
-    """Mean of `patient_scores`, each patient counting once: the "patient score" of Spanhol et al., IEEE TBME 63(7), 2016."""
+    """Mean of `patient_scores`, each patient counting once (Spanhol et al., IEEE TBME 63(7), 2016)."""
     scores = patient_scores(predictions)
     return sum(scores.values()) / len(scores) if scores else None
 

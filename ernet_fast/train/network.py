@@ -20,9 +20,7 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
         ValueError: it cannot be read, or belongs to another network.
     """
     build = getattr(models, config.model)
-    settings: dict[str, Any] = {
-        name: getattr(config, name) for name in ("norm", "fused", "block", "base_channels")
-    }
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("norm", "fused", "block", "base_channels")}
     if config.num_groups is not None:
         settings["num_groups"] = config.num_groups
     if config.weights is None:

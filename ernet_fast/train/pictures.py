@@ -19,7 +19,7 @@ _DPI = 144
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of `width` x `height` inches, in the project's style; no global state of matplotlib is touched."""
+    """An empty figure of `width` x `height` inches, in one style for all; matplotlib's global state stays as it is."""
     require("matplotlib", extra="train", purpose="drawing pictures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
 
 
 def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
-    """ROC curve of the positive class, overall and by magnification; with more than two classes one a class (against the rest)."""
+    """ROC curve of the positive class, overall and by magnification; of many classes, each against the rest."""
     figure = new_figure(4.4, 3.6)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 4)))

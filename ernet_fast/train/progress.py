@@ -18,11 +18,18 @@ class Task(Protocol):
 
 
 class Reporter:
-    """Says what is going on. `quiet` leaves out everything but warnings."""
+    """Says what is going on.
 
-    def __init__(self, *, quiet: bool = False, bars: bool | None = None) -> None:
-        self.quiet = quiet
-        self._rich = _rich_progress() if not quiet and (sys.stderr.isatty() if bars is None else bars) else None
+    Args:
+        quiet: leave out everything but warnings.
+        mute: leave out warnings too (for all processes of a run but the first).
+        bars: draw progress bars; default: if stderr is a terminal and rich is installed.
+    """
+
+    def __init__(self, *, quiet: bool = False, mute: bool = False, bars: bool | None = None) -> None:
+        self.quiet, self.mute = quiet or mute, mute
+        wanted = sys.stderr.isatty() if bars is None else bars
+        self._rich = _rich_progress() if wanted and not self.quiet else None
 
     def line(self, text: str) -> None:
         """One line of information."""
@@ -31,7 +38,8 @@ class Reporter:
 
     def warning(self, text: str) -> None:
         """One line that is shown even when quiet."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        if not self.mute:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def task(self, title: str, total: int) -> AbstractContextManager[Task]:
         """A bar, or now and then a line, while `total` units are done."""

@@ -19,21 +19,23 @@ Block = str
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #5f6c7b; --line: #e4e7eb; --soft: #f5f7fa; --accent: #2563a8; }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--soft); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial,
-  "DejaVu Sans", sans-serif; }
-main { max-width: 980px; margin: 0 auto; padding: 36px 40px 28px; background: #fff; min-height: 100vh; border: solid var(--line);
-  border-width: 0 1px; }
+body { margin: 0; background: var(--soft); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", "Helvetica Neue",
+  Arial, "DejaVu Sans", sans-serif; }
+main { max-width: 980px; margin: 0 auto; padding: 36px 40px 28px; background: #fff; min-height: 100vh;
+  border: solid var(--line); border-width: 0 1px; }
 header { border-bottom: 3px solid var(--accent); padding-bottom: 14px; margin-bottom: 22px; }
 h1 { font-size: 27px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 header p { margin: 0; color: var(--muted); }
 h2 { font-size: 18px; margin: 34px 0 10px; padding-bottom: 5px; border-bottom: 1px solid var(--line); }
 p { margin: 0 0 12px; max-width: 92ch; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(114px, 1fr)); gap: 8px; margin: 0 0 18px; padding: 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(114px, 1fr)); gap: 8px;
+  margin: 0 0 18px; padding: 0; }
 .cards div { border: 1px solid var(--line); border-radius: 8px; padding: 10px 11px 8px; }
 .cards dt { color: var(--muted); font-size: 12.5px; }
 .cards dd { margin: 2px 0 0; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .cards small { display: block; color: var(--muted); font-size: 12px; font-weight: 400; }
-.note { border-left: 4px solid #c2571a; background: #fdf5ef; padding: 10px 14px; margin: 0 0 16px; border-radius: 0 6px 6px 0; }
+.note { border-left: 4px solid #c2571a; background: #fdf5ef; padding: 10px 14px; margin: 0 0 16px;
+  border-radius: 0 6px 6px 0; }
 .note p { margin: 0; max-width: none; }
 .scroll { overflow-x: auto; margin: 0 0 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -47,16 +49,18 @@ tbody tr:first-child.strong th, tbody tr:first-child.strong td { font-weight: 60
 figure { margin: 0; flex: 1 1 300px; min-width: 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { color: var(--muted); font-size: 13px; margin-top: 5px; }
-.bars { display: grid; grid-template-columns: auto 1fr auto; gap: 5px 12px; align-items: center; margin: 0 0 16px; font-size: 14px; }
+.bars { display: grid; grid-template-columns: auto 1fr auto; gap: 5px 12px; align-items: center; margin: 0 0 16px;
+  font-size: 14px; }
 .bars .track { height: 15px; }
 .bars .bar { height: 15px; border-radius: 3px; background: #cbd2d9; min-width: 2px; }
 .bars .bar.own { background: var(--accent); }
 .bars .title { grid-column: 1 / -1; font-weight: 600; margin-top: 8px; }
 .bars .value { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: var(--soft); padding: 1px 5px; border-radius: 4px;
-  overflow-wrap: anywhere; }
+code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: var(--soft);
+  padding: 1px 5px; border-radius: 4px; overflow-wrap: anywhere; }
 footer { margin-top: 34px; padding-top: 12px; border-top: 1px solid var(--line); color: var(--muted); font-size: 13px; }
-@media print { body { background: #fff; } main { border: 0; padding: 0; max-width: none; } h2, figure, table { break-inside: avoid; } }
+@media print { body { background: #fff; } main { border: 0; padding: 0; max-width: none; }
+  h2, figure, table { break-inside: avoid; } }
 """
 
 
@@ -87,14 +91,15 @@ def cards(figures: Sequence[tuple[str, str, str]]) -> Block:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", kind: str = "figures") -> Block:
     """A table whose first column names the rows.
 
-    `kind`: ``"figures"`` aligns numbers to the right, ``"total"`` also stresses the first row, ``"text"`` aligns everything to the left.
+    `kind`: ``"figures"`` aligns numbers to the right, ``"total"`` also stresses the first row, ``"text"``
+    aligns everything to the left.
     """
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     strong = ' class="strong"' if kind == "total" else ""
-    body = "".join(
-        f'<tr{strong}><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        body += f'<tr{strong}><th scope="row">{escape(row[0])}</th>{cells}</tr>'
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     top = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
     return f'<div class="scroll"><table class="{escape(kind)}">{title}{top}<tbody>{body}</tbody></table></div>'
@@ -119,7 +124,8 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> Bloc
         for index, (name, length, value) in enumerate(entries):
             own = " own" if index == 0 else ""
             parts.append(
-                f'<div>{escape(name)}</div><div class="track"><div class="bar{own}" style="width:{100 * length / longest:.1f}%"></div></div>'
+                f'<div>{escape(name)}</div><div class="track">'
+                f'<div class="bar{own}" style="width:{100 * length / longest:.1f}%"></div></div>'
                 f'<div class="value">{escape(value)}</div>'
             )
     return f'<div class="bars">{"".join(parts)}</div>'
@@ -145,7 +151,8 @@ def write_report(
     ending = f"<footer>{escape(footer)}</footer>" if footer else ""
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n"
         + "\n".join(blocks)

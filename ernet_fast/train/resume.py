@@ -17,5 +17,6 @@ def check_same_run(saved: dict[str, Any], config: TrainConfig) -> None:
     if changed:
         listed = ", ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in changed)
         raise ValueError(
-            f"the run in {config.out!r} was made with other settings: {listed}. Resume without them, or start a new --out."
+            f"the run in {config.out!r} was made with other settings: {listed}. Resume without them, or start a new "
+            "--out."
         )

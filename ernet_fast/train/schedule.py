@@ -13,11 +13,13 @@ from ernet_fast.train.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) and ER weights do not decay.
+    """AdamW or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) and ER weights do not
+    decay.
 
     The ER weights scale shortcuts and start at 1; they are [L, C] but belong with the normalisation weights.
     """
-    decaying, others = [], []
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shortcut = ".shortcut." in f".{name}"

@@ -21,7 +21,8 @@ CANDIDATES = 64
 class StainNormalization:
     """Callable from uint8 [3, H, W] to uint8 [3, H, W], picklable, with the fitted target's state.
 
-    An image that has no stains to fit (background) is reconstructed with the target's own stains (``on_degenerate="reference"``).
+    An image that has no stains to fit (background) is reconstructed with the target's own stains
+    (``on_degenerate="reference"``).
     """
 
     def __init__(self, normalizer: MacenkoNormalizer, source: str) -> None:
@@ -29,6 +30,7 @@ class StainNormalization:
         self.source = source
 
     def __call__(self, image: Tensor) -> Tensor:
+        """The image with the target's stains."""
         return self.normalizer(image.unsqueeze(0)).squeeze(0)
 
     def state(self) -> dict[str, Any]:
@@ -71,8 +73,9 @@ def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
 def most_typical(samples: Sequence[Sample]) -> Path:
     """The image whose stains lie nearest to the median of the set; the same for the same set, whatever its order.
 
-    Of up to 64 images, evenly chosen, each is fitted; the eight numbers of a fit (two stain vectors, two maximum concentrations) are
-    compared with their medians, each difference in units of its median absolute deviation. The least sum of squares wins.
+    Of up to 64 images, evenly chosen, each is fitted; the eight numbers of a fit (two stain vectors, two maximum
+    concentrations) are compared with their medians, each difference in units of its median absolute deviation. The
+    least sum of squares wins.
 
     Raises:
         ValueError: no image can be fitted.
@@ -86,7 +89,8 @@ def most_typical(samples: Sequence[Sample]) -> Path:
             paths.append(sample.path)
     if not fits:
         raise ValueError(
-            f"none of {len(chosen)} training images has stains to fit (all are background?). Name a target with --stain-target, or "
+            f"none of {len(chosen)} training images has stains to fit (all are background?). Name a target with "
+            "--stain-target, or "
             f"train with --stain none."
         )
     table = torch.stack(fits)

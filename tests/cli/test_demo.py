@@ -53,7 +53,10 @@ def small_demo(tiny_breakhis, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
     patch.setattr(demo.run, "time_training_step", lambda device: timing.time_training_step(device, repeats=1, side=32))
-    config = demo.DemoConfig(data=str(tiny_breakhis), out=str(out), epochs=1, image_size=32, max_images=24, device="cpu")
+    patch.setattr(demo.run, "time_shortcuts", lambda device: timing.time_shortcuts(device, repeats=1))
+    config = demo.DemoConfig(
+        data=str(tiny_breakhis), out=str(out), epochs=1, image_size=32, max_images=24, device="cpu"
+    )
     result = demo.run_demo(config, demo_command.Reporter(quiet=True))
     patch.undo()
     return result
@@ -62,7 +65,18 @@ def small_demo(tiny_breakhis, tmp_path_factory):
 def test_report_is_one_file(small_demo):
     page = assert_self_contained(small_demo.report.read_text(encoding="utf-8"))
     text = " ".join(page.text)
-    for part in ("accuracy", "recall", "F1", "AUC", "100X", "200X", "Not for diagnostic use", "torch 2", "Speed", "one thread"):
+    for part in (
+        "accuracy",
+        "recall",
+        "F1",
+        "AUC",
+        "100X",
+        "200X",
+        "Not for diagnostic use",
+        "torch 2",
+        "Speed",
+        "one thread",
+    ):
         assert part in text, part
     assert page.tags.count("img") == 4, "before and after, history, confusion matrix, ROC"
 
@@ -73,15 +87,29 @@ def test_demo_leaves_pictures_and_figures(small_demo):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "demo.json").read_text()) == small_demo.figures
     assert {"fused", "naive"} == set(small_demo.figures["timings"][0]["median_seconds"])
-    assert len(small_demo.timing_lines) == 2
+    assert len(small_demo.timing_lines) == 3
 
 
 def test_synthetic_demo_command(call, tmp_path, monkeypatch):
     monkeypatch.setitem(demo.run._SYNTHETIC, "patients", 16)
     monkeypatch.setitem(demo.run._SYNTHETIC, "patches_per_patient", 1)
     monkeypatch.setitem(demo.run._SYNTHETIC, "size", [48, 48])
-    monkeypatch.setattr(demo.run, "time_training_step", lambda device: timing.Timing("step", {"fused": 1.0, "naive": 2.0}, 1))
-    arguments = ("demo", "--out", tmp_path / "demo", "--epochs", 1, "--image-size", 32, "--max-images", 16, "--device", "cpu")
+    made_up = timing.Timing("step", {"fused": 1.0, "naive": 2.0}, 1)
+    monkeypatch.setattr(demo.run, "time_training_step", lambda device: made_up)
+    monkeypatch.setattr(demo.run, "time_shortcuts", lambda device: made_up)
+    arguments = (
+        "demo",
+        "--out",
+        tmp_path / "demo",
+        "--epochs",
+        1,
+        "--image-size",
+        32,
+        "--max-images",
+        16,
+        "--device",
+        "cpu",
+    )
     first = call(*arguments, "--json")
     assert first.code == 0 and first.json["synthetic"] is True and "6/6" in first.err
     page = assert_self_contained((tmp_path / "demo" / "report.html").read_text(encoding="utf-8"))
@@ -103,10 +131,13 @@ def test_without_torchstain_the_demo_says_so(monkeypatch):
     assert list(found.seconds) == ["ernet_fast"] and "torchstain is not installed" in found.line
 
 
-def test_interleaved_medians_takes_turns():
+def test_interleaved_medians_takes_turns_within_its_budget():
     order = []
-    found = timing.interleaved_medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3)
-    assert order == ["a", "b"] * 4 and set(found) == {"a", "b"}
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    found, repeats = timing.interleaved_medians(calls, repeats=3)
+    assert order == ["a", "b"] * 4 and set(found) == {"a", "b"} and repeats == 3
+    order.clear()
+    assert timing.interleaved_medians(calls, repeats=3, budget=0.0)[1] == 1 and order == ["a", "b"] * 2
 
 
 def test_report_escapes_everything(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ernet_fast import _backend
-from ernet_fast.cli.diagnosis import serves_capability
+from ernet_fast.diagnosis import serves_capability
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,8 +28,10 @@ sys.meta_path.insert(0, Blocked())
 from ernet_fast.cli import main
 sys.exit(main({arguments!r}))
 """
-OPTIONAL = ("PIL", "lightning_fabric", "torchmetrics", "matplotlib", "sklearn", "kornia", "rich", "torchstain", "timm", "torchvision",
-            "triton", "safetensors", "tifffile", "openslide")  # fmt: skip
+OPTIONAL = (
+    "PIL lightning_fabric torchmetrics matplotlib sklearn kornia rich torchstain timm torchvision triton safetensors "
+    "tifffile openslide"
+).split()
 
 
 def core_only(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +53,9 @@ def test_json(call):
     assert found["extension"]["build"] == _backend.build_info()
     versions = {package["name"]: package["version"] for package in found["packages"]}
     assert versions["torch"] == torch.__version__
-    known = {name.removeprefix("ernet::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("ernet::")}
+    known = {
+        name.removeprefix("ernet::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("ernet::")
+    }
     assert {row["operator"] for row in found["operators"]} >= known, "an operator the doctor does not know"
     for row in found["operators"]:
         assert row["why"] and row["backend"]

@@ -64,7 +64,11 @@ def test_debug_shows_the_traceback(call):
         (PermissionError(13, "Permission denied", "/x"), 1, ["ernet-fast doctor: Permission denied: /x"]),
         (RuntimeError("first\nsecond\nthird"), 1, ["ernet-fast doctor: first", "  second third"]),
         (ImportError("PIL is needed"), 1, ["ernet-fast doctor: PIL is needed"]),
-        (KeyError("x"), 1, ["ernet-fast doctor: KeyError: 'x'", "  This looks like a fault of ernet_fast; --debug shows where."]),
+        (
+            KeyError("x"),
+            1,
+            ["ernet-fast doctor: KeyError: 'x'", "  This looks like a fault of ernet_fast; --debug shows where."],
+        ),
         (ValueError(), 2, ["ernet-fast doctor: ValueError"]),
     ],
 )

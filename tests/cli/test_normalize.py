@@ -25,7 +25,9 @@ def write_patch(path: Path, seed: int, size=(48, 40), **options) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture
@@ -49,7 +51,9 @@ def test_folder(call, images, tmp_path):
 
 def test_one_file_and_a_target(call, images, tmp_path):
     target = write_patch(tmp_path / "target.png", 9)
-    called = call("normalize", images / "a.png", tmp_path / "out", "--target", target, "--percentile", "nearest", "--beta", 0.2)
+    called = call(
+        "normalize", images / "a.png", tmp_path / "out", "--target", target, "--percentile", "nearest", "--beta", 0.2
+    )
     assert called.code == 0
     normalizer = MacenkoNormalizer(percentile="nearest", beta=0.2, layout="CHW").fit(read_image(target))
     assert torch.equal(read_image(tmp_path / "out" / "a.png"), normalizer(read_image(images / "a.png")))
@@ -62,7 +66,7 @@ def test_workers_do_not_change_the_pixels(call, images, tmp_path):
 
 
 def test_default_target_is_the_published_one():
-    """HERef and maxCRef of the implementation that Macenko's readers use (torchstain, and the MATLAB code before it)."""
+    """HERef and maxCRef of torchstain, and of the MATLAB code before it."""
     torchstain = pytest.importorskip("torchstain")
     published = torchstain.normalizers.MacenkoNormalizer(backend="numpy")
     own = MacenkoNormalizer()
@@ -94,7 +98,8 @@ def test_a_corrupt_image_fails_alone(call, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("policy", "code", "status"), [("reference", 0, "degenerate"), ("identity", 0, "degenerate"), ("raise", 1, "failed")]
+    ("policy", "code", "status"),
+    [("reference", 0, "degenerate"), ("identity", 0, "degenerate"), ("raise", 1, "failed")],
 )
 def test_background_tiles(call, images, tmp_path, policy, code, status):
     Image.new("RGB", (20, 20), (245, 245, 245)).save(images / "white.png")

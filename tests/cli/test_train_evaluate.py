@@ -104,3 +104,23 @@ def test_a_corrupt_training_image_is_named(call, tiny_breakhis, tmp_path):
     assert called.code == 2 and ".png" in called.err and "truncated" in called.err
     skipped = call("train", "--data", data, "--out", tmp_path / "run2", "--on-error", "skip", *TINY)
     assert skipped.code == 2 and "no image is left" in skipped.err
+
+
+def test_images_left_out_are_told(call, tiny_breakhis, tmp_path):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(tiny_breakhis, data)
+    victim = sorted(data.rglob("*.png"))[0]
+    (victim.parent / "SOB_B_A-odd.png").write_bytes(victim.read_bytes())
+    called = call("train", "--data", data, "--out", tmp_path / "run", "--epochs", 1, "--on-error", "skip", *TINY)
+    assert called.code == 0 and "warning: left out" in called.err and "SOB_B_A-odd.png" in called.err
+    assert "SOB_B_A-odd.png" in (tmp_path / "run" / "skipped.csv").read_text()
+
+
+def test_warnings_are_one_line(call, tiny_breakhis, tmp_path):
+    """With eight classes and few patients a split lacks some of them."""
+    called = call("train", "--data", tiny_breakhis, "--out", tmp_path / "run", "--epochs", 1, "--target", "subtype", *TINY)
+    assert called.code == 0
+    warned = [line for line in called.err.splitlines() if "has no image of" in line]
+    assert warned and all(line.startswith("warning: split") for line in warned)

@@ -23,7 +23,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make_config(tiny_breakhis: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """A configuration of a narrow network on 32x32 pixels; keyword arguments change it, `out` is a name below tmp_path."""
+    """A configuration of a narrow network on 32x32 pixels; keyword arguments change it, `out` is a name below
+    tmp_path.
+    """
 
     def make(out: str = "run", **changes: Any) -> TrainConfig:
         settings: dict[str, Any] = {

@@ -19,7 +19,8 @@ from ernet_fast.train.checkpoint import (
 )
 
 COMPLETE = {
-    "format": FORMAT, "version": "0", "model": {"w": torch.arange(3.0)}, "optimizer": {}, "schedule": {}, "precision": {},
+    "format": FORMAT, "version": "0", "model": {"w": torch.arange(3.0)}, "optimizer": {}, "schedule": {},
+    "precision": {},
     "epoch": 1, "step": 2, "history": [], "best": {}, "rng": generator_state(), "config": {}, "classes": ["a"],
     "train_images": [], "stain": None,
 }  # fmt: skip

@@ -68,7 +68,8 @@ def test_a_cached_image_is_prepared_once_and_not_changed(samples):
 def test_processes_share_an_epoch(shuffle, world_size):
     count = 14
     shares = [
-        list(EpochSampler(count, shuffle=shuffle, seed=1, rank=rank, world_size=world_size)) for rank in range(world_size)
+        list(EpochSampler(count, shuffle=shuffle, seed=1, rank=rank, world_size=world_size))
+        for rank in range(world_size)
     ]
     times = Counter(position for share in shares for _, position in share)
     assert max(times.values()) == 1

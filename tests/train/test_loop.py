@@ -28,7 +28,9 @@ def test_a_run_leaves_everything(make_config, quiet):
     assert [float(row["train_loss"]) for row in rows] == [record["train_loss"] for record in history]
     assert set(history[0]["val_by_magnification"]) == {"100X", "200X"}
     best = load_checkpoint(result.best_checkpoint)
-    assert best["epoch"] == result.best["epoch"] == max(history, key=lambda r: (r["val"]["auc"], -r["val_loss"]))["epoch"]
+    assert (
+        best["epoch"] == result.best["epoch"] == max(history, key=lambda r: (r["val"]["auc"], -r["val_loss"]))["epoch"]
+    )
 
 
 def test_two_runs_are_the_same(make_config, quiet):

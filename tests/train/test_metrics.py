@@ -22,12 +22,16 @@ FLOAT32_ROUNDING = 1e-6  # torchmetrics divides counts in float32
 
 
 def sample(label: int, patient: str = "1", magnification: int = 100, number: int = 0) -> Sample:
-    return Sample(Path(f"{patient}-{magnification}-{number}.png"), label, "A", f"14-{patient}", patient, magnification, "001")
+    return Sample(
+        Path(f"{patient}-{magnification}-{number}.png"), label, "A", f"14-{patient}", patient, magnification, "001"
+    )
 
 
 def binary(labels, scores, **where) -> Predictions:
     table = torch.tensor([[1 - s, s] for s in scores], dtype=torch.float64)
-    return Predictions(table, tuple(sample(label, number=i, **where) for i, label in enumerate(labels)), ("benign", "malignant"))
+    return Predictions(
+        table, tuple(sample(label, number=i, **where) for i, label in enumerate(labels)), ("benign", "malignant")
+    )
 
 
 def test_binary_by_hand():
@@ -83,7 +87,10 @@ def test_one_class_of_many_leaves_auc_undefined():
 
 
 def test_by_magnification_and_patient():
-    parts = [binary([1, 0], [0.9, 0.2], patient="1", magnification=40), binary([1, 0, 0], [0.1, 0.2, 0.7], patient="2", magnification=400)]
+    parts = [
+        binary([1, 0], [0.9, 0.2], patient="1", magnification=40),
+        binary([1, 0, 0], [0.1, 0.2, 0.7], patient="2", magnification=400),
+    ]
     both = Predictions(
         torch.cat([part.probabilities for part in parts]), parts[0].samples + parts[1].samples, parts[0].classes
     )

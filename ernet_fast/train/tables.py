@@ -1,9 +1,7 @@
-"""What commands print on stdout: aligned tables, or pure JSON."""
+"""Figures as aligned text."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +15,6 @@ FIGURES = (
     ("f1", "F1"),
     ("auc", "AUC"),
 )
-
-
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:

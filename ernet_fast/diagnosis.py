@@ -109,7 +109,8 @@ def _torchvision_note() -> str:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # its failure is a RuntimeError about a missing operator, or an ImportError
-        return f"does not load ({str(error).splitlines()[0]}) and breaks torchmetrics and lightning: uninstall or match it to torch"
+        reason = str(error).splitlines()[0]
+        return f"does not load ({reason}) and breaks torchmetrics and lightning; uninstall it or match it to torch"
     return "loads"
 
 
