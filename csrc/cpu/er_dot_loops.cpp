@@ -87,7 +87,8 @@ void planar(const WeightedDot& args, int64_t begin, int64_t end) {
 // Channels-last: adds to out[c] the sum over the pixels of a tile of g * x, or of g alone; four pixels at a time over
 // all channels, so that memory is read in long runs.
 template <bool kProduct, typename T, typename A>
-inline void channels_dot(const A* g, const T* x, int64_t stride, int64_t pixels, int64_t channels, double* out) {
+inline void channels_dot(const A* g, const T* x, const T* next, int64_t stride, int64_t pixels, int64_t channels,
+                         double* out) {
   A total[kItemChannels];
   for (int64_t c = 0; c < channels; ++c) total[c] = 0;
   for (int64_t r = 0; r < pixels; r += 4) {
@@ -101,6 +102,7 @@ inline void channels_dot(const A* g, const T* x, int64_t stride, int64_t pixels,
         for (int i = 0; i < 4; ++i) {
           const Vec<A> gv = load<A>(gr + i * channels + c);
           sum += kProduct ? gv * load<A>(xr + i * stride + c) : gv;
+          if (kProduct) __builtin_prefetch(next + (r + i) * stride + c, 0, 2);
         }
       } else {
         for (int64_t i = 0; i < rows; ++i) {
@@ -134,9 +136,13 @@ void channels_last(const WeightedDot& args, int64_t begin, int64_t end) {
         mask<T, A>(at<T>(args.dy, o), at<T>(args.y, o), at<T>(args.g, o), tile + r * item.channels, item.channels);
       }
       for (int64_t l = 0; l < args.num_maps; ++l) {
-        channels_dot<true, T, A>(tile, at<T>(args.maps[l], offset), s.C, pixels, item.channels, partial + l * s.C);
+        // the tile of the next map is fetched while this one is summed; after the last map, the first of the next tile
+        const T* next = l + 1 < args.num_maps ? at<T>(args.maps[l + 1], offset)
+                                              : at<T>(args.dy, offset + (p + pixels < item.count ? pixels * s.C : 0));
+        channels_dot<true, T, A>(tile, at<T>(args.maps[l], offset), next, s.C, pixels, item.channels,
+                                 partial + l * s.C);
       }
-      channels_dot<false, A, A>(tile, tile, item.channels, pixels, item.channels, partial + args.num_maps * s.C);
+      channels_dot<false, A, A>(tile, tile, tile, item.channels, pixels, item.channels, partial + args.num_maps * s.C);
     }
   }
 }
