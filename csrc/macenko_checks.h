@@ -1,4 +1,5 @@
-// Checks of the Macenko operators' arguments, and images as pointer and strides: shared by the CPU and the CUDA registration.
+// Checks of the Macenko operators' arguments, and images as pointer and strides: shared by the CPU and the CUDA
+// registration.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,8 +30,7 @@ inline std::string shape_of(const torch::stable::Tensor& t) {
 }
 
 inline bool rows_follow(const torch::stable::Tensor& t, int64_t pixel_stride) {
-  return (t.size(3) == 1 || t.stride(3) == pixel_stride) &&
-         (t.size(2) == 1 || t.stride(2) == pixel_stride * t.size(3));
+  return (t.size(3) == 1 || t.stride(3) == pixel_stride) && (t.size(2) == 1 || t.stride(2) == pixel_stride * t.size(3));
 }
 
 inline DenseImages dense_images(const torch::stable::Tensor& t, const char* name) {
@@ -70,8 +70,8 @@ inline void check_stains(const torch::stable::Tensor& stain, const torch::stable
   const bool shapes = stain.dim() == 3 && maximum.dim() == 2 && stain.size(1) == 3 && stain.size(2) == 2 &&
                       maximum.size(1) == 2 && stain.size(0) == maximum.size(0) &&
                       (stain.size(0) == 1 || stain.size(0) == count);
-  STD_TORCH_CHECK(shapes, "ernet: ", name, "_stain and ", name, "_max must be [B, 3, 2] and [B, 2] with B = 1 or ", count,
-                  "; got ", shape_of(stain), " and ", shape_of(maximum));
+  STD_TORCH_CHECK(shapes, "ernet: ", name, "_stain and ", name, "_max must be [B, 3, 2] and [B, 2] with B = 1 or ",
+                  count, "; got ", shape_of(stain), " and ", shape_of(maximum));
   STD_TORCH_CHECK(stain.scalar_type() == torch::headeronly::ScalarType::Double &&
                       maximum.scalar_type() == torch::headeronly::ScalarType::Double,
                   "ernet: ", name, "_stain and ", name, "_max must be float64");

@@ -128,7 +128,8 @@ struct StainsOfImages {
   const double* maximum;
   bool shared;
 
-  StainsOfImages(const Tensor& s, const Tensor& m, int64_t count, const char* name) : stain_tensor(s), maximum_tensor(m) {
+  StainsOfImages(const Tensor& s, const Tensor& m, int64_t count, const char* name)
+      : stain_tensor(s), maximum_tensor(m) {
     ernet::check_stains(s, m, count, name);
     STD_TORCH_CHECK(s.is_cpu() && m.is_cpu(), "ernet: ", name, " stains must be on the device of the images");
     stain = static_cast<const double*>(s.const_data_ptr());
@@ -234,7 +235,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "macenko_reconstruct(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
       "target_max, float Io, float range=255.) -> Tensor");
   m.def(
-      "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, bool "
+      "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, "
+      "bool "
       "nearest, bool identity, float range=255.) -> (Tensor images, Tensor stain_matrix, Tensor max_concentration, "
       "Tensor status)");
 }

@@ -7,8 +7,8 @@
 
 namespace ernet::cpu {
 
-#define ERNET_DECLARE_TABLE(isa) \
-  namespace isa {                \
+#define ERNET_DECLARE_TABLE(isa)                           \
+  namespace isa {                                          \
   extern const MacenkoLoops macenko_table[kNumPixelTypes]; \
   }
 ERNET_DECLARE_TABLE(isa_portable)
@@ -57,7 +57,8 @@ bool fits_single(const double matrix[3][3], const macenko::OdTable& table) {
   return fits;
 }
 
-Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p, const macenko::OdTable& table) {
+Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p,
+               const macenko::OdTable& table) {
   return {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
 }
 
@@ -84,8 +85,8 @@ int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParamet
   return sums.invalid;
 }
 
-MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
-                            const Strips& strips) {
+MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p,
+                            const macenko::OdTable& table, const Strips& strips) {
   const MacenkoLoops& loops = macenko_loops(type);
   const double nan = std::nan("");
   MacenkoImageFit fit = {{{nan, nan, nan}, {nan, nan, nan}}, {nan, nan}, macenko::kNonFinite};
@@ -119,8 +120,8 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
   return fit;
 }
 
-void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table, double io,
-                         const Strips& strips, void* out) {
+void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
+                         double io, const Strips& strips, void* out) {
   const MacenkoLoops& loops = macenko_loops(type);
   Reconstruction r = {};
   for (int c = 0; c < 3; ++c) {
@@ -130,9 +131,8 @@ void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix
   r.table = &table;
   r.out = out;
   r.single = type == Pixel::u8 && fits_single(matrix, table);
-  strips.run(strips.tasks, [&](int64_t strip) {
-    loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r);
-  });
+  strips.run(strips.tasks,
+             [&](int64_t strip) { loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r); });
 }
 
 }  // namespace ernet::cpu

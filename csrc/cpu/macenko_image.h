@@ -1,5 +1,5 @@
-// Macenko fit and reconstruction of one image on the CPU, free of torch: the steps of csrc/macenko over the loops of one instruction
-// set. Results do not depend on how many threads share an image.
+// Macenko fit and reconstruction of one image on the CPU, free of torch: the steps of csrc/macenko over the loops of
+// one instruction set. Results do not depend on how many threads share an image.
 #pragma once
 
 #include <cstdint>
@@ -40,11 +40,11 @@ inline PixelSpan span_of_strip(int64_t pixels, int64_t strip, int64_t strips) {
 int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
                         const Strips& strips, double moments[macenko::kMomentCount]);
 
-MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
-                            const Strips& strips);
+MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p,
+                            const macenko::OdTable& table, const Strips& strips);
 
 // Writes the reconstruction with `matrix` (macenko/reconstruct.h) to `out`, laid out as the image.
-void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table, double io,
-                         const Strips& strips, void* out);
+void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
+                         double io, const Strips& strips, void* out);
 
 }  // namespace ernet::cpu

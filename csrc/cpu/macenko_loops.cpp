@@ -125,7 +125,8 @@ static void clear_tail(uint8_t* flags, int count) {
 }
 
 template <class T>
-static void moments(const ImageView& image, PixelSpan span, const OdTable& table, double io, double beta, MomentSums& sums) {
+static void moments(const ImageView& image, PixelSpan span, const OdTable& table, double io, double beta,
+                    MomentSums& sums) {
   Keys keys = {};
   keys.table = &table;
   keys.io = io;
@@ -152,7 +153,8 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
 
 // Keys of a block; `live` flags the pixels that count.
 template <class T>
-static void block_keys(const Block<T>& block, const Keys& keys, double scale, int count, double* a, double* b, uint8_t* live) {
+static void block_keys(const Block<T>& block, const Keys& keys, double scale, int count, double* a, double* b,
+                       uint8_t* live) {
   alignas(64) double od[3][kBlock];
   densities(block, keys, scale, od);
   for (int i = 0; i < kBlock; ++i) {
@@ -210,7 +212,8 @@ static void scan(const ImageView& image, PixelSpan span, const Keys& keys, Brack
 }
 
 template <class T>
-static int64_t sample(const ImageView& image, PixelSpan span, int64_t stride, const Keys& keys, double* out_a, double* out_b) {
+static int64_t sample(const ImageView& image, PixelSpan span, int64_t stride, const Keys& keys, double* out_a,
+                      double* out_b) {
   Block<T> block;
   alignas(64) double a[kBlock];
   alignas(64) double b[kBlock];
@@ -338,7 +341,6 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
     store<T>(image, begin, count, r.out, out);
   }
 }
-
 
 extern const MacenkoLoops macenko_table[kNumPixelTypes];
 const MacenkoLoops macenko_table[kNumPixelTypes] = {

@@ -1,7 +1,7 @@
 // The loops over pixels behind the Macenko operators, free of torch. One table of functions per instruction set.
 //
-// Every function works on a range of pixels of one image, and its results add up: the caller may cut an image into any ranges and
-// gets the same bits. Temporary memory is a few blocks on the stack.
+// Every function works on a range of pixels of one image, and its results add up: the caller may cut an image into any
+// ranges and gets the same bits. Temporary memory is a few blocks on the stack.
 #pragma once
 
 #include <stdint.h>
@@ -30,7 +30,8 @@ struct PixelSpan {
 
 __extension__ typedef unsigned __int128 uint128;
 
-// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/od.h, products with twice the fractional bits.
+// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/od.h, products with twice the fractional
+// bits.
 struct MomentSums {
   int64_t count;
   int64_t invalid;  // pixels with a value that is no grey level
@@ -38,8 +39,8 @@ struct MomentSums {
   uint128 product[6];
 };
 
-// What is ordered: `angle` gives tissue pixels the pseudo-angle of (a . OD, b . OD) as both keys; `linear` gives all pixels the keys
-// a . OD and b . OD.
+// What is ordered: `angle` gives tissue pixels the pseudo-angle of (a . OD, b . OD) as both keys; `linear` gives all
+// pixels the keys a . OD and b . OD.
 enum class KeyKind : int { angle = 0, linear = 1 };
 struct Keys {
   KeyKind kind;
@@ -50,9 +51,9 @@ struct Keys {
   const macenko::OdTable* table;
 };
 
-// Counts keys below `low`, and collects those in [low, high]. The loops for 8-bit images compare in float32: a key within `margin` of
-// an end may count as either side of it, so what was collected is right if the keys sought are at least that far inside. A margin of
-// infinity says that these loops cannot order this image's keys.
+// Counts keys below `low`, and collects those in [low, high]. The loops for 8-bit images compare in float32: a key
+// within `margin` of an end may count as either side of it, so what was collected is right if the keys sought are at
+// least that far inside. A margin of infinity says that these loops cannot order this image's keys.
 struct Bracket {
   double low;
   double high;
@@ -86,13 +87,14 @@ struct Reconstruction {
 struct MacenkoLoops {
   void (*moments)(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
   void (*scan)(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
-  // Keys of every `stride`-th pixel from `begin`; returns how many were written (angle: tissue only) to a and, if linear, b.
+  // Keys of every `stride`-th pixel from `begin`; returns how many were written (angle: tissue only) to a and, if
+  // linear, b.
   int64_t (*sample)(const ImageView&, PixelSpan, int64_t stride, const Keys&, double* a, double* b);
   void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
   void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
 };
 
-// Defined by macenko_bytes_loops.cpp: the same functions for 8-bit images, faster.
+// Defined by the files macenko_bytes_*_loops.cpp: the same functions for 8-bit images, faster.
 #ifdef ERNET_ISA
 namespace ERNET_ISA_NAMESPACE {
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);

@@ -14,7 +14,8 @@ using macenko::Ranks;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Pixels of the sample that says where to look. Its size trades the cost of the sample against the width of the bracket.
+// Pixels of the sample that says where to look. Its size trades the cost of the sample against the width of the
+// bracket.
 constexpr int64_t kSmallSample = 1024;
 constexpr int64_t kLargeSample = 8192;
 // Images up to this size are collected whole.
@@ -49,7 +50,8 @@ struct OrderStatistics {
   double upper;
 };
 
-// Both order statistics by counting digits of the keys' bits, from the highest: exact for any distribution, in constant memory.
+// Both order statistics by counting digits of the keys' bits, from the highest: exact for any distribution, in constant
+// memory.
 class RadixSelect {
  public:
   RadixSelect(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, int which, const Strips& strips)
@@ -104,8 +106,8 @@ struct Collected {
 };
 
 // Scans the image for two brackets at once.
-void scan_image(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const Bracket guess[2], const Strips& strips,
-                Collected collected[2]) {
+void scan_image(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const Bracket guess[2],
+                const Strips& strips, Collected collected[2]) {
   const int64_t n = image.pixels;
   // Room for what a good bracket holds; a key that many pixels share overflows it and is found the other way.
   const int64_t tasks = n > kCollectAll ? strips.tasks : 1;
@@ -147,7 +149,8 @@ bool select_collected(Collected& collected, const Ranks& ranks, OrderStatistics&
 }
 
 // Where the sample says the percentiles are; everything for small images.
-void guess_brackets(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const double percent[2], Bracket guess[2]) {
+void guess_brackets(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const double percent[2],
+                    Bracket guess[2]) {
   for (int i = 0; i < 2; ++i) guess[i] = {-kInfinity, kInfinity, 0, 0, 0, nullptr, 0};
   const int64_t n = image.pixels;
   if (n <= kCollectAll) return;

@@ -1,4 +1,5 @@
-// CUDA registration of the Macenko operators: tensors to pointers, the current stream, errors. The kernels know nothing of torch.
+// CUDA registration of the Macenko operators: tensors to pointers, the current stream, errors. The kernels know nothing
+// of torch.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -19,15 +20,16 @@ using ernet::cuda::Stains;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The stream that torch works on. Its getter lives in libtorch_cuda, which a CPU build of torch does not have and which this binary
-// therefore does not link; it is loaded by the time a CUDA tensor exists.
+// The stream that torch works on. Its getter lives in libtorch_cuda, which a CPU build of torch does not have and which
+// this binary therefore does not link; it is loaded by the time a CUDA tensor exists.
 cudaStream_t current_stream(int32_t device) {
   using Getter = int32_t (*)(int32_t, void**);
   static const Getter getter = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
     return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(getter != nullptr, "ernet: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream; torch >= 2.11 has it");
+  STD_TORCH_CHECK(getter != nullptr,
+                  "ernet: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream; torch >= 2.11 has it");
   void* stream = nullptr;
   STD_TORCH_CHECK(getter(device, &stream) == 0, "ernet: the current CUDA stream could not be read");
   return static_cast<cudaStream_t>(stream);
@@ -40,11 +42,12 @@ void check(cudaError_t error, const char* what) {
 Images cuda_images(const Tensor& t, double range) {
   STD_TORCH_CHECK(t.is_cuda(), "ernet: images must be on a CUDA device here");
   const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float, "ernet: images must be uint8 or float32 on CUDA");
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float,
+                  "ernet: images must be uint8 or float32 on CUDA");
   const DenseImages dense = ernet::dense_images(t, "images");
   const bool bytes = type == ScalarType::Byte;
-  return {dense.data,           bytes ? Pixel::u8 : Pixel::f32, dense.count, dense.pixels, dense.image_stride, dense.channel_stride,
-          dense.pixel_stride, bytes ? 1.0 : 255.0 / range};
+  return {dense.data,         bytes ? Pixel::u8 : Pixel::f32, dense.count,        dense.pixels,
+          dense.image_stride, dense.channel_stride,           dense.pixel_stride, bytes ? 1.0 : 255.0 / range};
 }
 
 Tensor macenko_moments(const Tensor& images, double io, double beta, double range) {
@@ -70,8 +73,8 @@ Stains cuda_stains(const Tensor& stain, const Tensor& maximum, const Tensor& ima
           stain.size(0) == 1};
 }
 
-Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max, const Tensor& target_stain,
-                           const Tensor& target_max, double io, double range) {
+Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                           const Tensor& target_stain, const Tensor& target_max, double io, double range) {
   ernet::check_fit_parameters(io, 1.0, 0.0, range);
   const Images in = cuda_images(images, range);
   const Stains source = cuda_stains(source_stain, source_max, images, "source");

@@ -1,5 +1,5 @@
-// Moments of the tissue ODs in two passes: partial integer sums of a tile of an image, then their total. No atomics; integer addition
-// makes the order irrelevant.
+// Moments of the tissue ODs in two passes: partial integer sums of a tile of an image, then their total. No atomics;
+// integer addition makes the order irrelevant.
 #include <cuda_runtime.h>
 
 #include "cuda/launch.h"
@@ -86,7 +86,8 @@ __device__ __forceinline__ void add_pixel(int32_t r, int32_t g, int32_t b, Sums&
 
 __device__ __forceinline__ int64_t sum_of_warp(int64_t value) {
 #pragma unroll
-  for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(0xffffffffu, static_cast<long long>(value), delta);
+  for (int delta = 16; delta > 0; delta /= 2)
+    value += __shfl_down_sync(0xffffffffu, static_cast<long long>(value), delta);
   return value;
 }
 
@@ -150,7 +151,8 @@ __device__ __forceinline__ void tile_moments(const Images& images, const ToFixed
 }
 
 template <bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) moments_u8_kernel(const Images images, const FixedTable table, int64_t* partials) {
+__global__ void __launch_bounds__(kThreads)
+    moments_u8_kernel(const Images images, const FixedTable table, int64_t* partials) {
   __shared__ int32_t fixed[256];
   static_assert(kThreads == 256, "each thread copies one entry");
   fixed[threadIdx.x] = table.fixed[threadIdx.x];
@@ -165,7 +167,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One warp an image.
-__global__ void __launch_bounds__(32) total_kernel(const int64_t* partials, const int64_t tiles_an_image, double* moments) {
+__global__ void __launch_bounds__(32)
+    total_kernel(const int64_t* partials, const int64_t tiles_an_image, double* moments) {
   const int64_t image = blockIdx.x;
   const int lane = int(threadIdx.x);
   if (lane >= kPartials) return;
@@ -193,7 +196,8 @@ int64_t macenko_moments_workspace(const Images& images) {
   return images.count * tiles(images) * kPartials * int64_t(sizeof(int64_t));
 }
 
-cudaError_t macenko_moments(const Images& images, double io, double beta, void* workspace, double* moments, cudaStream_t stream) {
+cudaError_t macenko_moments(const Images& images, double io, double beta, void* workspace, double* moments,
+                            cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
   const int64_t blocks = images.count * tiles(images);
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;

@@ -27,7 +27,8 @@ LightTable make_light_table(double io) {
   return table;
 }
 
-__device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, macenko::Stain& stain, double maximum[2]) {
+__device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, macenko::Stain& stain,
+                                           double maximum[2]) {
   const int64_t i = stains.shared ? 0 : image;
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
@@ -38,7 +39,8 @@ __device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, 
   maximum[1] = stains.maximum[2 * i + 1];
 }
 
-__device__ __forceinline__ void image_matrix(const Stains& source, const Stains& target, int64_t image, float matrix[9]) {
+__device__ __forceinline__ void image_matrix(const Stains& source, const Stains& target, int64_t image,
+                                             float matrix[9]) {
   macenko::Stain from, to;
   double from_max[2], to_max[2], m[3][3];
   read_stain(source, image, from, from_max);
@@ -111,8 +113,9 @@ __device__ __forceinline__ int64_t tiles_of(const Images& images) {
 }
 
 template <bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) reconstruct_u8_kernel(const Images images, const Stains source, const Stains target,
-                                                                  const float log2_io, const LightTable table, const Output out) {
+__global__ void __launch_bounds__(kThreads)
+    reconstruct_u8_kernel(const Images images, const Stains source, const Stains target, const float log2_io,
+                          const LightTable table, const Output out) {
   __shared__ float log2_light[256];
   __shared__ float matrix[9];
   static_assert(kThreads == 256, "each thread copies one entry");
@@ -125,20 +128,22 @@ __global__ void __launch_bounds__(kThreads) reconstruct_u8_kernel(const Images i
 }
 
 template <bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) reconstruct_f32_kernel(const Images images, const Stains source, const Stains target,
-                                                                   const double io, const Output out) {
+__global__ void __launch_bounds__(kThreads)
+    reconstruct_f32_kernel(const Images images, const Stains source, const Stains target, const double io,
+                           const Output out) {
   __shared__ float matrix[9];
   const int64_t image = blockIdx.x / tiles_of<float>(images);
   if (threadIdx.x == 0) image_matrix(source, target, image, matrix);
   __syncthreads();
   const ValueFloat value = {float(images.scale), float(1 / images.scale), float(1 / io)};
-  rebuild_tile<float, kInterleaved>(images, out, image, blockIdx.x % tiles_of<float>(images), matrix, log2f(float(io)), value);
+  rebuild_tile<float, kInterleaved>(images, out, image, blockIdx.x % tiles_of<float>(images), matrix, log2f(float(io)),
+                                    value);
 }
 
 }  // namespace
 
-cudaError_t macenko_reconstruct(const Images& images, const Stains& source, const Stains& target, double io, const Output& out,
-                                cudaStream_t stream) {
+cudaError_t macenko_reconstruct(const Images& images, const Stains& source, const Stains& target, double io,
+                                const Output& out, cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
   const int64_t tile = images.type == Pixel::u8 ? kTilePixels<uint8_t> : kTilePixels<float>;
   const int64_t blocks = images.count * ((images.pixels + tile - 1) / tile);

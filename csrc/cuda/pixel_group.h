@@ -1,5 +1,5 @@
-// 48 bytes of image in registers: 16 RGB pixels of 8 bits, or 4 of float32, read and written by three 16-byte accesses where the
-// memory is aligned, and element by element elsewhere and at the end of an image.
+// 48 bytes of image in registers: 16 RGB pixels of 8 bits, or 4 of float32, read and written by three 16-byte accesses
+// where the memory is aligned, and element by element elsewhere and at the end of an image.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -61,12 +61,14 @@ struct PixelGroup {
   }
 };
 
-// True if groups of the image can be accessed by 16 bytes: groups start at multiples of 16 bytes behind these addresses.
+// True if groups of the image can be accessed by 16 bytes: groups start at multiples of 16 bytes behind these
+// addresses.
 template <class T, bool kInterleaved>
 __device__ __forceinline__ bool is_aligned(const Planes<T>& p) {
   if (kInterleaved) return (reinterpret_cast<uintptr_t>(p.plane[0]) & 15) == 0;
   return ((reinterpret_cast<uintptr_t>(p.plane[0]) | reinterpret_cast<uintptr_t>(p.plane[1]) |
-           reinterpret_cast<uintptr_t>(p.plane[2])) & 15) == 0;
+           reinterpret_cast<uintptr_t>(p.plane[2])) &
+          15) == 0;
 }
 
 // Pixels from `first`, of which `count` exist; the others are 0.

@@ -1,4 +1,5 @@
-// Eigenvectors of a symmetric 3x3 matrix by cyclic Jacobi rotations: accurate to a few ulp also where eigenvalues are close.
+// Eigenvectors of a symmetric 3x3 matrix by cyclic Jacobi rotations: accurate to a few ulp also where eigenvalues are
+// close.
 #pragma once
 
 #include "macenko/host_device.h"

@@ -1,4 +1,5 @@
-// Natural logarithm and exponential in double precision without calls or branches, so that compilers vectorise loops of them.
+// Natural logarithm and exponential in double precision without calls or branches, so that compilers vectorise loops of
+// them.
 #pragma once
 
 #include "macenko/host_device.h"
@@ -38,7 +39,7 @@ ERNET_HOST_DEVICE double log_of_normal(double x) {
   p = p * z + 1.0 / 5;
   p = p * z + 1.0 / 3;
   const double tail = 2.0 * s * (z * p) + exponent * 1.90821492927058770002e-10;  // low part of ln 2
-  return exponent * 6.93147180369123816490e-01 + (2.0 * s + tail);                 // high part: 32 bits
+  return exponent * 6.93147180369123816490e-01 + (2.0 * s + tail);                // high part: 32 bits
 }
 
 // exp(x) to about 1 ulp for |x| <= 700, and the value at the nearer bound beyond.

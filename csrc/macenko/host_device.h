@@ -1,5 +1,5 @@
-// The steps in this folder run on the host and in CUDA kernels. Everything is `static`: the CPU loops are compiled once per
-// instruction set, and the linker must not merge an AVX-512 copy with a portable one (see cpu/isa.h).
+// The steps in this folder run on the host and in CUDA kernels. Everything is `static`: the CPU loops are compiled once
+// per instruction set, and the linker must not merge an AVX-512 copy with a portable one (see cpu/isa.h).
 #pragma once
 
 #include <math.h>

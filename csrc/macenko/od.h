@@ -1,7 +1,7 @@
 // Optical density OD = -ln((I + 1) / Io) of grey levels 0 to 255, and its fixed-point form.
 //
-// Moments are summed over fixed-point ODs: integer sums do not depend on their order, so results are bit-identical for any
-// number of threads, strips or GPU blocks. With 24 fractional bits a fixed-point OD is off by at most 9e-8.
+// Moments are summed over fixed-point ODs: integer sums do not depend on their order, so results are bit-identical for
+// any number of threads, strips or GPU blocks. With 24 fractional bits a fixed-point OD is off by at most 9e-8.
 #pragma once
 
 #include "macenko/host_device.h"
@@ -12,7 +12,8 @@ namespace macenko {
 constexpr int kOdFractionBits = 24;
 constexpr double kOdScale = double(int64_t(1) << kOdFractionBits);
 constexpr double kMaxIo = 1024;
-// ODs are below ln(1024) = 6.94, so a fixed-point OD is below 2^26.8 and a product below 2^53.6: this many fit in int64.
+// ODs are below ln(1024) = 6.94, so a fixed-point OD is below 2^26.8 and a product below 2^53.6: this many fit in
+// int64.
 constexpr int kMaxFixedProducts = 512;
 
 ERNET_HOST_DEVICE double od_of_level(double level, double io) { return -log((level + 1.0) / io); }
@@ -22,11 +23,11 @@ ERNET_HOST_DEVICE bool is_level(double level) { return level >= -0.5 && level <=
 
 ERNET_HOST_DEVICE int32_t fixed_of_od(double od) { return int32_t(od * kOdScale + 0.5); }  // for od >= 0
 
-// Fixed-point OD of a grey level in fused float32 arithmetic, so that vectorised loops can run the same operations in place of a table and
-// get the same bits. With level + 1 = 2^k (1 + f), |f| < 0.42: OD = ln Io - k ln 2 - f P(f).
+// Fixed-point OD of a grey level in fused float32 arithmetic, so that vectorised loops can run the same operations in
+// place of a table and get the same bits. With level + 1 = 2^k (1 + f), |f| < 0.42: OD = ln Io - k ln 2 - f P(f).
 constexpr int32_t kSqrtHalfBits = 0x3f3504f3;
-constexpr int32_t kFixedLn2 = 11629080;           // ln 2 * 2^24
-constexpr float kFixedShift = 8388608.0f;         // 2^23: makes f P(f) 2^24 positive before it is truncated
+constexpr int32_t kFixedLn2 = 11629080;    // ln 2 * 2^24
+constexpr float kFixedShift = 8388608.0f;  // 2^23: makes f P(f) 2^24 positive before it is truncated
 // ln Io in fixed point, plus the shift.
 ERNET_HOST_DEVICE int32_t fixed_offset(double io) { return int32_t(log(io) * kOdScale + 0.5) + int32_t(kFixedShift); }
 
@@ -39,8 +40,8 @@ ERNET_HOST_DEVICE int32_t fixed_od_of_level(int level, int32_t offset) {
   const int32_t shifted = u.bits - kSqrtHalfBits;
   u.bits = (shifted & 0x7fffff) + kSqrtHalfBits;
   const float f = u.real - 1.0f;
-  // P(f) * 2^24 from the highest power; the fit is within 0.2 units of the fixed point. Written out, as compilers do not vectorise
-  // around an inner loop.
+  // P(f) * 2^24 from the highest power; the fit is within 0.2 units of the fixed point. Written out, as compilers do
+  // not vectorise around an inner loop.
   float p = 1466990.625f;
   p = ERNET_FMA(p, f, -2412115.75f);
   p = ERNET_FMA(p, f, 2508042.0f);

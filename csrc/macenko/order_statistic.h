@@ -6,7 +6,8 @@
 namespace ernet {
 namespace macenko {
 
-// A percentile is value[lower] + weight (value[upper] - value[lower]) of the sorted values; upper is lower or lower + 1.
+// A percentile is value[lower] + weight (value[upper] - value[lower]) of the sorted values; upper is lower or lower
+// + 1.
 struct Ranks {
   int64_t lower;
   int64_t upper;

@@ -1,4 +1,5 @@
-// Reconstruction is linear in the log domain: I' = Io exp(-M OD) with M = HE_target diag(max_target / max_source) pinv(HE_source).
+// Reconstruction is linear in the log domain: I' = Io exp(-M OD) with M = HE_target diag(max_target / max_source)
+// pinv(HE_source).
 #pragma once
 
 #include "macenko/stains.h"

@@ -33,8 +33,8 @@ struct Stain {
 
 ERNET_HOST_DEVICE double dot3(const double a[3], const double b[3]) { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
 
-// The plane of the two largest principal directions of the tissue, with signs that keep its angles off the cut of atan2:
-// `second` points towards the mean OD, `first` has a red component that is not negative.
+// The plane of the two largest principal directions of the tissue, with signs that keep its angles off the cut of
+// atan2: `second` points towards the mean OD, `first` has a red component that is not negative.
 ERNET_HOST_DEVICE Status plane_of_moments(const double moments[kMomentCount], Plane& plane) {
   const double n = moments[0];
   if (!(n >= double(kMinTissuePixels))) return kTooFewTissuePixels;

@@ -129,7 +129,9 @@ def reconstruct(images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io
 
 
 def _as_argument(part: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    return part.to(images.device, torch.float64).contiguous()
+    if part.dtype != torch.float64 or part.device != images.device:
+        part = part.to(images.device, torch.float64)
+    return part.contiguous()
 
 
 def _reconstruct(images: torch.Tensor, stains: Stains, Io: float, range: float) -> torch.Tensor:
@@ -192,11 +194,12 @@ def normalize(
     range: float,
 ) -> tuple[torch.Tensor, MacenkoFit] | None:
     """Fit and reconstruct in one operator; None where that operator does not serve."""
-    if images.requires_grad or not _compiled_for(images):
+    stains_grad = target.stain_matrix.requires_grad or target.max_concentration.requires_grad
+    if images.requires_grad or stains_grad or not _compiled_for(images):
         return None
     target_stain = _as_argument(target.stain_matrix, images)
     target_max = _as_argument(target.max_concentration, images)
     out, *fitted = torch.ops.ernet.macenko_normalize(
-        supported(images), target_stain, target_max, Io, alpha, beta, nearest, identity, range
+        supported(images), target_stain.detach(), target_max.detach(), Io, alpha, beta, nearest, identity, range
     )
-    return out.to(images.dtype), MacenkoFit(*fitted)
+    return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)

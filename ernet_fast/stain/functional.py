@@ -18,7 +18,7 @@ import torch
 from ernet_fast.stain import _ops
 from ernet_fast.stain.layout import ImageBatch, read_images
 from ernet_fast.stain.parameters import check_parameters, check_policy
-from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, describe_failures, expand_fit
+from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
 
 
 def macenko_fit(
@@ -108,10 +108,10 @@ def macenko_normalize(
     check_range(batch.pixels, range)
     numbers = float(Io), float(alpha), float(beta), percentile == "nearest"
     count = batch.pixels.shape[0]
-    expand_fit(target, count, "target")
+    target = check_fit(target, count, "target")
     check_target(target)
     if source is None and on_degenerate != "raise":
-        done = _ops.normalize(batch.pixels, _one_or_all(target), *numbers, on_degenerate == "identity", float(range))
+        done = _ops.normalize(batch.pixels, target, *numbers, on_degenerate == "identity", float(range))
         if done is not None:
             return _result(batch, done[0], done[1].status, return_status)
     if source is None:
@@ -147,7 +147,8 @@ def keep_degenerate(out: torch.Tensor, images: torch.Tensor, status: torch.Tenso
 def check_target(target: MacenkoFit) -> None:
     """Raise ValueError for stains that are not finite; those on a GPU are not looked at, as that would wait for it."""
     for part, name in ((target.stain_matrix, "stain_matrix"), (target.max_concentration, "max_concentration")):
-        if part.device.type == "cpu" and not bool(part.detach().isfinite().all()):
+        # A sum is not finite if any of its terms is not, and is one operation.
+        if part.device.type == "cpu" and not math.isfinite(part.detach().sum().item()):
             raise ValueError(
                 f"target.{name} is not finite: {describe_failures(target.status.reshape(-1)) or 'it was not fitted'}. "
                 "Fit the target on an image with tissue."
@@ -180,12 +181,6 @@ def check_range(pixels: torch.Tensor, range: float) -> None:
                 f"image {int(index)} holds values up to {float(value):.4g}, but range={range:g} was stated; "
                 "pass range=255 for images in [0, 255]."
             )
-
-
-def _one_or_all(fit: MacenkoFit) -> MacenkoFit:
-    stain = fit.stain_matrix if fit.stain_matrix.ndim == 3 else fit.stain_matrix.unsqueeze(0)
-    maximum = fit.max_concentration if fit.max_concentration.ndim == 2 else fit.max_concentration.unsqueeze(0)
-    return MacenkoFit(stain.detach(), maximum.detach(), fit.status)
 
 
 def on_device(fit: MacenkoFit, device: torch.device) -> MacenkoFit:

@@ -56,25 +56,31 @@ class MacenkoFit(NamedTuple):
     status: torch.Tensor
 
 
-def expand_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
-    """`fit` for `count` images, float64: one image's stains serve all.
+def check_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
+    """`fit` with a batch dimension, for one or `count` images.
 
     Raises:
         TypeError: no MacenkoFit.
         ValueError: a shape that is neither one image's nor `count` images'.
     """
-    if not isinstance(fit, tuple) or len(fit) != 3:
+    if not isinstance(fit, tuple) or len(fit) != 3 or not all(isinstance(part, torch.Tensor) for part in fit):
         raise TypeError(f"{name} is a {type(fit).__name__}; expected the MacenkoFit that macenko_fit returns.")
-    stain, maximum, status = (torch.as_tensor(part) for part in fit)
+    stain, maximum, status = fit
     stain = stain.unsqueeze(0) if stain.ndim == 2 else stain
     maximum = maximum.unsqueeze(0) if maximum.ndim == 1 else maximum
-    status = status.reshape(-1)
+    status = status.unsqueeze(0) if status.ndim == 0 else status
     size = stain.shape[0] if stain.ndim == 3 else -1
     if stain.shape != (size, 3, 2) or maximum.shape != (size, 2) or status.shape != (size,) or size not in (1, count):
         raise ValueError(
             f"{name} has stain_matrix {tuple(fit[0].shape)}, max_concentration {tuple(fit[1].shape)} and status "
             f"{tuple(fit[2].shape)}; expected [B, 3, 2], [B, 2] and [B] with B = 1 or {count}."
         )
+    return MacenkoFit(stain, maximum, status)
+
+
+def expand_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
+    """`fit` for `count` images, float64: one image's stains serve all. Raises as `check_fit`."""
+    stain, maximum, status = check_fit(fit, count, name)
     return MacenkoFit(
         stain.double().expand(count, 3, 2), maximum.double().expand(count, 2), status.to(torch.int32).expand(count)
     )

@@ -76,7 +76,8 @@ void yield_as(State state) {
   Fiber& self = machine.fibers[machine.running];
   self.state = state;
   // A fiber that is done gives its fake stack back.
-  announce_switch(state == State::done ? nullptr : &self.fake_stack, machine.scheduler_stack, machine.scheduler_stack_bytes);
+  announce_switch(state == State::done ? nullptr : &self.fake_stack, machine.scheduler_stack,
+                  machine.scheduler_stack_bytes);
   swapcontext(&self.context, &machine.scheduler);
   finish_switch(self.fake_stack, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 }
@@ -123,7 +124,8 @@ bool release(unsigned first, unsigned last, State state) {
   return true;
 }
 
-// On a GPU, too, a block finds anything in its shared memory. Under AddressSanitizer there are red zones between variables.
+// On a GPU, too, a block finds anything in its shared memory. Under AddressSanitizer there are red zones between
+// variables.
 __attribute__((no_sanitize("address"))) void poison_shared() {
   for (volatile char* p = __start_simt_shared; p < __stop_simt_shared; ++p) *p = char(0xA5);
 }

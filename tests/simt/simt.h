@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU: force-included before a .cu file that g++ compiles (-x c++ -include simt.h).
 //
-// Each thread of a block is a fiber; fibers switch at __syncthreads, __syncwarp and shuffles, and are resumed in an order drawn from
-// a seed, so that code that leans on a missing barrier gives different results. Blocks run one after the other, also in random order.
-// Not covered: warps in lockstep, clusters, inline PTX, dynamic shared memory.
+// Each thread of a block is a fiber; fibers switch at __syncthreads, __syncwarp and shuffles, and are resumed in an
+// order drawn from a seed, so that code that leans on a missing barrier gives different results. Blocks run one after
+// the other, also in random order. Not covered: warps in lockstep, clusters, inline PTX, dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,11 +19,12 @@ struct Index {
 // What the running fiber sees.
 extern thread_local Index thread_index, block_index, block_size, grid_size;
 
-void barrier();                // all threads of the block that have not returned
-void warp_barrier();           // all threads of the warp that have not returned
+void barrier();                          // all threads of the block that have not returned
+void warp_barrier();                     // all threads of the warp that have not returned
 uint64_t* exchange_slot(unsigned lane);  // of the running thread's warp
 
-// Runs `body(argument)` once for each thread of each block. Aborts with a message on a deadlock or an impossible launch.
+// Runs `body(argument)` once for each thread of each block. Aborts with a message on a deadlock or an impossible
+// launch.
 void launch(Index grid, Index block, void (*body)(void*), void* argument);
 
 void set_seed(uint64_t seed);
@@ -60,7 +61,8 @@ T shuffle_down(T value, unsigned delta) {
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// Blocks run one at a time, so one copy serves them all. The linker gathers it, so that each block can be given garbage.
+// Blocks run one at a time, so one copy serves them all. The linker gathers it, so that each block can be given
+// garbage.
 #define __shared__ static __attribute__((section("simt_shared")))
 
 #define threadIdx (simt::thread_index)
@@ -71,8 +73,7 @@ T shuffle_down(T value, unsigned delta) {
 #define __syncwarp(...) simt::warp_barrier()
 #define __shfl_down_sync(mask, value, delta) simt::shuffle_down(value, delta)
 
-#define ERNET_LAUNCH(kernel, grid, block, stream, ...) \
-  simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
+#define ERNET_LAUNCH(kernel, grid, block, stream, ...) simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
 
 static inline double __longlong_as_double(long long bits) {
   double value;
