@@ -1,7 +1,7 @@
 """Macenko stain normalisation, word for word, in float64 NumPy: the oracle of the tests and the fallback.
 
-M. Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009, with the constants and
-conventions of the torchstain package (NumPy backend), whose uint8 results it equals bit for bit.
+M. Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009, with the constants
+and conventions of the torchstain package (NumPy backend), whose uint8 results it equals bit for bit.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def fit_pixels(
 def canonical_signs(plane: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Eigenvectors [3, 2] of ascending eigenvalue with signs such that the angles of tissue keep off the cut of atan2.
 
-    The second column points towards the mean optical density, so angles lie around +π/2; the first has a red component that
-    is not negative.
+    The second column points towards the mean optical density, so angles lie around +π/2; the first has a red component
+    that is not negative.
     """
     first = -1.0 if plane[0, 0] < 0 else 1.0
     second = -1.0 if mean @ plane[:, 1] < 0 else 1.0

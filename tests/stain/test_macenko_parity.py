@@ -163,3 +163,54 @@ def test_each_image_may_have_its_own_target():
     for i in range(2):
         one = type(targets)(*(part[i : i + 1] for part in targets))
         assert torch.equal(out[i], macenko_normalize(images[i], one))
+
+
+def drawn_image(seed):
+    """Images of very different distributions: noise, blobs of colour, mixtures, one stain, few colours."""
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(40, 200, 2)
+    kind = seed % 5
+    if kind == 0:
+        levels = rng.integers(0, 256, (height, width, 3))
+    elif kind == 1:
+        levels = rng.integers(20, 200, 3) + rng.normal(0, rng.uniform(0.5, 30), (height, width, 3))
+    elif kind == 2:
+        levels = 240 * np.exp(-rng.gamma(1, 0.5, (height, width, 2)) @ rng.uniform(0.05, 1, (2, 3)))
+    elif kind == 3:
+        levels = 240 * np.exp(-rng.uniform(0.2, 2, (height, width, 1)) * rng.uniform(0.1, 1, 3))
+        levels = levels + rng.normal(0, rng.uniform(0, 3), levels.shape)
+    else:
+        palette = rng.integers(10, 230, (rng.integers(2, 40), 3))
+        levels = palette[rng.integers(0, len(palette), (height, width))]
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn_distributions_agree_with_the_reference(seed):
+    image = drawn_image(seed)
+    percentile = "nearest" if seed % 2 else "linear"
+    fit, wanted = macenko_fit(image, percentile=percentile), reference.macenko_fit(image, percentile=percentile)
+    assert fit.status.tolist() == wanted.status.tolist()
+    if wanted.status[0]:
+        return
+    od = -np.log((image.reshape(-1, 3) + 1.0) / 240)
+    tissue = od[(od >= 0.15).all(axis=1)]
+    low, middle, high = np.linalg.eigvalsh(np.cov(tissue.T))
+    # Perturbation of eigenvectors: the error of a moment, two ODs times 1.5 units, over the eigenvalue gap.
+    amplified = 2 * 1.5 * 2.0**-24 * max(1.0, np.mean(np.sum(tissue**2, axis=1)) / min(middle - low, high - middle))
+    torch.testing.assert_close(fit.stain_matrix, wanted.stain_matrix, rtol=0, atol=2 * amplified)
+    # Nearly parallel stains amplify that once more in the concentrations.
+    h, e = wanted.stain_matrix[0].T
+    parallel = 1 / max(1e-9, 1 - float(h @ e) ** 2)
+    torch.testing.assert_close(fit.max_concentration, wanted.max_concentration, rtol=4 * amplified * parallel, atol=0)
+
+
+@pytest.mark.parametrize("gain", [0.5, 0.1, 0.01, 1e-3, 30.0])
+def test_extreme_gains_leave_float32_in_time(gain):
+    image = synthetic_tissue(50, 60, 1)
+    fit = macenko_fit(image)
+    source = fit._replace(max_concentration=fit.max_concentration * gain)
+    difference = np.abs(
+        macenko_normalize(image, TARGET, source).astype(int) - reference.macenko_normalize(image, TARGET, source)
+    )
+    assert difference.max() <= 1 and (difference == 0).mean() >= 0.9995
