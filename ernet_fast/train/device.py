@@ -41,3 +41,27 @@ def to_network(fabric: Any, channels_last: bool) -> Callable[[torch.Tensor], tor
     """Function that brings images to the network's device and layout (Fabric's module takes care of the dtype)."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return lambda images: images.to(fabric.device, non_blocking=True).contiguous(memory_format=layout)
+
+
+def evaluation_pass(
+    fabric: Any, network: torch.nn.Module, channels_last: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Function from images to the output of `network` in the run's precision, without any talk between processes.
+
+    Fabric's wrapped module would exchange buffers at every call, and wait for ever where one process has a batch more.
+    """
+    move = to_network(fabric, channels_last)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with fabric.autocast():
+            return network(fabric.strategy.precision.convert_input(move(images)))
+
+    return forward
+
+
+def share_buffers(network: torch.nn.Module) -> None:
+    """Give all processes the first one's buffers (running statistics), which are the ones a checkpoint holds."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for buffer in network.buffers():
+            distributed.broadcast(buffer, src=0)

@@ -15,7 +15,7 @@ from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.checkpoint import load_checkpoint
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
-from ernet_fast.train.device import build_fabric, to_network
+from ernet_fast.train.device import build_fabric, evaluation_pass
 from ernet_fast.train.images import ImageSet, build_loader
 from ernet_fast.train.metrics import (
     compute_metrics,
@@ -157,7 +157,7 @@ def _predict(config: TrainConfig, state: dict[str, Any], images: ImageSet, repor
     network.load_state_dict(state["model"])
     if config.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = fabric.setup_module(network)
+    network = fabric.strategy.precision.convert_module(network).to(fabric.device)
     batches, _ = build_loader(
         images,
         batch_size=config.batch_size,
@@ -169,10 +169,10 @@ def _predict(config: TrainConfig, state: dict[str, Any], images: ImageSet, repor
     )
     with reporter.task("evaluate", len(images)) as task:
         return predict(
-            model,
+            network,
+            evaluation_pass(fabric, network, config.channels_last),
             batches,
             images.samples,
             state["classes"],
-            to_device=to_network(fabric, config.channels_last),
             advance=task.advance,
         )

@@ -20,7 +20,7 @@ from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.checkpoint import FORMAT, generator_state, load_checkpoint, restore_generators, save_checkpoint
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
-from ernet_fast.train.device import build_fabric, to_network
+from ernet_fast.train.device import build_fabric, evaluation_pass, share_buffers, to_network
 from ernet_fast.train.history import write_history
 from ernet_fast.train.images import Batch, EpochSampler, ImageSet, build_loader, mixed_seed
 from ernet_fast.train.loss_watch import LossWatch
@@ -170,6 +170,7 @@ class _Run:
         loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.label_smoothing)
         self.loss = loss.to(self.fabric.device)
         self.to_network = to_network(self.fabric, config.channels_last)
+        self.evaluation_pass = evaluation_pass(self.fabric, self.network, config.channels_last)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -257,13 +258,14 @@ class _Run:
         rate = self.optimizer.param_groups[0]["lr"]
         train_loss = self._train_epoch(number)
         seconds = time.perf_counter() - start
+        share_buffers(self.network)
         with self.reporter.task(f"validate {number}/{self.config.epochs}", len(self.data.val)) as task:
             predictions = predict(
-                self.model,
+                self.network,
+                self.evaluation_pass,
                 self.val_batches,
                 self.data.val.samples,
                 self.data.classes,
-                to_device=self.to_network,
                 advance=task.advance,
             )
         return {

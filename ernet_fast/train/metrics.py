@@ -14,6 +14,8 @@ from ernet_fast.train.predictions import Predictions
 
 NAMES = ("accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1", "auc")
 _PURPOSE = "metrics"
+# The predictions are those of all processes already: nothing must be summed over processes again.
+_LOCAL = {"sync_on_compute": False}
 
 
 def confusion_matrix(predictions: Predictions) -> Tensor:
@@ -63,17 +65,16 @@ def _binary(predictions: Predictions, counts: Tensor) -> dict[str, float | None]
     classification = require("torchmetrics.classification", extra="train", purpose=_PURPOSE)
     collection = require("torchmetrics", extra="train", purpose=_PURPOSE).MetricCollection(
         {
-            "accuracy": classification.BinaryAccuracy(),
-            "precision": classification.BinaryPrecision(),
-            "recall": classification.BinaryRecall(),
-            "specificity": classification.BinarySpecificity(),
-            "f1": classification.BinaryF1Score(),
+            "accuracy": classification.BinaryAccuracy(**_LOCAL),
+            "precision": classification.BinaryPrecision(**_LOCAL),
+            "recall": classification.BinaryRecall(**_LOCAL),
+            "specificity": classification.BinarySpecificity(**_LOCAL),
+            "f1": classification.BinaryF1Score(**_LOCAL),
         }
     )
-    _keep_local(collection)
     figures = _values(collection, predictions.predicted, predictions.targets)
     negatives, positives = (bool(total) for total in counts.sum(dim=1).tolist())
-    auc = _values(_keep_local(_auc(classification.BinaryAUROC())), predictions.probabilities[:, 1], predictions.targets)
+    auc = _values(_auc(classification.BinaryAUROC(**_LOCAL)), predictions.probabilities[:, 1], predictions.targets)
     defined = {
         "accuracy": True,
         "precision": bool(counts[:, 1].sum()),
@@ -92,7 +93,7 @@ def _binary(predictions: Predictions, counts: Tensor) -> dict[str, float | None]
 
 def _multiclass(predictions: Predictions, counts: Tensor) -> dict[str, float | None]:
     classification = require("torchmetrics.classification", extra="train", purpose=_PURPOSE)
-    settings: dict[str, Any] = {"num_classes": len(predictions.classes), "average": "none"}
+    settings: dict[str, Any] = {"num_classes": len(predictions.classes), "average": "none", **_LOCAL}
     collection = require("torchmetrics", extra="train", purpose=_PURPOSE).MetricCollection(
         {
             "precision": classification.MulticlassPrecision(**settings),
@@ -101,10 +102,9 @@ def _multiclass(predictions: Predictions, counts: Tensor) -> dict[str, float | N
             "f1": classification.MulticlassF1Score(**settings),
         }
     )
-    _keep_local(collection)
     per_class = _vectors(collection, predictions.predicted, predictions.targets)
     per_class |= _vectors(
-        _keep_local(_auc(classification.MulticlassAUROC(**settings))), predictions.probabilities, predictions.targets
+        _auc(classification.MulticlassAUROC(**settings)), predictions.probabilities, predictions.targets
     )
     occurs = counts.sum(dim=1) > 0
     result: dict[str, float | None] = {name: _mean(values, occurs) for name, values in per_class.items()}
@@ -118,13 +118,6 @@ def _multiclass(predictions: Predictions, counts: Tensor) -> dict[str, float | N
 
 def _auc(metric: Any) -> Any:
     return require("torchmetrics", extra="train", purpose=_PURPOSE).MetricCollection({"auc": metric})
-
-
-def _keep_local(collection: Any) -> Any:
-    """The predictions are those of all processes already: nothing must be summed over processes again."""
-    for metric in collection.values(copy_state=False):
-        metric.sync_on_compute = False
-    return collection
 
 
 def _vectors(collection: Any, *inputs: Tensor) -> dict[str, Tensor]:

@@ -71,31 +71,39 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    model: nn.Module,
+    network: nn.Module,
+    forward: Callable[[Tensor], Tensor],
     batches: Iterable[Any],
     samples: Sequence[Sample],
     classes: Sequence[str],
     *,
-    to_device: Callable[[Tensor], Tensor],
     advance: Callable[[int], None] = lambda count: None,
 ) -> Predictions:
-    """Run `model` over the batches of this process and put the results of all processes together, each image once.
+    """Run `network` over the batches of this process and put the results of all processes together, each image once.
+
+    Args:
+        network: is put into evaluation mode meanwhile.
+        forward: from the images of a batch to the output of `network`, see `device.evaluation_pass`.
+        batches: of a loader that does not shuffle.
+        samples: that the batches' positions point into.
+        classes: their names.
+        advance: called with the number of images of each batch.
 
     Raises:
         FloatingPointError: the network gives a NaN or infinite output; the message names an image.
     """
-    was_training = model.training
-    model.eval()
+    was_training = network.training
+    network.eval()
     probabilities, positions = [], []
     try:
         for images, _, where in batches:
-            output = model(to_device(images)).double().softmax(dim=1).cpu()
+            output = forward(images).double().softmax(dim=1).cpu()
             _check_finite(output, where, samples)
             probabilities.append(output)
             positions.append(where.cpu())
             advance(len(where))
     finally:
-        model.train(was_training)
+        network.train(was_training)
     table = torch.cat(probabilities) if probabilities else torch.empty(0, len(classes), dtype=torch.float64)
     places = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
     table, places = _gathered(table, places)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,12 @@ def test_unknown_settings_are_named():
 def test_lists_of_choices_agree_with_the_library():
     assert config.MAGNIFICATIONS == MAGNIFICATIONS
     assert all(hasattr(models, name) for name in config.MODELS)
+
+
+def test_the_documentation_lists_every_setting():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    for item in fields(TrainConfig):
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{item.name}` |"))
+        assert item.metadata["meaning"] in row, item.name
+        if item.default is not MISSING and item.default is not None:
+            assert f"`{item.default!r}`" in row, item.name

@@ -23,13 +23,19 @@ def test_torchrun(tiny_breakhis, tmp_path):
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            [*command, *arguments],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done
 
-    run("train", "--data", str(tiny_breakhis), "--out", "run", "--epochs", "1", "--base-channels", "8", "--image-size", "32",
-        "--batch-size", "4", "--device", "cpu")  # fmt: skip
+    tiny = "--epochs 1 --base-channels 8 --image-size 32 --batch-size 4 --device cpu".split()
+    run("train", "--data", str(tiny_breakhis), "--out", "run", *tiny)
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == len(state["train_images"]) // 2 // 4
     with open(tmp_path / "run" / "split.csv", newline="") as file:
