@@ -120,7 +120,9 @@ def test_images_left_out_are_told(call, tiny_breakhis, tmp_path):
 
 def test_warnings_are_one_line(call, tiny_breakhis, tmp_path):
     """With eight classes and few patients a split lacks some of them."""
-    called = call("train", "--data", tiny_breakhis, "--out", tmp_path / "run", "--epochs", 1, "--target", "subtype", *TINY)
+    called = call(
+        "train", "--data", tiny_breakhis, "--out", tmp_path / "run", "--epochs", 1, "--target", "subtype", *TINY
+    )
     assert called.code == 0
     warned = [line for line in called.err.splitlines() if "has no image of" in line]
     assert warned and all(line.startswith("warning: split") for line in warned)
