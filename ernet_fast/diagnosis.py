@@ -167,13 +167,13 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
     """Which implementation serves an operator on a device, and the reason."""
     if device == "cuda" and not torch.cuda.is_available():
         return "-", "no CUDA device here"
+    if device == "cuda" and not name.startswith("macenko") and _triton_serves():
+        return "Triton", "compiled at first use"
     if not _backend.extension_available():
         return "PyTorch reference", _backend.why_unavailable() or "the compiled operators are missing"
     info = _backend.build_info() or {}
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", device.upper()):
         return ("C++", f"compiled, {info['isa']}") if device == "cpu" else ("CUDA", "registered for CUDA")
-    if device == "cuda" and not name.startswith("macenko") and _triton_serves():
-        return "Triton", "compiled at first use"
     return "PyTorch reference", f"no {device.upper()} kernel is compiled in"
 
 

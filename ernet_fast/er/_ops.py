@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from ernet_fast import _backend
+from ernet_fast.er import triton_launch
 
-
-_COMPILED = _backend.extension_available()  # a constant, so that torch.compile need not trace how it is found
+# Constants, so that torch.compile need not trace how they are found.
+_COMPILED = _backend.extension_available()
+_TRITON = triton_launch.available()
 
 
 def serves(x: Tensor) -> bool:
-    """True if compiled operators exist for the device of `x`."""
-    return _COMPILED and x.device.type == "cpu"
+    """True if operators exist for the device of `x`: compiled ones for the CPU, Triton's for CUDA devices."""
+    return (_COMPILED and x.device.type == "cpu") or (_TRITON and x.device.type == "cuda")
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -158,7 +160,7 @@ def _dot_backward(ctx: Any, dda: Tensor, ddb: Tensor, dg: Tensor | None) -> tupl
 
 
 def _register() -> None:
-    """Give the compiled operators what torch.compile, export and autograd need."""
+    """Give the operators what torch.compile, export and autograd need."""
     torch.library.register_fake("ernet::channel_moments", _moments_fake)
     torch.library.register_fake("ernet::weighted_sum", _sum_fake)
     torch.library.register_fake("ernet::weighted_dot", _dot_fake)
@@ -167,5 +169,7 @@ def _register() -> None:
     torch.library.register_autograd("ernet::weighted_dot", _dot_backward, setup_context=_dot_setup)
 
 
-if _COMPILED:
+if _TRITON:
+    triton_launch.register(define=not _COMPILED)
+if _COMPILED or _TRITON:
     _register()

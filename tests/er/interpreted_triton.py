@@ -1,0 +1,213 @@
+"""The Triton kernels on the CPU, in Triton's interpreter, against float64 formulas.
+
+Run by test_triton_interpreter.py in a process of its own with TRITON_INTERPRET=1, which must be set before the kernels
+are imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from er_cases import DTYPES, LAYOUTS, maps_like, relative_error, tolerance
+
+from ernet_fast.er import triton_launch, triton_tiling
+
+# N, C, H, W: multiples of nothing, single pixels and samples, several tiles along either side
+SHAPES = [(2, 3, 7, 11), (1, 65, 7, 7), (5, 33, 1, 1), (3, 1, 1, 49), (2, 136, 5, 5), (1, 2, 31, 67)]
+CASES = [
+    *itertools.product(SHAPES, [torch.float32], LAYOUTS, [False, True]),
+    *itertools.product([(2, 3, 7, 11), (2, 16, 4, 4)], DTYPES[1:], LAYOUTS, [False, True]),
+]
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def spread(t: torch.Tensor) -> torch.Tensor:
+    """[..., C] or [..., N, C] coefficients, as they multiply [N, C, H, W]."""
+    return t[..., None, None] if t.dim() == 2 else t[None, :, None, None]
+
+
+def stored(dtype: torch.dtype, terms: int) -> float:
+    """The interpreter truncates where hardware rounds to the nearest bfloat16: one more roundoff there."""
+    return tolerance(dtype, terms) + (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0.0)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
+def test_weighted_sum(shape, dtype, layout, per_sample):
+    for num_maps, with_b, relu in ((1, True, False), (3, True, True), (9, False, True)):
+        maps = maps_like(shape, num_maps, dtype, layout)
+        sizes = shape[:2] if per_sample else shape[1:2]
+        a = torch.randn(num_maps, *sizes, dtype=acc_dtype(dtype))
+        b = torch.randn(sizes, dtype=acc_dtype(dtype)) if with_b else None
+        y = triton_launch.weighted_sum(maps, a, b, relu)
+        expected = sum(spread(a[i]).double() * x.double() for i, x in enumerate(maps))
+        expected = expected if b is None else expected + spread(b).double()
+        expected = expected.relu() if relu else expected
+        assert relative_error(y, expected) <= stored(dtype, num_maps)
+        assert y.dtype == dtype and y.stride() == maps[0].stride()
+
+
+@pytest.mark.parametrize("num_maps", [2, 7, 8, 16, 17, 40])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weighted_sum_of_many_maps(num_maps, layout):
+    maps = maps_like((2, 5, 4, 3), num_maps, torch.float32, layout)
+    a = torch.randn(num_maps, 5)
+    expected = sum(spread(a[i]).double() * x.double() for i, x in enumerate(maps))
+    assert relative_error(triton_launch.weighted_sum(maps, a, None, False), expected) <= stored(torch.float32, num_maps)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
+def test_weighted_dot(shape, dtype, layout, per_sample):
+    for num_maps, with_y in ((3, True), (9, True), (2, False)):
+        dy, y, *maps = maps_like(shape, num_maps + 2, dtype, layout)
+        mask = y.relu() if with_y else None
+        da, db, g = triton_launch.weighted_dot(dy, maps, mask, per_sample)
+        g64 = dy.double() if mask is None else dy.double() * (mask.double() > 0)
+        if mask is None:
+            assert g.numel() == 0
+        else:
+            assert torch.equal(g.double(), g64) and g.stride() == dy.stride()
+        dims = (2, 3) if per_sample else (0, 2, 3)
+        bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
+        for i, x in enumerate(maps):
+            products = g64 * x.double()
+            assert float((da[i].double() - products.sum(dims)).norm()) <= bound * float(products.abs().sum(dims).norm())
+        assert float((db.double() - g64.sum(dims)).norm()) <= bound * float(g64.abs().sum(dims).norm())
+        assert da.dtype == db.dtype == acc_dtype(dtype)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
+def test_channel_moments(shape, dtype, layout, per_sample):
+    (x,) = maps_like(shape, 1, dtype, layout)
+    mean, var = triton_launch.channel_moments(x, per_sample)
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
+    scale = x.double().square().mean(dims).sqrt().norm()
+    assert float((mean.double() - x.double().mean(dims)).norm() / scale) <= bound
+    error = (var.double() - x.double().var(dims, correction=0)).norm()
+    assert float(error / scale.square().clamp_min(1)) <= bound
+    assert mean.dtype == var.dtype == acc_dtype(dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_moments_of_a_large_mean(layout, per_sample):
+    """Mean 1e4 and standard deviation 1 in float32: the variance must survive, across slabs too."""
+    x = torch.randn((4, 8, 40, 41), generator=torch.Generator().manual_seed(0)) + 1e4
+    x = x.contiguous(memory_format=layout)
+    mean, var = triton_launch.channel_moments(x, per_sample)
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    torch.testing.assert_close(var.double(), x.double().var(dims, correction=0), rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=torch.finfo(torch.float32).eps, atol=0)
+
+
+@pytest.fixture
+def many_slabs(monkeypatch):
+    """Cut small maps into as many slabs as large ones get, so that more than one tile of slabs is merged."""
+    monkeypatch.setattr(triton_tiling, "_LEAST_UNITS", 1)
+    monkeypatch.setattr(triton_tiling, "_LOAD_BYTES", 8)
+    monkeypatch.setattr(triton_tiling, "_CHANNELS", 8)
+    monkeypatch.setattr(triton_tiling, "_PLANAR_COLS", (8, 16))
+    triton_tiling.reduction.cache_clear()
+    yield
+    triton_tiling.reduction.cache_clear()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_many_slabs(many_slabs, layout, per_sample):
+    width = 40 if layout == torch.channels_last else 20
+    shape, dims = (2, 5, 28, width), (2, 3) if per_sample else (0, 2, 3)
+    dy, y, x = maps_like(shape, 3, torch.float32, layout)
+    cut = triton_tiling.reduction(triton_tiling.Shape(2, 5, 28 * width, layout == torch.channels_last, per_sample), 4)
+    assert cut.slabs > (20 if per_sample else 64)
+    bound = tolerance(torch.float32, 56 * width, stored=False)
+    da, db, _ = triton_launch.weighted_dot(dy, [x], y, per_sample)
+    g = dy.double() * (y.double() > 0)
+    assert float((da[0].double() - (g * x).sum(dims)).norm()) <= bound * float((g * x).abs().sum(dims).norm())
+    assert float((db.double() - g.sum(dims)).norm()) <= bound * float(g.abs().sum(dims).norm())
+    mean, var = triton_launch.channel_moments(x + 100, per_sample)
+    torch.testing.assert_close(mean.double(), (x + 100).double().mean(dims), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), (x + 100).double().var(dims, correction=0), rtol=1e-4, atol=0)
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    """The specialisation for rows so long that a tile spans 2^31 elements, at a size that fits here."""
+    maps = maps_like((2, 5, 4, 3), 3, torch.float32, torch.channels_last)
+    a, dy = torch.randn(3, 5), maps[0]
+    narrow = triton_launch.weighted_sum(maps, a, None, False)
+    narrow_dot, narrow_moments = (
+        triton_launch.weighted_dot(dy, maps, dy, False),
+        triton_launch.channel_moments(dy, False),
+    )
+    original = triton_tiling._tile
+    monkeypatch.setattr(triton_tiling, "_tile", lambda *args: original(*args)._replace(wide=True))
+    triton_tiling.sum_tile.cache_clear(), triton_tiling.reduction.cache_clear()
+    try:
+        assert torch.equal(triton_launch.weighted_sum(maps, a, None, False), narrow)
+        for wide, expected in zip(triton_launch.weighted_dot(dy, maps, dy, False), narrow_dot, strict=True):
+            assert torch.equal(wide, expected)
+        for wide, expected in zip(triton_launch.channel_moments(dy, False), narrow_moments, strict=True):
+            assert torch.equal(wide, expected)
+    finally:
+        triton_tiling.sum_tile.cache_clear(), triton_tiling.reduction.cache_clear()
+
+
+def test_per_sample_results_do_not_depend_on_the_batch():
+    dy, y, *maps = maps_like((4, 37, 13, 9), 4, torch.float32, torch.channels_last)
+    whole = triton_launch.weighted_dot(dy, maps, y, True)
+    one = triton_launch.weighted_dot(dy[2:3], [x[2:3] for x in maps], y[2:3], True)
+    assert torch.equal(whole[0][:, 2:3], one[0]) and torch.equal(whole[1][2:3], one[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relu_and_nan_are_those_of_torch(layout):
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1.0]).reshape(1, 6, 1, 1)
+    x = x.contiguous(memory_format=layout)
+    y = triton_launch.weighted_sum([x], torch.ones(1, 6), None, True)
+    torch.testing.assert_close(y, x.relu(), equal_nan=True, rtol=0, atol=0)
+    leaf = x.clone().requires_grad_()
+    leaf.relu().sum().backward()
+    torch.testing.assert_close(triton_launch.weighted_dot(torch.ones_like(x), [x], x.relu(), False)[2], leaf.grad)
+    mean, var = triton_launch.channel_moments(x, False)
+    assert not bool(mean[:3].isfinite().any()) and bool(var[:3].isnan().all())
+    assert torch.equal(mean[3:], x.flatten()[3:]) and not bool(var[3:].any())
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 0, 3, 3)])
+def test_empty_maps(shape):
+    x = torch.ones(shape)
+    assert triton_launch.weighted_sum([x, x], torch.ones(2, shape[1]), None, False).shape == shape
+    da, db, _ = triton_launch.weighted_dot(x, [x], None, False)
+    assert torch.equal(da, torch.zeros(1, shape[1])) and torch.equal(db, torch.zeros(shape[1]))
+    mean, var = triton_launch.channel_moments(x, False)
+    assert torch.equal(mean, torch.zeros(shape[1])) and var.shape == (shape[1],) and bool(var.isnan().all())
+
+
+def test_operators_name_what_is_wrong():
+    x, a = torch.ones(2, 3, 4, 4), torch.ones(1, 3)
+    mixed = [x, x.contiguous(memory_format=torch.channels_last)]
+    for maps, a_, b, message in [
+        ([], a, None, "at least one map"),
+        ([x] * 257, torch.ones(257, 3), None, "at most 256 maps"),
+        ([x[0]], a, None, "4 dimensions"),
+        ([x.int()], a, None, "float32, float64, bfloat16 or float16"),
+        ([x, x[:1]], torch.ones(2, 3), None, r"one shape; maps\[1\]"),
+        ([x, x.double()], torch.ones(2, 3), None, "one dtype"),
+        ([x, x.to("meta")], torch.ones(2, 3), None, "one device"),
+        ([x], torch.ones(2, 3), None, r"a must have shape \[1, 3\]; got \[2, 3\]"),
+        ([x], a.double(), None, "a must be float32"),
+        ([x], a.to("meta"), None, "a must be on the device of the maps"),
+        ([x], a, torch.ones(4), r"b must have shape \[3\]"),
+        ([x], torch.ones(1, 6)[:, ::2], None, "contiguous"),
+        ([x[..., ::2]], a, None, "dense in one layout"),
+        (mixed, torch.ones(2, 3), None, "one layout"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            triton_launch.weighted_sum(maps, a_, b, False)
+    with pytest.raises(RuntimeError, match="one shape; y"):
+        triton_launch.weighted_dot(x, [x], x[:1], False)
