@@ -67,7 +67,7 @@ ERNET_HOST_DEVICE double exp_clamped(double x) {
   p = p * r + 1.0;
   p = p * r + 1.0;
   DoubleBits scale;
-  scale.bits = (k.bits << 52) + 0x3ff0000000000000;
+  scale.bits = int64_t((uint64_t(k.bits) << 52) + 0x3ff0000000000000u);
   return p * scale.real;
 }
 
