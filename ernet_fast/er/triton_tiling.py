@@ -76,7 +76,8 @@ def _tile(shape: Shape, itemsize: int, loads: int) -> Tile:
     elif length <= _PLANAR_COLS[0]:
         cols = power_of_two(length)
     else:  # the least padding; of equals, the widest
-        cols = min(reversed(_PLANAR_COLS), key=lambda width: ceil_div(length, width) * width)
+        widths = [width for width in reversed(_PLANAR_COLS) if width <= elements]
+        cols = min(widths, key=lambda width: ceil_div(length, width) * width)
     rows = elements // cols
     wide = (rows - 1) * length + cols > 2**31 - 1
     return Tile(rows, cols, math.gcd(length, _LOAD_BYTES // itemsize), wide)

@@ -19,6 +19,7 @@ SHAPES = [(2, 3, 7, 11), (1, 65, 7, 7), (5, 33, 1, 1), (3, 1, 1, 49), (2, 136, 5
 CASES = [
     *itertools.product(SHAPES, [torch.float32], LAYOUTS, [False, True]),
     *itertools.product([(2, 3, 7, 11), (2, 16, 4, 4)], DTYPES[1:], LAYOUTS, [False, True]),
+    ((1, 2, 31, 67), torch.float64, torch.contiguous_format, False),
 ]
 
 

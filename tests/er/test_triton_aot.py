@@ -1,0 +1,175 @@
+"""The Triton kernels compiled ahead of time, without a GPU: registers, spills, width of loads, number of variants.
+
+What is compiled is what calls on maps of real networks would launch: see triton_launches.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from triton_launches import Launch, record
+
+from ernet_fast.er import triton_launch
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") == "1", reason="TRITON_INTERPRET=1 compiles nothing"),
+]
+
+ARCHITECTURES = [80, 90, 100, 120]
+# Registers of a thread: 65,536 of a multiprocessor hold at least 512 threads of a sum, 384 of a reduction.
+REGISTERS = {
+    "weighted_sum_kernel": 128,
+    "weighted_dot_kernel": 168,
+    "channel_moments_kernel": 168,
+    "merge_dot_kernel": 128,
+    "merge_moments_kernel": 128,
+}
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+
+
+class Machine(NamedTuple):
+    """A kernel's machine code: registers of a thread, bytes of stack and of shared memory, instructions in order."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: list[str]
+
+    def positions(self, prefix: str) -> list[int]:
+        return [i for i, name in enumerate(self.instructions) if name.startswith(prefix)]
+
+    def widths(self, prefix: str) -> set[str]:
+        """Bits of the loads or stores: 128 for LDG.E.128, 32 where the name says nothing."""
+        names = {self.instructions[i] for i in self.positions(prefix)}
+        return {next((part for part in name.split(".") if part in ("128", "64", "U16", "U8")), "32") for name in names}
+
+
+def compile_for(launch: Launch, architecture: int, folder: Path) -> Machine:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ernet_fast.er import triton_kernels
+
+    kernel = getattr(triton_kernels, launch.kernel)
+    constants = dict(launch.constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    signature = dict(zip(kernel.arg_names, launch.types(), strict=False)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants, launch.alignments())
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def dump(what: str) -> str:
+        return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
+
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump("-res-usage"))
+    assert usage, "cuobjdump shows no resources"
+    registers, stack, shared, local = map(int, usage.groups())
+    return Machine(registers, stack + local, shared, INSTRUCTION.findall(dump("-sass")))
+
+
+def stage(dtype: torch.dtype, layout: torch.memory_format, num_maps: int, size: int = 56) -> Callable[[], Any]:
+    """The three operators on maps of ER-ResNet-50's first stage at batch 256, or of its size."""
+    x = torch.empty((256, 256, size, size), dtype=dtype, device="meta").contiguous(memory_format=layout)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    a, b = torch.empty(num_maps, 256, dtype=acc, device="meta"), torch.empty(256, dtype=acc, device="meta")
+
+    def call() -> None:
+        triton_launch.weighted_sum([x] * num_maps, a, b, True)
+        triton_launch.weighted_dot(x, [x] * num_maps, x, False)
+        triton_launch.channel_moments(x, False)
+
+    return call
+
+
+def check(launch: Launch, machine: Machine, channels_last: bool) -> None:
+    name = launch.kernel
+    assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), f"{name} spills"
+    assert machine.registers <= REGISTERS[name], f"{name} needs {machine.registers} registers"
+    if name.startswith("merge"):
+        return
+    loads, stores = machine.widths("LDG"), machine.widths("STG")
+    maps = next((len(argument) for argument in launch.arguments if isinstance(argument, tuple)), 8)
+    assert len([i for i in machine.positions("LDG") if "128" in machine.instructions[i]]) >= maps, name
+    if name == "weighted_sum_kernel":
+        # Planar: a row has one coefficient, a load of 4 or 8 bytes.
+        acc = "64" if launch.arguments[1].dtype == torch.float64 else "32"
+        assert loads == {"128"} if channels_last else loads == {"128", acc}, (name, loads)
+        assert stores == {"128"} and machine.shared == 0 and not machine.positions("BAR"), (name, stores)
+        return
+    assert loads == {"128"}, (name, loads)
+    assert name != "weighted_dot_kernel" or "128" in stores, (name, stores)
+    # The loop over tiles waits for nobody: barriers only in the reduction that follows it.
+    assert max(machine.positions("LDG")) < min(machine.positions("BAR")), name
+
+
+CASES = [
+    *((torch.bfloat16, torch.channels_last, architecture) for architecture in ARCHITECTURES),
+    (torch.float32, torch.channels_last, 90),
+    (torch.float64, torch.channels_last, 90),
+    (torch.bfloat16, torch.contiguous_format, 90),
+    (torch.float32, torch.contiguous_format, 100),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "layout", "architecture"), CASES)
+def test_machine_code(dtype, layout, architecture, monkeypatch, tmp_path):
+    launches = record(monkeypatch, stage(dtype, layout, 6))
+    assert len(launches) == 5
+    for launch in launches:
+        check(launch, compile_for(launch, architecture, tmp_path), layout == torch.channels_last)
+
+
+@pytest.mark.slow
+def test_machine_code_of_many_maps(monkeypatch, tmp_path):
+    """23 maps, the third stage of ER-ResNet-101: one sum in groups of 8 maps, three launches of the dot."""
+    launches = record(monkeypatch, stage(torch.bfloat16, torch.channels_last, 23, size=14))
+    assert [launch.kernel for launch in launches].count("weighted_dot_kernel") == 3
+    check(launches[0], compile_for(launches[0], 90, tmp_path), True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_beyond_32_bits_compile(layout, monkeypatch, tmp_path):
+    """More than 2^31 pixels a channel: sizes become 64-bit arguments, and offsets in a planar tile too."""
+    x = torch.empty((1, 8, 1 << 16, 1 << 15), dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
+
+    def call() -> None:
+        triton_launch.weighted_sum([x, x], torch.empty(2, 8, device="meta"), None, False)
+        triton_launch.weighted_dot(x, [x, x], x, False)
+        triton_launch.channel_moments(x, False)
+
+    launches = record(monkeypatch, call)
+    for launch in launches:
+        assert 0 < launch.grid[0] < 2**31
+        if not launch.kernel.startswith("merge"):
+            assert "i64" in launch.types()
+            assert launch.constants["WIDE"] is (layout == torch.contiguous_format)
+        # 64-bit indices may cost the odd register too many here, not more.
+        assert compile_for(launch, 90, tmp_path).stack <= 64
+
+
+def test_few_variants(monkeypatch):
+    """Counts of maps from 1 to 40 need 6 variants of the sum, and 6 of the dot."""
+    variants: dict[str, set[Any]] = {}
+    for num_maps in range(1, 41):
+        for launch in record(monkeypatch, stage(torch.bfloat16, torch.channels_last, num_maps)):
+            variants.setdefault(launch.kernel, set()).add(launch.specialisation())
+    assert {name: len(found) for name, found in variants.items()} == {
+        "weighted_sum_kernel": 6,
+        "weighted_dot_kernel": 6,
+        "merge_dot_kernel": 1,
+        "channel_moments_kernel": 1,
+        "merge_moments_kernel": 1,
+    }
