@@ -1,9 +1,9 @@
 """What only a GPU can prove, in one command: `python3 dev.py gpu`.
 
 Builds for the GPU at hand, runs the tests marked `gpu`, loads a binary built elsewhere where one is given, measures the
-copy bandwidth and the compiled Macenko passes, writes a record after every step (a run that is cut off loses nothing)
-and prints a short table last. A failing step does not stop the others. Uses the running interpreter's torch; needs no
-network.
+copy bandwidth, the ER operators and the compiled Macenko passes, writes a record after every step (a run that is cut
+off loses nothing) and prints a short table last. A failing step does not stop the others. Uses the running
+interpreter's torch; needs no network.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_er_gpu import measure_all
+from gpu_timing import copy_bandwidth, milliseconds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -153,33 +155,13 @@ def step_foreign_binary(record: Record, logs: Path, binary: Path | None) -> None
     record.add(name, "pass" if code == 0 else "FAIL", last_lines(log, 1))
 
 
-def milliseconds(function: Any, repeats: int = 30) -> dict[str, float]:
-    """p20, p50 and p80 of a call's time on the device, in milliseconds, with the cache flushed before each."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    function()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    times.sort()
-    return {f"p{q}": times[round(q / 100 * (repeats - 1))] for q in (20, 50, 80)}
-
-
 def step_speed(record: Record) -> None:
     """Copy bandwidth, and each compiled Macenko pass as a share of it."""
     sys.path.insert(0, str(ROOT))
     import ernet_fast  # noqa: F401  (registers the operators)
     from ernet_fast.stain import macenko_fit
 
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    timing = milliseconds(lambda: target.copy_(source))
-    bandwidth = 2 * source.numel() / timing["p50"] / 1e6
+    bandwidth, timing = copy_bandwidth()
     record.add("copy bandwidth", "measured", f"{bandwidth:.0f} GB/s", gigabytes_per_second=bandwidth, **timing)
     generator = torch.Generator().manual_seed(0)
     tissue = torch.randint(60, 230, (16, 3, 224, 224), generator=generator, dtype=torch.uint8)
@@ -199,6 +181,15 @@ def step_speed(record: Record) -> None:
         share = rate / bandwidth
         detail = f"{rate:.0f} GB/s, {100 * share:.0f} % of copy, {images.shape[0] / timing['p50'] * 1e3:,.0f} images/s"
         record.add(name, "measured", detail, gigabytes_per_second=rate, share_of_copy=share, **timing)
+
+
+def step_er_speed(record: Record) -> None:
+    """Each ER operator on each stage, as a share of the copy bandwidth."""
+    sys.path.insert(0, str(ROOT))
+    bandwidth, _ = copy_bandwidth()
+    for name, found in measure_all(bandwidth):
+        rate, share = found["gigabytes_per_second"], found["share_of_copy"]
+        record.add(name, "measured", f"{rate:.0f} GB/s, {100 * share:.0f} % of copy", **found)
 
 
 def guarded(record: Record, name: str, step: Any, *arguments: Any) -> None:
@@ -225,6 +216,7 @@ def main() -> int:
     guarded(record, "tests", step_tests, record, options.logs)
     guarded(record, "binary built elsewhere", step_foreign_binary, record, options.logs, options.binary)
     guarded(record, "speed", step_speed, record)
+    guarded(record, "ER speed", step_er_speed, record)
     print(f"\nrecord: {record.path}\n\n{record.table()}")
     return 1 if any(row["verdict"] == "FAIL" for row in record.rows) else 0
 
