@@ -26,7 +26,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "--data", metavar="FOLDER", help="images in the BreakHis layout; default: synthetic ones are drawn"
     )
     parser.add_argument("--out", metavar="FOLDER", default=default.out, help=f"default: {default.out}")
-    parser.add_argument("--epochs", type=int, metavar="N", default=default.epochs, help=f"default: {default.epochs}")
+    parser.add_argument("--epochs", type=int, metavar="N", help="default: 8, or fewer on a slow machine")
     parser.add_argument("--image-size", type=int, metavar="N", default=default.image_size,
                         help=f"pixels of the network's input (default: {default.image_size})")  # fmt: skip
     parser.add_argument("--max-images", type=int, metavar="N", default=default.max_images,
@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(result.figures)
         return 0
     evaluation = result.figures["evaluation"]
-    print(f"\nTest patients ({evaluation['patients']}), best epoch {evaluation['epoch']} of {config.epochs}:\n")
+    print(
+        f"\nTest patients ({evaluation['patients']}), best epoch {evaluation['epoch']} of {len(result.figures['history'])}:\n"
+    )
     print(format_table(metrics_header(), metrics_rows(evaluation)))
     print()
     for line in result.timing_lines:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernet_fast.demo.pace import MOST_EPOCHS
 from ernet_fast.demo.stain_tour import StainTour
 from ernet_fast.demo.timing import Timing, format_seconds
 from ernet_fast.diagnosis import diagnose
@@ -115,7 +116,7 @@ def _training(found: DemoFindings) -> report.Block:
         "Training",
         report.paragraph(
             f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), "
-            f"{settings.epochs} epochs, "
+            f"{_epochs(settings.epochs)}, "
             f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by "
             "frequency, random flips, "
             "turns, rotations, shifts and zooms. No patient is in two of training, validation and test. "
@@ -126,6 +127,11 @@ def _training(found: DemoFindings) -> report.Block:
         ),
         report.pictures([(history_picture(history), "Loss and validation figures by epoch", "")]),
     )
+
+
+def _epochs(count: int) -> str:
+    fewer = f" (fewer than {MOST_EPOCHS}, to save time)" if count < MOST_EPOCHS else ""
+    return f"{count} epochs{fewer}"
 
 
 def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:

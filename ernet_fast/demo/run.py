@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
+from ernet_fast.demo.pace import affordable_epochs
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import StainTour, show_normalization
 from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
@@ -25,6 +26,8 @@ from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import fit_to_image, most_typical
 
 _RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
+_TOTAL_SECONDS = 165.0  # leaves a little of the three minutes for starting Python
+_LATER_SECONDS = 55.0  # for evaluation, timing and report
 _SYNTHETIC = {
     "patients": 24,
     "patches_per_patient": 12,
@@ -41,7 +44,8 @@ class DemoConfig:
     Attributes:
         data: folder in the BreakHis layout, or None to draw synthetic images.
         out: folder for everything the demo writes.
-        epochs: passes over the training images.
+        epochs: passes over the training images; None is 8, or fewer (2 at least) where the machine is too slow for the
+            three minutes.
         image_size: pixels of the network's input.
         max_images: most images trained on; validation takes a quarter of that, the test half.
         seed: of the synthetic images, the split, weights and order.
@@ -50,7 +54,7 @@ class DemoConfig:
 
     data: str | None = None
     out: str = "runs/demo"
-    epochs: int = 8
+    epochs: int | None = None
     image_size: int = 112
     max_images: int = 480
     seed: int = 0
@@ -59,6 +63,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("image_size", 16), ("max_images", 16), ("seed", 0)):
             value = getattr(self, name)
+            if name == "epochs" and value is None:
+                continue
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}; expected an integer of at least {least}.")
 
@@ -97,7 +103,8 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
 
     reporter.line("3/6  training")
     _clear_run(folder / "run")
-    settings = TrainConfig.from_dict(settings.to_dict() | {"stain_target": str(target)})
+    settings = replace(settings, stain_target=str(target), epochs=_epochs(config, settings, len(train), start))
+    reporter.line(f"     {settings.epochs} epochs")
     trained = fit(settings, reporter=reporter)
 
     reporter.line("4/6  evaluation on test patients")
@@ -129,6 +136,13 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     return DemoResult(figures, [timing.line for timing in timings], report, seconds)
 
 
+def _epochs(config: DemoConfig, settings: TrainConfig, images: int, start: float) -> int:
+    if config.epochs is not None:
+        return config.epochs
+    left = _TOTAL_SECONDS - _LATER_SECONDS - (time.perf_counter() - start)
+    return affordable_epochs(settings, min(images, config.max_images), max(left, 0.0))
+
+
 def _count(samples: list[Sample]) -> str:
     return f"{len(samples)} images of {len({sample.patient for sample in samples})} patients"
 
@@ -138,7 +152,6 @@ def _training(config: DemoConfig, data: str, out: Path) -> TrainConfig:
         data=data,
         out=str(out),
         model="er_resnet18",
-        epochs=config.epochs,
         image_size=config.image_size,
         batch_size=24,
         lr=5e-4,

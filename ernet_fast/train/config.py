@@ -116,7 +116,7 @@ class TrainConfig:
     device: str = _setting("auto", "device: auto takes CUDA if there is one", choices=("auto", "cpu", "cuda"))
     precision: str = _setting("32-true", "numeric precision, in Lightning Fabric's names", choices=PRECISIONS)
     channels_last: bool = _setting(True, "store activations channels-last, which the fused operators like best")
-    deterministic: bool = _setting(False, "ask torch for deterministic algorithms only, slower on CUDA")
+    deterministic: bool = _setting(False, "ask torch for deterministic algorithms where it has them, slower on CUDA")
     seed: int = _setting(0, "seed of weights, split, order and augmentation", number=(int, 0, _SEED_END))
 
     def __post_init__(self) -> None:

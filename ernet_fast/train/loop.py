@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,8 +62,8 @@ def fit(
     configuration.
 
     A run that is interrupted (Ctrl-C, a crash, a full disk) leaves the checkpoint of its last complete epoch; resumed,
-    it goes on from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, with
-    ``deterministic=True``).
+    it goes on from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, as far
+    as torch's operators are deterministic).
 
     Args:
         config: the settings.
@@ -90,11 +91,12 @@ def fit(
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Torch's deterministic mode for the duration of a run; without `wanted`, as the caller has it."""
+    """Torch's deterministic mode for a run, a warning where it has none; without `wanted`, no change."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted:
-        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it for reproducible products
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:

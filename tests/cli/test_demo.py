@@ -11,7 +11,8 @@ import pytest
 from ernet_fast import demo
 from ernet_fast.cli import demo as demo_command
 from ernet_fast.demo import timing
-from ernet_fast.train import report
+from ernet_fast.demo.pace import affordable_epochs
+from ernet_fast.train import TrainConfig, report
 
 
 class Collector(HTMLParser):
@@ -138,6 +139,12 @@ def test_interleaved_medians_takes_turns_within_its_budget():
     assert order == ["a", "b"] * 4 and set(found) == {"a", "b"} and repeats == 3
     order.clear()
     assert timing.interleaved_medians(calls, repeats=3, budget=0.0)[1] == 1 and order == ["a", "b"] * 2
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2), (1e6, 8)])
+def test_epochs_follow_the_time_there_is(seconds, expected):
+    settings = TrainConfig(data="d", out="o", base_channels=8, image_size=32, batch_size=8, device="cpu")
+    assert affordable_epochs(settings, 64, seconds) == expected
 
 
 def test_report_escapes_everything(tmp_path):
