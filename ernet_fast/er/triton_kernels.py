@@ -338,8 +338,8 @@ def channel_moments_kernel(
     kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
     here = kept < channels - channel0
     result = (tl.cast(slab, tl.int64) * 2 * groups + group) * channels + channel0 + kept
-    tl.store(partial + result, rough.to(tl.float64) + correction.to(tl.float64), mask=here)
-    tl.store(partial + result + tl.cast(groups, tl.int64) * channels, squares.to(tl.float64), mask=here)
+    tl.store(partial + result, rough + correction, mask=here)
+    tl.store(partial + result + tl.cast(groups, tl.int64) * channels, squares, mask=here)
 
 
 @triton.jit
@@ -373,7 +373,7 @@ def merge_moments_kernel(
     col = tl.arange(0, COLS)
     inside = col < tl.minimum(columns - col0, COLS).to(tl.int32)
     slab = tl.arange(0, SLABS)[:, None]
-    pivot = tl.load(partial + col0 + col, mask=inside, other=0.0)
+    pivot = tl.load(partial + col0 + col, mask=inside, other=0.0).to(tl.float64)
     first_moment = tl.zeros([SLABS, COLS], tl.float64)
     second_moment = tl.zeros([SLABS, COLS], tl.float64)
     for first in range(0, slabs, SLABS):
@@ -381,8 +381,8 @@ def merge_moments_kernel(
         end = tl.minimum(begin + units_per_slab, units)
         here = (first + slab < slabs) & inside[None, :]
         offsets = (first + slab).to(tl.int64) * 2 * columns + col0 + col[None, :]
-        difference = tl.load(partial + offsets, mask=here, other=0.0) - pivot[None, :]
-        squares = tl.load(partial + columns + offsets, mask=here, other=0.0)
+        difference = tl.load(partial + offsets, mask=here, other=0.0).to(tl.float64) - pivot[None, :]
+        squares = tl.load(partial + columns + offsets, mask=here, other=0.0).to(tl.float64)
         count = _pixels_before(end, tiles, run_length, STEP) - _pixels_before(begin, tiles, run_length, STEP)
         weighted = tl.where(here, difference * count.to(tl.float64), 0.0)
         first_moment += weighted

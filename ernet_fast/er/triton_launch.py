@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -57,23 +57,23 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _check_maps(maps: Sequence[Tensor], names: Sequence[str], per_sample: bool) -> Shape:
-    """One shape, dtype, device and dense layout; returns the shape."""
+def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sample: bool) -> Shape:
+    """One shape, dtype, device and dense layout; returns the shape. `name_of` names a map in an error."""
     first = maps[0]
     if first.dim() != 4:
-        _fail(f"{names[0]} must have 4 dimensions [N, C, H, W]; got {list(first.shape)}")
+        _fail(f"{name_of(0)} must have 4 dimensions [N, C, H, W]; got {list(first.shape)}")
     if first.dtype not in _ACCUMULATE:
-        _fail(f"{names[0]} must be float32, float64, bfloat16 or float16; got {first.dtype}")
+        _fail(f"{name_of(0)} must be float32, float64, bfloat16 or float16; got {first.dtype}")
     if not (first.is_cuda or _interpreted()):
-        _fail(f"{names[0]} must be on a CUDA device here; it is on {first.device}")
+        _fail(f"{name_of(0)} must be on a CUDA device here; it is on {first.device}")
     planar = channels_last = True
-    for x, name in zip(maps, names, strict=True):
+    for i, x in enumerate(maps):
         if x.shape != first.shape:
-            _fail(f"all maps must have one shape; {name} has {list(x.shape)}, expected {list(first.shape)}")
+            _fail(f"all maps must have one shape; {name_of(i)} has {list(x.shape)}, expected {list(first.shape)}")
         if x.dtype != first.dtype:
-            _fail(f"all maps must have one dtype; {name} has {x.dtype}, expected {first.dtype}")
+            _fail(f"all maps must have one dtype; {name_of(i)} has {x.dtype}, expected {first.dtype}")
         if x.device != first.device:
-            _fail(f"all maps must be on one device; {name} is on {x.device}, expected {first.device}")
+            _fail(f"all maps must be on one device; {name_of(i)} is on {x.device}, expected {first.device}")
         planar = planar and x.is_contiguous()
         channels_last = channels_last and _is_channels_last(x)
     if not (planar or channels_last or first.numel() == 0):
@@ -120,12 +120,12 @@ def _padded(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     """`ernet::channel_moments` on a CUDA device: mean and biased variance, [C] or [N, C]."""
-    shape = _check_maps([x], ["x"], per_sample)
+    shape = _check_maps([x], lambda _: "x", per_sample)
     mean, var = (x.new_empty(_channel_sizes(shape), dtype=_ACCUMULATE[x.dtype]) for _ in range(2))
     if x.numel() == 0:
         return mean.zero_(), var.fill_(float("nan"))
     cut = triton_tiling.reduction(shape, x.element_size())
-    partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=torch.float64)
+    partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=_ACCUMULATE[x.dtype])
     tile = cut.tile
     columns = shape.groups * shape.C
     slabs_together, columns_together = merge_tile(cut.slabs)
@@ -169,7 +169,7 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
         _fail("maps must hold at least one map")
     if len(maps) > MAX_SUM_MAPS:
         _fail(f"maps must hold at most {MAX_SUM_MAPS} maps on a CUDA device; got {len(maps)}")
-    shape = _check_maps(maps, [f"maps[{i}]" for i in range(len(maps))], a.dim() == 3)
+    shape = _check_maps(maps, lambda i: f"maps[{i}]", a.dim() == 3)
     sizes = _channel_sizes(shape)
     if b is not None:
         _check_coefficients(b, "b", sizes, maps[0])
@@ -209,8 +209,7 @@ def weighted_dot(
     if not maps:
         _fail("maps must hold at least one map")
     everything = [dy, *maps] if y is None else [dy, *maps, y]
-    names = ["dy", *(f"maps[{i}]" for i in range(len(maps))), "y"]
-    shape = _check_maps(everything, names[: len(everything)], per_sample)
+    shape = _check_maps(everything, lambda i: ["dy", *(f"maps[{k}]" for k in range(len(maps))), "y"][i], per_sample)
     sizes, dtype = _channel_sizes(shape), _ACCUMULATE[dy.dtype]
     da, db = dy.new_empty((len(maps), *sizes), dtype=dtype), dy.new_empty(sizes, dtype=dtype)
     g = dy.new_empty((0,)) if y is None else torch.empty_like(dy)

@@ -173,3 +173,63 @@ def test_few_variants(monkeypatch):
         "channel_moments_kernel": 1,
         "merge_moments_kernel": 1,
     }
+
+
+class _Driver:
+    """Stands in for the CUDA driver: Triton compiles for it, and what it would launch is kept."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[str, int, tuple[Any, ...]]] = []
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 1000  # whose kernels are kept apart from those of real devices
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 20}
+
+    def load_binary(self, *arguments: Any) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return lambda x, y, z, *rest: self.launched.append((metadata.name, x, rest[6:]))
+
+
+@pytest.mark.slow
+def test_calls_reach_the_driver(monkeypatch):
+    """Through Triton's own argument handling, up to the launch: what it is given, and one compilation a variant."""
+    import triton
+
+    from ernet_fast.er import triton_kernels
+
+    driver = _Driver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton_launch, "_interpreted", lambda: True)
+    maps = [torch.zeros(2, 64, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(10)]
+
+    def pointers(arguments: tuple[Any, ...]) -> list[int]:
+        return [x.data_ptr() for x in next(a for a in arguments if isinstance(a, tuple))]
+
+    for count, padded in ((3, 4), (4, 4), (7, 8), (8, 8)):
+        y = triton_launch.weighted_sum(maps[:count], torch.ones(count, 64), torch.ones(64), True)
+        name, programs, arguments = driver.launched.pop()
+        assert (name, programs) == ("weighted_sum_kernel", 1)  # 32 pixels of 64 channels
+        assert pointers(arguments) == [x.data_ptr() for x in maps[:count]] + [maps[0].data_ptr()] * (padded - count)
+        assert arguments[3].data_ptr() == y.data_ptr() and arguments[4] == count
+    assert len(triton_kernels.weighted_sum_kernel.device_caches[1000][0]) == 2
+    triton_launch.weighted_dot(maps[0], maps, maps[1], False)
+    triton_launch.channel_moments(maps[0], True)
+    names = [name for name, _, _ in driver.launched]
+    assert names == ["weighted_dot_kernel"] * 2 + ["merge_dot_kernel", "channel_moments_kernel", "merge_moments_kernel"]
+    first, second = (arguments for _, _, arguments in driver.launched[:2])
+    assert pointers(first) == [x.data_ptr() for x in maps[:8]]
+    assert pointers(second) == [x.data_ptr() for x in maps[8:]]
+    assert second[0].data_ptr() == first[2].data_ptr()  # g, which the first launch wrote, is what the second reads
