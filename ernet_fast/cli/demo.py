@@ -52,10 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(result.figures)
         return 0
-    evaluation = result.figures["evaluation"]
-    print(
-        f"\nTest patients ({evaluation['patients']}), best epoch {evaluation['epoch']} of {len(result.figures['history'])}:\n"
-    )
+    evaluation, epochs = result.figures["evaluation"], len(result.figures["history"])
+    print(f"\nTest patients ({evaluation['patients']}), best epoch {evaluation['epoch']} of {epochs}:\n")
     print(format_table(metrics_header(), metrics_rows(evaluation)))
     print()
     for line in result.timing_lines:

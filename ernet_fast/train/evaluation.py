@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.data import Skipped, parse_name
+from ernet_fast.data import Sample, Skipped, parse_name
 from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.checkpoint import load_checkpoint
 from ernet_fast.train.config import TrainConfig
@@ -99,7 +99,7 @@ def evaluate(
     Args:
         checkpoint: a file of `fit`.
         data: folder with images; default: that of the training.
-        split: ``"test"``, ``"val"``, ``"train"`` or ``"all"``. The split is the training's own.
+        split: ``"test"``, ``"val"``, ``"train"`` or ``"all"``. The split is made as in training.
         magnifications: default: those of the training.
         split_file: a CSV split instead of the training's.
         max_images: look at no more than this many images, evenly chosen.
@@ -136,19 +136,23 @@ def evaluate(
         normalizer=StainNormalization.from_state(state["stain"]),
     )
     reporter = reporter or Reporter()
-    names = set(state["train_images"])
-    patients = {parse_name(f"{name}.png").patient for name in names}
-    seen_images = sum(sample.name in names for sample in images.samples)
-    seen_patients = len({sample.patient for sample in images.samples} & patients)
+    seen_images, seen_patients = _seen(images.samples, state["train_images"])
     if seen_patients and split != "train":
         reporter.warning(
             f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
-            f"the figures are no measure of its worth on new patients."
+            "the figures are no measure of its worth on new patients."
         )
     predictions = _predict(config, state, images, reporter)
     return Evaluation(
         predictions, Path(checkpoint), int(state["epoch"]), split, tuple(opened.skipped), seen_images, seen_patients
     )
+
+
+def _seen(samples: list[Sample], trained_on: list[str]) -> tuple[int, int]:
+    """How many of the images were trained on, and how many of their patients."""
+    names = set(trained_on)
+    patients = {parse_name(f"{name}.png").patient for name in names}
+    return sum(sample.name in names for sample in samples), len({sample.patient for sample in samples} & patients)
 
 
 def _predict(config: TrainConfig, state: dict[str, Any], images: ImageSet, reporter: Reporter) -> Predictions:

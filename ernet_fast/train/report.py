@@ -44,6 +44,7 @@ th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--li
 th:first-child, td:first-child, table.text th, table.text td { text-align: left; }
 thead th { color: var(--muted); font-weight: 600; font-size: 12.5px; border-bottom-color: #cbd2d9; }
 tbody th { font-weight: 500; }
+table.text th { white-space: nowrap; }
 tbody tr:first-child.strong th, tbody tr:first-child.strong td { font-weight: 600; background: var(--soft); }
 .pictures { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start; margin: 0 0 14px; }
 figure { margin: 0; flex: 1 1 300px; min-width: 0; }
