@@ -62,7 +62,9 @@ def plan(source: Path, folder: Path, *, as_png: bool = False) -> tuple[list[Job]
         )
     inputs, ignored = [], []
     for path in _files(source):
-        if path.suffix.lower() in READABLE:
+        if path.is_dir():
+            ignored.append(Outcome(str(path), None, "skipped", "a link to a folder; links are not followed"))
+        elif path.suffix.lower() in READABLE:
             inputs.append(path)
         elif path.suffix.lower() in _OTHER_PICTURES or path == source:
             ignored.append(
@@ -76,13 +78,14 @@ def plan(source: Path, folder: Path, *, as_png: bool = False) -> tuple[list[Job]
 
 
 def _files(source: Path) -> Iterator[Path]:
-    """The files below `source` in the order of their names; hidden ones are left out."""
+    """The files, and links to folders, below `source` in the order of their names; hidden ones are left out."""
     if source.is_file():
         yield source
         return
     for folder, children, names in os.walk(source, onerror=_raise):
         children[:] = sorted(name for name in children if not name.startswith("."))
-        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        links = [name for name in children if os.path.islink(os.path.join(folder, name))]
+        yield from (Path(folder) / name for name in sorted([*names, *links]) if not name.startswith("."))
 
 
 def _raise(error: OSError) -> None:

@@ -173,7 +173,7 @@ def _synthetic_images(root: Path, seed: int, reporter: Reporter) -> Path:
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         reporter.line(f"     found in {root}")
         return root
-    if root.exists():
+    if (root / "histology_slides").exists():
         raise FileExistsError(f"{str(root)!r} holds other images; choose another --out, or remove that folder.")
     settings: dict[str, Any] = dict(_SYNTHETIC)
     settings["size"] = tuple(settings["size"])

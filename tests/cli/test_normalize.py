@@ -115,11 +115,14 @@ def test_background_tiles(call, images, tmp_path, policy, code, status):
 
 def test_other_pictures_are_listed_and_other_files_ignored(call, images, tmp_path):
     (images / "slide.tif").write_bytes(b"II*\0")
+    (tmp_path / "elsewhere").mkdir()
+    (images / "link").symlink_to(tmp_path / "elsewhere")
     (images / "notes.txt").write_text("hello")
     (images / ".hidden.png").write_bytes(b"x")
     called = call("normalize", images, tmp_path / "out", "--json")
-    assert called.code == 0 and called.json["counts"] == {"normalised": 3, "skipped": 1}
-    assert "only PNG and JPEG" in next(e["reason"] for e in called.json["files"] if e["status"] == "skipped")
+    assert called.code == 0 and called.json["counts"] == {"normalised": 3, "skipped": 2}
+    reasons = {Path(e["input"]).name: e["reason"] for e in called.json["files"] if e["status"] == "skipped"}
+    assert "only PNG and JPEG" in reasons["slide.tif"] and "link to a folder" in reasons["link"]
 
 
 def test_png_format(call, images, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ernet_fast.data import BreakHis
+from ernet_fast.stain import MacenkoNormalizer
 from ernet_fast.train.images import EpochSampler, ImageSet, build_loader
 from ernet_fast.train.selection import evenly_chosen
 
@@ -18,7 +19,8 @@ def samples(tiny_breakhis):
 
 
 def epoch_images(samples, epoch, **changes):
-    settings = {"size": 32, "augment": True, "seed": 4} | changes
+    normalizer = MacenkoNormalizer(layout="CHW")  # its operator must also work in processes that were forked
+    settings = {"size": 32, "augment": True, "seed": 4, "normalizer": normalizer} | changes
     workers = settings.pop("num_workers", 0)
     loader, order = build_loader(ImageSet(samples, **settings), batch_size=4, shuffle=True, seed=4, num_workers=workers)
     order.epoch = epoch
