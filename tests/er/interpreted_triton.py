@@ -107,33 +107,44 @@ def test_moments_of_a_large_mean(layout, per_sample):
 
 
 @pytest.fixture
-def many_slabs(monkeypatch):
-    """Cut small maps into as many slabs as large ones get, so that more than one tile of slabs is merged."""
-    monkeypatch.setattr(triton_tiling, "_LEAST_UNITS", 1)
-    monkeypatch.setattr(triton_tiling, "_LOAD_BYTES", 8)
-    monkeypatch.setattr(triton_tiling, "_CHANNELS", 8)
-    monkeypatch.setattr(triton_tiling, "_PLANAR_COLS", (8, 16))
-    triton_tiling.reduction.cache_clear()
-    yield
+def small_tiles(monkeypatch):
+    """Cut small maps into as many tiles as large ones get; the value sets the least number of tiles in a slab."""
+
+    def cut(least_units: int) -> None:
+        monkeypatch.setattr(triton_tiling, "_LEAST_UNITS", least_units)
+        monkeypatch.setattr(triton_tiling, "_LOAD_BYTES", 8)
+        monkeypatch.setattr(triton_tiling, "_CHANNELS", 8)
+        monkeypatch.setattr(triton_tiling, "_PLANAR_COLS", (8, 16))
+        triton_tiling.reduction.cache_clear()
+
+    yield cut
     triton_tiling.reduction.cache_clear()
 
 
+@pytest.mark.parametrize("least_units", [1, 20])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_many_slabs(many_slabs, layout, per_sample):
+def test_many_slabs_and_long_ones(small_tiles, layout, per_sample, least_units):
+    """More slabs than are merged at once, or slabs of more tiles than channel_moments loads at once."""
+    small_tiles(least_units)
     width = 40 if layout == torch.channels_last else 20
     shape, dims = (2, 5, 28, width), (2, 3) if per_sample else (0, 2, 3)
     dy, y, x = maps_like(shape, 3, torch.float32, layout)
+    x += 100 + torch.linspace(0, 3, 28)[:, None]  # tiles whose means differ
     cut = triton_tiling.reduction(triton_tiling.Shape(2, 5, 28 * width, layout == torch.channels_last, per_sample), 4)
-    assert cut.slabs > (20 if per_sample else 64)
+    if least_units == 1:
+        assert cut.slabs > (20 if per_sample else 64)
+    else:
+        assert cut.slabs > 1 and cut.units_per_slab > 16
     bound = tolerance(torch.float32, 56 * width, stored=False)
     da, db, _ = triton_launch.weighted_dot(dy, [x], y, per_sample)
     g = dy.double() * (y.double() > 0)
     assert float((da[0].double() - (g * x).sum(dims)).norm()) <= bound * float((g * x).abs().sum(dims).norm())
     assert float((db.double() - g.sum(dims)).norm()) <= bound * float(g.abs().sum(dims).norm())
-    mean, var = triton_launch.channel_moments(x + 100, per_sample)
-    torch.testing.assert_close(mean.double(), (x + 100).double().mean(dims), rtol=1e-6, atol=0)
-    torch.testing.assert_close(var.double(), (x + 100).double().var(dims, correction=0), rtol=1e-4, atol=0)
+    mean, var = triton_launch.channel_moments(x, per_sample)
+    # A mean of n numbers near 100 is known to roundoff; deviations from it, squared, are off by the square of that.
+    torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=2e-7, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var(dims, correction=0), rtol=1e-5, atol=0)
 
 
 def test_offsets_of_64_bits(monkeypatch):
