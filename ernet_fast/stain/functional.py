@@ -1,8 +1,7 @@
 """Macenko stain normalisation of batches: fit and normalise.
 
 M. Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009, with the constants
-and
-conventions of the torchstain package: optical density OD = -ln((I + 1) / Io), tissue = all three ODs at least beta,
+and conventions of the torchstain package: optical density OD = -ln((I + 1) / Io), tissue = all three ODs at least beta,
 stains = the directions at the alpha-th and (100 - alpha)-th percentile of the angle in the plane of the two largest
 principal components, haematoxylin the one with more red, concentrations by least squares, scaled by their 99th
 percentiles.
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 
 from ernet_fast.stain import _ops
-from ernet_fast.stain.layout import ImageBatch, read_images
+from ernet_fast.stain.collection import Collection, read_collection
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
+from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
 
 
 def macenko_fit(
@@ -30,12 +30,14 @@ def macenko_fit(
     percentile: str = "linear",
     range: float = 255,
     layout: str | None = None,
+    mask: Any = None,
 ) -> MacenkoFit:
     """Stain matrix and maximal concentrations of every image.
 
     Args:
         images: RGB images, torch tensor or NumPy array, uint8 or floating point, [3, H, W], [H, W, 3] or a batch of
-            either. They are read in place where they are dense (contiguous or channels-last), and never modified.
+            either, or a list of single images of any sizes. They are read in place where they are dense (contiguous or
+            channels-last), and never modified; small images of a list are copied once, stacked by shape.
         Io: transmitted light, grey level of an empty slide.
         alpha: percentile of the angles taken as the extreme directions, in percent.
         beta: least optical density (natural logarithm) of a tissue pixel, in each channel.
@@ -44,19 +46,36 @@ def macenko_fit(
         range: the value that stands for 255 in floating-point images: 255 or, for images in [0, 1], 1. uint8 images
             ignore it.
         layout: "CHW" or "HWC", needed only for shapes that fit both.
+        mask: the pixels to look at, booleans [B, H, W] ([H, W] for a single image, a list of them for a list). Others
+            count as if the image did not have them, for the stain directions and for the 99th percentiles; `beta`
+            applies inside. The masked pixels are copied.
 
     Returns:
         MacenkoFit of B images on the device of `images`. Images that cannot be fitted have a status other than OK and
         NaN elsewhere; they change nothing for the others.
 
     Raises:
-        TypeError: no array, or a dtype that holds no RGB image.
+        TypeError: no array, or a dtype that holds no RGB image or mask.
         ValueError: a shape, a parameter or a stated range that cannot be meant.
     """
     check_parameters(Io, alpha, beta, percentile)
-    batch = read_images(images, layout)
-    check_range(batch.pixels, range)
-    return _ops.fit(batch.pixels, float(Io), float(alpha), float(beta), percentile == "nearest", float(range))
+    collection = read_collection(images, layout)
+    for part in collection.parts:
+        check_range(part.pixels, range, part.index)
+    return fit_collection(collection, mask, Io, alpha, beta, percentile, range)
+
+
+def fit_collection(
+    collection: Collection, mask: Any, Io: float, alpha: float, beta: float, percentile: str, range: float
+) -> MacenkoFit:
+    """`macenko_fit` of images that were read and checked."""
+
+    def fit(pixels: torch.Tensor) -> MacenkoFit:
+        return _ops.fit(pixels, float(Io), float(alpha), float(beta), percentile == "nearest", float(range))
+
+    if mask is not None:
+        return fit_pixels_inside(collection, read_masks(mask, collection), fit)
+    return collection.gather_fit([fit(part.pixels) for part in collection.parts])
 
 
 def macenko_normalize(
@@ -71,6 +90,7 @@ def macenko_normalize(
     on_degenerate: str = "reference",
     range: float = 255,
     layout: str | None = None,
+    mask: Any = None,
     return_status: bool = False,
 ) -> Any:
     """Images with their stains replaced by those of `target`: I' = Io exp(-HE_target diag(max_target / max_source) C).
@@ -89,44 +109,74 @@ def macenko_normalize(
         percentile: as in `macenko_fit`.
         range: as in `macenko_fit`.
         layout: as in `macenko_fit`.
+        mask: as in `macenko_fit`: where to look for the source stains. Every pixel is normalised.
         on_degenerate: what to do with an image whose stains cannot be estimated: "reference" takes it to be stained as
             the target, "identity" returns it as it is, "raise" raises.
         return_status: also return the status [B] int32 of the source fit.
 
     Returns:
-        Images of the input's shape, layout, dtype and kind of array; uint8 values are truncated as torchstain does. A
-        pixel without a finite optical density comes out as NaN. With `return_status` a pair (images, status).
+        Images of the input's shape, layout, dtype and kind of array, a list for a list; uint8 values are truncated as
+        torchstain does. A pixel without a finite optical density comes out as NaN. With `return_status` a pair
+        (images, status).
 
     Raises:
-        TypeError, ValueError: as in `macenko_fit`; ValueError for a target that is not finite.
+        TypeError, ValueError: as in `macenko_fit`; ValueError for a target that is not finite, and for a mask beside a
+            known source.
         ValueError: `on_degenerate="raise"` and an image cannot be fitted; the message lists all such images and
             reasons.
     """
     check_parameters(Io, alpha, beta, percentile)
     check_policy(on_degenerate)
-    batch = read_images(images, layout)
-    check_range(batch.pixels, range)
-    numbers = float(Io), float(alpha), float(beta), percentile == "nearest"
-    count = batch.pixels.shape[0]
-    target = check_fit(target, count, "target")
+    collection = read_collection(images, layout)
+    for part in collection.parts:
+        check_range(part.pixels, range, part.index)
+    target = check_fit(target, collection.count, "target")
     check_target(target)
-    if source is None and on_degenerate != "raise":
-        done = _ops.normalize(batch.pixels, target, *numbers, on_degenerate == "identity", float(range))
-        if done is not None:
-            return _result(batch, done[0], done[1].status, return_status)
+    if source is None and mask is None and on_degenerate != "raise":
+        numbers = float(Io), float(alpha), float(beta), percentile == "nearest", on_degenerate == "identity"
+        done = [_ops.normalize(part.pixels, part.take_fit(target), *numbers, float(range)) for part in collection.parts]
+        served = [both for both in done if both is not None]
+        if len(served) == len(done):
+            status = collection.gather_fit([fit for _, fit in served]).status
+            return _result(collection, [out for out, _ in served], status, return_status)
+    source = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
+    refuse_failures(source.status, on_degenerate)
+    wanted = on_device(expand_fit(target, collection.count, "target"), collection.device)
+    usable = usable_source(source, wanted)
+    results = []
+    for part in collection.parts:
+        out = _ops.reconstruct(part.pixels, part.take_fit(usable), part.take_fit(wanted), float(Io), float(range))
+        if on_degenerate == "identity":
+            out = keep_degenerate(out, part.pixels, part.take(source.status))
+        results.append(out)
+    return _result(collection, results, source.status, return_status)
+
+
+def known_source(
+    collection: Collection,
+    source: MacenkoFit | None,
+    mask: Any,
+    Io: float,
+    alpha: float,
+    beta: float,
+    percentile: str,
+    range: float,
+) -> MacenkoFit:
+    """The stains of every image: `source` where given, else estimated."""
     if source is None:
-        source = _ops.fit(batch.pixels, *numbers, float(range))
-    known = on_device(expand_fit(source, count, "source"), batch.pixels.device)
-    if on_degenerate == "raise" and (failures := describe_failures(known.status)):
+        source = fit_collection(collection, mask, Io, alpha, beta, percentile, range)
+    elif mask is not None:
+        raise ValueError("mask says where to look for the source stains, but source gives them; pass one of the two.")
+    return on_device(expand_fit(source, collection.count, "source"), collection.device)
+
+
+def refuse_failures(status: torch.Tensor, on_degenerate: str) -> None:
+    """Raise ValueError under the policy "raise" if an image could not be fitted."""
+    if on_degenerate == "raise" and (failures := describe_failures(status)):
         raise ValueError(
             f"these images cannot be normalised: {failures}. "
             "Leave them out, or choose on_degenerate='reference' or 'identity'."
         )
-    wanted = on_device(expand_fit(target, count, "target"), batch.pixels.device)
-    out = _ops.reconstruct(batch.pixels, usable_source(known, wanted), wanted, float(Io), float(range))
-    if on_degenerate == "identity":
-        out = keep_degenerate(out, batch.pixels, known.status)
-    return _result(batch, out, known.status, return_status)
 
 
 def usable_source(source: MacenkoFit, target: MacenkoFit) -> MacenkoFit:
@@ -155,10 +205,11 @@ def check_target(target: MacenkoFit) -> None:
             )
 
 
-def check_range(pixels: torch.Tensor, range: float) -> None:
+def check_range(pixels: torch.Tensor, range: float, index: list[int] | None = None) -> None:
     """Raise ValueError if `range` cannot be what was meant for these floating-point pixels [B, 3, H, W].
 
     Values are looked at on the CPU only. Beyond the range they give images the status NON_FINITE, on every device.
+    `index` says which images these are, for the message.
     """
     if isinstance(range, bool) or not isinstance(range, (int, float)):
         raise TypeError(f"range is {range!r}; expected a number.")
@@ -175,10 +226,11 @@ def check_range(pixels: torch.Tensor, range: float) -> None:
             )
     else:
         finite = pixels.detach().nan_to_num(0.0, 0.0, 0.0)
-        value, index = finite.flatten(1).amax(dim=1).max(dim=0)
+        value, which = finite.flatten(1).amax(dim=1).max(dim=0)
         if float(value) > 2 * range:
+            number = int(which) if index is None else index[int(which)]
             raise ValueError(
-                f"image {int(index)} holds values up to {float(value):.4g}, but range={range:g} was stated; "
+                f"image {number} holds values up to {float(value):.4g}, but range={range:g} was stated; "
                 "pass range=255 for images in [0, 255]."
             )
 
@@ -188,6 +240,6 @@ def on_device(fit: MacenkoFit, device: torch.device) -> MacenkoFit:
     return MacenkoFit(*(part.to(device) for part in fit))
 
 
-def _result(batch: ImageBatch, images: torch.Tensor, status: torch.Tensor, return_status: bool) -> Any:
-    restored = batch.restore(images)
+def _result(collection: Collection, images: list[torch.Tensor], status: torch.Tensor, return_status: bool) -> Any:
+    restored = collection.restore(images)
     return (restored, status) if return_status else restored

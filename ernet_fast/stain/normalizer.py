@@ -7,21 +7,23 @@ from typing import Any
 import torch
 
 from ernet_fast.stain import _ops
+from ernet_fast.stain.collection import read_collection
 from ernet_fast.stain.functional import (
     check_range,
     check_target,
     keep_degenerate,
-    macenko_fit,
+    known_source,
     macenko_normalize,
     on_device,
+    refuse_failures,
     usable_source,
 )
-from ernet_fast.stain.layout import read_images
+from ernet_fast.stain.multi_target import fit_targets
 from ernet_fast.stain.parameters import check_parameters, check_policy
-from ernet_fast.stain.result import MacenkoFit, describe_failures
-
-DEFAULT_STAINS = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
-DEFAULT_MAXIMA = (1.9705, 1.0308)
+from ernet_fast.stain.published import DEFAULT_MAXIMA, DEFAULT_STAINS
+from ernet_fast.stain.result import MacenkoFit, expand_fit
+from ernet_fast.stain.separate import one_stain
+from ernet_fast.stain.torchstain_form import as_torchstain, check_compat, read_as_torchstain
 
 
 class MacenkoNormalizer(torch.nn.Module):
@@ -39,6 +41,10 @@ class MacenkoNormalizer(torch.nn.Module):
         on_degenerate: "reference", "identity" or "raise", see `macenko_normalize`.
         range: the value that stands for 255 in floating-point images; 1 for images in [0, 1].
         layout: "CHW" or "HWC", needed only for shapes that fit both.
+        compat: "torchstain" makes `fit` and `normalize` follow that package's own conventions: torch tensors are
+            [3, H, W], use the nearest percentile and come back as int32 [H, W, 3] (its torch backend); NumPy arrays
+            are [H, W, 3], use the linear percentile and come back as uint8 (its NumPy backend). `forward` is not
+            affected but for the percentile.
 
     Attributes:
         HERef: buffer [3, 2] float64, optical density of the target's haematoxylin and eosin; Macenko's published values
@@ -61,13 +67,15 @@ class MacenkoNormalizer(torch.nn.Module):
         on_degenerate: str = "reference",
         range: float = 255,
         layout: str | None = None,
+        compat: str | None = None,
     ) -> None:
         super().__init__()
         check_parameters(Io, alpha, beta, percentile)
         check_policy(on_degenerate)
+        check_compat(compat, percentile, range, layout)
         self.Io, self.alpha, self.beta = Io, alpha, beta
         self.percentile, self.on_degenerate = percentile, on_degenerate
-        self.range, self.layout = range, layout
+        self.range, self.layout, self.compat = range, layout, compat
         self.register_buffer("HERef", torch.tensor(DEFAULT_STAINS, dtype=torch.float64))
         self.register_buffer("maxCRef", torch.tensor(DEFAULT_MAXIMA, dtype=torch.float64))
 
@@ -77,78 +85,92 @@ class MacenkoNormalizer(torch.nn.Module):
         status = torch.zeros(1, dtype=torch.int32, device=self.HERef.device)
         return MacenkoFit(self.HERef.double().unsqueeze(0), self.maxCRef.double().unsqueeze(0), status)
 
-    def fit(self, I: Any) -> MacenkoNormalizer:  # noqa: E741  (torchstain's name)
-        """Take the stains of one image as target.
+    def fit(self, I: Any, targets: str | None = None, mask: Any = None) -> MacenkoNormalizer:  # noqa: E741
+        """Take the stains of one image, or of several together, as target.
 
         Args:
-            I: one RGB image, or a batch of one.
+            I: one RGB image (torchstain's name), or a batch or list of several.
+            targets: how several images make one target: "concat" fits all their pixels together, "avg" takes the means
+                of their stain matrices and of their maximal concentrations.
+            mask: as in `macenko_fit`.
 
         Raises:
-            ValueError: several images, or one whose stains cannot be estimated; the message says why.
+            ValueError: several images without `targets`, or stains that cannot be estimated; the message says why.
         """
-        fit = macenko_fit(I, **self._fit_options())
-        if len(fit.status) != 1:
-            raise ValueError(f"fit takes one target image; got {len(fit.status)}.")
-        failures = describe_failures(fit.status)
-        if failures:
-            raise ValueError(
-                f"the target cannot be fitted ({failures}). Choose a target image with tissue of both stains."
-            )
+        if self.compat is not None:
+            for image in I if isinstance(I, (list, tuple)) else [I]:
+                read_as_torchstain(image)
+        fit = fit_targets(I, targets, mask, **self._fit_options(I))
         self.HERef = fit.stain_matrix[0].to(self.HERef)
         self.maxCRef = fit.max_concentration[0].to(self.maxCRef)
         return self
 
-    def forward(self, images: Any) -> Any:
-        """Normalised images, of the input's layout and dtype."""
-        return macenko_normalize(images, self.target, on_degenerate=self.on_degenerate, **self._fit_options())
+    def forward(self, images: Any, source: MacenkoFit | None = None, mask: Any = None) -> Any:
+        """Normalised images, of the input's layout and dtype; `source` and `mask` as in `macenko_normalize`."""
+        return macenko_normalize(
+            images, self.target, source, on_degenerate=self.on_degenerate, mask=mask, **self._fit_options(images)
+        )
 
-    def normalize(self, I: Any, stains: bool = True) -> tuple[Any, Any, Any]:  # noqa: E741
+    def normalize(
+        self,
+        I: Any,  # noqa: E741
+        stains: bool = True,
+        *,
+        source: MacenkoFit | None = None,
+        mask: Any = None,
+    ) -> tuple[Any, Any, Any]:
         """Normalised image(s), and the haematoxylin and eosin parts as images, or None for both if not `stains`.
+
+        Args:
+            I: as `images` of `macenko_normalize`.
+            stains: also return the images of the stains, drawn with the target's stains.
+            source: as in `macenko_normalize`.
+            mask: as in `macenko_normalize`.
 
         Raises:
             ValueError: as `macenko_normalize`.
         """
-        if not stains:
-            return self(I), None, None
-        batch = read_images(I, self.layout)
-        check_range(batch.pixels, self.range)
-        target = self.target
-        check_target(target)
-        numbers = float(self.Io), float(self.alpha), float(self.beta), self.percentile == "nearest"
-        source = _ops.fit(batch.pixels, *numbers, float(self.range))
-        if self.on_degenerate == "raise" and (failures := describe_failures(source.status)):
-            raise ValueError(f"these images cannot be normalised: {failures}.")
-        target = on_device(target, batch.pixels.device)
-        known = usable_source(source, target)
-        # One stain alone: the other's concentration is multiplied by nothing.
-        results = [
-            _ops.reconstruct(
-                batch.pixels,
-                known,
-                target._replace(max_concentration=target.max_concentration * target.max_concentration.new_tensor(kept)),
-                float(self.Io),
-                float(self.range),
-            )
-            for kept in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))
-        ]
-        if self.on_degenerate == "identity":
-            results[0] = keep_degenerate(results[0], batch.pixels, source.status)
-        image, haematoxylin, eosin = (batch.restore(result) for result in results)
+        if self.compat is not None:
+            read_as_torchstain(I)
+        results = self._image_and_stains(I, source, mask) if stains else (self(I, source, mask), None, None)
+        return results if self.compat is None else as_torchstain(results)
+
+    def _image_and_stains(self, images: Any, source: MacenkoFit | None, mask: Any) -> tuple[Any, Any, Any]:
+        options = self._fit_options(images)
+        collection = read_collection(images, options.pop("layout"))
+        for part in collection.parts:
+            check_range(part.pixels, self.range, part.index)
+        check_target(self.target)
+        known = known_source(collection, source, mask, **options)
+        refuse_failures(known.status, self.on_degenerate)
+        target = on_device(expand_fit(self.target, collection.count, "target"), collection.device)
+        usable = usable_source(known, target)
+        results: tuple[list[torch.Tensor], ...] = ([], [], [])
+        for part in collection.parts:
+            ours, theirs = part.take_fit(usable), part.take_fit(target)
+            for kept, result in zip(((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)), results, strict=True):
+                drawn = one_stain(theirs, kept)
+                result.append(_ops.reconstruct(part.pixels, ours, drawn, float(self.Io), float(self.range)))
+            if self.on_degenerate == "identity":
+                results[0][-1] = keep_degenerate(results[0][-1], part.pixels, part.take(known.status))
+        image, haematoxylin, eosin = (collection.restore(result) for result in results)
         return image, haematoxylin, eosin
 
     def extra_repr(self) -> str:
         """Parameters, as torch shows them."""
         return (
             f"Io={self.Io}, alpha={self.alpha}, beta={self.beta}, percentile={self.percentile!r}, "
-            f"on_degenerate={self.on_degenerate!r}"
+            f"on_degenerate={self.on_degenerate!r}" + (f", compat={self.compat!r}" if self.compat else "")
         )
 
-    def _fit_options(self) -> dict[str, Any]:
+    def _fit_options(self, images: Any) -> dict[str, Any]:
+        first = images[0] if isinstance(images, (list, tuple)) and images else images
+        nearest = self.compat is not None and isinstance(first, torch.Tensor)
         return {
             "Io": self.Io,
             "alpha": self.alpha,
             "beta": self.beta,
-            "percentile": self.percentile,
+            "percentile": "nearest" if nearest else self.percentile,
             "range": self.range,
             "layout": self.layout,
         }

@@ -1,0 +1,139 @@
+"""A batch, or a list of images of several sizes, as parts that are worked on whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ernet_fast.stain.layout import ImageBatch, read_images
+from ernet_fast.stain.result import MacenkoFit
+
+STACKED_PIXELS = 1 << 18
+"""Images of a list below this size are stacked with others of their shape, so that threads share them; larger ones are
+shared by the threads one after the other and need no copy."""
+
+
+class Part(NamedTuple):
+    """Images of one shape.
+
+    Attributes:
+        pixels: [b, 3, H, W], never written to.
+        index: where these images stand in the collection; None for all of them, in order.
+    """
+
+    pixels: torch.Tensor
+    index: list[int] | None
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of these images, of one row for all or of one row each."""
+        return rows if self.index is None or rows.shape[0] == 1 else rows[self.index]
+
+    def take_fit(self, fit: MacenkoFit) -> MacenkoFit:
+        """The stains of these images."""
+        return MacenkoFit(*(self.take(part) for part in fit))
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Images as the caller gave them, in parts.
+
+    Attributes:
+        parts: what to work on.
+        count: number of images.
+        forms: how to give results back: one ImageBatch, or one for each image of a list.
+    """
+
+    parts: list[Part]
+    count: int
+    forms: ImageBatch | list[ImageBatch]
+
+    @property
+    def ragged(self) -> bool:
+        """True if the caller gave a list of images."""
+        return isinstance(self.forms, list)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.parts[0].pixels.device if self.parts else torch.device("cpu")
+
+    def gather(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows of every part as one tensor in the collection's order."""
+        if self.parts[0].index is None:
+            return rows[0]
+        order = [i for part in self.parts for i in part.index or []]
+        inverse = torch.tensor(order, device=rows[0].device).argsort()
+        return torch.cat(list(rows))[inverse]
+
+    def gather_fit(self, fits: Sequence[MacenkoFit]) -> MacenkoFit:
+        """Stains of every part as those of the collection."""
+        if not self.parts:
+            return MacenkoFit(
+                torch.empty((0, 3, 2), dtype=torch.float64),
+                torch.empty((0, 2), dtype=torch.float64),
+                torch.empty((0,), dtype=torch.int32),
+            )
+        stain, maximum, status = zip(*fits, strict=True)
+        return MacenkoFit(self.gather(stain), self.gather(maximum), self.gather(status))
+
+    def in_order(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The single images of every part in the collection's order, as views."""
+        found: dict[int, torch.Tensor] = {}
+        for part, result in zip(self.parts, results, strict=True):
+            found.update(zip(part.index or range(len(result)), result, strict=True))
+        return [found[i] for i in range(self.count)]
+
+    def restore(self, results: Sequence[torch.Tensor]) -> Any:
+        """Give the results [b, C, H, W] of every part the form of the input."""
+        if not isinstance(self.forms, list):
+            return self.forms.restore(results[0])
+        images = self.in_order(results)
+        return [form.restore(image.unsqueeze(0)) for form, image in zip(self.forms, images, strict=True)]
+
+
+def read_collection(images: Any, layout: str | None = None, name: str = "images") -> Collection:
+    """See images as parts.
+
+    Args:
+        images: as `read_images`, or a list or tuple of single images of any sizes, dtypes and layouts on one device.
+        layout: "CHW" or "HWC"; needed only where a shape fits both.
+        name: what to call the argument in errors.
+
+    Raises:
+        TypeError: no array, or a dtype that holds no RGB image.
+        ValueError: a shape that is no RGB image, or fits both layouts; a batch in a list; several devices.
+    """
+    if not isinstance(images, (list, tuple)):
+        batch = read_images(images, layout, name)
+        return Collection([Part(batch.pixels, None)], batch.pixels.shape[0], batch)
+    forms = [read_images(image, layout, f"{name}[{i}]") for i, image in enumerate(images)]
+    for i, form in enumerate(forms):
+        if not form.single:
+            raise ValueError(
+                f"{name}[{i}] has shape {tuple(images[i].shape)}; every entry of a list is one image, [3, H, W] or "
+                "[H, W, 3]. Pass a batch as an array, or unbind it."
+            )
+        if form.pixels.device != forms[0].pixels.device:
+            raise ValueError(
+                f"{name}[{i}] is on {form.pixels.device}, {name}[0] on {forms[0].pixels.device}; expected one device."
+            )
+    groups: dict[Any, list[int]] = {}
+    for i, form in enumerate(forms):
+        pixels = form.pixels
+        alone = i if pixels.shape[2] * pixels.shape[3] >= STACKED_PIXELS else -1
+        groups.setdefault((pixels.shape, pixels.dtype, form.channels_last, alone), []).append(i)
+    # A list never has one part without an index, so that `gather` knows it.
+    parts = [Part(_stacked([forms[i] for i in index]), index) for index in groups.values()]
+    return Collection(parts, len(forms), forms)
+
+
+def _stacked(forms: list[ImageBatch]) -> torch.Tensor:
+    """[b, 3, H, W] in the memory layout of the images; a view where there is one."""
+    if len(forms) == 1:
+        return forms[0].pixels
+    if forms[0].channels_last:
+        return torch.cat([form.pixels.permute(0, 2, 3, 1) for form in forms]).permute(0, 3, 1, 2)
+    return torch.cat([form.pixels for form in forms])

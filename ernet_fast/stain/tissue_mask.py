@@ -1,0 +1,81 @@
+"""Fits that look at some pixels of an image only.
+
+A pixel outside the mask counts as if the image did not have it: neither as tissue for the stain directions, nor for the
+99th percentile of the concentrations, nor for the check of the values. The fit of a masked image is that of an image
+made of its masked pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ernet_fast.stain.collection import Collection
+from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
+
+
+def read_masks(mask: Any, collection: Collection) -> list[torch.Tensor]:
+    """One boolean mask [H, W] an image, on the images' device.
+
+    Args:
+        mask: boolean array or tensor [B, H, W], [H, W] for a single image, or a list of [H, W] for a list of images.
+        collection: the images.
+
+    Raises:
+        TypeError: no array, or not boolean.
+        ValueError: the shapes differ from those of the images.
+    """
+    sizes = [image.shape[1:] for image in collection.in_order([part.pixels for part in collection.parts])]
+    if isinstance(mask, (list, tuple)):
+        masks = [_as_tensor(one, f"mask[{i}]") for i, one in enumerate(mask)]
+    else:
+        whole = _as_tensor(mask, "mask")
+        masks = [whole] if whole.ndim == 2 else list(whole) if whole.ndim == 3 else [whole]
+    if len(masks) != len(sizes):
+        raise ValueError(f"mask holds {len(masks)} masks for {len(sizes)} images; expected one [H, W] an image.")
+    for i, (one, size) in enumerate(zip(masks, sizes, strict=True)):
+        if one.shape != size:
+            raise ValueError(f"the mask of image {i} has shape {tuple(one.shape)}; the image has {tuple(size)}.")
+    return [one.to(collection.device) for one in masks]
+
+
+def _as_tensor(mask: Any, name: str) -> torch.Tensor:
+    if not isinstance(mask, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"{name} is a {type(mask).__name__}; expected a boolean torch tensor or NumPy array.")
+    if mask.dtype not in (torch.bool, np.dtype(bool)):
+        raise TypeError(f"{name} has dtype {mask.dtype}; expected booleans, e.g. mask > 0.")
+    # A copy, as torch warns about read-only arrays and has no negative strides.
+    return mask if isinstance(mask, torch.Tensor) else torch.from_numpy(mask.copy())
+
+
+def pixels_inside(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The n masked pixels of an image [3, H, W] as an image [1, 3, 1, n]."""
+    return image[:, mask].reshape(1, 3, 1, -1)
+
+
+def fit_pixels_inside(
+    collection: Collection, masks: list[torch.Tensor], fit: Callable[[torch.Tensor], MacenkoFit]
+) -> MacenkoFit:
+    """Stains of the masked pixels of every image. On a GPU this waits for the device, which counts the pixels."""
+    images = collection.in_order([part.pixels for part in collection.parts])
+    fits = [
+        fit(inside) if inside.shape[3] else _nothing_to_fit(inside)
+        for inside in (pixels_inside(image, mask) for image, mask in zip(images, masks, strict=True))
+    ]
+    if not fits:
+        return collection.gather_fit([fit(part.pixels) for part in collection.parts])
+    stain, maximum, status = zip(*fits, strict=True)
+    return MacenkoFit(torch.cat(stain), torch.cat(maximum), torch.cat(status))
+
+
+def _nothing_to_fit(pixels: torch.Tensor) -> MacenkoFit:
+    """The fit of an image whose mask is empty."""
+    return MacenkoFit(
+        pixels.new_full((1, 3, 2), math.nan, dtype=torch.float64),
+        pixels.new_full((1, 2), math.nan, dtype=torch.float64),
+        pixels.new_full((1,), int(MacenkoStatus.TOO_FEW_TISSUE_PIXELS), dtype=torch.int32),
+    )

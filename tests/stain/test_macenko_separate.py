@@ -1,0 +1,93 @@
+"""separate against the formula and against the images that torchstain gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from stain_images import batch, synthetic_tissue
+
+from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_fit, separate
+
+IMAGES = [synthetic_tissue(40, 56, seed) for seed in range(3)]
+TARGET = MacenkoNormalizer().target
+
+
+def concentrations_by_formula(image, stain):
+    od = -np.log((image.reshape(-1, 3).astype(np.float64) + 1) / 240)
+    return np.linalg.lstsq(stain, od.T, rcond=None)[0].T.reshape(*image.shape[:2], 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_concentrations_and_images_equal_the_formula(dtype):
+    for image in IMAGES:
+        found = separate(image.astype(dtype))
+        stain = macenko_fit(image.astype(dtype)).stain_matrix[0].numpy()
+        expected = concentrations_by_formula(image, stain)
+        assert found.concentrations.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        # float32: an OD below 6 is off by two roundings, times the rows of the pseudo-inverse.
+        tolerance = 1e-10 if dtype == np.float64 else 2 * 6 * 2.0**-24 * 3 * np.abs(np.linalg.pinv(stain)).max()
+        np.testing.assert_allclose(found.concentrations, expected, rtol=0, atol=tolerance)
+        for k, stained in enumerate((found.haematoxylin, found.eosin)):
+            wanted = np.minimum(240 * np.exp(-expected[..., k, None] * stain[:, k]), 255)
+            assert stained.dtype == dtype and stained.shape == image.shape
+            if dtype == np.uint8:
+                difference = np.abs(stained - np.floor(wanted))
+                assert difference.max() <= 1 and (difference == 0).mean() >= 0.9995
+            else:
+                np.testing.assert_allclose(stained, wanted, rtol=1e-9 if dtype == np.float64 else 2e-5)
+
+
+def test_with_a_target_the_images_are_those_of_normalize():
+    normalizer = MacenkoNormalizer().fit(IMAGES[2])
+    _, h, e = normalizer.normalize(IMAGES[0])
+    found = separate(IMAGES[0], target=normalizer.target)
+    np.testing.assert_array_equal(found.haematoxylin, h)
+    np.testing.assert_array_equal(found.eosin, e)
+    own, fit = separate(IMAGES[0]), macenko_fit(IMAGES[0])
+    gain = (normalizer.maxCRef / fit.max_concentration[0]).float().numpy()
+    np.testing.assert_allclose(found.concentrations, own.concentrations * gain, rtol=1e-6)
+
+
+def test_forms_and_known_stains():
+    whole = separate(batch(*IMAGES))
+    assert whole.concentrations.shape == (3, 2, 40, 56) and whole.status.tolist() == [0, 0, 0]
+    listed = separate(list(IMAGES))
+    for i, image in enumerate(IMAGES):
+        one = separate(image)
+        assert one.concentrations.shape == (40, 56, 2)
+        for name in ("haematoxylin", "eosin", "concentrations"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(listed, name)[i])
+            np.testing.assert_array_equal(getattr(one, name), getattr(whole, name)[i].permute(1, 2, 0).numpy())
+    slide = macenko_fit(IMAGES[1])
+    expected = concentrations_by_formula(IMAGES[0], slide.stain_matrix[0].numpy())
+    np.testing.assert_allclose(separate(IMAGES[0], slide).concentrations, expected, rtol=0, atol=1e-5)
+
+
+def test_degenerate_images():
+    white = np.full((40, 56, 3), 255, np.uint8)
+    images = batch(IMAGES[0], white)
+    found = separate(images)
+    assert found.status.tolist() == [0, MacenkoStatus.TOO_FEW_TISSUE_PIXELS]
+    assert torch.equal(found.concentrations[:1], separate(images[:1]).concentrations)
+    expected = concentrations_by_formula(white, TARGET.stain_matrix[0].numpy())
+    np.testing.assert_allclose(found.concentrations[1].permute(1, 2, 0).numpy(), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="image 1: fewer than 10"):
+        separate(images, on_degenerate="raise")
+    with pytest.raises(ValueError, match="separate takes 'reference' or 'raise'"):
+        separate(images, on_degenerate="identity")
+
+
+def test_undefined_pixels_are_nan_alone():
+    image = IMAGES[0].astype(np.float32)
+    image[3, 4, 1] = np.nan
+    image[5, 6, 0] = -1
+    found = separate(image, macenko_fit(IMAGES[0]))
+    undefined = np.isnan(found.concentrations).any(axis=2)
+    assert undefined.sum() == 2 and undefined[3, 4] and undefined[5, 6]
+
+
+def test_gradcheck():
+    images = batch(synthetic_tissue(4, 6, 1)).double().clamp(60, 150).requires_grad_()
+    source = macenko_fit(IMAGES[0])
+    assert torch.autograd.gradcheck(lambda x: separate(x, source)[:3], (images,), eps=1e-5, atol=1e-6, rtol=1e-5)
