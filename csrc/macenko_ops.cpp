@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/macenko_image.h"
+#include "cpu/macenko_scaled.h"
 #include "macenko_checks.h"
 
 namespace {
@@ -178,6 +179,47 @@ Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, con
   return result;
 }
 
+// mean and std: [3] float64, contiguous, on the CPU.
+ernet::cpu::NetworkInput network_input(const Tensor& mean, const Tensor& std, bool bfloat16, double range) {
+  ernet::cpu::NetworkInput out = {nullptr, bfloat16, range, {}, {}};
+  for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == 3 && tensor->is_contiguous() &&
+                        tensor->scalar_type() == ScalarType::Double,
+                    "ernet: ", name, " must be [3] float64 on the CPU; got ", ernet::shape_of(*tensor));
+    std::memcpy(values, tensor->const_data_ptr(), 3 * sizeof(double));
+  }
+  for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
+  return out;
+}
+
+Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                                  const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
+                                  const Tensor& std, double io, bool bfloat16, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Pixel type = pixel_type(images);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  const ernet::cpu::NetworkInput whole = network_input(mean, std, bfloat16, type == Pixel::u8 ? 255.0 : range);
+  Tensor result = torch::stable::new_empty(images, {in.count, images.size(2), images.size(3), 3},
+                                           bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  auto* data = static_cast<unsigned char*>(result.mutable_data_ptr());
+  const int64_t image_bytes = 3 * in.pixels * (bfloat16 ? 2 : 4);
+  const OdTable table = ernet::macenko::make_od_table(io, 0.0);
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    ernet::macenko::Stain source, target;
+    double source_maxima[2], target_maxima[2], matrix[3][3];
+    sources.get(i, source, source_maxima);
+    targets.get(i, target, target_maxima);
+    ernet::macenko::reconstruction_matrix(source, source_maxima, target, target_maxima, matrix);
+    ernet::cpu::NetworkInput out = whole;
+    out.data = data + i * image_bytes;
+    ernet::cpu::macenko_reconstruct_scaled(type, view_of(in, i, images.element_size(), range), matrix, table, io,
+                                           strips, out);
+  });
+  return result;
+}
+
 void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, size_t element_size) {
   const auto* from = static_cast<const unsigned char*>(in.data) + size_t(index * in.image_stride) * element_size;
   auto* to = static_cast<unsigned char*>(output_of(out, index, element_size));
@@ -235,6 +277,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "macenko_reconstruct(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
       "target_max, float Io, float range=255.) -> Tensor");
   m.def(
+      "macenko_reconstruct_scaled(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
+      "target_max, Tensor mean, Tensor std, float Io, bool bfloat16, float range=255.) -> Tensor");
+  m.def(
       "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, "
       "bool "
       "nearest, bool identity, float range=255.) -> (Tensor images, Tensor stain_matrix, Tensor max_concentration, "
@@ -245,5 +290,6 @@ STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
   m.impl("macenko_moments", TORCH_BOX(&macenko_moments));
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
 }

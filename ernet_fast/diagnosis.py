@@ -46,6 +46,7 @@ _PURPOSES = {
     "macenko_moments": "Macenko: covariance of the tissue",
     "macenko_fit": "Macenko: stains of an image",
     "macenko_reconstruct": "Macenko: image with other stains",
+    "macenko_reconstruct_scaled": "Macenko: a network's input",
     "macenko_normalize": "Macenko: fit and reconstruct in one",
 }
 

@@ -120,17 +120,22 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
   return fit;
 }
 
-void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
-                         double io, const Strips& strips, void* out) {
-  const MacenkoLoops& loops = macenko_loops(type);
+Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const macenko::OdTable& table, double io) {
   Reconstruction r = {};
   for (int c = 0; c < 3; ++c) {
     for (int k = 0; k < 3; ++k) r.matrix[c][k] = matrix[c][k];
   }
   r.io = io;
   r.table = &table;
-  r.out = out;
   r.single = type == Pixel::u8 && fits_single(matrix, table);
+  return r;
+}
+
+void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
+                         double io, const Strips& strips, void* out) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  Reconstruction r = make_reconstruction(type, matrix, table, io);
+  r.out = out;
   strips.run(strips.tasks,
              [&](int64_t strip) { loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r); });
 }

@@ -50,6 +50,22 @@ def _register() -> None:
     ) -> torch.Tensor:
         return torch.empty_like(images)
 
+    @torch.library.register_fake("ernet::macenko_reconstruct_scaled")
+    def _reconstruct_scaled(
+        images: torch.Tensor,
+        source_stain: torch.Tensor,
+        source_max: torch.Tensor,
+        target_stain: torch.Tensor,
+        target_max: torch.Tensor,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        Io: float,
+        bfloat16: bool,
+        range: float = 255.0,
+    ) -> torch.Tensor:
+        count, _, height, width = images.shape
+        return images.new_empty((count, height, width, 3), dtype=torch.bfloat16 if bfloat16 else torch.float32)
+
     @torch.library.register_fake("ernet::macenko_normalize")
     def _normalize(
         images: torch.Tensor,
@@ -143,6 +159,26 @@ def _reconstruct(images: torch.Tensor, stains: Stains, Io: float, range: float) 
         )
         return out.to(images.dtype)
     return batched.macenko_reconstruct(images, source_stain, source_max, target_stain, target_max, Io, range)
+
+
+def reconstruct_scaled(
+    images: torch.Tensor,
+    source: MacenkoFit,
+    target: MacenkoFit,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    Io: float,
+    range: float,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """(I' / range - mean) / std as [B, 3, H, W] in channels-last memory; None where no operator serves."""
+    if images.dtype in (torch.float16, torch.bfloat16) or not _compiled_for(images):
+        return None  # half-precision images are reconstructed in float32, but rounded before they are scaled
+    stains = [_as_argument(part, images).detach() for fit in (source, target) for part in fit[:2]]
+    out = torch.ops.ernet.macenko_reconstruct_scaled(
+        supported(images.detach()), *stains, mean, std, Io, dtype == torch.bfloat16, range
+    )
+    return out.permute(0, 3, 1, 2)
 
 
 class _Reconstruct(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,7 +16,8 @@ STACKED_PIXELS = 1 << 18
 shared by the threads one after the other and need no copy."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """Images of one shape.
 
     Attributes:
@@ -85,6 +86,12 @@ class Collection:
         for part, result in zip(self.parts, results, strict=True):
             found.update(zip(part.index or range(len(result)), result, strict=True))
         return [found[i] for i in range(self.count)]
+
+    def as_tensors(self, results: Sequence[torch.Tensor]) -> Any:
+        """Results [b, C, H, W] of every part as a tensor [B, C, H, W], [C, H, W] for a single image, or a list."""
+        if isinstance(self.forms, list):
+            return self.in_order(results)
+        return results[0][0] if self.forms.single else results[0]
 
     def restore(self, results: Sequence[torch.Tensor]) -> Any:
         """Give the results [b, C, H, W] of every part the form of the input."""

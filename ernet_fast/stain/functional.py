@@ -10,12 +10,14 @@ percentiles.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ernet_fast.stain import _ops
 from ernet_fast.stain.collection import Collection, read_collection
+from ernet_fast.stain.network_output import read_output, reconstruct_scaled, scale
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
@@ -91,6 +93,9 @@ def macenko_normalize(
     range: float = 255,
     layout: str | None = None,
     mask: Any = None,
+    output: str | torch.dtype = "image",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     return_status: bool = False,
 ) -> Any:
     """Images with their stains replaced by those of `target`: I' = Io exp(-HE_target diag(max_target / max_source) C).
@@ -112,12 +117,18 @@ def macenko_normalize(
         mask: as in `macenko_fit`: where to look for the source stains. Every pixel is normalised.
         on_degenerate: what to do with an image whose stains cannot be estimated: "reference" takes it to be stained as
             the target, "identity" returns it as it is, "raise" raises.
+        output: "image" for images as they came, or torch.float32 or torch.bfloat16 for the input of a network,
+            (I' / range - mean) / std, written in the same pass on the CPU. 8-bit values are truncated first, so that
+            images normalised beforehand and stored give the same.
+        mean: red, green and blue mean of a network's input, of values in [0, 1]; 0 by default.
+        std: its standard deviations; 1 by default.
         return_status: also return the status [B] int32 of the source fit.
 
     Returns:
         Images of the input's shape, layout, dtype and kind of array, a list for a list; uint8 values are truncated as
-        torchstain does. A pixel without a finite optical density comes out as NaN. With `return_status` a pair
-        (images, status).
+        torchstain does. A pixel without a finite optical density comes out as NaN. For a network a torch tensor
+        [B, 3, H, W] in channels-last memory ([3, H, W] for a single image, a list of them for a list), whatever the
+        input was. With `return_status` a pair (images, status).
 
     Raises:
         TypeError, ValueError: as in `macenko_fit`; ValueError for a target that is not finite, and for a mask beside a
@@ -127,12 +138,13 @@ def macenko_normalize(
     """
     check_parameters(Io, alpha, beta, percentile)
     check_policy(on_degenerate)
+    network = read_output(output, mean, std)
     collection = read_collection(images, layout)
     for part in collection.parts:
         check_range(part.pixels, range, part.index)
     target = check_fit(target, collection.count, "target")
     check_target(target)
-    if source is None and mask is None and on_degenerate != "raise":
+    if source is None and mask is None and network is None and on_degenerate != "raise":
         numbers = float(Io), float(alpha), float(beta), percentile == "nearest", on_degenerate == "identity"
         done = [_ops.normalize(part.pixels, part.take_fit(target), *numbers, float(range)) for part in collection.parts]
         served = [both for both in done if both is not None]
@@ -145,11 +157,16 @@ def macenko_normalize(
     usable = usable_source(source, wanted)
     results = []
     for part in collection.parts:
-        out = _ops.reconstruct(part.pixels, part.take_fit(usable), part.take_fit(wanted), float(Io), float(range))
+        arguments = part.pixels, part.take_fit(usable), part.take_fit(wanted), float(Io), float(range)
+        out = _ops.reconstruct(*arguments) if network is None else reconstruct_scaled(*arguments, network)
         if on_degenerate == "identity":
-            out = keep_degenerate(out, part.pixels, part.take(source.status))
+            unchanged = part.pixels if network is None else scale(part.pixels, network, float(range))
+            out = keep_degenerate(out, unchanged, part.take(source.status))
         results.append(out)
-    return _result(collection, results, source.status, return_status)
+    if network is None:
+        return _result(collection, results, source.status, return_status)
+    tensors = collection.as_tensors(results)
+    return (tensors, source.status) if return_status else tensors
 
 
 def known_source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ernet_fast.stain.functional import (
     usable_source,
 )
 from ernet_fast.stain.multi_target import fit_targets
+from ernet_fast.stain.network_output import read_output
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.published import DEFAULT_MAXIMA, DEFAULT_STAINS
 from ernet_fast.stain.result import MacenkoFit, expand_fit
@@ -45,6 +47,10 @@ class MacenkoNormalizer(torch.nn.Module):
             [3, H, W], use the nearest percentile and come back as int32 [H, W, 3] (its torch backend); NumPy arrays
             are [H, W, 3], use the linear percentile and come back as uint8 (its NumPy backend). `forward` is not
             affected but for the percentile.
+        output: what `forward` returns: "image", or torch.float32 or torch.bfloat16 for a network's input, see
+            `macenko_normalize`.
+        mean: of a network's input.
+        std: of a network's input.
 
     Attributes:
         HERef: buffer [3, 2] float64, optical density of the target's haematoxylin and eosin; Macenko's published values
@@ -68,14 +74,20 @@ class MacenkoNormalizer(torch.nn.Module):
         range: float = 255,
         layout: str | None = None,
         compat: str | None = None,
+        output: str | torch.dtype = "image",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_parameters(Io, alpha, beta, percentile)
         check_policy(on_degenerate)
+        read_output(output, mean, std)
         check_compat(compat, percentile, range, layout)
         self.Io, self.alpha, self.beta = Io, alpha, beta
         self.percentile, self.on_degenerate = percentile, on_degenerate
         self.range, self.layout, self.compat = range, layout, compat
+        self.output = output
+        self.mean, self.std = (None if values is None else tuple(map(float, values)) for values in (mean, std))
         self.register_buffer("HERef", torch.tensor(DEFAULT_STAINS, dtype=torch.float64))
         self.register_buffer("maxCRef", torch.tensor(DEFAULT_MAXIMA, dtype=torch.float64))
 
@@ -106,9 +118,13 @@ class MacenkoNormalizer(torch.nn.Module):
         return self
 
     def forward(self, images: Any, source: MacenkoFit | None = None, mask: Any = None) -> Any:
-        """Normalised images, of the input's layout and dtype; `source` and `mask` as in `macenko_normalize`."""
+        """Normalised images, or a network's input; `source` and `mask` as in `macenko_normalize`."""
+        return self._normalized(images, source, mask, output=self.output, mean=self.mean, std=self.std)
+
+    def _normalized(self, images: Any, source: MacenkoFit | None, mask: Any, **output: Any) -> Any:
+        options = self._fit_options(images)
         return macenko_normalize(
-            images, self.target, source, on_degenerate=self.on_degenerate, mask=mask, **self._fit_options(images)
+            images, self.target, source, on_degenerate=self.on_degenerate, mask=mask, **options, **output
         )
 
     def normalize(
@@ -132,7 +148,7 @@ class MacenkoNormalizer(torch.nn.Module):
         """
         if self.compat is not None:
             read_as_torchstain(I)
-        results = self._image_and_stains(I, source, mask) if stains else (self(I, source, mask), None, None)
+        results = self._image_and_stains(I, source, mask) if stains else (self._normalized(I, source, mask), None, None)
         return results if self.compat is None else as_torchstain(results)
 
     def _image_and_stains(self, images: Any, source: MacenkoFit | None, mask: Any) -> tuple[Any, Any, Any]:

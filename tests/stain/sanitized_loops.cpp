@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/macenko_image.h"
+#include "cpu/macenko_scaled.h"
 
 namespace {
 
@@ -49,6 +50,11 @@ int run(int pixels, bool channels_last, Pixel type, int kind) {
   for (const Strips& strips : {ernet::cpu::one_strip(), three}) {
     fitted += ernet::cpu::macenko_fit(type, image, parameters, table, strips).status == ernet::macenko::kOk;
     ernet::cpu::macenko_reconstruct(type, image, matrix, table, 240, strips, out.get());
+    for (bool bfloat16 : {false, true}) {
+      std::unique_ptr<unsigned char[]> scaled(new unsigned char[3 * pixels * (bfloat16 ? 2 : 4)]);
+      const ernet::cpu::NetworkInput network = {scaled.get(), bfloat16, 255, {.5, .4, .3}, {.2, .2, .1}};
+      ernet::cpu::macenko_reconstruct_scaled(type, image, matrix, table, 240, strips, network);
+    }
   }
   return fitted;
 }

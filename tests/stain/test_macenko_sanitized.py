@@ -32,7 +32,10 @@ def test_loops_are_clean_under_sanitizers(isa, tmp_path):
             flags = [f"-DERNET_ISA={variant}", *ISAS[variant]]
             subprocess.run([*common, *flags, "-c", str(source), "-o", objects[-1]], check=True)
         defined.append(f"-DERNET_HAS_{variant.upper()}")
-    rest = [str(CSRC / "cpu" / name) for name in ("macenko_image.cpp", "macenko_select.cpp", "isa.cpp")]
+    rest = [
+        str(CSRC / "cpu" / name)
+        for name in ("macenko_image.cpp", "macenko_scaled.cpp", "macenko_select.cpp", "isa.cpp")
+    ]
     program = str(tmp_path / "loops")
     subprocess.run([*common, *defined, *rest, str(HERE / "sanitized_loops.cpp"), *objects, "-o", program], check=True)
     done = subprocess.run([program], env={**os.environ, "ERNET_ISA": isa}, capture_output=True, text=True)

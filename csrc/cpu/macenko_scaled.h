@@ -1,0 +1,22 @@
+// Reconstruction straight into a network's input: (I' / range - mean) / std as float32 or bfloat16, channels last.
+#pragma once
+
+#include "cpu/macenko_image.h"
+
+namespace ernet::cpu {
+
+struct NetworkInput {
+  void* data;  // [pixels, 3]
+  bool bfloat16;
+  double range;  // the value of the image that stands for 1
+  double mean[3];
+  double std[3];
+};
+
+// The values of `macenko_reconstruct` (8-bit ones truncated), scaled; the image is read once and the result written
+// once.
+void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const double matrix[3][3],
+                                const macenko::OdTable& table, double io, const Strips& strips,
+                                const NetworkInput& out);
+
+}  // namespace ernet::cpu

@@ -1,0 +1,80 @@
+"""Normalised images as a network takes them: (I' / range - mean) / std, channels last, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ernet_fast.stain import _ops
+from ernet_fast.stain.result import MacenkoFit
+
+OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class NetworkOutput(NamedTuple):
+    """The scale of a network's input.
+
+    Attributes:
+        dtype: torch.float32 or torch.bfloat16.
+        mean: [3] float64 on the CPU, of values in [0, 1].
+        std: [3] float64 on the CPU.
+    """
+
+    dtype: torch.dtype
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def read_output(
+    output: str | torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> NetworkOutput | None:
+    """What `output`, `mean` and `std` ask for; None for images.
+
+    Raises:
+        ValueError: an unknown output, a mean or std of not three finite (std: positive) numbers, or beside images.
+    """
+    if isinstance(output, str) and output == "image":
+        if mean is not None or std is not None:
+            raise ValueError(
+                "mean and std scale a network's input; pass output=torch.float32 or torch.bfloat16 with them."
+            )
+        return None
+    if output not in OUTPUT_DTYPES:
+        raise ValueError(f"output={output!r}; expected 'image', torch.float32 or torch.bfloat16.")
+    values = _three("mean", (0.0, 0.0, 0.0) if mean is None else mean)
+    deviations = _three("std", (1.0, 1.0, 1.0) if std is None else std)
+    if not bool((deviations > 0).all()):
+        raise ValueError(f"std={tuple(deviations.tolist())}; expected three positive numbers.")
+    return NetworkOutput(output, values, deviations)  # type: ignore[arg-type]
+
+
+def _three(name: str, values: Any) -> torch.Tensor:
+    numbers = [float(value) for value in values]
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name}={tuple(numbers)}; expected three finite numbers, for red, green and blue.")
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def scale(images: torch.Tensor, output: NetworkOutput, range: float) -> torch.Tensor:
+    """Images [B, 3, H, W], scaled; differentiable."""
+    unit = 255.0 if images.dtype == torch.uint8 else range
+    mean, std = (part.to(images.device)[:, None, None] for part in (output.mean, output.std))
+    # By way of float32, as the operator rounds.
+    scaled = ((images.double() / unit - mean) / std).float().to(output.dtype)
+    return scaled.contiguous(memory_format=torch.channels_last)
+
+
+def reconstruct_scaled(
+    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io: float, range: float, output: NetworkOutput
+) -> torch.Tensor:
+    """`scale` of the reconstruction [B, 3, H, W] in channels-last memory: on the CPU in one pass, else in two."""
+    differentiable = images.is_floating_point() and torch.is_grad_enabled()
+    wanted = images.requires_grad or any(part.requires_grad for part in (*source[:2], *target[:2]))
+    if images.device.type == "cpu" and not (differentiable and wanted):
+        out = _ops.reconstruct_scaled(images, source, target, output.mean, output.std, Io, range, output.dtype)
+        if out is not None:
+            return out
+    return scale(_ops.reconstruct(images, source, target, Io, range), output, range)
