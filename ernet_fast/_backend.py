@@ -8,7 +8,7 @@ import os
 import warnings
 from typing import Any
 
-_FIX = "Install a C++ compiler (g++ or clang++), then build again: pip install --force-reinstall --no-deps ernet_fast"
+_FIX = "Install a C++ compiler (g++ or clang++) and install ernet_fast again: pip install --force-reinstall --no-deps ."
 
 
 @functools.lru_cache(maxsize=1)
