@@ -77,7 +77,7 @@ def _caution(found: DemoFindings, figures: dict[str, Any]) -> str:
     common = (
         f"The test set has {patients} patients, so one patient more or less classified well moves the patient figure "
         "by "
-        f"{1 / patients:.2f}. Training was kept short ({found.settings.epochs} epochs at {found.settings.image_size}x"
+        f"{1 / patients:.2f}. Training was kept short ({len(found.trained.history)} epochs at {found.settings.image_size}x"
         f"{found.settings.image_size} pixels): this shows that the parts work together, not how good the network can "
         "get."
     )
@@ -116,7 +116,7 @@ def _training(found: DemoFindings) -> report.Block:
         "Training",
         report.paragraph(
             f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), "
-            f"{_epochs(settings.epochs)}, "
+            f"{_epochs(len(history), settings.epochs)}, "
             f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by "
             "frequency, random flips, "
             "turns, rotations, shifts and zooms. No patient is in two of training, validation and test. "
@@ -129,9 +129,10 @@ def _training(found: DemoFindings) -> report.Block:
     )
 
 
-def _epochs(count: int) -> str:
-    fewer = f" (fewer than {MOST_EPOCHS}, to save time)" if count < MOST_EPOCHS else ""
-    return f"{count} epochs{fewer}"
+def _epochs(done: int, planned: int) -> str:
+    if done < planned:
+        return f"{done} of {planned} planned epochs (to save time)"
+    return f"{done} epochs{f' (fewer than {MOST_EPOCHS}, to save time)' if done < MOST_EPOCHS else ''}"
 
 
 def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:

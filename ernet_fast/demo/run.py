@@ -12,7 +12,7 @@ import torch
 
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
-from ernet_fast.demo.pace import affordable_epochs
+from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import StainTour, show_normalization
 from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
@@ -105,7 +105,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     _clear_run(folder / "run")
     settings = replace(settings, stain_target=str(target), epochs=_epochs(config, settings, len(train), start))
     reporter.line(f"     {settings.epochs} epochs")
-    trained = fit(settings, reporter=reporter)
+    trained = fit(settings, reporter=reporter, on_epoch=lambda record: _out_of_time(config, record, start))
 
     reporter.line("4/6  evaluation on test patients")
     evaluation = evaluate(
@@ -141,6 +141,12 @@ def _epochs(config: DemoConfig, settings: TrainConfig, images: int, start: float
         return config.epochs
     left = _TOTAL_SECONDS - _LATER_SECONDS - (time.perf_counter() - start)
     return affordable_epochs(settings, min(images, config.max_images), max(left, 0.0))
+
+
+def _out_of_time(config: DemoConfig, record: dict[str, Any], start: float) -> bool:
+    """Whether one more epoch like this one would take too long; never if the number of epochs was asked for."""
+    spent = time.perf_counter() - start + record["train_seconds"]
+    return config.epochs is None and record["epoch"] >= FEWEST_EPOCHS and spent > _TOTAL_SECONDS - _LATER_SECONDS
 
 
 def _count(samples: list[Sample]) -> str:

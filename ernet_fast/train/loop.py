@@ -56,7 +56,7 @@ def fit(
     resume: bool = False,
     stop_after: int | None = None,
     reporter: Reporter | None = None,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    on_epoch: Callable[[dict[str, Any]], bool | None] | None = None,
 ) -> TrainResult:
     """Train as `config` says, writing into its folder `last.pt` (after every epoch), `best.pt`, history, split and
     configuration.
@@ -73,7 +73,8 @@ def fit(
         stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time
             limit).
         reporter: where progress goes; default: stderr.
-        on_epoch: called with each epoch's record after its checkpoint is written.
+        on_epoch: called with each epoch's record after its checkpoint is written; if it returns True, the call ends as with
+            `stop_after`. With several processes it must decide the same in all.
 
     Raises:
         FileExistsError: the folder holds a run and `resume` is false.
@@ -207,7 +208,7 @@ class _Run:
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
         restore_generators(state["rng"])
 
-    def train(self, stop_after: int | None, on_epoch: Callable[[dict[str, Any]], None]) -> TrainResult:
+    def train(self, stop_after: int | None, on_epoch: Callable[[dict[str, Any]], bool | None]) -> TrainResult:
         """All epochs that are left, or `stop_after` of them."""
         config = self.config
         self._prepare_folder()
@@ -221,7 +222,8 @@ class _Run:
                 self.best = record
             self._save(improved)
             self.reporter.line(describe_epoch(record, config.epochs, improved))
-            on_epoch(record)
+            if on_epoch(record):
+                break
         return TrainResult(config.folder, self.history, self.best, self.epoch >= config.epochs)
 
     def _prepare_folder(self) -> None:

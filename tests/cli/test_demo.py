@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -145,6 +146,15 @@ def test_interleaved_medians_takes_turns_within_its_budget():
 def test_epochs_follow_the_time_there_is(seconds, expected):
     settings = TrainConfig(data="d", out="o", base_channels=8, image_size=32, batch_size=8, device="cpu")
     assert affordable_epochs(settings, 64, seconds) == expected
+
+
+def test_the_demo_stops_training_when_time_runs_out():
+    record = {"epoch": 2, "train_seconds": 60.0}
+    long_ago = time.perf_counter() - 100
+    assert demo.run._out_of_time(demo.DemoConfig(), record, long_ago)
+    assert not demo.run._out_of_time(demo.DemoConfig(), record, time.perf_counter())
+    assert not demo.run._out_of_time(demo.DemoConfig(), record | {"epoch": 1}, long_ago)
+    assert not demo.run._out_of_time(demo.DemoConfig(epochs=5), record, long_ago), "asked for, so done"
 
 
 def test_report_escapes_everything(tmp_path):

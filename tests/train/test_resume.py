@@ -88,6 +88,13 @@ def test_ctrl_c_in_the_first_epoch_can_be_resumed(make_config, quiet, monkeypatc
     assert_same(final_state(config), final_state(whole))
 
 
+def test_the_caller_can_end_a_call(make_config, quiet):
+    config = make_config(epochs=3)
+    first = fit(config, reporter=quiet, on_epoch=lambda record: record["epoch"] == 1)
+    assert len(first.history) == 1 and not first.finished
+    assert fit(config, resume=True, reporter=quiet).finished
+
+
 def test_a_finished_run_resumed_does_nothing(make_config, quiet):
     config = make_config(epochs=1)
     fit(config, reporter=quiet)
