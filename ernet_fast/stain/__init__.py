@@ -1,10 +1,11 @@
-"""Batched Macenko stain normalisation, augmentation and separation."""
+"""Batched stain normalisation (Macenko, Reinhard), augmentation and separation."""
 
 from __future__ import annotations
 
 from ernet_fast.stain.augment import macenko_augment
 from ernet_fast.stain.functional import macenko_fit, macenko_normalize
 from ernet_fast.stain.normalizer import MacenkoNormalizer
+from ernet_fast.stain.reinhard import ReinhardFit, ReinhardNormalizer, reinhard_fit, reinhard_normalize
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
 from ernet_fast.stain.separate import Separation, separate
 
@@ -12,9 +13,13 @@ __all__ = [
     "MacenkoFit",
     "MacenkoNormalizer",
     "MacenkoStatus",
+    "ReinhardFit",
+    "ReinhardNormalizer",
     "Separation",
     "macenko_augment",
     "macenko_fit",
     "macenko_normalize",
+    "reinhard_fit",
+    "reinhard_normalize",
     "separate",
 ]

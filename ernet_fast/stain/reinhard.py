@@ -1,0 +1,267 @@
+"""Reinhard colour normalisation: the mean and standard deviation of L, a and b become those of a target.
+
+E. Reinhard et al., "Color transfer between images", IEEE Computer Graphics and Applications 2001, in CIE L*a*b* as the
+torchstain package has it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from ernet_fast.stain.batched import PIXELS_AT_A_TIME
+from ernet_fast.stain.collection import Collection, Part, read_collection
+from ernet_fast.stain.functional import check_range, keep_degenerate, refuse_failures
+from ernet_fast.stain.lab import lab_to_rgb, rgb_to_lab
+from ernet_fast.stain.parameters import check_policy
+from ernet_fast.stain.result import MacenkoStatus
+
+METHODS = (None, "modified")
+
+FLAT_STD = 1e-3
+"""A channel of a smaller standard deviation (in units of L, a, b) is flat: what it deviates by is rounding."""
+
+
+class ReinhardFit(NamedTuple):
+    """Colour statistics of B images.
+
+    Attributes:
+        mean: [B, 3] float64, of L (0 to 100), a and b.
+        std: [B, 3] float64, of the population.
+        status: [B] int32, `MacenkoStatus.OK` or `NON_FINITE`, where the others hold NaN.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    status: torch.Tensor
+
+
+def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None) -> ReinhardFit:
+    """Mean and standard deviation of L, a and b of every image, whatever it shows.
+
+    Args:
+        images: as in `macenko_fit`.
+        range: as in `macenko_fit`.
+        layout: as in `macenko_fit`.
+
+    Raises:
+        TypeError, ValueError: as in `macenko_fit`.
+    """
+    collection = read_collection(images, layout)
+    for part in collection.parts:
+        check_range(part.pixels, range, part.index)
+    return _fit(collection, range)
+
+
+def _fit(collection: Collection, range: float) -> ReinhardFit:
+    if not collection.parts:
+        nothing = torch.empty((0, 3), dtype=torch.float64)
+        return ReinhardFit(nothing, nothing, torch.empty((0,), dtype=torch.int32))
+    fits = [_fit_pixels(part.pixels.detach(), range) for part in collection.parts]
+    mean, std, status = zip(*fits, strict=True)
+    return ReinhardFit(collection.gather(mean), collection.gather(std), collection.gather(status))
+
+
+def _fit_pixels(images: torch.Tensor, range: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, standard deviation and status of [b, 3, H, W]."""
+    results = []
+    for part in _groups(images):
+        unit = _unit_rgb(part, range)
+        valid = ((unit >= -0.5 / 255) & (unit <= 255.5 / 255)).flatten(1).all(dim=1)
+        lab = rgb_to_lab(unit).flatten(2)
+        mean = lab.mean(dim=2)
+        std = (lab - mean[:, :, None]).square().mean(dim=2).sqrt()
+        status = torch.where(valid, int(MacenkoStatus.OK), int(MacenkoStatus.NON_FINITE)).to(torch.int32)
+        keep = valid[:, None]
+        results.append((mean.where(keep, math.nan), std.where(keep, math.nan), status))
+    means, stds, statuses = zip(*results, strict=True)
+    return torch.cat(means), torch.cat(stds), torch.cat(statuses)
+
+
+def _groups(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if images.device.type == "cpu":
+        # One after the other: torch's powers differ in the last bit between the vectors of an array and its tail, so an
+        # image's bits would depend on where it stands in a batch.
+        return images.split(1)
+    return images.split(max(1, PIXELS_AT_A_TIME // (images.shape[2] * images.shape[3])))
+
+
+def _unit_rgb(images: torch.Tensor, range: float) -> torch.Tensor:
+    """Float64 values in 0..1."""
+    return images.double() / (255 if images.dtype == torch.uint8 else range)
+
+
+def reinhard_normalize(
+    images: Any,
+    target: ReinhardFit,
+    source: ReinhardFit | None = None,
+    *,
+    method: str | None = None,
+    on_degenerate: str = "reference",
+    range: float = 255,
+    layout: str | None = None,
+    return_status: bool = False,
+) -> Any:
+    """Images with the colour statistics of `target`: x' = (x - mean) / std * std_target + mean_target for L, a and b.
+
+    A flat channel (a standard deviation below 1e-3) has no deviations to scale and becomes the target's mean.
+    Gradients flow to floating-point images, with statistics that were estimated held constant.
+
+    Args:
+        images: as in `macenko_fit`.
+        target: statistics of one image, or of each.
+        source: statistics the images have if they are known, e.g. those of a slide; measured by default.
+        method: None, or "modified", which keeps L's mean and scales its deviations by 1 + q, q = (std_target - std) /
+            std_target, or 1.05 where that is not positive, and only moves a and b.
+        on_degenerate: what to do with an image that holds a value which is no grey level (nothing else is degenerate
+            here): "reference" takes it to have the target's statistics, "identity" returns it as it is, "raise" raises.
+        range: as in `macenko_fit`.
+        layout: as in `macenko_fit`.
+        return_status: also return the status [B] int32.
+
+    Returns:
+        Images of the input's form, uint8 values truncated as torchstain does. With `return_status` a pair (images,
+        status).
+
+    Raises:
+        TypeError, ValueError: as in `macenko_normalize`.
+    """
+    check_policy(on_degenerate)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; expected None or 'modified'.")
+    collection = read_collection(images, layout)
+    for part in collection.parts:
+        check_range(part.pixels, range, part.index)
+    wanted = _expand(target, collection, "target")
+    if wanted.mean.device.type == "cpu" and not bool(torch.isfinite(wanted.mean.sum() + wanted.std.sum())):
+        raise ValueError("target is not finite; fit it on an image whose values are all grey levels.")
+    known = _fit(collection, range) if source is None else _expand(source, collection, "source")
+    refuse_failures(known.status, on_degenerate)
+    ok = (known.status == MacenkoStatus.OK)[:, None]
+    usable = ReinhardFit(known.mean.where(ok, wanted.mean), known.std.where(ok, wanted.std), known.status)
+    results = []
+    for part in collection.parts:
+        out = _normalize(part, usable, wanted, method, range)
+        if on_degenerate == "identity":
+            out = keep_degenerate(out, part.pixels, part.take(known.status))
+        results.append(out)
+    restored = collection.restore(results)
+    return (restored, known.status) if return_status else restored
+
+
+def _expand(fit: ReinhardFit, collection: Collection, name: str) -> ReinhardFit:
+    """`fit` for every image of the collection."""
+    if not isinstance(fit, ReinhardFit):
+        raise TypeError(f"{name} is a {type(fit).__name__}; expected the ReinhardFit that reinhard_fit returns.")
+    size, count, device = fit.mean.shape[0] if fit.mean.ndim == 2 else -1, collection.count, collection.device
+    if fit.mean.shape != (size, 3) or fit.std.shape != (size, 3) or fit.status.shape != (size,):
+        size = -1
+    if size not in (1, count):
+        raise ValueError(
+            f"{name} has mean {tuple(fit.mean.shape)}, std {tuple(fit.std.shape)} and status "
+            f"{tuple(fit.status.shape)}; expected [B, 3], [B, 3] and [B] with B = 1 or {count}."
+        )
+    mean, std = (part.to(device, torch.float64).expand(count, 3) for part in (fit.mean, fit.std))
+    return ReinhardFit(mean, std, fit.status.to(device).expand(count))
+
+
+def _normalize(part: Part, source: ReinhardFit, target: ReinhardFit, method: str | None, range: float) -> torch.Tensor:
+    gain, offset = (part.take(rows) for rows in _affine(source, target, method))
+    images, results = part.pixels, []
+    begin = 0
+    for group in _groups(images):
+        rows = slice(begin, begin + len(group))
+        begin += len(group)
+        scale, shift = (values[rows, :, None, None] for values in (gain, offset))
+        rgb = lab_to_rgb(rgb_to_lab(_unit_rgb(group, range)) * scale + shift)
+        results.append((rgb * (255 if images.dtype == torch.uint8 else range)).to(images.dtype))
+    return torch.cat(results)
+
+
+def _affine(source: ReinhardFit, target: ReinhardFit, method: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gain and offset [B, 3] of L, a and b."""
+    if method is None:
+        flat = source.std < FLAT_STD
+        gain = (target.std / source.std.masked_fill(flat, 1.0)).masked_fill(flat, 0.0)
+        return gain, target.mean - gain * source.mean
+    q = (target.std[:, 0] - source.std[:, 0]) / target.std[:, 0]
+    gain = torch.ones_like(source.mean)
+    gain[:, 0] = 1 + torch.where(q > 0, q, 0.05)
+    mean = torch.cat([source.mean[:, :1], target.mean[:, 1:]], dim=1)
+    return gain, mean - gain * source.mean
+
+
+class ReinhardNormalizer(torch.nn.Module):
+    """Gives images the colour statistics of a target, in torchstain's call style and as a module.
+
+    Args:
+        method: None or "modified", see `reinhard_normalize`.
+        on_degenerate: "reference", "identity" or "raise", see `reinhard_normalize`.
+        range: the value that stands for 255 in floating-point images; 1 for images in [0, 1].
+        layout: "CHW" or "HWC", needed only for shapes that fit both.
+
+    Attributes:
+        target_means: buffer [3] float64, mean L, a and b of the target; NaN before `fit`.
+        target_stds: buffer [3] float64, their standard deviations.
+
+    Raises:
+        ValueError: an unknown method or policy.
+    """
+
+    target_means: torch.Tensor
+    target_stds: torch.Tensor
+
+    def __init__(
+        self,
+        method: str | None = None,
+        on_degenerate: str = "reference",
+        range: float = 255,
+        layout: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_policy(on_degenerate)
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}; expected None or 'modified'.")
+        self.method, self.on_degenerate, self.range, self.layout = method, on_degenerate, range, layout
+        self.register_buffer("target_means", torch.full((3,), math.nan, dtype=torch.float64))
+        self.register_buffer("target_stds", torch.full((3,), math.nan, dtype=torch.float64))
+
+    def fit(self, target: Any) -> ReinhardNormalizer:
+        """Take the statistics of one image as target.
+
+        Raises:
+            ValueError: several images, or a value that is no grey level.
+        """
+        fit = reinhard_fit(target, range=self.range, layout=self.layout)
+        if len(fit.status) != 1:
+            raise ValueError(f"fit takes one target image; got {len(fit.status)}.")
+        refuse_failures(fit.status, "raise")
+        self.target_means, self.target_stds = fit.mean[0].to(self.target_means), fit.std[0].to(self.target_stds)
+        return self
+
+    def forward(self, images: Any) -> Any:
+        """Normalised images, of the input's form.
+
+        Raises:
+            ValueError: before `fit`.
+        """
+        status = torch.zeros(1, dtype=torch.int32, device=self.target_means.device)
+        target = ReinhardFit(self.target_means.double()[None], self.target_stds.double()[None], status)
+        return reinhard_normalize(
+            images,
+            target,
+            method=self.method,
+            on_degenerate=self.on_degenerate,
+            range=self.range,
+            layout=self.layout,
+        )
+
+    def normalize(self, I: Any) -> Any:  # noqa: E741  (torchstain's name)
+        """As `forward`: torchstain's name."""
+        return self(I)
+
+    def extra_repr(self) -> str:
+        """Parameters, as torch shows them."""
+        return f"method={self.method!r}, on_degenerate={self.on_degenerate!r}"
