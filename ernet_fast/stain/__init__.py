@@ -8,6 +8,7 @@ from ernet_fast.stain.normalizer import MacenkoNormalizer
 from ernet_fast.stain.reinhard import ReinhardFit, ReinhardNormalizer, reinhard_fit, reinhard_normalize
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
 from ernet_fast.stain.separate import Separation, separate
+from ernet_fast.stain.transforms import StainAugment, StainNormalize, as_v2
 
 __all__ = [
     "MacenkoFit",
@@ -16,6 +17,9 @@ __all__ = [
     "ReinhardFit",
     "ReinhardNormalizer",
     "Separation",
+    "StainAugment",
+    "StainNormalize",
+    "as_v2",
     "macenko_augment",
     "macenko_fit",
     "macenko_normalize",
