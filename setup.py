@@ -193,7 +193,8 @@ class NinjaScript:
         include = (
             f"-I{ROOT / 'csrc'} -isystem {self.torch / 'include'} -isystem {pybind_include} -isystem {python_include}"
         )
-        common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}/= -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
+        common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
+        common += f" -ffile-prefix-map={ROOT}/="  # no build folder in error messages
         links = f"-L{self.torch / 'lib'} -ltorch_cpu"
         if self.nvcc:
             links += f" {self._library('libcudart_static.a')} -ldl -lrt -lpthread"

@@ -1,4 +1,4 @@
-"""Naive compositions in plain PyTorch and NumPy: the oracle of the tests, the fallback, the baseline of every speed figure."""
+"""Naive compositions in plain PyTorch and NumPy: oracle of the tests, fallback, baseline of every speed figure."""
 
 from __future__ import annotations
 
