@@ -73,13 +73,11 @@ def _summary(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
 
 
 def _caution(found: DemoFindings, figures: dict[str, Any]) -> str:
-    patients = figures["patients"]
+    patients, size = figures["patients"], found.settings.image_size
     common = (
         f"The test set has {patients} patients, so one patient more or less classified well moves the patient figure "
-        "by "
-        f"{1 / patients:.2f}. Training was kept short ({len(found.trained.history)} epochs at {found.settings.image_size}x"
-        f"{found.settings.image_size} pixels): this shows that the parts work together, not how good the network can "
-        "get."
+        f"by {1 / patients:.2f}. Training was kept short ({len(found.trained.history)} epochs at {size}x{size} pixels): "
+        "this shows that the parts work together, not how good the network can get."
     )
     if found.synthetic:
         return f"Synthetic data, drawn by a program: the figures say nothing about diagnostic performance. {common}"

@@ -73,8 +73,8 @@ def fit(
         stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time
             limit).
         reporter: where progress goes; default: stderr.
-        on_epoch: called with each epoch's record after its checkpoint is written; if it returns True, the call ends as with
-            `stop_after`. With several processes it must decide the same in all.
+        on_epoch: called with each epoch's record after its checkpoint is written; if it returns True, the call ends as
+            with `stop_after`. With several processes it must decide the same in all.
 
     Raises:
         FileExistsError: the folder holds a run and `resume` is false.
