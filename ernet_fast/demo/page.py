@@ -75,8 +75,8 @@ def _summary(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
 def _caution(found: DemoFindings, figures: dict[str, Any]) -> str:
     patients, size = figures["patients"], found.settings.image_size
     common = (
-        f"The test set has {patients} patients, so one patient more or less changes the patient rate "
-        f"by {1 / patients:.2f}. Training was kept short ({len(found.trained.history)} epochs at {size}x{size} pixels): "
+        f"The test set has {patients} patients, so one patient more or less changes the patient rate by "
+        f"{1 / patients:.2f}. Training was kept short ({len(found.trained.history)} epochs at {size}x{size} pixels): "
         "this shows that the parts work together, not how good the network can get."
     )
     if found.synthetic:
