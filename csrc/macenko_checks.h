@@ -57,6 +57,13 @@ inline DenseImages output_images(const torch::stable::Tensor& t, const DenseImag
   return images;
 }
 
+// The loops write a planar result at the distances of the input's planes.
+inline void check_same_planes(const DenseImages& in, const DenseImages& out) {
+  STD_TORCH_CHECK(
+      in.pixel_stride == 3 || in.count == 0 || in.channel_stride == out.channel_stride,
+      "ernet: the channels of planar images must follow each other, as the result's do. Call .contiguous()");
+}
+
 inline void check_fit_parameters(double io, double alpha, double beta, double range) {
   STD_TORCH_CHECK(io > 1 && io <= macenko::kMaxIo, "ernet: Io must be in (1, 1024]; got ", io);
   STD_TORCH_CHECK(alpha >= 0 && alpha < 50, "ernet: alpha must be in [0, 50) percent; got ", alpha);

@@ -166,6 +166,7 @@ Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, con
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
   Tensor result = torch::stable::empty_like(images);
   const DenseImages out = ernet::output_images(result, in);
+  ernet::check_same_planes(in, out);
   const OdTable table = ernet::macenko::make_od_table(io, 0.0);
   for_each_image(in, [&](int64_t i, const Strips& strips) {
     ernet::macenko::Stain source, target;
@@ -243,6 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& image
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
   Tensor result = torch::stable::empty_like(images);
   const DenseImages out = ernet::output_images(result, in);
+  ernet::check_same_planes(in, out);
   const FitTensors fits(images, in.count);
   const OdTable table = ernet::macenko::make_od_table(io, beta);
   const MacenkoParameters p = {io, alpha, beta, nearest};

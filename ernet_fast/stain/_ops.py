@@ -99,12 +99,17 @@ def _compiled_for(images: torch.Tensor) -> bool:
     return images.device.type == "cuda" and images.dtype != torch.float64 and batched.cuda_kernels_available()
 
 
-def supported(images: torch.Tensor) -> torch.Tensor:
-    """`images` in a dtype and memory layout that the operators take: copied only if strided, float16 or bfloat16."""
+def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tensor:
+    """`images` in a dtype and memory layout that the operators take: copied only if strided, float16 or bfloat16.
+
+    With `like_result` planes follow each other as a result's do: rows cut out of planar images are copied.
+    """
     if images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()
     _, _, height, width = images.shape
     planar = (width == 1 or images.stride(3) == 1) and (height == 1 or images.stride(2) == width)
+    if like_result and images.stride(1) != height * width:
+        planar = False
     if planar or images.numel() == 0:
         return images
     interleaved = images.stride(1) == 1 and (width == 1 or images.stride(3) == 3)
@@ -155,7 +160,7 @@ def _reconstruct(images: torch.Tensor, stains: Stains, Io: float, range: float) 
     source_stain, source_max, target_stain, target_max = (part.detach() for part in stains)
     if _compiled_for(images):
         out = torch.ops.ernet.macenko_reconstruct(
-            supported(images), source_stain, source_max, target_stain, target_max, Io, range
+            supported(images, like_result=True), source_stain, source_max, target_stain, target_max, Io, range
         )
         return out.to(images.dtype)
     return batched.macenko_reconstruct(images, source_stain, source_max, target_stain, target_max, Io, range)
@@ -236,6 +241,14 @@ def normalize(
     target_stain = _as_argument(target.stain_matrix, images)
     target_max = _as_argument(target.max_concentration, images)
     out, *fitted = torch.ops.ernet.macenko_normalize(
-        supported(images), target_stain.detach(), target_max.detach(), Io, alpha, beta, nearest, identity, range
+        supported(images, like_result=True),
+        target_stain.detach(),
+        target_max.detach(),
+        Io,
+        alpha,
+        beta,
+        nearest,
+        identity,
+        range,
     )
     return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)

@@ -36,6 +36,9 @@ FORMS = {
     "rows of a larger tensor": lambda: torch.from_numpy(np.pad(IMAGE, ((4, 2), (0, 0), (0, 0))))[4:-2],
     "columns of a larger tensor": lambda: torch.from_numpy(np.pad(IMAGE, ((0, 0), (5, 1), (0, 0))))[:, 5:-1],
     "every other pixel": lambda: torch.from_numpy(IMAGE.repeat(2, 0).repeat(2, 1))[::2, ::2],
+    "rows of a planar tensor": lambda: batch(np.pad(IMAGE, ((4, 2), (0, 0), (0, 0))))[:, :, 4:-2],
+    "rows of planes": lambda: batch(np.pad(IMAGE, ((4, 2), (0, 0), (0, 0))))[0, :, 4:-2],
+    "every other plane": lambda: batch(IMAGE).repeat_interleave(2, dim=1)[:, ::2],
     "RGBA view": lambda: torch.from_numpy(np.dstack([IMAGE, IMAGE[..., 0]]))[..., :3],
     "planes of a CHW RGBA": lambda: torch.from_numpy(np.dstack([IMAGE, IMAGE[..., 0]]))
     .permute(2, 0, 1)

@@ -59,6 +59,12 @@ def test_operators_check_their_arguments():
         ops.macenko_moments(images[:, 0], 240.0, 0.15)
     with pytest.raises(RuntimeError, match=r"contiguous\(\)"):
         ops.macenko_moments(images[..., ::2], 240.0, 0.15)
+    rows = images[:, :, 2:10]  # planes that do not follow each other
+    assert torch.equal(ops.macenko_moments(rows, 240.0, 0.15), ops.macenko_moments(rows.clone(), 240.0, 0.15))
+    with pytest.raises(RuntimeError, match="channels of planar images must follow each other"):
+        ops.macenko_reconstruct(rows, *STAINS, *STAINS, 240.0)
+    with pytest.raises(RuntimeError, match="channels of planar images must follow each other"):
+        ops.macenko_normalize(rows, *STAINS, 240.0, 1.0, 0.15, True, False)
     with pytest.raises(RuntimeError, match="uint8, float32 or float64"):
         ops.macenko_moments(images.to(torch.int16), 240.0, 0.15)
     with pytest.raises(RuntimeError, match="Io must be in"):

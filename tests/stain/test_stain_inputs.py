@@ -1,0 +1,204 @@
+"""Every public function against what is no RGB image, huge shapes, and drawn images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stain_images import synthetic_tissue
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ernet_fast import _backend, reference
+from ernet_fast.stain import (
+    MacenkoNormalizer,
+    ReinhardNormalizer,
+    StainAugment,
+    macenko_augment,
+    macenko_fit,
+    macenko_normalize,
+    reinhard_fit,
+    reinhard_normalize,
+    separate,
+)
+
+TARGET = MacenkoNormalizer().target
+TISSUE = synthetic_tissue(24, 33, 1)
+WHITE = np.full_like(TISSUE, 255)
+REINHARD = reinhard_fit(TISSUE)
+compiled = pytest.mark.skipif(not _backend.extension_available(), reason="the compiled operators are not built")
+
+FUNCTIONS = {
+    "macenko_fit": macenko_fit,
+    "macenko_normalize": lambda x, **options: macenko_normalize(x, TARGET, **options),
+    "macenko_normalize for a network": lambda x, **options: macenko_normalize(
+        x, TARGET, output=torch.float32, **options
+    ),
+    "macenko_augment": macenko_augment,
+    "separate": separate,
+    "reinhard_fit": reinhard_fit,
+    "reinhard_normalize": lambda x, **options: reinhard_normalize(x, REINHARD, **options),
+    "MacenkoNormalizer": lambda x, **options: MacenkoNormalizer(**options)(x),
+    "MacenkoNormalizer.normalize": lambda x, **options: MacenkoNormalizer(**options).normalize(x),
+    "MacenkoNormalizer.fit": lambda x, **options: MacenkoNormalizer(**options).fit(x),
+    "ReinhardNormalizer.fit": lambda x, **options: ReinhardNormalizer(**options).fit(x),
+    "StainAugment": lambda x, **options: StainAugment(**options)(x),
+}
+REFUSED = {
+    "grey": (TISSUE[..., 0], ValueError, "grey image"),
+    "grey with a channel": (TISSUE[..., :1], ValueError, "grey image"),
+    "RGBA": (np.dstack([TISSUE, TISSUE[..., 0]]), ValueError, "alpha channel"),
+    "RGBA first": (np.dstack([TISSUE, TISSUE[..., 0]]).transpose(2, 0, 1), ValueError, "alpha channel"),
+    "int16": (TISSUE.astype(np.int16), TypeError, r"int16.*uint8"),
+    "int64 tensor": (torch.from_numpy(TISSUE).long(), TypeError, r"int64.*uint8"),
+    "bool": (TISSUE > 9, TypeError, "bool"),
+    "complex": (TISSUE.astype(complex), TypeError, "complex"),
+    "object": (TISSUE.astype(object), TypeError, "object"),
+    "no pixels": (TISSUE[:0], ValueError, "without pixels"),
+    "no columns": (TISSUE[:, :0], ValueError, "without pixels"),
+    "five dimensions": (TISSUE[None, None], ValueError, "shape"),
+    "ambiguous": (TISSUE[:3], ValueError, "layout='CHW' or 'HWC'"),
+    "text": ("image.png", TypeError, "str"),
+    "in a list": ([TISSUE, TISSUE.astype(np.int16)], TypeError, r"\[1\] has dtype int16"),
+    "grey in a list": ([TISSUE, TISSUE[..., 0]], ValueError, r"\[1\] has shape"),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_rgb_image_is_refused_everywhere(case, function):
+    images, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        FUNCTIONS[function](images)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_layouts_mixed_up_are_refused_everywhere(function):
+    for images, layout in ((TISSUE, "CHW"), (TISSUE.transpose(2, 0, 1), "HWC"), (TISSUE[None], "CHW")):
+        with pytest.raises(ValueError, match=rf"channels as {layout}; expected 3"):
+            FUNCTIONS[function](images, layout=layout)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_wrong_range_is_refused_everywhere(function):
+    image = TISSUE.astype(np.float32)
+    with pytest.raises(ValueError, match="pass range=255"):
+        FUNCTIONS[function](image, range=1)
+    with pytest.raises(ValueError, match="pass range=1"):
+        FUNCTIONS[function](image / 255)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_read_only_arrays_are_left_alone_everywhere(function, dtype):
+    image = TISSUE.astype(dtype)
+    kept = image.copy()
+    image.flags.writeable = False
+    FUNCTIONS[function](image)
+    np.testing.assert_array_equal(image, kept)
+
+
+@pytest.mark.parametrize("function", [name for name in FUNCTIONS if "fit" not in name and "separate" not in name])
+def test_one_white_tile_changes_no_other_anywhere(function):
+    call = FUNCTIONS[function]
+    good = np.stack([TISSUE, TISSUE[::-1]])
+    with_white = np.stack([TISSUE, TISSUE[::-1], WHITE])
+    torch.manual_seed(0)
+    expected = call(good)
+    torch.manual_seed(0)
+    found = call(with_white)
+    if not isinstance(found, tuple):
+        found, expected = (found,), (expected,)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a[:2]), np.asarray(b))
+
+
+@compiled
+def test_shapes_beyond_two_to_the_31():
+    """One image of 2.5e9 pixels as shapes alone, and a batch whose elements are counted beyond 32 bits."""
+    with FakeTensorMode():
+        images = torch.empty((1, 3, 50000, 50000), dtype=torch.uint8)
+        stains = torch.empty((1, 3, 2), dtype=torch.float64), torch.empty((1, 2), dtype=torch.float64)
+        out, stain, maximum, status = torch.ops.ernet.macenko_normalize(images, *stains, 240.0, 1.0, 0.15, False, False)
+        assert out.shape == images.shape and out.numel() > 2**31
+        assert (stain.shape, maximum.shape, status.shape) == ((1, 3, 2), (1, 2), (1,))
+        mean = torch.empty(3, dtype=torch.float64)
+        network = torch.ops.ernet.macenko_reconstruct_scaled(images, *stains, *stains, mean, mean, 240.0, True)
+        assert network.shape == (1, 50000, 50000, 3)
+    tile = torch.from_numpy(np.tile(TISSUE, (40, 30, 1))).permute(2, 0, 1)[None]
+    many = tile.expand(2**31 // tile.numel() + 1, -1, -1, -1)
+    assert many.numel() > 2**31
+    moments = torch.ops.ernet.macenko_moments(many, 240.0, 0.15)
+    assert torch.equal(moments, torch.ops.ernet.macenko_moments(tile, 240.0, 0.15).expand(len(many), -1))
+
+
+@st.composite
+def drawn_images(draw):
+    """A batch [B, H, W, 3] of tissue, noise, few colours, one colour or white, sometimes with an undefined value."""
+    height, width, count = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 3))
+    dtype = draw(st.sampled_from([np.uint8, np.float32, np.float64]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    images = []
+    for kind in draw(st.lists(st.sampled_from("tnfow"), min_size=count, max_size=count)):
+        if kind == "t":
+            image = synthetic_tissue(height, width, int(rng.integers(100)))
+        elif kind == "n":
+            image = rng.integers(0, 256, (height, width, 3))
+        elif kind == "f":
+            palette = rng.integers(0, 256, (4, 3))
+            image = palette[rng.integers(0, 4, (height, width))]
+        else:
+            image = np.broadcast_to(rng.integers(0, 256, 3) if kind == "o" else 255, (height, width, 3))
+        images.append(np.array(image, dtype=dtype))
+    batch = np.stack(images)
+    if dtype != np.uint8 and draw(st.booleans()):
+        value = draw(st.sampled_from([np.nan, np.inf, -np.inf, -1.0, -7.0, 300.0]))
+        batch[tuple(int(rng.integers(size)) for size in batch.shape)] = value
+    return batch
+
+
+def in_form(batch, channels_first, contiguous, as_tensor):
+    """The batch in one of its layouts, kinds of array and strides."""
+    if channels_first:
+        batch = batch.transpose(0, 3, 1, 2)
+    batch = np.ascontiguousarray(batch) if contiguous else np.repeat(batch, 2, axis=1 + channels_first)
+    batch = batch if contiguous else batch[:, :, ::2] if channels_first else batch[:, ::2]
+    return torch.from_numpy(batch) if as_tensor else batch
+
+
+fuzz = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@fuzz
+@given(drawn_images(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from(["reference", "identity"]))
+def test_drawn_images_in_drawn_forms(batch, channels_first, contiguous, as_tensor, policy):
+    """Statuses are the reference's, results the reference's for the same stains, and inputs stay as they are."""
+    floating = batch.dtype != np.uint8
+    with np.errstate(invalid="ignore"):
+        refused = floating and 0 < np.max(batch) <= 1
+    if refused:
+        return
+    images = in_form(batch, channels_first, contiguous, as_tensor)
+    kept = np.asarray(images).copy()
+    layout = "CHW" if channels_first else "HWC"
+    fit = macenko_fit(images, layout=layout)
+    wanted = reference.macenko_fit(images, layout=layout)
+    assert fit.status.tolist() == wanted.status.tolist()
+    assert fit.stain_matrix.isfinite().all(dim=(1, 2)).tolist() == (fit.status == 0).tolist()
+    out, status = macenko_normalize(images, TARGET, layout=layout, on_degenerate=policy, return_status=True)
+    assert status.tolist() == fit.status.tolist()
+    assert type(out) is type(images) and out.dtype == images.dtype and out.shape == images.shape
+    expected = np.asarray(reference.macenko_normalize(images, TARGET, fit, layout=layout, on_degenerate=policy))
+    if floating:
+        # The exponents of a strange image are larger than those of tissue, and float32 rounds them.
+        np.testing.assert_allclose(np.asarray(out), expected, rtol=1e-4, atol=1e-30)
+    else:
+        assert np.abs(np.asarray(out).astype(int) - expected).max() <= 1
+    for i in range(len(batch)):
+        alone = macenko_normalize(images[i : i + 1], TARGET, layout=layout, on_degenerate=policy)
+        np.testing.assert_array_equal(np.asarray(alone[0]), np.asarray(out[i]))
+    macenko_augment(images, layout=layout)
+    separate(images, layout=layout)
+    reinhard_normalize(images, REINHARD, layout=layout)
+    np.testing.assert_array_equal(np.asarray(images), kept)
