@@ -18,6 +18,7 @@ setup.py).
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import os
@@ -100,6 +101,16 @@ def project_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+def gpu_present() -> bool:
+    """True if the NVIDIA driver is here and sees a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 def choose_python(command: str) -> str:
     """The interpreter for `command`: this one where it has what is needed, else that of the virtual environment."""
     lacking = missing(command)
@@ -135,6 +146,9 @@ def main(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         print(f"dev.py: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    if command == "gpu" and not gpu_present():
+        print("dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded.")
+        return 1
     python, environment = choose_python(command), project_environment()
     if command == "lint":
         lint(python)
