@@ -8,7 +8,15 @@ import torch
 from stain_images import batch, load, real_parameters, synthetic_tissue
 
 from ernet_fast import reference
-from ernet_fast.stain import MacenkoNormalizer, batched, macenko_fit, macenko_normalize
+from ernet_fast.stain import (
+    MacenkoNormalizer,
+    ReinhardNormalizer,
+    batched,
+    macenko_augment,
+    macenko_fit,
+    macenko_normalize,
+    separate,
+)
 
 pytestmark = pytest.mark.gpu
 TARGET = MacenkoNormalizer().target
@@ -169,3 +177,31 @@ def test_devices_are_checked():
         torch.ops.ernet.macenko_reconstruct(images, *stains_on("cpu"), *stains_on("cuda"), 240.0)
     with pytest.raises(RuntimeError, match="uint8 or float32 on CUDA"):
         torch.ops.ernet.macenko_moments(images.double(), 240.0, 0.15)
+
+
+def test_augmentation_separation_and_network_input_equal_the_cpu():
+    images = images_of(3, 61, 47, torch.float32, True)
+    on_device = images.cuda()
+    changed = [macenko_augment(part, generator=torch.Generator().manual_seed(3)) for part in (images, on_device)]
+    parts = [separate(part) for part in (images, on_device)]
+    scaled = [
+        macenko_normalize(part, TARGET, output=torch.float32, std=(0.2, 0.3, 0.4)) for part in (images, on_device)
+    ]
+    colours = [ReinhardNormalizer().fit(images[0]).to(part.device)(part) for part in (images, on_device)]
+    pairs = [changed, [part.haematoxylin for part in parts], [part.eosin for part in parts], scaled, colours]
+    for expected, found in pairs:
+        assert found.is_cuda and found.stride() == expected.stride()
+        # Exponents below 16 in float32, eight roundings each, and twice that for an augmented image.
+        torch.testing.assert_close(found.cpu(), expected, rtol=16 * 2.0**-24 * 16, atol=1e-6)
+    # Concentrations are differences of optical densities below 6.
+    torch.testing.assert_close(parts[1].concentrations.cpu(), parts[0].concentrations, rtol=0, atol=1e-5)
+
+
+def test_lists_and_masks_equal_the_cpu():
+    images = [images_of(1, *size, torch.uint8, False)[0] for size in ((61, 47), (33, 65), (61, 47))]
+    masks = [torch.rand(image.shape[1:], generator=torch.Generator().manual_seed(1)) < 0.7 for image in images]
+    expected = macenko_normalize(images, TARGET, mask=masks)
+    found = macenko_normalize([image.cuda() for image in images], TARGET, mask=[mask.cuda() for mask in masks])
+    for a, b in zip(found, expected, strict=True):
+        assert a.is_cuda
+        assert_levels_agree(a, b)
