@@ -12,6 +12,7 @@ Environment variables
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import platform
@@ -133,10 +134,12 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         script = NinjaScript(folder, target, self.distribution.get_version()).text()
         path = folder / "build.ninja"
-        if not path.exists() or path.read_text() != script:
-            path.write_text(script)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        subprocess.run([*ninja_command(), "-f", str(path), "-j", jobs, "--quiet"], cwd=ROOT, check=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once in one folder would ruin ninja's log for good
+            if not path.exists() or path.read_text() != script:
+                path.write_text(script)
+            subprocess.run([*ninja_command(), "-f", str(path), "-j", jobs, "--quiet"], cwd=ROOT, check=True)
 
 
 def ninja_command() -> list[str]:
