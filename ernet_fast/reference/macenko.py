@@ -34,7 +34,7 @@ def macenko_fit(
     range: float = 255,
     layout: str | None = None,
 ) -> MacenkoFit:
-    """Stain matrices and maximal concentrations; arguments and result as `ernet_fast.stain.macenko_fit`."""
+    """As `ernet_fast.stain.macenko_fit`, without its lists and masks."""
     check_parameters(Io, alpha, beta, percentile)
     batch = read_images(images, layout)
     fits = [
@@ -63,7 +63,7 @@ def macenko_normalize(
     layout: str | None = None,
     return_status: bool = False,
 ) -> Any:
-    """Images with the stains of `target`; arguments and result as `ernet_fast.stain.macenko_normalize`."""
+    """As `ernet_fast.stain.macenko_normalize`, without its lists, masks and network output."""
     check_policy(on_degenerate)
     batch = read_images(images, layout)
     if source is None:

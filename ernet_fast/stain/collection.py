@@ -16,7 +16,7 @@ STACKED_PIXELS = 1 << 18
 shared by the threads one after the other and need no copy."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """Images of one shape.
 
@@ -34,10 +34,10 @@ class Part:
 
     def take_fit(self, fit: MacenkoFit) -> MacenkoFit:
         """The stains of these images."""
-        return MacenkoFit(*(self.take(part) for part in fit))
+        return fit if self.index is None else MacenkoFit(*(self.take(part) for part in fit))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Collection:
     """Images as the caller gave them, in parts.
 
@@ -77,6 +77,8 @@ class Collection:
                 torch.empty((0, 2), dtype=torch.float64),
                 torch.empty((0,), dtype=torch.int32),
             )
+        if self.parts[0].index is None:
+            return fits[0]
         stain, maximum, status = zip(*fits, strict=True)
         return MacenkoFit(self.gather(stain), self.gather(maximum), self.gather(status))
 

@@ -44,18 +44,19 @@ def read_output(
         return None
     if output not in OUTPUT_DTYPES:
         raise ValueError(f"output={output!r}; expected 'image', torch.float32 or torch.bfloat16.")
-    values = _three("mean", (0.0, 0.0, 0.0) if mean is None else mean)
+    means = _three("mean", (0.0, 0.0, 0.0) if mean is None else mean)
     deviations = _three("std", (1.0, 1.0, 1.0) if std is None else std)
-    if not bool((deviations > 0).all()):
-        raise ValueError(f"std={tuple(deviations.tolist())}; expected three positive numbers.")
-    return NetworkOutput(output, values, deviations)  # type: ignore[arg-type]
+    if min(deviations) <= 0:
+        raise ValueError(f"std={tuple(deviations)}; expected three positive numbers.")
+    both = (torch.tensor(values, dtype=torch.float64) for values in (means, deviations))
+    return NetworkOutput(output, *both)  # type: ignore[arg-type]
 
 
-def _three(name: str, values: Any) -> torch.Tensor:
+def _three(name: str, values: Any) -> list[float]:
     numbers = [float(value) for value in values]
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"{name}={tuple(numbers)}; expected three finite numbers, for red, green and blue.")
-    return torch.tensor(numbers, dtype=torch.float64)
+    return numbers
 
 
 def scale(images: torch.Tensor, output: NetworkOutput, range: float) -> torch.Tensor:
