@@ -8,6 +8,7 @@ from typing import Any
 
 from ernet_fast.cli.json_output import print_json
 from ernet_fast.train import Reporter, evaluate
+from ernet_fast.train.device import finish_together
 from ernet_fast.train.tables import format_table, metrics_header, metrics_rows
 
 
@@ -58,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_error=arguments.on_error,
         reporter=Reporter(quiet=arguments.quiet, mute=not first),
     )
+    finish_together()
     if not first:
         return 0
     figures = result.figures()

@@ -10,6 +10,7 @@ from typing import Any
 
 from ernet_fast.cli.json_output import print_json
 from ernet_fast.train import Reporter, TrainConfig, fit, load_checkpoint
+from ernet_fast.train.device import finish_together
 
 _GROUPS = (
     ("data", ("data", "out", "target", "magnifications", "split_by", "fold", "num_folds", "split_file", "on_error",
@@ -98,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"interrupted; ernet-fast train --out {config.out} --resume goes on from the last complete epoch"
             )
         raise
+    finish_together()
     if not first:
         return 0
     if arguments.json:

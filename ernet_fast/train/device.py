@@ -65,3 +65,11 @@ def share_buffers(network: torch.nn.Module) -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         for buffer in network.buffers():
             distributed.broadcast(buffer, src=0)
+
+
+def finish_together() -> None:
+    """Wait for the other processes of a run, then leave them: one that exits early looks to the others like a crash."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
