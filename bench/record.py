@@ -1,7 +1,7 @@
 """Boil the JSON of pytest-benchmark down to a record for bench/results/: machine, versions, commit, one row a bench.
 
-    python3 dev.py bench --benchmark-json=/tmp/all.json
-    python bench/record.py /tmp/all.json [FOLDER]
+python3 dev.py bench --benchmark-json=/tmp/all.json
+python bench/record.py /tmp/all.json [FOLDER]
 """
 
 from __future__ import annotations
