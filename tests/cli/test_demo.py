@@ -135,11 +135,30 @@ def test_without_torchstain_the_demo_says_so(monkeypatch):
 
 def test_interleaved_medians_takes_turns_within_its_budget():
     order = []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+
+    def long(name: str) -> None:  # longer than a turn: one call in each
+        order.append(name)
+        time.sleep(1.2 * timing._TURN)
+
+    calls = {"a": lambda: long("a"), "b": lambda: long("b")}
     found, repeats = timing.interleaved_medians(calls, repeats=3)
     assert order == ["a", "b"] * 4 and set(found) == {"a", "b"} and repeats == 3
     order.clear()
     assert timing.interleaved_medians(calls, repeats=3, budget=0.0)[1] == 1 and order == ["a", "b"] * 2
+
+
+def test_interleaved_medians_calls_what_is_short_many_times_in_a_turn():
+    counts = {"short": 0, "long": 0}
+
+    def call(name: str, seconds: float) -> None:
+        counts[name] += 1
+        time.sleep(seconds)
+
+    calls = {"short": lambda: call("short", timing._TURN / 50), "long": lambda: call("long", 2 * timing._TURN)}
+    found, repeats = timing.interleaved_medians(calls, repeats=2)
+    assert counts["long"] == 1 + repeats  # the first round warms up
+    assert counts["short"] > 1 + repeats
+    assert found["short"] < found["long"]
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2), (1e6, 8)])
