@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 COMMANDS = ("demo", "test", "build", "bench", "lint", "kernels", "gpu")
+BENCH_OPTIONS = "addopts=--import-mode=importlib --strict-markers -ra --benchmark-disable-gc"
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
 # the tests themselves.
 BUILD = ("torch", "numpy", "pybind11", "ninja", "setuptools")
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str]) -> int:
         "kernels": [python, ".ci/check_kernels.py", *rest],
         "demo": [python, "-m", "ernet_fast", "demo", *rest],
         "test": [python, "-m", "pytest", *rest],
-        "bench": [python, "-m", "pytest", "bench", "--benchmark-only", "--benchmark-disable-gc", *rest],
+        "bench": [python, "-m", "pytest", "bench", "-o", BENCH_OPTIONS, "--record", "bench/results", *rest],
     }
     return subprocess.run(runs[command], cwd=ROOT, env=environment, check=False).returncode
 

@@ -1,8 +1,72 @@
-"""Makes the modules of this folder importable: benches are collected with importmode=importlib."""
+"""Benches write their rows to a record as they finish: `--record FOLDER` (python3 dev.py bench gives it).
+
+A bench that uses the fixture `benchmark` gives one row, from its times and `extra_info`; p20, p50, p80, unit and
+repeats in `extra_info` take the place of those times. A bench that times things itself calls the fixture `record_row`.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from machine import describe
+from record import Record, Row
+from turns import percentiles
+
+FIGURES = ("p20", "p50", "p80", "unit", "repeats")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FOLDER", help="folder of the record that the rows are written to")
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Record | None:
+    """The record to write to, None without --record."""
+    folder = request.config.getoption("--record", default=None)
+    return Record.of(describe("cpu"), Path(folder)) if folder else None
+
+
+def params_of(request: pytest.FixtureRequest) -> dict[str, Any]:
+    spec = getattr(request.node, "callspec", None)
+    return dict(spec.params) if spec else {}
+
+
+@pytest.fixture
+def record_row(request: pytest.FixtureRequest, record: Record | None) -> Callable[..., Row]:
+    """record_row(group, p20, p50, p80, unit, repeats, name=..., params=..., **extra_info): write one row."""
+
+    def write(
+        group: str, p20: float, p50: float, p80: float, unit: str, repeats: int,
+        name: str | None = None, params: dict[str, Any] | None = None, **extra_info: Any,
+    ) -> Row:  # fmt: skip
+        where = params_of(request) if params is None else params
+        row = Row(
+            request.path.stem, name or request.node.name.removeprefix("test_"), group, where, p20, p50, p80, unit,
+            repeats, extra_info,
+        )  # fmt: skip
+        if record is not None:
+            record.add(row)
+        return row
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def row_of_benchmark(request: pytest.FixtureRequest, record_row: Callable[..., Row]) -> Iterator[None]:
+    """Writes the row of a bench that uses pytest-benchmark."""
+    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    yield
+    if benchmark is None or benchmark.stats is None or benchmark.has_error:
+        return
+    info = dict(benchmark.extra_info)
+    seconds = benchmark.stats.stats.data
+    timed = percentiles([1e3 * value for value in seconds])
+    figures = {**timed, "unit": "ms", "repeats": len(seconds)} | {key: info.pop(key) for key in FIGURES if key in info}
+    record_row(benchmark.group or request.path.stem, **figures, **info)

@@ -1,73 +1,253 @@
-"""Boil the JSON of pytest-benchmark down to a record for bench/results/: machine, versions, commit, one row a bench.
+"""The records of bench/results/: one JSON file a machine, day and commit, and the rows in it.
 
-python3 dev.py bench --benchmark-json=/tmp/all.json
-python bench/record.py /tmp/all.json [FOLDER]
+    <machine>-<yyyymmdd>-<commit>[-changed-<sources>].json = {"format": 1, "machine": {...}, "rows": [...]}
+
+`machine` is what `machine.describe` found: device, driver, versions, commit, whether the tree was changed, the clocks
+seen. A row is one measurement, complete in itself (a ratio never mixes two runs):
+
+    bench        the module that measured it, e.g. "bench_er_stage"
+    name         unique within the bench
+    group        rows that belong together in a table
+    params       what was varied: {"stage": "resnet50-1", "batch": 8, "threads": 1, ...}
+    p20 p50 p80  percentiles over the repeats; equal where there is one number, as for a count
+    unit         "ms", "us", "GB/s", "images/s", "MiB", "launches", ...
+    repeats      how many times it was measured
+    time         when
+    extra_info   what else is known, under these keys; others may stand beside them
+
+        peer, peer_p50    what it is compared with, timed in turns in the same run, in the same unit
+        ratio             how many times better than the peer; computed from the two where it is not given
+        ratio_<name>      the same where there are several peers: ratio_naive, ratio_compiled, ratio_plain
+        floor, floor_why  the physical limit in the same unit (for a rate, the most), and one line on how it was counted
+        share_of_floor    how near the row comes to it, 1 = at the limit; computed from p50 and floor if not given
+        bar               "KEY >= NUMBER" or "KEY <= NUMBER", or a list of them; KEY is p20, p50, p80 or a key here
+        prediction        {KEY: NUMBER}: what was expected before it was measured
+        status            "measured" where it is not given, "pass", "FAIL", "skipped", "no time left"
+        detail            one line for people
+
+A row is on disk when `Record.add` returns, so that a run cut off loses nothing. A row of the same bench and name
+replaces the earlier one. Several processes, and several runs of one tree on one machine on one day, may write to one
+record.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import platform
-import sys
-from importlib import metadata
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "numpy", "torchstain", "triton")
+RESULTS = ROOT / "bench" / "results"
+FORMAT = 1
+STATUSES = ("measured", "pass", "FAIL", "skipped", "no time left")
+# What must agree before two runs are one record
+IDENTITY = ("kind", "name", "cpu", "driver", "packages", "python", "commit", "sources")
+MORE_IS_BETTER = ("GB/s", "TFLOP/s", "images/s")
+_BAR = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=)\s*([0-9.]+(?:e-?[0-9]+)?)\s*")
 
 
-def version(package: str) -> str | None:
-    """Installed version, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+class Bar(NamedTuple):
+    """A number that a row has to reach: `key` of its extra_info (or p20, p50, p80), at least or at most `limit`."""
+
+    key: str
+    sense: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Bar:
+        """From "KEY >= NUMBER" or "KEY <= NUMBER"."""
+        found = _BAR.fullmatch(text)
+        if found is None:
+            raise ValueError(f'bar {text!r}; expected "KEY >= NUMBER" or "KEY <= NUMBER", such as "ratio >= 1.8".')
+        return cls(found[1], found[2], float(found[3]))
+
+    def met(self, value: float) -> bool:
+        """True if `value` reaches the bar."""
+        return value >= self.limit if self.sense == ">=" else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.sense} {self.limit:g}"
 
 
-def boil_down(full: dict[str, Any]) -> dict[str, Any]:
-    """Medians and what each bench says besides; no raw timings, no name of the machine."""
-    cpu = full["machine_info"].get("cpu", {})
-    commit = full["commit_info"]
-    return {
-        "machine": {
-            "cpu": cpu.get("brand_raw"),
-            "cores": cpu.get("count"),
-            "python": platform.python_version(),
-            "packages": {package: version(package) for package in PACKAGES},
-            "commit": (commit.get("id") or "unknown")[:9],
-            "dirty": commit.get("dirty"),
-            "time": full["datetime"][:19],
-        },
-        "rows": [
-            {
-                "name": bench["name"],
-                "milliseconds": {
-                    "median": round(bench["stats"]["median"] * 1e3, 4),
-                    "q1": round(bench["stats"]["q1"] * 1e3, 4),
-                    "q3": round(bench["stats"]["q3"] * 1e3, 4),
-                },
-                **{k: round(v, 4) if isinstance(v, float) else v for k, v in bench["extra_info"].items()},
-            }
-            for bench in full["benchmarks"]
-        ],
-    }
+@dataclass
+class Row:
+    """One measurement; see the module's docstring."""
+
+    bench: str
+    name: str
+    group: str
+    params: dict[str, Any]
+    p20: float
+    p50: float
+    p80: float
+    unit: str
+    repeats: int = 1
+    extra_info: dict[str, Any] = field(default_factory=dict)
+    time: str = ""
+
+    def __post_init__(self) -> None:
+        info = self.extra_info = _plain(self.extra_info)
+        self.params = _plain(self.params)
+        self.p20, self.p50, self.p80 = (_rounded(float(value)) for value in (self.p20, self.p50, self.p80))
+        self.time = self.time or datetime.now(timezone.utc).isoformat(timespec="seconds")
+        figures = f"{self.p20}, {self.p50}, {self.p80}"
+        if not all(math.isfinite(value) for value in (self.p20, self.p50, self.p80)):
+            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected finite numbers.")
+        if not self.p20 <= self.p50 <= self.p80:
+            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected them in order.")
+        if info.get("status", "measured") not in STATUSES:
+            raise ValueError(f"row {self.name!r}: status {info['status']!r}; expected one of {', '.join(STATUSES)}.")
+        for text in self.bar_texts():
+            Bar.parse(text)
+        if self.p50 > 0:
+            if "peer_p50" in info:
+                info.setdefault("ratio", _rounded(self.times_better(info["peer_p50"])))
+            if info.get("floor"):
+                info.setdefault("share_of_floor", _rounded(self.times_better(info["floor"])))
+
+    def times_better(self, other: float) -> float:
+        """How many times better p50 is than `other`, which is in the same unit."""
+        return self.p50 / other if self.unit in MORE_IS_BETTER else other / self.p50
+
+    def bar_texts(self) -> list[str]:
+        """The bars as written."""
+        bar = self.extra_info.get("bar", [])
+        return [bar] if isinstance(bar, str) else list(bar)
+
+    def bars(self) -> Iterator[tuple[Bar, float | None]]:
+        """Each bar with the value found, None where the row has no such number."""
+        for bar in map(Bar.parse, self.bar_texts()):
+            value = getattr(self, bar.key) if bar.key in ("p20", "p50", "p80") else self.extra_info.get(bar.key)
+            yield bar, value if isinstance(value, int | float) and self.status in ("measured", "pass") else None
+
+    @property
+    def status(self) -> str:
+        """What became of it."""
+        return str(self.extra_info.get("status", "measured"))
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes a row the same as an earlier one."""
+        return self.bench, self.name
 
 
-def main() -> int:
-    """Write one record."""
-    if len(sys.argv) not in (2, 3):
-        print(__doc__.strip(), file=sys.stderr)
-        return 2
-    record = boil_down(json.loads(Path(sys.argv[1]).read_text()))
-    folder = Path(sys.argv[2]) if len(sys.argv) == 3 else ROOT / "bench" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = record["machine"]
-    path = folder / f"cpu-{machine['time'][:10].replace('-', '')}-{machine['commit']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(path)
-    return 0
+def without_figures(bench: str, name: str, status: str, detail: str, **extra_info: Any) -> Row:
+    """The row of something that has a verdict and no time: a build, a test, a bench that failed."""
+    info = {"status": status, "detail": detail, **extra_info}
+    return Row(bench, name, bench, {}, 0, 0, 0, "", extra_info=info)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+class Record:
+    """A record on disk. Opening one makes no file; the first row does."""
+
+    def __init__(self, path: Path, machine: Mapping[str, Any]) -> None:
+        self.path = path
+        self.machine = dict(machine)
+
+    @classmethod
+    def of(cls, machine: Mapping[str, Any], folder: Path = RESULTS) -> Record:
+        """The record of this machine, day and commit in `folder`."""
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", machine["name"]).strip("-")
+        day = machine["time"][:10].replace("-", "")
+        changed = f"-changed-{machine['sources'][:6]}" if machine["dirty"] else ""
+        return cls(folder / f"{name}-{day}-{machine['commit']}{changed}.json", machine)
+
+    def add(self, *rows: Row) -> None:
+        """Write rows to disk, beside those that are there."""
+        with self._locked():
+            machine, kept = self.machine, {}
+            if self.path.exists():
+                before, there = read(self.path)
+                machine = merged_machine(before, self.machine, self.path.name)
+                kept = {row.key: row for row in there}
+            kept |= {row.key: row for row in rows}
+            _write(self.path, machine, list(kept.values()))
+
+    def rows(self) -> list[Row]:
+        """The rows on disk."""
+        return read(self.path)[1] if self.path.exists() else []
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The machine and the rows of a record."""
+    document = json.loads(path.read_text())
+    if document.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {document.get('format')!r}; expected {FORMAT}.")
+    return document["machine"], [Row(**row) for row in document["rows"]]
+
+
+def merge(paths: Sequence[Path], folder: Path = RESULTS) -> Path:
+    """Put the rows of several runs of one tree on one machine into one record; returns its path."""
+    record: Record | None = None
+    for path in sorted(paths, key=lambda path: read(path)[0]["time"]):
+        machine, rows = read(path)
+        if record is None:
+            record = Record.of(machine, folder)
+        record.machine = merged_machine(record.machine, machine, path.name)
+        record.add(*rows)
+    if record is None:
+        raise ValueError("no records to merge.")
+    return record.path
+
+
+def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One description of two runs, which must be of one tree on one machine."""
+    for key in IDENTITY:
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{name}: {key} was {before.get(key)!r} and is {now.get(key)!r}. One record holds runs of one tree on "
+                "one machine; write this run to another folder (--out)."
+            )
+    clocks = [
+        *before.get("clocks", []),
+        *(seen for seen in now.get("clocks", []) if seen not in before.get("clocks", [])),
+    ]
+    return {**before, "dirty": bool(before.get("dirty") or now.get("dirty")), "clocks": clocks}
+
+
+def _write(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Replace the file at once, a row a line, so that a change of one row is a change of one line."""
+    lines = ",\n".join(f"  {json.dumps(asdict(row), allow_nan=False)}" for row in rows)
+    head = json.dumps(machine, indent=1, allow_nan=False).replace("\n", "\n ")
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    with temporary.open("w") as file:
+        file.write(f'{{\n "format": {FORMAT},\n "machine": {head},\n "rows": [\n{lines}\n ]\n}}\n')
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _rounded(value: float) -> float:
+    """Five significant digits: more than any timing has."""
+    return float(f"{value:.5g}") if math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types, floats rounded."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return _rounded(value) if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,72 @@
+"""What a bench module offers to `python3 dev.py gpu`: `gpu_cases()`, a list of these.
+
+A module named `bench_*_gpu.py` defines
+
+    def gpu_cases() -> list[GpuCase]: ...
+
+Making the list must not touch the device (the reports call it on machines without one, for what is not yet measured).
+`run` is called in a process that may be killed at any time: it allocates what it needs, compares the result with a
+reference before it times anything (raise if they differ: an exception becomes a row "FAIL"), and returns its rows. It
+may use torch, numpy and triton only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from record import Bar, Row
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device at hand can do at most, measured in the same run."""
+
+    copy_gigabytes_per_second: float  # read + written by a large copy
+    bf16_teraflops: float  # of a large matrix product of random numbers
+
+
+@dataclass(frozen=True)
+class GpuCase:
+    """One measurement: its name, how to run it, and what is expected of it.
+
+    bars and predictions are those of the row with the case's own name, and are put into it by whoever runs the case;
+    `title` is how tables for people call it.
+    """
+
+    name: str
+    run: Callable[[Ceilings], Row | Sequence[Row]]
+    importance: int = 1  # 0: a bar of the design; 1: explains one; 2: nice to know. Run in this order.
+    seconds: float = 10.0  # about what it takes, reference and compilation included
+    smoke: bool = False  # also part of the smoke level; one an operator
+    title: str = ""
+    group: str = ""
+    bars: Sequence[str] = ()
+    predictions: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for text in self.bars:
+            Bar.parse(text)
+
+
+def modules(folder: Path = FOLDER) -> list[str]:
+    """Names of the modules that offer cases."""
+    return sorted(path.stem for path in folder.glob("bench_*_gpu.py"))
+
+
+def cases_of(module: str, folder: Path = FOLDER) -> list[GpuCase]:
+    """The cases of one module."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location(module, folder / f"{module}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder / module}.py cannot be imported.")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[module] = loaded
+    spec.loader.exec_module(loaded)
+    return list(loaded.gpu_cases())
