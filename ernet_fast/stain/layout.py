@@ -62,7 +62,7 @@ def read_images(images: Any, layout: str | None = None, name: str = "images") ->
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; expected [3, H, W], [H, W, 3] or a batch of them.{hint}"
         )
-    channels_last = _channels_last(tensor, layout, name)
+    channels_last = is_channels_last(tuple(tensor.shape), layout, name)
     single = tensor.ndim == 3
     batch = tensor.unsqueeze(0) if single else tensor
     if channels_last:
@@ -102,8 +102,12 @@ def _check_dtype(tensor: torch.Tensor, name: str) -> None:
     )
 
 
-def _channels_last(tensor: torch.Tensor, layout: str | None, name: str) -> bool:
-    shape = tuple(tensor.shape)
+def is_channels_last(shape: tuple[int, ...], layout: str | None, name: str) -> bool:
+    """True if `shape` is [..., H, W, 3], False if it is [..., 3, H, W].
+
+    Raises:
+        ValueError: it fits neither, or both and `layout` does not say which, or not `layout`.
+    """
     first, last = shape[-3], shape[-1]
     if layout is not None:
         found = last if layout == "HWC" else first

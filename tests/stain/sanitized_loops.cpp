@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/macenko_colours.h"
 #include "cpu/macenko_image.h"
 #include "cpu/macenko_scaled.h"
 
@@ -59,9 +60,34 @@ int run(int pixels, bool channels_last, Pixel type, int kind) {
   return fitted;
 }
 
+// Whether an image's colours have its fit, in a table that holds them and nothing behind it.
+bool colours_agree(int pixels, int kind) {
+  std::unique_ptr<unsigned char[]> in(new unsigned char[3 * pixels]);
+  fill<unsigned char>(in.get(), 3 * pixels, kind, Pixel::u8);
+  const ImageView image = {in.get(), 3, 1, pixels, 1.0};
+  std::vector<int64_t> counts(ernet::cpu::kColours);
+  ernet::cpu::macenko_count_colours(image, counts.data());
+  const auto table = ernet::macenko::make_od_table(240, 0.15);
+  const ernet::cpu::MacenkoParameters parameters = {240, 1, 0.15, false};
+  const auto expected = ernet::cpu::macenko_fit(Pixel::u8, image, parameters, table, ernet::cpu::one_strip());
+  const auto found = ernet::cpu::macenko_fit_colours(counts.data(), parameters, table);
+  return found.status == expected.status &&
+         (found.status != ernet::macenko::kOk ||
+          (std::memcmp(&found.stain, &expected.stain, sizeof found.stain) == 0 &&
+           std::memcmp(found.max_concentration, expected.max_concentration, sizeof found.max_concentration) == 0));
+}
+
 }  // namespace
 
 int main() {
+  for (int pixels : {1, 511, 1025, 20011}) {
+    for (int kind = 0; kind < 3; ++kind) {
+      if (!colours_agree(pixels, kind)) {
+        std::printf("colours differ: %d pixels of kind %d\n", pixels, kind);
+        return 1;
+      }
+    }
+  }
   int fitted = 0;
   for (int pixels : {1, 2, 3, 5, 15, 16, 17, 31, 47, 48, 511, 512, 513, 1000, 2047, 2049, 5003, 20011}) {
     for (bool channels_last : {false, true}) {

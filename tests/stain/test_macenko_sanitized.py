@@ -34,7 +34,7 @@ def test_loops_are_clean_under_sanitizers(isa, tmp_path):
         defined.append(f"-DERNET_HAS_{variant.upper()}")
     rest = [
         str(CSRC / "cpu" / name)
-        for name in ("macenko_image.cpp", "macenko_scaled.cpp", "macenko_select.cpp", "isa.cpp")
+        for name in ("macenko_colours.cpp", "macenko_image.cpp", "macenko_scaled.cpp", "macenko_select.cpp", "isa.cpp")
     ]
     program = str(tmp_path / "loops")
     subprocess.run([*common, *defined, *rest, str(HERE / "sanitized_loops.cpp"), *objects, "-o", program], check=True)

@@ -1,0 +1,133 @@
+"""The stains of a slide of any size, tile by tile, exactly and in constant memory.
+
+A Macenko fit looks at sums and order statistics over pixels, and pixels of one colour count alike. An 8-bit RGB image
+has at most 2^24 colours, so how often each occurs is all that a fit has to know. Each tile is read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ernet_fast import _backend
+from ernet_fast.stain import _ops
+from ernet_fast.stain.collection import Collection, read_collection
+from ernet_fast.stain.parameters import check_parameters
+from ernet_fast.stain.result import MacenkoFit
+from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
+
+COLOURS = 1 << 24
+
+
+def _register() -> None:
+    @torch.library.register_fake("ernet::macenko_count_colours")
+    def _count(images: torch.Tensor, counts: torch.Tensor) -> None:
+        return None
+
+    @torch.library.register_fake("ernet::macenko_fit_colours")
+    def _fit(
+        counts: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            counts.new_empty((1, 3, 2), dtype=torch.float64),
+            counts.new_empty((1, 2), dtype=torch.float64),
+            counts.new_empty((1,), dtype=torch.int32),
+        )
+
+
+if _backend.extension_available():
+    _register()
+
+
+class ColourCounts:
+    """How often each 8-bit colour occurs in the tiles added so far.
+
+    ``ColourCounts().add(tile_1).add(tile_2).fit()`` are the stains of the image made of both tiles, with the bits of
+    `macenko_fit` of that image, whatever its size and however it is cut. Takes 128 MiB, and at most twice as much again
+    while fitting.
+
+    Attributes:
+        counts: [2^24] int64 on the CPU, at red + 256 green + 65536 blue.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(COLOURS, dtype=torch.int64)
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels added."""
+        return int(self.counts.sum())
+
+    def add(self, tiles: Any, *, layout: str | None = None, mask: Any = None) -> ColourCounts:
+        """Count the pixels of one tile, a batch or a list of tiles; those that overlap count twice.
+
+        Args:
+            tiles: as `images` of `macenko_fit`, uint8.
+            layout: as in `macenko_fit`.
+            mask: as in `macenko_fit`; pixels outside are not counted.
+
+        Raises:
+            TypeError: another dtype than uint8.
+            TypeError, ValueError: as in `macenko_fit`.
+        """
+        collection = read_collection(tiles, layout, "tiles")
+        for part in collection.parts:
+            if part.pixels.dtype != torch.uint8:
+                raise TypeError(
+                    f"tiles have dtype {str(part.pixels.dtype).removeprefix('torch.')}; colours are counted of uint8 "
+                    "images only. Use macenko_fit for floating-point images."
+                )
+        for pixels in _masked(collection, mask):
+            self._count(pixels.cpu())
+        return self
+
+    def merge(self, other: ColourCounts) -> ColourCounts:
+        """Add what another process or thread counted."""
+        self.counts += other.counts
+        return self
+
+    def fit(self, *, Io: float = 240, alpha: float = 1, beta: float = 0.15, percentile: str = "linear") -> MacenkoFit:
+        """Stains of all tiles together, as `macenko_fit` of one image (B = 1), on the CPU."""
+        check_parameters(Io, alpha, beta, percentile)
+        if _backend.extension_available():
+            return MacenkoFit(
+                *torch.ops.ernet.macenko_fit_colours(
+                    self.counts, float(Io), float(alpha), float(beta), percentile == "nearest"
+                )
+            )
+        from ernet_fast.reference.macenko_colours import fit_colours
+
+        colours = self.counts.nonzero()[:, 0]
+        rgb = torch.stack([colours >> shift & 255 for shift in (0, 8, 16)], dim=1).numpy()
+        stain, maximum, status = fit_colours(
+            rgb, self.counts[colours].numpy(), Io=Io, alpha=alpha, beta=beta, percentile=percentile
+        )
+        return MacenkoFit(
+            torch.from_numpy(np.ascontiguousarray(stain))[None],
+            torch.from_numpy(maximum)[None],
+            torch.tensor([int(status)], dtype=torch.int32),
+        )
+
+    def _count(self, images: torch.Tensor) -> None:
+        """Count the pixels of uint8 images [B, 3, H, W]."""
+        if _backend.extension_available():
+            torch.ops.ernet.macenko_count_colours(_ops.supported(images), self.counts)
+            return
+        _backend.warn_fallback_once()
+        red, green, blue = images.long().unbind(dim=1)
+        self.counts += torch.bincount((red | green << 8 | blue << 16).flatten(), minlength=COLOURS)
+
+    def __repr__(self) -> str:
+        """Numbers of pixels and colours."""
+        return f"ColourCounts(pixels={self.pixels}, colours={int((self.counts > 0).sum())})"
+
+
+def _masked(collection: Collection, mask: Any) -> list[torch.Tensor]:
+    """The pixels to count, as images [b, 3, h, w]."""
+    if mask is None:
+        return [part.pixels for part in collection.parts]
+    images = collection.in_order([part.pixels for part in collection.parts])
+    inside = [pixels_inside(image, one) for image, one in zip(images, read_masks(mask, collection), strict=True)]
+    return [pixels for pixels in inside if pixels.shape[3]]
