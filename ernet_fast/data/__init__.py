@@ -1,4 +1,4 @@
-"""BreakHis, patient-wise splits, augmentation and a synthetic stand-in."""
+"""BreakHis, patient-wise splits, augmentation, uploads to a GPU and a synthetic stand-in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from ernet_fast.data.augment import PatchTransform
 from ernet_fast.data.breakhis import BreakHis
 from ernet_fast.data.image_io import ImageReadError, read_image
 from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, Skipped, parse_name
+from ernet_fast.data.prefetch import Prefetcher
 from ernet_fast.data.splits import SplitRow, Splits, make_splits, read_split_csv, write_split_csv
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BreakHis",
     "ImageReadError",
     "PatchTransform",
+    "Prefetcher",
     "Sample",
     "Skipped",
     "SplitRow",

@@ -1,0 +1,222 @@
+"""Batches on their way to a GPU while the one before is worked on."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Prefetcher:
+    """The batches of an iterable, on `device`, uploaded ahead of their use.
+
+    One thread takes batches from `source`, copies them to page-locked memory and from there to the device, on a stream
+    of its own, so that reading and decoding, the upload and the work on an earlier batch overlap. A batch is handed
+    over without waiting on the host: the stream that is current where it is taken waits for its copy.
+
+    >>> for images, labels in Prefetcher(DataLoader(dataset, batch_size=256, num_workers=8), device="cuda"):
+    ...     images = normalizer(images)
+
+    On the CPU nothing is copied and no thread started: arrays become tensors over the same memory, so that the same
+    loop serves both.
+
+    Args:
+        source: batches: torch tensors on the CPU or NumPy arrays, in lists, tuples, named tuples and dictionaries of
+            any depth. Everything else, and tensors that are on the device already, is handed on as it is. Batches may
+            differ in shape and number. Memory formats and dtypes are kept. What was page-locked already, as by
+            `DataLoader(pin_memory=True)`, is copied once less. A source must not write to a batch that it gave out.
+        device: where to; "cuda" is the device that is current when an iteration begins.
+        depth: batches uploaded, or on their way, beside the one in use; 2 is double buffering with one in use.
+
+    Iterating yields the batches in the order of `source`, and raises what `source` raises, after the batches before.
+    Each iteration begins `source` anew. An iteration that is left early (`break`, an exception, `close()`) stops the
+    thread, closes the iterator of `source` if that can be closed, and drops the batches that were not used.
+
+    Raises:
+        TypeError: `source` is not iterable, or depth no integer.
+        ValueError: depth below 1, or a device that is neither a CPU nor a CUDA device.
+        RuntimeError: a CUDA device, but torch sees none; while iterating, a tensor on another device.
+    """
+
+    def __init__(self, source: Iterable[Any], device: str | torch.device = "cuda", depth: int = 2) -> None:
+        if not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+            raise TypeError(f"source is a {type(source).__name__}; expected an iterable of batches, e.g. a DataLoader.")
+        if isinstance(depth, bool) or not isinstance(depth, int):
+            raise TypeError(f"depth is {depth!r}; expected an integer.")
+        if depth < 1:
+            raise ValueError(f"depth={depth}; at least one batch has to be under way.")
+        self.source = source
+        self.device = torch.device(device)
+        self.depth = depth
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device={str(device)!r}; expected 'cuda', 'cuda:N' or 'cpu'.")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device={str(device)!r}, but torch sees no CUDA device here; pass device='cpu'.")
+
+    def __len__(self) -> int:
+        """Number of batches, where `source` has one."""
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin `source` anew."""
+        if self.device.type == "cpu":
+            return (map_arrays(batch, as_tensor) for batch in self.source)
+        device = self.device if self.device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        return prefetch(self.source, CopyLane(device), self.depth)
+
+
+class CopyLane:
+    """A stream of a CUDA device that copies from the host go along, beside the stream that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def upload(self, array: torch.Tensor) -> torch.Tensor:
+        """Begin to copy a tensor to the device; returns the tensor that it will be."""
+        if array.device == self.device:
+            return array
+        if array.device.type != "cpu":
+            raise RuntimeError(f"a batch holds a tensor on {array.device}; expected the CPU, or {self.device}.")
+        staged = array if is_dense(array) and array.is_pinned() else page_locked(array)
+        with torch.cuda.stream(self.stream):
+            return staged.to(self.device, non_blocking=True)
+
+    def mark(self) -> torch.cuda.Event:
+        """An event behind all copies begun so far."""
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return event
+
+    def hand_over(self, arrays: list[torch.Tensor], copied: torch.cuda.Event) -> None:
+        """Let the current stream wait for the copies, and keep the memory until that stream has done with it."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(copied)
+        for array in arrays:
+            array.record_stream(current)
+
+
+def is_dense(array: torch.Tensor) -> bool:
+    """True if one copy of a stretch of memory copies the tensor."""
+    return torch.empty_like(array, device="meta").stride() == array.stride()
+
+
+def page_locked(array: torch.Tensor) -> torch.Tensor:
+    """A copy in page-locked memory, dense, in the same memory format.
+
+    torch keeps such memory for later batches, and gives none of it out again before a copy from it is done.
+    """
+    return torch.empty_like(array, pin_memory=True).copy_(array)
+
+
+class _Uploaded(NamedTuple):
+    batch: Any
+    arrays: list[torch.Tensor]
+    copied: Any
+
+
+class _End(NamedTuple):
+    error: BaseException | None
+
+
+def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]:
+    """Yield the batches of `source` that `lane` uploads, at most `depth` of them ahead of the one in use."""
+    ready: queue.SimpleQueue[_Uploaded | _End] = queue.SimpleQueue()
+    places = threading.Semaphore(depth)
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_fill, args=(source, lane, ready, places, stop), name="ernet_fast-prefetch", daemon=True
+    )
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            lane.hand_over(item.arrays, item.copied)
+            places.release()
+            handed = [item.batch]
+            del item  # the caller alone holds a batch while it works on it
+            yield handed.pop()
+    finally:
+        stop.set()
+        places.release()
+        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
+        if thread is not threading.current_thread() and not sys.is_finalizing():
+            thread.join()
+
+
+def _fill(
+    source: Iterable[Any],
+    lane: CopyLane,
+    ready: queue.SimpleQueue[_Uploaded | _End],
+    places: threading.Semaphore,
+    stop: threading.Event,
+) -> None:
+    """The thread: upload one batch for each place, until the end or until nobody wants more."""
+    error: BaseException | None = None
+    batches: Iterator[Any] | None = None
+    try:
+        batches = iter(source)
+        while True:
+            places.acquire()
+            if stop.is_set():
+                break
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            ready.put(_upload(batch, lane))
+            del batch
+    except BaseException as caught:  # whatever it is, it belongs to the thread that iterates
+        error = caught
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            try:
+                close()
+            except BaseException as caught:
+                error = error or caught
+        ready.put(_End(error))
+
+
+def _upload(batch: Any, lane: CopyLane) -> _Uploaded:
+    arrays: list[torch.Tensor] = []
+
+    def one(leaf: Any) -> torch.Tensor:
+        array = as_tensor(leaf)
+        on_device = lane.upload(array)
+        if on_device is not array:
+            arrays.append(on_device)
+        return on_device
+
+    return _Uploaded(map_arrays(batch, one), arrays, lane.mark())
+
+
+def as_tensor(leaf: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A tensor over the memory of an array; copied where torch cannot look at it (read-only, negative strides)."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf
+    if not leaf.flags.writeable or any(stride < 0 for stride in leaf.strides):
+        leaf = leaf.copy()
+    return torch.from_numpy(leaf)
+
+
+def map_arrays(batch: Any, function: Callable[[Any], torch.Tensor]) -> Any:
+    """`batch` with every tensor and numeric array replaced by what `function` makes of it."""
+    if isinstance(batch, torch.Tensor) or (isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc"):
+        return function(batch)
+    if isinstance(batch, dict):
+        return type(batch)({key: map_arrays(value, function) for key, value in batch.items()})
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_arrays(value, function) for value in batch))
+    if type(batch) in (list, tuple):
+        return type(batch)(map_arrays(value, function) for value in batch)
+    return batch
