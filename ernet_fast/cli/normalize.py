@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ernet_fast.cli.json_output import print_json
+from ernet_fast.cli.normalize_batches import normalize_batches
 from ernet_fast.cli.normalize_files import Outcome, normalize_files, plan
 from ernet_fast.data import read_image
 from ernet_fast.stain import MacenkoNormalizer
@@ -51,7 +52,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         type=int,
         metavar="N",
         default=workers,
-        help="images worked on at the same time (default: one a core)",
+        help="images worked on, or with --device cuda read and written, at the same time (default: one a core)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--json", action="store_true", help="print what became of every file as JSON")
@@ -104,8 +105,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--target {arguments.target}: {error}") from error
     files, ignored = plan(Path(arguments.input), Path(arguments.output), as_png=arguments.format == "png")
     reporter = Reporter(quiet=arguments.quiet)
+    work = normalize_batches if arguments.device == "cuda" else normalize_files
     with reporter.task("normalise", len(files)) as task:
-        outcomes = normalize_files(
+        outcomes = work(
             files,
             normalizer.to(arguments.device),
             overwrite=arguments.overwrite,

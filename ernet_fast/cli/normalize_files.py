@@ -168,15 +168,27 @@ def normalize_files(
 
 
 def _do(job: Job, normalizer: MacenkoNormalizer, overwrite: bool) -> Outcome:
+    image = read(job, overwrite)
+    if isinstance(image, Outcome):
+        return image
+    (result,), statuses = normalize([image], normalizer)
+    return finish(job, result, MacenkoStatus(int(statuses[0])), normalizer.on_degenerate)
+
+
+def read(job: Job, overwrite: bool) -> torch.Tensor | Outcome:
+    """The image of a job, uint8 [3, H, W], or why there is nothing to do or to be had."""
     if job.output.exists() and not overwrite:
         return Outcome(str(job.input), str(job.output), "skipped", "the output exists (--overwrite replaces it)")
     try:
-        image = read_image(job.input)
+        return read_image(job.input)
     except (ImageReadError, OSError) as error:
         return Outcome(str(job.input), None, "failed", _reason(error, job.input))
-    batch = image.unsqueeze(0).to(normalizer.HERef.device)
-    result, statuses = macenko_normalize(
-        batch,
+
+
+def normalize(images: list[torch.Tensor], normalizer: MacenkoNormalizer) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Normalised images and the status of each; no policy raises."""
+    return macenko_normalize(
+        images,
         normalizer.target,
         Io=normalizer.Io,
         alpha=normalizer.alpha,
@@ -186,13 +198,16 @@ def _do(job: Job, normalizer: MacenkoNormalizer, overwrite: bool) -> Outcome:
         layout="CHW",
         return_status=True,
     )
-    status = MacenkoStatus(int(statuses[0]))
-    if status != MacenkoStatus.OK and normalizer.on_degenerate == "raise":
+
+
+def finish(job: Job, result: torch.Tensor, status: MacenkoStatus, on_degenerate: str) -> Outcome:
+    """Write a normalised image, uint8 [3, H, W] on the CPU, unless its status and the policy say that it failed."""
+    if status != MacenkoStatus.OK and on_degenerate == "raise":
         return Outcome(str(job.input), None, "failed", status.reason)
-    _write(job.output, result[0].cpu())
+    _write(job.output, result)
     if status == MacenkoStatus.OK:
         return Outcome(str(job.input), str(job.output), "normalised")
-    done = "copied unchanged" if normalizer.on_degenerate == "identity" else "taken to be stained like the target"
+    done = "copied unchanged" if on_degenerate == "identity" else "taken to be stained like the target"
     return Outcome(str(job.input), str(job.output), "degenerate", f"{status.reason}; {done}")
 
 

@@ -106,12 +106,22 @@ def is_dense(array: torch.Tensor) -> bool:
     return torch.empty_like(array, device="meta").stride() == array.stride()
 
 
-def page_locked(array: torch.Tensor) -> torch.Tensor:
+def page_locked(array: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """A copy in page-locked memory, dense, in the same memory format.
 
     torch keeps such memory for later batches, and gives none of it out again before a copy from it is done.
     """
-    return torch.empty_like(array, pin_memory=True).copy_(array)
+    return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=non_blocking)
+
+
+def to_host(arrays: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    """Begin to copy tensors to page-locked memory; the event says when they are there. CPU tensors are given back."""
+    if not any(array.is_cuda for array in arrays):
+        return arrays, None
+    copies = [page_locked(array, non_blocking=True) for array in arrays]
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(arrays[0].device))
+    return copies, event
 
 
 class _Uploaded(NamedTuple):

@@ -326,7 +326,7 @@ class TestOnTheGpu:
         batches = iter(Prefetcher([torch.ones(1 << 20) for _ in range(3)], depth=2))
         next(batches)
         torch.cuda.synchronize()
-        torch.cuda._sleep(1 << 32)
+        torch.cuda._sleep(1 << 31)
         busy = torch.cuda.Event()
         busy.record()
         batch = next(batches)
