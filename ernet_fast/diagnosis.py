@@ -48,6 +48,8 @@ _PURPOSES = {
     "macenko_reconstruct": "Macenko: image with other stains",
     "macenko_reconstruct_scaled": "Macenko: a network's input",
     "macenko_normalize": "Macenko: fit and reconstruct in one",
+    "macenko_count_colours": "Macenko: colours of a slide, strip by strip",
+    "macenko_fit_colours": "Macenko: stains of counted colours",
 }
 
 
