@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         print(f"dev.py: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    if command == "gpu" and not gpu_present():
+    if command == "gpu" and "--simulate" not in rest and not {"-h", "--help"} & {*rest} and not gpu_present():
         print("dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded.")
         return 1
     python, environment = choose_python(command), project_environment()

@@ -189,10 +189,7 @@ class NinjaScript:
         san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
         werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
         python_include = sysconfig.get_paths()["include"]
-        spec = importlib.util.find_spec("pybind11")
-        if spec is None or not spec.submodule_search_locations:
-            raise SystemExit("ernet_fast: pybind11 is needed to build. Install it: pip install pybind11")
-        pybind_include = Path(spec.submodule_search_locations[0]) / "include"
+        pybind_include = self._pybind_include()
         include = (
             f"-I{ROOT / 'csrc'} -isystem {self.torch / 'include'} -isystem {pybind_include} -isystem {python_include}"
         )
@@ -222,6 +219,15 @@ class NinjaScript:
             "rule link",
             f"  command = {self.cxx} -shared{san} $in -o $out {links}",
         ]
+
+    def _pybind_include(self) -> Path:
+        """The headers of pybind11: the package's, else those that torch comes with."""
+        spec = importlib.util.find_spec("pybind11")
+        if spec is not None and spec.submodule_search_locations:
+            return Path(spec.submodule_search_locations[0]) / "include"
+        if (self.torch / "include" / "pybind11" / "pybind11.h").exists():
+            return self.torch / "include"
+        raise SystemExit("ernet_fast: pybind11 is needed to build. Install it: pip install pybind11")
 
     def _compile(self, source: Path, rule: str, extra: list[str], suffix: str = "") -> None:
         name = str(source.relative_to(ROOT / "csrc")).replace(os.sep, "_")

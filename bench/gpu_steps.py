@@ -1,0 +1,143 @@
+"""The steps of `python3 dev.py gpu` that run another program: build, tests, sanitizers, a binary built elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpu_runner import WORKER, Deadline, last_lines
+from gpu_target import Target
+from machine import ROOT
+from record import Row, without_figures
+
+TIMED_OUT = 124
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+
+
+def call(command: list[str], log: Path, seconds: float, **environment: str) -> int:
+    """Run a command with its output in `log`; returns the exit code, TIMED_OUT when it had to be stopped."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            return process.wait(timeout=max(1.0, seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return TIMED_OUT
+
+
+def why(code: int, log: Path, seconds: float) -> str:
+    """One line on a command that failed."""
+    start = f"stopped after {seconds:.0f} s" if code == TIMED_OUT else f"exit code {code}"
+    return f"{start}: {last_lines(log)}"
+
+
+def build(target: Target, logs: Path, seconds: float) -> Row:
+    """Build for the device."""
+    log, start = logs / "build.log", time.perf_counter()
+    code = call(target.build, log, seconds, **target.build_environment)
+    took = time.perf_counter() - start
+    detail = f"{took:.0f} s" if code == 0 else why(code, log, seconds)
+    return without_figures("gpu_steps", "build", "pass" if code == 0 else "FAIL", detail, seconds=took)
+
+
+def tests(target: Target, logs: Path, seconds: float) -> Iterator[Row]:
+    """Run the tests that need the device; one row for each test function."""
+    if importlib.util.find_spec("pytest") is None:
+        yield without_figures("tests", "all", "skipped", "pytest is not installed for this interpreter")
+        return
+    log, report = logs / "tests.log", logs / "tests.xml"
+    report.unlink(missing_ok=True)
+    options = ["-o", "addopts=--import-mode=importlib", "-q", "-ra", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    code = call([sys.executable, "-m", "pytest", *options, *target.tests], log, seconds, **environment)
+    if not report.exists():
+        done = re.findall(r"[.FEs]+(?= *\[ *\d+%\])", log.read_text(errors="replace"))
+        counts = {mark: "".join(done).count(mark) for mark in ".FEs"}
+        detail = f"{counts['.']} passed, {counts['F'] + counts['E']} failed so far; {why(code, log, seconds)}"
+        yield without_figures("tests", "all", "FAIL", detail)
+        return
+    groups: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        groups.setdefault(f"{case.get('classname', '')}.{case.get('name', '').split('[')[0]}", []).append(outcome)
+    if not groups:
+        yield without_figures("tests", "all", "FAIL", f"no test ran: {last_lines(log)}")
+    for name, outcomes in sorted(groups.items()):
+        counts = {kind: outcomes.count(kind) for kind in ("passed", "failure", "error", "skipped")}
+        verdict = "FAIL" if counts["failure"] + counts["error"] else "pass" if counts["passed"] else "skipped"
+        yield without_figures("tests", name, verdict, ", ".join(f"{n} {kind}" for kind, n in counts.items() if n))
+
+
+def sanitizer(target: Target, tool: str, logs: Path, seconds: float) -> Row:
+    """Run every kernel once, on small inputs, under one tool of compute-sanitizer."""
+    name = f"compute-sanitizer {tool}"
+    if target.sanitizer is None:
+        return without_figures("gpu_steps", name, "skipped", "compute-sanitizer is not installed here")
+    log = logs / f"{tool}.log"
+    # without PyTorch's cache each tensor is an allocation of its own, and a read beyond one is seen
+    code = call(
+        [target.sanitizer, "--tool", tool, "--error-exitcode", "9",
+         sys.executable, "-u", str(WORKER), str(target.folder), "agreement_gpu"],
+        log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+    )  # fmt: skip
+    status, detail = sanitizer_verdict(code, log.read_text(errors="replace"))
+    return without_figures("gpu_steps", name, status, detail or why(code, log, seconds))
+
+
+def sanitizer_verdict(code: int, text: str) -> tuple[str, str]:
+    """Status and detail from the exit code and the output of compute-sanitizer."""
+    refused = re.search(r"(?i)device not supported|unable to find injection|failed to initialize", text)
+    kernels = len(re.findall(r"(?m)^ok ", text))
+    if refused:
+        return "skipped", f"it does not work on this machine: {refused[0]}"
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    if code == 0 and (summary is None or summary[1] == "0"):
+        return "pass", f"{kernels} kernels, nothing found"
+    if summary is not None and summary[1] != "0":
+        first = next((line.strip("= ") for line in text.splitlines() if re.search(r"Invalid|Race|Uninit", line)), "")
+        return "FAIL", f"{summary[1]} errors, first: {first}"
+    if code == TIMED_OUT:
+        return "no time left", f"{kernels} kernels before it was stopped, nothing found in them"
+    return "FAIL", ""
+
+
+FOREIGN = """
+import ctypes, os, sys, torch
+ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY | os.RTLD_LOCAL)
+x = torch.randn(2, 3, 5, 7)
+mean, var = torch.ops.ernet.channel_moments(x, False)
+torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+torch.testing.assert_close(var, x.var((0, 2, 3), correction=0))
+if torch.cuda.is_available():
+    image = torch.randint(0, 255, (2, 3, 61, 67), dtype=torch.uint8)
+    cpu = torch.ops.ernet.macenko_moments(image, 240.0, 0.15)
+    gpu = torch.ops.ernet.macenko_moments(image.cuda(), 240.0, 0.15)
+    torch.testing.assert_close(gpu.cpu(), cpu)
+print("loaded and correct under torch", torch.__version__)
+"""
+
+
+def foreign_binary(binary: Path | None, logs: Path, seconds: float) -> Row:
+    """Load a binary that was built with another torch's headers, and run an operator of each device."""
+    name = "binary built elsewhere"
+    if binary is None:
+        return without_figures("gpu_steps", name, "skipped", "none given (--binary FILE, an _C*.so)")
+    log = logs / "binary.log"
+    code = call([sys.executable, "-c", FOREIGN, str(binary.resolve())], log, seconds)
+    status = "pass" if code == 0 else "FAIL"
+    return without_figures("gpu_steps", name, status, last_lines(log, 1) if code == 0 else why(code, log, seconds))
+
+
+def share_of(deadline: Deadline, share: float, most: float) -> float:
+    """Seconds for a step: a share of what is left, `most` at most."""
+    return min(most, share * deadline.left())

@@ -1,0 +1,77 @@
+"""The short table that ends `python3 dev.py gpu`: every bar, what was measured, its share of the floor, a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from record import Bar, Row
+
+LISTED = 20
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands in k."""
+    if value is None:
+        return "-"
+    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.3g}"
+
+
+def verdict(row: Row, bar: Bar, value: float | None) -> str:
+    """Whether the bar was met."""
+    if value is None:
+        return row.status if row.status not in ("measured", "pass") else "not measured"
+    return "met" if bar.met(value) else "MISSED"
+
+
+def bar_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a bar: what, bar, measured, share of floor, verdict."""
+    lines = []
+    for row in rows:
+        share = row.extra_info.get("share_of_floor")
+        for bar, value in row.bars():
+            what = row.extra_info.get("title") or row.name
+            lines.append([str(what), str(bar), number(value), number(share), verdict(row, bar, value)])
+    return lines
+
+
+def columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with their cells under each other."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def step_lines(rows: Sequence[Row]) -> list[str]:
+    """What was done: counts a group, then what failed or was left out."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        of_bench = counts.setdefault(row.bench, {})
+        of_bench[row.status] = of_bench.get(row.status, 0) + 1
+    lines = [
+        f"{bench}: {', '.join(f'{number} {status}' for status, number in of_bench.items())}"
+        for bench, of_bench in counts.items()
+    ]
+    bad = [row for row in rows if row.status not in ("measured", "pass")]
+    bad.sort(key=lambda row: row.status != "FAIL")
+    lines += [
+        f"[{row.status}] {row.bench} {row.name}: {str(row.extra_info.get('detail', ''))[:160]}" for row in bad[:LISTED]
+    ]
+    if len(bad) > LISTED:
+        lines.append(f"... and {len(bad) - LISTED} more, in the record")
+    return lines
+
+
+def final_table(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The whole text."""
+    packages = machine.get("packages", {})
+    commit = f"{machine.get('commit')}{' (changed)' if machine.get('dirty') else ''}"
+    head = f"{machine['name']}, driver {machine.get('driver', '-')}, torch {packages.get('torch')}, commit {commit}"
+    ceilings = [f"{row.name} {number(row.p50)} {row.unit}" for row in rows if row.group == "ceilings"]
+    lines = [head, *ceilings, "", *step_lines(rows), ""]
+    bars = bar_lines(rows)
+    if bars:
+        lines += columns([["what", "bar", "measured", "of floor", "verdict"], *bars])
+        lines.append(f"{sum(line[-1] == 'met' for line in bars)} of {len(bars)} bars met")
+    else:
+        lines.append("no row has a bar")
+    return "\n".join(lines)

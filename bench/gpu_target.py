@@ -1,0 +1,50 @@
+"""What `python3 dev.py gpu` runs on: the device at hand, or the emulator of the tests in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from machine import ROOT, describe
+
+SIMULATED = ROOT / "bench" / "simulated"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device, the folder of its cases, and how to build for it and test on it."""
+
+    machine: dict[str, Any]
+    folder: Path
+    build: list[str]
+    tests: list[str]
+    sanitizer: str | None = None
+    build_environment: dict[str, str] = field(default_factory=dict)
+
+
+def device_at_hand() -> Target:
+    """The CUDA device that torch sees first."""
+    known = shutil.which("compute-sanitizer")
+    beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    return Target(
+        machine=describe("gpu"),
+        folder=ROOT / "bench",
+        build=[sys.executable, "setup.py", "build_ext", "--inplace"],
+        tests=["-m", "gpu", "tests"],
+        sanitizer=known or (str(beside) if beside.exists() else None),
+        build_environment={"ERNET_CUDA": "1"},
+    )
+
+
+def emulator(folder: Path = SIMULATED) -> Target:
+    """The kernels run on the CPU: shows that the flow works, and says nothing about any GPU."""
+    return Target(
+        machine=describe("gpu-simulated") | {"name": "simulated-gpu"},
+        folder=folder,
+        build=[sys.executable, str(SIMULATED / "emulated.py"), str(ROOT / "build" / "simt")],
+        tests=["tests/simt/test_emulator.py"],
+    )

@@ -1,0 +1,53 @@
+"""The emulated kernels, timed as the real ones are: the times are the emulator's and say nothing about a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from emulated import emulator, images_of
+from gpu_case import Ceilings, GpuCase
+from record import Row
+from turns import in_turns, percentiles
+
+from ernet_fast.stain import MacenkoNormalizer, macenko_fit
+
+COUNT, HEIGHT, WIDTH, ROUNDS = 2, 33, 65, 5
+NAME = "macenko_reconstruct"
+
+
+def reconstruct(ceilings: Ceilings) -> Row:
+    """Images rebuilt from given stains, compared with the CPU operator before they are timed."""
+    images = images_of(COUNT, HEIGHT, WIDTH)
+    target = MacenkoNormalizer().target
+    source = [part.double().numpy() for part in macenko_fit(torch.from_numpy(images))[:2]]
+    reference = [target.stain_matrix.double().numpy(), target.max_concentration.double().numpy()]
+    machine = emulator()
+
+    def call() -> np.ndarray:
+        return machine.reconstruct(images, source, reference)
+
+    given = [torch.from_numpy(part) for part in (*source, *reference)]
+    expected = torch.ops.ernet.macenko_reconstruct(torch.from_numpy(images), *given, 240.0).numpy()
+    off = np.abs(call().astype(int) - expected.astype(int))
+    if off.max() > 1:
+        raise AssertionError(f"values are off by {off.max()} grey levels")
+    times = in_turns({"emulated": call}, ROUNDS)["emulated"]
+    floor = 2 * images.nbytes / ceilings.copy_gigabytes_per_second / 1e6
+    return Row(
+        "bench_emulated_gpu", NAME, "emulated", {"images": COUNT, "height": HEIGHT, "width": WIDTH},
+        **percentiles([1e3 * seconds for seconds in times]), unit="ms", repeats=ROUNDS,
+        extra_info={
+            "floor": floor, "floor_why": "bytes read and written / copy bandwidth",
+            "share_of_values_off": float((off != 0).mean()),
+        },
+    )  # fmt: skip
+
+
+def gpu_cases() -> list[GpuCase]:
+    """One kernel."""
+    return [
+        GpuCase(
+            NAME, reconstruct, importance=0, seconds=3, smoke=True, title="reconstruction, emulated",
+            bars=["share_of_values_off <= 0.0005"],
+        )
+    ]  # fmt: skip

@@ -1,0 +1,38 @@
+"""The emulator of tests/simt for the simulated run of `python3 dev.py gpu`; `emulated.py FOLDER` builds it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "simt"))
+
+import numpy as np
+from emulator import Emulator, build, missing_tools
+from tissue import tissue
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "simt"
+
+
+def emulator() -> Emulator:
+    """The kernels, as built by the first step of the run."""
+    library = FOLDER / "libernet_simt.so"
+    if not library.exists():
+        raise FileNotFoundError(f"{library}: the emulator is not built.")
+    return Emulator(library)
+
+
+def images_of(count: int, height: int, width: int) -> Any:
+    """Tissue as a NumPy array [count, 3, height, width] uint8."""
+    return np.ascontiguousarray(tissue(count, height, width).numpy())
+
+
+if __name__ == "__main__":
+    reason = missing_tools()
+    if reason is not None:
+        sys.exit(f"the emulator cannot be built here: {reason}")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(build(folder))

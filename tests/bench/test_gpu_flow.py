@@ -1,0 +1,310 @@
+"""`python3 dev.py gpu`, all that can be shown without a GPU: cases that fail, hang, crash; steps; time; the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import agreement_gpu
+import gpu_steps
+import pytest
+from gpu_case import Ceilings, cases_of, modules
+from gpu_check import Check, parse
+from gpu_runner import Deadline, Runner, Task
+from gpu_table import final_table
+from gpu_target import Target
+from record import Row, read
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+CEILINGS = Ceilings(4000.0, float("nan"))
+PLANTED = """
+import os, signal, sys, time
+from gpu_case import GpuCase
+from record import Row
+
+def good(ceilings):
+    print("libraries may print")
+    floor = 1e3 / ceilings.copy_gigabytes_per_second
+    return Row("bench_planted_gpu", "good", "planted", {"n": 1}, 1, 2, 3, "ms", 5, {"floor": floor, "pid": os.getpid()})
+
+def raises(ceilings):
+    raise ValueError("differs from the reference")
+
+def device_breaks(ceilings):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def dies(ceilings):
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hangs(ceilings):
+    time.sleep(600)
+
+def gpu_cases():
+    bars = ["share_of_floor >= 0.1", "share_of_floor >= 0.9"]
+    return [
+        GpuCase("later", good, importance=2, seconds=0.1),
+        GpuCase("good", good, importance=0, seconds=0.1, smoke=True, title="a good one", bars=bars,
+                predictions={"share_of_floor": 0.5}),
+        GpuCase("raises", raises, seconds=0.1, bars=["ratio >= 2"]),
+        GpuCase("device breaks", device_breaks, seconds=0.1),
+        GpuCase("dies", dies, seconds=0.1),
+        GpuCase("hangs", hangs, seconds=0.1),
+        GpuCase("too long", good, seconds=1e4, bars=["ratio >= 3"]),
+    ]
+"""
+CEILING = """
+from gpu_case import GpuCase
+from record import Row
+
+def copy(ceilings):
+    return Row("ceilings_gpu", "copy bandwidth", "ceilings", {}, 3990, 4000, 4010, "GB/s", 5)
+
+def gpu_cases():
+    return [GpuCase("copy bandwidth", copy, seconds=0.1, smoke=True)]
+"""
+MACHINE = {
+    "kind": "gpu-simulated", "name": "Planted GPU", "packages": {"torch": "2.13.0"}, "commit": "012345678",
+    "dirty": False, "sources": "feedbeef", "time": "2026-11-23T12:00:00+00:00", "clocks": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    cases = tmp_path / "cases"
+    cases.mkdir()
+    (cases / "bench_planted_gpu.py").write_text(PLANTED)
+    (cases / "ceilings_gpu.py").write_text(CEILING)
+    (cases / "agreement_gpu.py").write_text("def gpu_cases():\n    return []\n")
+    return cases
+
+
+@pytest.fixture
+def runner(folder, tmp_path):
+    made = Runner(folder, tmp_path / "cases.log", Deadline(60), patience=1.0)
+    yield made
+    made.close()
+
+
+def tasks(folder):
+    return {case.name: Task("bench_planted_gpu", case) for case in cases_of("bench_planted_gpu", folder)}
+
+
+def test_a_case_gets_its_bars_and_predictions(folder, runner):
+    (row,) = runner.run(tasks(folder)["good"], CEILINGS)
+    assert row.extra_info["share_of_floor"] == 0.125 and row.extra_info["title"] == "a good one"
+    assert [(str(bar), value) for bar, value in row.bars()] == [
+        ("share_of_floor >= 0.1", 0.125), ("share_of_floor >= 0.9", 0.125),
+    ]  # fmt: skip
+    assert row.extra_info["prediction"] == {"share_of_floor": 0.5}
+
+
+def test_cases_that_fail_do_not_stop_the_others(folder, runner):
+    given = tasks(folder)
+    first = runner.run(given["good"], CEILINGS)[0].extra_info["pid"]
+    found = {name: runner.run(given[name], CEILINGS)[0] for name in ("raises", "good")}
+    assert found["raises"].status == "FAIL" and "differs from the reference" in found["raises"].extra_info["detail"]
+    assert found["good"].extra_info["pid"] == first, "an ordinary error needs no new process"
+    for name, words in (
+        ("device breaks", "illegal memory access"),
+        ("dies", "signal 9: libraries may print | libraries may print | last words"),
+    ):
+        row = runner.run(given[name], CEILINGS)[0]
+        assert row.status == "FAIL" and words in row.extra_info["detail"]
+        again = runner.run(given["good"], CEILINGS)[0]
+        assert again.status == "measured" and again.extra_info["pid"] != first
+        first = again.extra_info["pid"]
+
+
+def test_a_case_that_hangs_is_stopped(folder, runner):
+    given = tasks(folder)
+    runner.run(given["good"], CEILINGS)
+    start = time.monotonic()
+    row = runner.run(given["hangs"], CEILINGS)[0]
+    assert row.status == "FAIL" and "stopped after 1 s" in row.extra_info["detail"]
+    assert time.monotonic() - start < 30
+    assert runner.run(given["good"], CEILINGS)[0].status == "measured"
+
+
+def target(folder, *build):
+    return Target(MACHINE, folder, list(build) or [sys.executable, "-c", "print('built')"], ["tests/simt/no_such.py"])
+
+
+def check(folder, tmp_path, *arguments, build=()):
+    options = parse(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out"), *arguments])
+    options.logs = tmp_path / "logs"
+    made = Check(target(folder, *build), options)
+    made.runner.patience = 1.0
+    return made
+
+
+def test_the_whole_flow(folder, tmp_path, capfd):
+    made = check(folder, tmp_path, "--minutes", "4")
+    made.run(None)
+    assert made.finish() == 1
+    machine, rows = read(made.record.path)
+    status = {row.name: row.status for row in rows}
+    assert status == {
+        "build": "pass", "binary built elsewhere": "skipped", "all": "FAIL", "copy bandwidth": "measured",
+        "compute-sanitizer memcheck": "skipped", "compute-sanitizer racecheck": "skipped",
+        "compute-sanitizer initcheck": "skipped", "good": "measured", "raises": "FAIL", "device breaks": "FAIL",
+        "dies": "FAIL", "hangs": "FAIL", "too long": "no time left",
+    }  # fmt: skip
+    assert [row.name for row in rows][-2:] == ["hangs", "too long"] or rows[-1].bench == "bench_planted_gpu"
+    assert machine["name"] == "Planted GPU" and made.record.path.name == "Planted-GPU-20261123-012345678.json"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        made.record.path.name,
+        "logs.txt",
+        "table.txt",
+    ]
+    assert (tmp_path / "out" / made.record.path.name).read_text() == made.record.path.read_text()
+    shown = capfd.readouterr().out
+    table = shown[shown.index("record:") :]
+    lines = table.splitlines()
+    assert lines[-1] == "1 of 4 bars met"
+    assert [line.split()[-1] for line in lines if "share_of_floor" in line] == ["met", "MISSED"]
+    assert any("ratio >= 2" in line and line.endswith("FAIL") for line in lines)
+    assert any("ratio >= 3" in line and line.endswith("no time left") for line in lines)
+    assert len(table) < 6000
+
+
+def test_the_smoke_level_runs_one_case_an_operator(folder, tmp_path):
+    made = check(folder, tmp_path, "--minutes", "2")
+    made.run(None)
+    assert made.finish() == 0
+    assert [row.name for row in made.rows] == ["build", "binary built elsewhere", "copy bandwidth", "good"]
+
+
+def test_a_build_that_fails_is_recorded_and_the_rest_runs(folder, tmp_path):
+    made = check(folder, tmp_path, "--minutes", "2", build=(sys.executable, "-c", "raise SystemExit('no nvcc here')"))
+    made.run(None)
+    assert made.finish() == 1
+    assert made.rows[0].status == "FAIL" and "no nvcc here" in made.rows[0].extra_info["detail"]
+    assert made.rows[-1].name == "good" and made.rows[-1].status == "measured"
+
+
+def test_modules_that_cannot_be_read_are_recorded(folder, tmp_path):
+    (folder / "bench_broken_gpu.py").write_text("def gpu_cases():\n    raise ImportError('no such peer')\n")
+    made = check(folder, tmp_path, "--minutes", "2")
+    made.run(None)
+    made.finish()
+    assert any(row.name == "bench_broken_gpu" and "no such peer" in row.extra_info["detail"] for row in made.rows)
+    assert made.rows[-1].name == "good"
+
+
+KILLED = """
+import sys, signal, os
+sys.path[:0] = [sys.argv[1], sys.argv[2]]
+from pathlib import Path
+import test_gpu_flow as flow
+folder, tmp = Path(sys.argv[3]), Path(sys.argv[4])
+made = flow.check(folder, tmp, "--minutes", "2")
+add = made.add
+def add_and_die(rows):
+    add(rows)
+    if made.rows[-1].name == "good":
+        os.kill(os.getpid(), signal.SIGKILL)
+made.add = add_and_die
+made.run(None)
+"""
+
+
+def test_a_run_that_is_killed_keeps_every_row(folder, tmp_path):
+    command = [sys.executable, "-c", KILLED, str(BENCH), str(Path(__file__).parent), str(folder), str(tmp_path)]
+    assert subprocess.run(command, timeout=100, check=False).returncode == -signal.SIGKILL
+    for kept in ("results", "out"):
+        (path,) = (tmp_path / kept).iterdir()
+        names = [row["name"] for row in json.loads(path.read_text())["rows"]]
+        assert names == ["build", "binary built elsewhere", "copy bandwidth", "good"]
+
+
+def test_no_case_needs_a_device_to_be_listed():
+    """The reports list the cases, and what they predict, where there is no GPU."""
+    for module in ("agreement_gpu", "ceilings_gpu", *modules()):
+        given = cases_of(module)
+        assert given and len({case.name for case in given}) == len(given), module
+
+
+@pytest.mark.parametrize("name", agreement_gpu.CHECKS)
+def test_the_agreement_checks_hold_for_the_cpu_itself(name):
+    assert agreement_gpu.run(name, CEILINGS, device="cpu").status == "pass"
+
+
+def test_the_agreement_checks_see_a_wrong_result():
+    with pytest.raises(AssertionError, match="at most"):
+        agreement_gpu.require("x", float("nan"), 1.0)
+    images = agreement_gpu.tissue(1, 8, 8)
+    with pytest.raises(AssertionError, match="grey levels"):
+        agreement_gpu.levels("x", images.int() + 2, images)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "status", "words"),
+    [
+        (0, "ok a\nok b\n========= ERROR SUMMARY: 0 errors\n", "pass", "2 kernels"),
+        (9, "========= Invalid read of size 4\n========= ERROR SUMMARY: 3 errors\n", "FAIL", "3 errors, first: Inv"),
+        (1, "========= Error: Device not supported\n", "skipped", "does not work on this machine"),
+        (gpu_steps.TIMED_OUT, "ok a\n", "no time left", "1 kernels before"),
+        (1, "FAIL a: AssertionError\n========= ERROR SUMMARY: 0 errors\n", "FAIL", ""),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_says(code, text, status, words):
+    found, detail = gpu_steps.sanitizer_verdict(code, text)
+    assert found == status and words in detail
+
+
+def test_sanitizers_run_every_agreement_case(folder, tmp_path):
+    fake = tmp_path / "sanitizer"
+    fake.write_text('#!/bin/sh\nwhile [ "$1" != \'--error-exitcode\' ]; do shift; done; shift 2\n"$@"\n')
+    fake.chmod(0o755)
+    (folder / "agreement_gpu.py").write_text(CEILING.replace("copy bandwidth", "a kernel"))
+    with_tool = Target(MACHINE, folder, [], [], sanitizer=str(fake))
+    row = gpu_steps.sanitizer(with_tool, "memcheck", tmp_path, 60)
+    assert (row.status, row.extra_info["detail"]) == ("pass", "1 kernels, nothing found")
+
+
+def test_without_pytest_it_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda name: None)
+    (row,) = gpu_steps.tests(target(folder), tmp_path, 10)
+    assert (row.status, row.extra_info["detail"]) == ("skipped", "pytest is not installed for this interpreter")
+
+
+def test_a_step_that_takes_too_long_is_stopped(tmp_path):
+    log = tmp_path / "log"
+    code = gpu_steps.call([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(99)"], log, 1)
+    assert code == gpu_steps.TIMED_OUT and "stopped after 1 s: begun" in gpu_steps.why(code, log, 1)
+
+
+def test_the_table_stays_short():
+    many = [
+        Row("tests", f"t{i}", "tests", {}, 0, 0, 0, "", 1, {"status": "FAIL", "detail": "x" * 500}) for i in range(99)
+    ]
+    text = final_table(MACHINE, many)
+    assert "... and 79 more" in text and len(text) < 6000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--minutes", "0"], "expected a positive number"),
+        (["--minutes", "-1"], "expected a positive number"),
+        (["--binary", "/no/such/file"], "no such file"),
+    ],
+)
+def test_wrong_arguments(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_commit_can_be_given_where_there_is_no_git(tmp_path, monkeypatch):
+    from machine import commit_of
+
+    monkeypatch.setenv("ERNET_COMMIT", "0123456789abcdef")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", os.fspath(tmp_path.parent))
+    assert commit_of(tmp_path) == ("012345678", False)
