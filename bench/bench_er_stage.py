@@ -1,120 +1,120 @@
-"""How fast is a stage's tail - last BatchNorm, shortcuts, sum, ReLU - against the naive composition?
+"""How fast is a stage's tail - last BatchNorm, shortcuts, sum, ReLU - against the naive composition, eager and compiled?
 
-One row is forward + backward of the tails of one stage, the maps given. `floor` is the time that the bytes the fused
-design must move take at the copy bandwidth measured for the same working set:
+One row is forward + backward of the tails of one stage, the maps given; a stand-in that moves no bytes takes the place
+of the convolutions between them (`er_branch.py`). All contestants take turns. The floor is what the bytes that the
+fused design must move (`er_tails.py` counts them) take at the copy bandwidth measured for the same working set;
+`floor_new_memory` adds what the maps written cost because they are written to newly allocated memory.
+`moved_*` is what the contestants move by a count of their operators (`traffic.py`).
 
-    forward   moments 1 L, weighted sums  sum_l (l + 2)          map accesses (reads + writes)
-    backward  dots    sum_l (l + 1 + 3),  map gradients  sum_i (L - max(i, 1) + 2), and 1 for the gradient of y_0
-
-Run: python3 dev.py bench bench/bench_er_stage.py
+Run: python3 dev.py bench -k bench_er_stage           batch 8, channels-last, against naive eager
+     python3 dev.py bench -k bench_er_stage --slow    everything, and the compiled naive composition (minutes a row)
 """
 
 from __future__ import annotations
 
-import copy
-import time
+import functools
+import statistics
 
 import pytest
 import torch
-from torch import Tensor, nn
+from copy_floor import copy_seconds_per_byte, new_memory_seconds_per_byte
+from er_kernel_counts import compiled_cost, profiled_kernels
+from er_tails import LAYOUTS, STAGES, TailMaps, Tails, make_maps, map_accesses, maps_written, train_tails
+from traffic import bytes_moved
+from turns import in_turns, percentiles
 
-from ernet_fast import ERShortcut
-from ernet_fast.er.stage_maps import StageMaps
-
-# name: channels, height = width, maps: the four stages of ER-ResNet-50, and the third of ER-ResNet-101
-STAGES = {
-    "resnet50-1": (256, 56, 3),
-    "resnet50-2": (512, 28, 4),
-    "resnet50-3": (1024, 14, 6),
-    "resnet50-4": (2048, 7, 3),
-    "resnet101-3": (1024, 14, 23),
-}
-LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+GROUP = "ER stage tails, forward + backward"
+QUICK = (8, "channels-last")  # batch and layout of the rows that are not slow
+FLOOR_WHY = "bytes the design must move / copy bandwidth at the working set of the stage"
+STAND_IN = ("ernet_bench::",)
+MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes many minutes
 
 
-class Tails(nn.Module):
-    """The tails of one stage, without its convolutions."""
-
-    def __init__(self, channels: int, num_maps: int) -> None:
-        super().__init__()
-        self.bns = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(num_maps - 1))
-        self.shortcuts = nn.ModuleList(ERShortcut(channels, i + 1) for i in range(num_maps - 1))
-        self.fused = True
-
-    def forward(self, zs: list[Tensor]) -> list[Tensor]:
-        maps = StageMaps(fused=self.fused)
-        ys = [maps.start(zs[0], self.shortcuts)]
-        ys += [maps.add(z, bn, s) for z, bn, s in zip(zs[1:], self.bns, self.shortcuts, strict=True)]
-        return ys
+def cases() -> list[object]:
+    """Every stage, batch, layout and number of threads; most are marked slow."""
+    found = []
+    for stage in STAGES:
+        for batch in (8, 16):
+            for layout in LAYOUTS:
+                marks = [] if (batch, layout) == QUICK else [pytest.mark.slow]
+                found += [pytest.param(stage, batch, layout, threads, marks=marks) for threads in (1, 2)]
+    return found
 
 
-def map_accesses(num_maps: int) -> int:
-    """Reads and writes of one map that the fused design makes in forward + backward; see the module's docstring."""
-    blocks = range(1, num_maps)
-    forward = num_maps + sum(block + 2 for block in blocks)
-    dots = sum(block + 1 + 3 for block in blocks)
-    gradients = sum(num_maps - max(i, 1) + 2 for i in range(num_maps)) + 1
-    return forward + dots + gradients
+def floors(maps: TailMaps) -> dict[str, float]:
+    """Milliseconds that forward + backward must take, with and without the cost of newly allocated memory."""
+    num_maps = len(maps.zs)
+    must_move = map_accesses(num_maps) * maps.map_bytes
+    floor = must_move * copy_seconds_per_byte((num_maps + 2) * maps.map_bytes)
+    allocation = maps_written(num_maps) * maps.map_bytes * new_memory_seconds_per_byte(maps.map_bytes)
+    return {"must_move": must_move, "floor": 1e3 * floor, "floor_new_memory": 1e3 * (floor + allocation)}
 
 
-def copy_seconds_per_byte(working_set: int) -> float:
-    """Seconds a byte read or written by a copy whose source and target together are `working_set` bytes."""
-    source = torch.empty(working_set // 8, dtype=torch.float32).fill_(1)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] / (2 * source.numel() * 4)
-
-
-def make(stage: str, batch: int, layout: torch.memory_format):
-    channels, size, num_maps = STAGES[stage]
+@pytest.mark.parametrize(("stage", "batch", "layout", "threads"), cases())
+def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, layout, threads):
+    torch_threads(threads)
+    shape = STAGES[stage]
     torch.manual_seed(0)
-    zs = [torch.randn(batch, channels, size, size).contiguous(memory_format=layout) for _ in range(num_maps)]
-    zs[0].relu_()
-    gradients = [torch.randn_like(zs[0]) for _ in range(num_maps)]
-    return Tails(channels, num_maps), [z.requires_grad_() for z in zs], gradients
+    fused = Tails(shape.channels, shape.num_maps)
+    contestants = {"naive": fused.naive(), "fused": fused}
+    if with_compiled and shape.num_maps <= MOST_COMPILED:
+        torch._dynamo.reset()
+        contestants["compiled"] = torch.compile(fused.naive(), dynamic=False)
+    maps = make_maps(shape, batch, LAYOUTS[layout])
+    steps = {name: functools.partial(train_tails, tails, maps) for name, tails in contestants.items()}
+    for step in steps.values():
+        step()
+    times = in_turns(steps, rounds=15, budget=4.0)
+    milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    found = floors(maps)
+    moved = {f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")}
+    ratios = {f"ratio_{name}": milliseconds[name] / milliseconds["fused"] for name in times if name != "fused"}
+    record_row(
+        GROUP,
+        **percentiles([1e3 * value for value in times["fused"]]),
+        unit="ms",
+        repeats=len(times["fused"]),
+        peer="naive eager",
+        peer_p50=milliseconds["naive"],
+        **{f"{name}_ms": value for name, value in milliseconds.items()},
+        **ratios,
+        **found,
+        **moved,
+        floor_why=FLOOR_WHY,
+        share_of_floor_new_memory=found["floor_new_memory"] / milliseconds["fused"],
+        map_accesses=map_accesses(shape.num_maps),
+        bar="share_of_floor >= 0.75",
+    )
 
 
-@pytest.mark.benchmark(group="er stage tails")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [8, 16])
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_tails(benchmark, stage, batch, layout, threads):
-    """Fused against naive eager, interleaved; the ratio is that of the medians."""
-    if stage == "resnet101-3" and batch == 16:
-        pytest.skip("23 maps at batch 16 and their naive graph need 20 GB")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        fused, zs, gradients = make(stage, batch, LAYOUTS[layout])
-        naive = copy.deepcopy(fused)
-        naive.fused = False
-
-        def step(module: Tails) -> float:
-            for z in zs:
-                z.grad = None
-            start = time.perf_counter()
-            torch.autograd.backward(module(zs), gradients)
-            return time.perf_counter() - start
-
-        step(fused), step(naive)
-        times = [(step(naive), step(fused)) for _ in range(5)]
-        benchmark.pedantic(step, args=(fused,), rounds=5)
-        naive_seconds, fused_seconds = (sorted(column)[len(times) // 2] for column in zip(*times, strict=True))
-        num_maps = len(zs)
-        map_bytes = zs[0].numel() * 4
-        floor = map_accesses(num_maps) * map_bytes * copy_seconds_per_byte((num_maps + 2) * map_bytes)
-        benchmark.extra_info.update(
-            naive_ms=naive_seconds * 1e3,
-            fused_ms=fused_seconds * 1e3,
-            ratio=naive_seconds / fused_seconds,
-            map_accesses=map_accesses(num_maps),
-            floor_ms=floor * 1e3,
-            share_of_floor=floor / fused_seconds,
-        )
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow) if "101" in s else s for s in STAGES])
+def test_kernels(record_row, with_compiled, torch_threads, stage):
+    """Kernels of forward + backward of a stage's tails, by the profiler, and of the compiled ones, by Inductor."""
+    torch_threads(2)
+    shape = STAGES[stage]
+    maps = make_maps(shape, 8)
+    fused = Tails(shape.channels, shape.num_maps)
+    size = maps.zs[0].numel()
+    naive = profiled_kernels(functools.partial(train_tails, fused.naive(), maps), size)
+    own = profiled_kernels(functools.partial(train_tails, fused, maps), size)
+    info: dict[str, float] = {}
+    if with_compiled and shape.num_maps <= MOST_COMPILED:
+        compiled = compiled_cost(fused.naive(), maps)
+        info = {
+            "compiled_map_kernels": compiled.kernels.map,
+            "compiled_vector_kernels": compiled.kernels.vector,
+            "moved_compiled": compiled.bytes_moved,
+        }
+    record_row(
+        "kernels of a stage's tails, forward + backward",
+        **dict.fromkeys(("p20", "p50", "p80"), own.total),
+        unit="kernels",
+        repeats=1,
+        naive_map_kernels=naive.map,
+        naive_vector_kernels=naive.vector,
+        fused_map_kernels=own.map,
+        fused_vector_kernels=own.vector,
+        blocks=shape.num_maps - 1,
+        map_bytes=maps.map_bytes,
+        **info,
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,6 +25,18 @@ FIGURES = ("p20", "p50", "p80", "unit", "repeats")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FOLDER", help="folder of the record that the rows are written to")
+    parser.addoption(
+        "--slow", action="store_true", help="also benches marked slow, and peers that take long to compile"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Benches marked slow are left out without --slow."""
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow; --slow runs it")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +83,17 @@ def row_of_benchmark(request: pytest.FixtureRequest, record_row: Callable[..., R
     timed = percentiles([1e3 * value for value in seconds])
     figures = {**timed, "unit": "ms", "repeats": len(seconds)} | {key: info.pop(key) for key in FIGURES if key in info}
     record_row(benchmark.group or request.path.stem, **figures, **info)
+
+
+@pytest.fixture
+def with_compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether to measure peers under torch.compile, which takes long."""
+    return bool(request.config.getoption("--slow"))
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[Callable[[int], None]]:
+    """torch_threads(count): compute with so many threads until the bench ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,120 @@
+"""The tails of a stage - last BatchNorm, shortcuts, sum, ReLU of every block - alone, and what they must move.
+
+The map accesses (reads + writes of one map) of forward + backward of a stage of L maps, in the fused design:
+
+    forward   moments 1 a map, weighted sums  sum_l (l + 2)
+    backward  dots    sum_l (l + 1 + 3),  map gradients  sum_i (L - max(i, 1) + 2), and 1 for the gradient of y_0
+
+with l = 1 ... L - 1 and i = 0 ... L - 1. The last 1 is the gradient that x_0 gets from the branch of block 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from er_branch import branch, give
+from torch import Tensor, nn
+
+from ernet_fast import ERShortcut
+from ernet_fast.er.stage_maps import StageMaps
+
+
+class StageShape(NamedTuple):
+    """The maps of a stage: their channels C, height = width, and how many there are, L."""
+
+    channels: int
+    size: int
+    num_maps: int
+
+
+# the four stages of ER-ResNet-50, and the third of ER-ResNet-101 (its others are those of the 50-layer net)
+STAGES = {
+    "resnet50-1": StageShape(256, 56, 3),
+    "resnet50-2": StageShape(512, 28, 4),
+    "resnet50-3": StageShape(1024, 14, 6),
+    "resnet50-4": StageShape(2048, 7, 3),
+    "resnet101-3": StageShape(1024, 14, 23),
+}
+LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+class TailMaps(NamedTuple):
+    """Maps and gradients for the tails of a stage."""
+
+    zs: list[Tensor]
+    """x_0, and the outputs z_1 ... z_{L-1} of the branches' last convolutions."""
+    dys: list[Tensor]
+    """The gradients that y_0 ... y_{L-2} get from the next block's branch, and that of y_{L-1}."""
+
+    @property
+    def map_bytes(self) -> int:
+        """Bytes of one map."""
+        return self.zs[0].numel() * self.zs[0].element_size()
+
+
+def make_maps(
+    shape: StageShape,
+    batch: int,
+    layout: torch.memory_format = torch.channels_last,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> TailMaps:
+    """Random maps of a stage; x_0 is after its ReLU."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def one_map() -> Tensor:
+        size = (batch, shape.channels, shape.size, shape.size)
+        return torch.randn(size, generator=generator, dtype=dtype, device=device).contiguous(memory_format=layout)
+
+    zs = [one_map() for _ in range(shape.num_maps)]
+    zs[0].relu_().requires_grad_()
+    return TailMaps(zs, [one_map() for _ in range(shape.num_maps)])
+
+
+class Tails(nn.Module):
+    """The tails of one stage, without its convolutions: `fused` in one pass a block, else the naive composition."""
+
+    def __init__(self, channels: int, num_maps: int, *, fused: bool = True) -> None:
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(num_maps - 1))
+        self.shortcuts = nn.ModuleList(ERShortcut(channels, i + 1) for i in range(num_maps - 1))
+        self.fused = fused
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """y_{L-1} of x_0; the other maps are those that `give` was told of."""
+        maps = StageMaps(fused=self.fused)
+        y = maps.start(x0, self.shortcuts)
+        for index, (bn, shortcut) in enumerate(zip(self.bns, self.shortcuts, strict=True), start=1):
+            y = maps.add(branch(y, index), bn, shortcut)
+        return y
+
+    def naive(self) -> Tails:
+        """A copy that is the naive composition."""
+        other = copy.deepcopy(self)
+        other.fused = False
+        return other
+
+
+def train_tails(tails: nn.Module, maps: TailMaps) -> None:
+    """Forward and backward of a stage's tails; gradients are left in x_0 and the parameters."""
+    for index, z in enumerate(maps.zs[1:], start=1):
+        give(index, z, maps.dys[index - 1])
+    maps.zs[0].grad = None
+    tails(maps.zs[0]).backward(maps.dys[-1])
+
+
+def map_accesses(num_maps: int) -> int:
+    """Reads and writes of one map that the fused design makes in forward + backward; see the module's docstring."""
+    blocks = range(1, num_maps)
+    forward = num_maps + sum(block + 2 for block in blocks)
+    dots = sum(block + 1 + 3 for block in blocks)
+    gradients = sum(num_maps - max(i, 1) + 2 for i in range(num_maps)) + 1
+    return forward + dots + gradients
+
+
+def maps_written(num_maps: int) -> int:
+    """How many of those accesses write a new map: y and g of every block, and the gradient of every map."""
+    return 3 * num_maps - 2

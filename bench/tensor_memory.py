@@ -1,0 +1,45 @@
+"""Memory that tensors take during a call, as PyTorch's allocator reports it to the profiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class MemoryUse(NamedTuple):
+    """Bytes above what was in use when the call began."""
+
+    peak: int
+    kept: int
+    """In use when the call ended, its result included."""
+
+
+def memory_use(call: Callable[[], Any]) -> MemoryUse:
+    """What `call` allocates on the CPU. The profiler does not see the release of what was allocated before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events]
+    del result
+    return MemoryUse(max(accumulate(changes), default=0), sum(changes))
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors, each counted once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def training_peak(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> int:
+    """Bytes in use at the peak of a training step that follows another one.
+
+    Parameters, buffers and the state of the optimizer are counted, gradients as they come.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    return held_bytes([*model.parameters(), *model.buffers(), *state]) + memory_use(step).peak
