@@ -1,4 +1,4 @@
-"""What does a call of an ER operator cost beside its work? Maps of 7 x 7, batch 1, 64 channels, no gradient, one thread.
+"""What does a call of an ER operator cost beside its work? 64 channels of 7 x 7, batch 1, no gradient, one thread.
 
 An addition of the same maps is timed in turns with them: what any PyTorch operator costs from Python.
 

@@ -1,4 +1,4 @@
-"""How fast is a stage's tail - last BatchNorm, shortcuts, sum, ReLU - against the naive composition, eager and compiled?
+"""How fast are a stage's tails - last BatchNorm, shortcuts, sum, ReLU - against the naive ones, eager and compiled?
 
 One row is forward + backward of the tails of one stage, the maps given; a stand-in that moves no bytes takes the place
 of the convolutions between them (`er_branch.py`). All contestants take turns. The floor is what the bytes that the

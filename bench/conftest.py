@@ -25,9 +25,7 @@ FIGURES = ("p20", "p50", "p80", "unit", "repeats")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FOLDER", help="folder of the record that the rows are written to")
-    parser.addoption(
-        "--slow", action="store_true", help="also benches marked slow, and peers that take long to compile"
-    )
+    parser.addoption("--slow", action="store_true", help="also benches marked slow, and compiled peers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+# operators that take the shape of a tensor, and none of its elements
+SHAPE_ONLY = ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones")
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
@@ -83,13 +85,7 @@ class Traffic(TorchDispatchMode):
         if schema.name.startswith(("aten::empty", "aten::new_empty", *self.ignore)):  # allocation writes nothing
             return
         writes |= {_key(tensor): _bytes(tensor) for tensor in new}
-        if schema.name in (
-            "aten::zeros_like",
-            "aten::ones_like",
-            "aten::full_like",
-            "aten::new_zeros",
-            "aten::new_ones",
-        ):
+        if schema.name.startswith(SHAPE_ONLY):
             reads = {}
         self.read += sum(reads.values())
         self.written += sum(writes.values())

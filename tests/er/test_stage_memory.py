@@ -91,9 +91,8 @@ def test_activations_are_those_of_a_plain_stage_but_for_channel_vectors(measure,
         kept = []
         for stage in (PlainStage(blocks), ShortcutStage(blocks)):
             with_half_maps(stage, dtype)(x)  # the first call may allocate for good
-            kept.append(
-                kept_for_backward(stage, x) if measure == "saved tensors" else memory_use(lambda s=stage: s(x)).kept
-            )
+            forward = functools.partial(stage, x)
+            kept.append(kept_for_backward(stage, x) if measure == "saved tensors" else memory_use(forward).kept)
         extra.append(kept[1] - kept[0])
     pairs = blocks * (blocks + 1) // 2
     assert extra[0] == extra[1]
