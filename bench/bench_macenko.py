@@ -1,48 +1,50 @@
-"""How fast are Macenko normalisation and fit on one CPU thread, against torchstain's two backends?
+"""How fast are Macenko normalisation and fit on one CPU thread, against other packages?
 
-Each row is one image of the size given, fitted to the same target; peers get it in their own format. The groups are one
-operation at one size, so the relative columns of pytest-benchmark are ratios within one run. `floor_ms` is the time
-that the bytes the library's passes must read and write (four reads of the image and one write; three reads for a fit)
-take at the copy bandwidth measured for that working
-set: a bound of memory alone, far below what the arithmetic of an exact fit costs.
+Each group is one operation on one image of one size, everyone fitted to the same target and timed in turns, so that
+ratios are within one run. `floor` is the least that any implementation needs: the image read once and, for
+normalisation, the result written once, at the bandwidth of a copy of as many bytes in the same run. It is a bound of
+memory alone: an exact fit has to see the image at least three times, and its arithmetic costs more than the bytes.
 
 Run: python3 dev.py bench bench/bench_macenko.py
-The images are the real ones of $ERNET_TEST_DATA (../shared/data) where they are, else noise around two stains.
+Peers are measured where they import (macenko_peers.py says how to install them); torchstain's come with the project.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from macenko_images import SIZES, large_image
+from macenko_peers import Call, peers_of
+from turns import in_turns, percentiles
 
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
 
-SIZES = {"64x64": (64, 64), "224x224": (224, 224), "700x460": (460, 700), "1024x1024": (1024, 1024)}
-WHO = ["ernet_fast", "ernet_fast NHWC", "torchstain torch", "torchstain numpy"]
-
-
-def source_image() -> np.ndarray:
-    """A large H&E image [H, W, 3] uint8."""
-    given = os.environ.get("ERNET_TEST_DATA")
-    root = Path(given) if given else Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = root / "torchstain" / "source.png"
-    if path.exists():
-        image = np.array(pytest.importorskip("PIL.Image").open(path))[..., :3]
-        return np.tile(image, (3, 3, 1))
-    rng = np.random.default_rng(0)
-    amounts = rng.gamma(1.0, 0.5, (1300, 1300, 2))
-    od = amounts @ np.array([[0.65, 0.70, 0.29], [0.2, 0.9, 0.3]])
-    return np.clip(240 * np.exp(-od), 0, 255).astype(np.uint8)
+MEMORY = {"ernet_fast": torch.contiguous_format, "ernet_fast channels-last": torch.channels_last}
+OVERHEAD_SIZE, OVERHEAD_BAR = "64x64", 60
+BAR = "ratio_torchstain_torch >= 30"
 
 
 @pytest.fixture(scope="module")
-def image():
-    return source_image()
+def image() -> np.ndarray:
+    return large_image()
+
+
+@pytest.fixture(scope="module")
+def target(image: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(image[:300, :300])
+
+
+@pytest.fixture(scope="module")
+def peers(target: np.ndarray):
+    found, missing = peers_of(target)
+    for name, reason in missing.items():
+        print(f"not measured: {name}: {reason}")
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +55,8 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def copy_seconds(size: int, count: float) -> float:
-    """Seconds to read or write `size` bytes `count` times, at the bandwidth of a copy of as many."""
+def copy_milliseconds(size: int) -> float:
+    """The time of a copy of `size` bytes: each read once and written once."""
     source = torch.empty(size, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source)
     times = []
@@ -62,45 +64,98 @@ def copy_seconds(size: int, count: float) -> float:
         start = time.perf_counter()
         target.copy_(source)
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] / 2 * count
+    return 1e3 * sorted(times)[len(times) // 2]
 
 
-def call(who: str, operation: str, image: np.ndarray, target: np.ndarray):
-    """The call to time, with everything prepared."""
-    planar = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-    if who.startswith("torchstain"):
-        backend = who.split()[1]
-        peer = pytest.importorskip("torchstain").normalizers.MacenkoNormalizer(backend=backend)
-        own = (lambda x: torch.from_numpy(x).permute(2, 0, 1).contiguous()) if backend == "torch" else (lambda x: x)
-        peer.fit(own(target))
-        mine = own(image)
-        return (lambda: peer.normalize(mine, stains=False)) if operation == "normalize" else (lambda: peer.fit(mine))
-    batch = planar[None]
-    if who.endswith("NHWC"):
-        batch = batch.to(memory_format=torch.channels_last)
-    fitted = MacenkoNormalizer().fit(target).target
-    if operation == "normalize":
-        return lambda: macenko_normalize(batch, fitted)
-    return lambda: macenko_fit(batch)
+def own_calls(operation: str, image: np.ndarray, target: np.ndarray) -> dict[str, Call]:
+    fitted = macenko_fit(target)
+    calls: dict[str, Call] = {}
+    for name, memory in MEMORY.items():
+        batch = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(memory_format=memory)
+        if operation == "normalize":
+            calls[name] = lambda batch=batch: macenko_normalize(batch, fitted)
+        else:
+            calls[name] = lambda batch=batch: macenko_fit(batch)
+    return calls
 
 
-@pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("operation", ["normalize", "fit"])
-def test_one_image(benchmark, image, operation, size, who):
+def test_one_image(record_row, image, target, peers, operation, size):
     height, width = SIZES[size]
-    run = call(who, operation, np.ascontiguousarray(image[:height, :width]), np.ascontiguousarray(image[:300, :300]))
-    benchmark.group = f"{operation} {size}"
-    benchmark.extra_info["floor_ms"] = 1e3 * copy_seconds(3 * height * width, 5 if operation == "normalize" else 3)
-    benchmark.pedantic(run, rounds=15, iterations=max(1, 100_000 // (height * width)), warmup_rounds=2)
+    crop = np.ascontiguousarray(image[:height, :width])
+    own = own_calls(operation, crop, target)
+    theirs = {name: peer[operation == "fit"](crop) for name, peer in peers.items()}
+    times = in_turns({**own, **theirs}, rounds=15, budget=6)
+    figures = {name: percentiles([1e3 * second for second in seconds]) for name, seconds in times.items()}
+    share, why = (1.0, "read once, result written once") if operation == "normalize" else (0.5, "read once")
+    floor = {
+        "floor": share * copy_milliseconds(crop.size),
+        "floor_why": f"{crop.size} bytes {why}, at the bandwidth of a copy of as many",
+    }
+    for name in figures:
+        info: dict[str, Any] = dict(floor)
+        if name in own:
+            info |= {
+                f"ratio_{other.replace(' ', '_').replace('-', '_')}": figures[other]["p50"] / figures[name]["p50"]
+                for other in theirs
+            }
+            info |= {"bar": BAR} if "torchstain torch" in theirs and size != OVERHEAD_SIZE else {}
+        where = {"operation": operation, "size": size, "pixels": height * width, "who": name, "threads": 1}
+        record_row(
+            f"{operation} {size}", **figures[name], unit="ms", repeats=len(times[name]),
+            name=f"{operation} {size} {name}", params=where, **info,
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_batch_of_64(benchmark, image, threads):
-    torch.set_num_threads(threads)
+def batch_of_64(image: np.ndarray) -> torch.Tensor:
     tiles = [image[y : y + 224, x : x + 224] for y in range(0, 1000, 125) for x in range(0, 1000, 125)]
-    batch = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
-    target = MacenkoNormalizer().target
-    benchmark.group = "normalize 64 x 224x224"
-    benchmark.extra_info["floor_ms"] = 64e3 * copy_seconds(3 * 224 * 224, 5)
-    benchmark.pedantic(lambda: macenko_normalize(batch, target), rounds=15, warmup_rounds=2)
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+
+
+def test_threads_on_a_batch_of_64(record_row, image, target):
+    batch, fitted = batch_of_64(image), macenko_fit(target)
+
+    def on(threads: int) -> Callable[[], torch.Tensor]:
+        def call() -> torch.Tensor:
+            torch.set_num_threads(threads)
+            return macenko_normalize(batch, fitted)
+
+        return call
+
+    times = in_turns({str(threads): on(threads) for threads in (1, 2)}, rounds=25, budget=10)
+    figures = {int(name): percentiles([1e3 * second for second in seconds]) for name, seconds in times.items()}
+    for threads, found in figures.items():
+        torch.set_num_threads(threads)
+        info: dict[str, Any] = {
+            "floor": copy_milliseconds(batch.numel()),
+            "floor_why": f"{batch.numel()} bytes read once, result written once, at the bandwidth of a copy of as many",
+        }
+        if threads == 2:
+            info |= {"ratio_one_thread": figures[1]["p50"] / found["p50"], "bar": "ratio_one_thread >= 1.8"}
+        where = {"operation": "normalize", "size": "224x224", "batch": 64, "threads": threads}
+        record_row(
+            "normalize 64 x 224x224", **found, unit="ms", repeats=len(times[str(threads)]),
+            name=f"normalize 64 x 224x224 threads {threads}", params=where, **info,
+        )  # fmt: skip
+
+
+def test_call_overhead(record_row, image, target):
+    """A whole call on a small image, its pixels' work included."""
+    height, width = SIZES[OVERHEAD_SIZE]
+    tile = torch.from_numpy(np.ascontiguousarray(image[:height, :width].transpose(2, 0, 1)))
+    fitted, normalizer = macenko_fit(target), MacenkoNormalizer().fit(target)
+    array = np.ascontiguousarray(image[:height, :width])
+    calls: dict[str, Call] = {
+        "macenko_normalize of a tensor": lambda: macenko_normalize(tile, fitted),
+        "macenko_normalize of an array": lambda: macenko_normalize(array, fitted),
+        "MacenkoNormalizer of a tensor": lambda: normalizer(tile),
+        "macenko_fit of a tensor": lambda: macenko_fit(tile),
+    }
+    times = in_turns(calls, rounds=50, budget=8)
+    for name, seconds in times.items():
+        bar = {"bar": f"p50 <= {OVERHEAD_BAR}"} if "normalize" in name.lower() else {}
+        record_row(
+            f"call {OVERHEAD_SIZE}", **percentiles([1e6 * second for second in seconds]), unit="us",
+            repeats=len(seconds), name=f"call {OVERHEAD_SIZE} {name}", params={"call": name, "threads": 1}, **bar,
+        )  # fmt: skip
