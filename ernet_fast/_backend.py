@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import warnings
 from typing import Any
 
@@ -43,6 +44,27 @@ def build_info() -> dict[str, Any] | None:
     """What the binary was built with (see `ernet_fast._C.build_info`), or None without one."""
     module = _load()[0]
     return None if module is None else module.build_info()
+
+
+def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether machine code for one of `architectures` ("80", "90a") runs on a device of this compute capability.
+
+    Code runs on later minor versions of its major version; architecture-specific code ("90a") on its own version only.
+    """
+    for name in architectures:
+        match = re.fullmatch(r"(\d+)(\d)([a-z]?)", name)
+        if match is None:
+            continue
+        same_major, own_minor = int(match[1]) == major, int(match[2])
+        if same_major and (own_minor == minor if match[3] else own_minor <= minor):
+            return True
+    return False
+
+
+def compiled_at_load(architectures: list[str], major: int, minor: int) -> bool:
+    """Whether the driver can compile the kernels for a device, from the PTX of the last plain architecture."""
+    plain = [int(name) for name in architectures if name.isdigit()]
+    return bool(plain) and plain[-1] <= 10 * major + minor
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ernet_fast import __version__, _backend
+from ernet_fast._backend import serves_capability
 
 
 class _Package(NamedTuple):
@@ -142,21 +143,6 @@ def _cuda() -> dict[str, Any]:
     return {"torch_cuda": torch.version.cuda, "devices": devices, "reason": reason}
 
 
-def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
-    """Whether machine code for one of `architectures` ("80", "90a") runs on a device of this compute capability.
-
-    Code runs on later minor versions of its major version; architecture-specific code ("90a") on its own version only.
-    """
-    for name in architectures:
-        match = re.fullmatch(r"(\d+)(\d)([a-z]?)", name)
-        if match is None:
-            continue
-        same_major, own_minor = int(match[1]) == major, int(match[2])
-        if same_major and (own_minor == minor if match[3] else own_minor <= minor):
-            return True
-    return False
-
-
 def _operators() -> list[dict[str, str]]:
     rows = []
     for name, purpose in _PURPOSES.items():
@@ -170,7 +156,9 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
     """Which implementation serves an operator on a device, and the reason."""
     if device == "cuda" and not torch.cuda.is_available():
         return "-", "no CUDA device here"
-    if device == "cuda" and not name.startswith("macenko") and _triton_serves():
+    if device == "cuda" and name.startswith("macenko"):
+        return _macenko_on_cuda(name)
+    if device == "cuda" and _triton_serves():
         return "Triton", "compiled at first use"
     if not _backend.extension_available():
         return "PyTorch reference", _backend.why_unavailable() or "the compiled operators are missing"
@@ -178,6 +166,17 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", device.upper()):
         return ("C++", f"compiled, {info['isa']}") if device == "cpu" else ("CUDA", "registered for CUDA")
     return "PyTorch reference", f"no {device.upper()} kernel is compiled in"
+
+
+def _macenko_on_cuda(name: str) -> tuple[str, str]:
+    from ernet_fast.stain import _ops, batched
+
+    reason = batched.why_no_kernels(torch.cuda.current_device())
+    if reason is not None:
+        return "PyTorch", f"batched torch operations; {reason}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA") and name not in _ops.COMPOSED:
+        return "CUDA", "compiled kernels"
+    return "CUDA and PyTorch", "compiled kernels and batched torch operations"
 
 
 def _triton_serves() -> bool:

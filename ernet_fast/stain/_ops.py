@@ -6,6 +6,7 @@ All images here are [B, 3, H, W], all stains [1 or B, 3, 2] and [1 or B, 2] floa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +14,13 @@ import torch
 from ernet_fast import _backend
 from ernet_fast.stain import batched
 from ernet_fast.stain.result import MacenkoFit
+from ernet_fast.stain.upload import to_device
 
 Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Stains = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # source and target: matrix, maxima
+
+COMPOSED: set[str] = set()
+"""Operators that are batched torch operations on CUDA, with compiled kernels inside where there are some."""
 
 
 def _fit_like(images: torch.Tensor) -> Fit:
@@ -80,8 +85,14 @@ def _register() -> None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return (torch.empty_like(images), *_fit_like(images))
 
-    torch.library.impl("ernet::macenko_fit", "CUDA", batched.macenko_fit)
-    torch.library.impl("ernet::macenko_normalize", "CUDA", batched.macenko_normalize)
+    compositions: dict[str, Callable[..., Any]] = {
+        "macenko_fit": batched.macenko_fit,
+        "macenko_normalize": batched.macenko_normalize,
+    }
+    for name, composition in compositions.items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA"):
+            torch.library.impl(f"ernet::{name}", "CUDA", composition)
+            COMPOSED.add(name)
 
 
 if _backend.extension_available():
@@ -96,7 +107,12 @@ def _compiled_for(images: torch.Tensor) -> bool:
         return False
     if images.device.type == "cpu":
         return True
-    return images.device.type == "cuda" and images.dtype != torch.float64 and batched.cuda_kernels_available()
+    return images.dtype != torch.float64 and images.is_cuda and batched.why_no_kernels(images.device.index) is None
+
+
+def _composed(images: torch.Tensor) -> bool:
+    """True if batched torch operations fit images of this device where no compiled code does."""
+    return images.device.type != "cpu"
 
 
 def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tensor:
@@ -124,7 +140,7 @@ def fit(images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: boo
     images = images.detach()
     if _compiled_for(images):
         return MacenkoFit(*torch.ops.ernet.macenko_fit(supported(images), Io, alpha, beta, nearest, range))
-    if images.device.type == "cpu":
+    if not _composed(images):
         from ernet_fast import reference
 
         percentile = "nearest" if nearest else "linear"
@@ -132,6 +148,21 @@ def fit(images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: boo
             images, Io=Io, alpha=alpha, beta=beta, percentile=percentile, range=range, layout="CHW"
         )
     return MacenkoFit(*batched.macenko_fit(supported(images), Io, alpha, beta, nearest, range))
+
+
+def fit_inside(
+    images: torch.Tensor,
+    inside: torch.Tensor,
+    Io: float,
+    alpha: float,
+    beta: float,
+    nearest: bool,
+    range: float,
+) -> MacenkoFit | None:
+    """Fit the pixels `inside` [B, H W] of every image at once, without waiting for the device; None on the CPU."""
+    if not _composed(images):
+        return None
+    return MacenkoFit(*batched.macenko_fit(supported(images.detach()), Io, alpha, beta, nearest, range, inside))
 
 
 def reconstruct(images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io: float, range: float) -> torch.Tensor:
@@ -151,7 +182,7 @@ def reconstruct(images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io
 
 def _as_argument(part: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     if part.dtype != torch.float64 or part.device != images.device:
-        part = part.to(images.device, torch.float64)
+        part = to_device(part, images.device, torch.float64)
     return part.contiguous()
 
 

@@ -25,6 +25,7 @@ from ernet_fast.stain.functional import (
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.published import published_stains
 from ernet_fast.stain.result import MacenkoFit, expand_fit
+from ernet_fast.stain.upload import to_device
 
 
 def macenko_augment(
@@ -89,7 +90,7 @@ def macenko_augment(
     published = expand_fit(published_stains(), collection.count, "published")
     usable = usable_source(known, on_device(published, collection.device))
     gains, shifts = draw_changes(collection.count, gain, shift, generator)
-    gains, shifts = gains.to(collection.device), shifts.to(collection.device)
+    gains, shifts = to_device(gains, collection.device), to_device(shifts, collection.device)
     results = []
     for part in collection.parts:
         out = _change(part.pixels, part.take_fit(usable), part.take(gains), part.take(shifts), float(Io), float(range))

@@ -49,9 +49,29 @@ def cuda_kernels_available() -> bool:
     )
 
 
-def _kernels_serve(images: torch.Tensor) -> bool:
+@functools.cache
+def why_no_kernels(device: int) -> str | None:
+    """Why the CUDA kernels do not serve the CUDA device of this number; None if they do."""
+    if not _backend.extension_available():
+        return _backend.why_unavailable() or "the compiled operators are missing"
+    if not cuda_kernels_available():
+        return "the package was built without CUDA kernels (install nvcc or set CUDA_HOME, and build with ERNET_CUDA=1)"
+    architectures = (_backend.build_info() or {})["cuda_archs"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if _backend.serves_capability(architectures, major, minor) or _backend.compiled_at_load(
+        architectures, major, minor
+    ):
+        return None
+    return (
+        f"the CUDA kernels are compiled for {', '.join(architectures)}, and the device has compute capability "
+        f"{major}.{minor} (build with ERNET_CUDA_ARCHS={major}{minor})"
+    )
+
+
+def kernels_serve(images: torch.Tensor) -> bool:
     """True if the CUDA kernels take these images; they hold values in at most float32."""
-    return images.is_cuda and images.dtype in (torch.uint8, torch.float32) and cuda_kernels_available()
+    fits = images.is_cuda and images.dtype in (torch.uint8, torch.float32)
+    return fits and why_no_kernels(images.device.index) is None
 
 
 def optical_density(images: torch.Tensor, Io: float, range: float) -> torch.Tensor:
@@ -152,7 +172,7 @@ def _fit_group(
     range: float,
     inside: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if inside is None and _kernels_serve(images):
+    if inside is None and kernels_serve(images):
         moments = torch.ops.ernet.macenko_moments(images, Io, beta, range)
     else:
         moments = macenko_moments(images, Io, beta, range, inside)
@@ -312,7 +332,7 @@ def macenko_normalize(
     ok = status == MacenkoStatus.OK
     source_stain = stain.where(ok[:, None, None], target_stain)
     source_max = maximum.where(ok[:, None], target_max)
-    use_kernel = _kernels_serve(images)
+    use_kernel = kernels_serve(images)
     rebuild = torch.ops.ernet.macenko_reconstruct if use_kernel else macenko_reconstruct
     out = rebuild(images, source_stain.contiguous(), source_max.contiguous(), target_stain, target_max, Io, range)
     if identity:

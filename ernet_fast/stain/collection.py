@@ -10,6 +10,7 @@ import torch
 
 from ernet_fast.stain.layout import ImageBatch, read_images
 from ernet_fast.stain.result import MacenkoFit
+from ernet_fast.stain.upload import index_on
 
 STACKED_PIXELS = 1 << 18
 """Images of a list below this size are stacked with others of their shape, so that threads share them; larger ones are
@@ -30,7 +31,9 @@ class Part:
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of these images, of one row for all or of one row each."""
-        return rows if self.index is None or rows.shape[0] == 1 else rows[self.index]
+        if self.index is None or rows.shape[0] == 1:
+            return rows
+        return rows[index_on(self.index, rows.device)]
 
     def take_fit(self, fit: MacenkoFit) -> MacenkoFit:
         """The stains of these images."""
@@ -66,8 +69,10 @@ class Collection:
         if self.parts[0].index is None:
             return rows[0]
         order = [i for part in self.parts for i in part.index or []]
-        inverse = torch.tensor(order, device=rows[0].device).argsort()
-        return torch.cat(list(rows))[inverse]
+        inverse = [0] * len(order)
+        for place, i in enumerate(order):
+            inverse[i] = place
+        return torch.cat(list(rows))[index_on(inverse, rows[0].device)]
 
     def gather_fit(self, fits: Sequence[MacenkoFit]) -> MacenkoFit:
         """Stains of every part as those of the collection."""

@@ -21,6 +21,7 @@ from ernet_fast.stain.network_output import read_output, reconstruct_scaled, sca
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
+from ernet_fast.stain.upload import to_device
 
 
 def macenko_fit(
@@ -71,12 +72,16 @@ def fit_collection(
     collection: Collection, mask: Any, Io: float, alpha: float, beta: float, percentile: str, range: float
 ) -> MacenkoFit:
     """`macenko_fit` of images that were read and checked."""
+    numbers = float(Io), float(alpha), float(beta), percentile == "nearest", float(range)
 
     def fit(pixels: torch.Tensor) -> MacenkoFit:
-        return _ops.fit(pixels, float(Io), float(alpha), float(beta), percentile == "nearest", float(range))
+        return _ops.fit(pixels, *numbers)
+
+    def fit_inside(pixels: torch.Tensor, inside: torch.Tensor) -> MacenkoFit | None:
+        return _ops.fit_inside(pixels, inside, *numbers)
 
     if mask is not None:
-        return fit_pixels_inside(collection, read_masks(mask, collection), fit)
+        return fit_pixels_inside(collection, read_masks(mask, collection), fit, fit_inside)
     return collection.gather_fit([fit(part.pixels) for part in collection.parts])
 
 
@@ -254,7 +259,7 @@ def check_range(pixels: torch.Tensor, range: float, index: list[int] | None = No
 
 def on_device(fit: MacenkoFit, device: torch.device) -> MacenkoFit:
     """`fit` with its tensors on `device`."""
-    return MacenkoFit(*(part.to(device) for part in fit))
+    return MacenkoFit(*(to_device(part, device) for part in fit))
 
 
 def _result(collection: Collection, images: list[torch.Tensor], status: torch.Tensor, return_status: bool) -> Any:

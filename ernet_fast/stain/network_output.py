@@ -10,6 +10,7 @@ import torch
 
 from ernet_fast.stain import _ops
 from ernet_fast.stain.result import MacenkoFit
+from ernet_fast.stain.upload import to_device
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -62,7 +63,7 @@ def _three(name: str, values: Any) -> list[float]:
 def scale(images: torch.Tensor, output: NetworkOutput, range: float) -> torch.Tensor:
     """Images [B, 3, H, W], scaled; differentiable."""
     unit = 255.0 if images.dtype == torch.uint8 else range
-    mean, std = (part.to(images.device)[:, None, None] for part in (output.mean, output.std))
+    mean, std = (to_device(part, images.device)[:, None, None] for part in (output.mean, output.std))
     # By way of float32, as the operator rounds.
     scaled = ((images.double() / unit - mean) / std).float().to(output.dtype)
     return scaled.contiguous(memory_format=torch.channels_last)

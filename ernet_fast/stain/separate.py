@@ -113,7 +113,8 @@ def separate(
 
 def one_stain(fit: MacenkoFit, kept: tuple[float, float]) -> MacenkoFit:
     """`fit` with the concentration of the stain that is not kept multiplied by nothing."""
-    return fit._replace(max_concentration=fit.max_concentration * fit.max_concentration.new_tensor(kept))
+    maxima = [fit.max_concentration[:, i] * share for i, share in enumerate(kept)]
+    return fit._replace(max_concentration=torch.stack(maxima, dim=1))
 
 
 def _concentrations(images: torch.Tensor, stain: torch.Tensor, Io: float, range: float) -> torch.Tensor:

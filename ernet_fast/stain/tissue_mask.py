@@ -16,6 +16,7 @@ import torch
 
 from ernet_fast.stain.collection import Collection
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
+from ernet_fast.stain.upload import to_device
 
 
 def read_masks(mask: Any, collection: Collection) -> list[torch.Tensor]:
@@ -40,7 +41,7 @@ def read_masks(mask: Any, collection: Collection) -> list[torch.Tensor]:
     for i, (one, size) in enumerate(zip(masks, sizes, strict=True)):
         if one.shape != size:
             raise ValueError(f"the mask of image {i} has shape {tuple(one.shape)}; the image has {tuple(size)}.")
-    return [one.to(collection.device) for one in masks]
+    return [to_device(one, collection.device) for one in masks]
 
 
 def _as_tensor(mask: Any, name: str) -> torch.Tensor:
@@ -58,9 +59,19 @@ def pixels_inside(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def fit_pixels_inside(
-    collection: Collection, masks: list[torch.Tensor], fit: Callable[[torch.Tensor], MacenkoFit]
+    collection: Collection,
+    masks: list[torch.Tensor],
+    fit: Callable[[torch.Tensor], MacenkoFit],
+    fit_inside: Callable[[torch.Tensor, torch.Tensor], MacenkoFit | None],
 ) -> MacenkoFit:
-    """Stains of the masked pixels of every image. On a GPU this waits for the device, which counts the pixels."""
+    """Stains of the masked pixels of every image.
+
+    `fit_inside` takes images and masks [b, H W] together and is asked first; where it does not serve, `fit` gets the
+    masked pixels of each image.
+    """
+    together = _fit_together(collection, masks, fit_inside)
+    if together is not None:
+        return together
     images = collection.in_order([part.pixels for part in collection.parts])
     fits = [
         fit(inside) if inside.shape[3] else _nothing_to_fit(inside)
@@ -70,6 +81,21 @@ def fit_pixels_inside(
         return collection.gather_fit([fit(part.pixels) for part in collection.parts])
     stain, maximum, status = zip(*fits, strict=True)
     return MacenkoFit(torch.cat(stain), torch.cat(maximum), torch.cat(status))
+
+
+def _fit_together(
+    collection: Collection,
+    masks: list[torch.Tensor],
+    fit_inside: Callable[[torch.Tensor, torch.Tensor], MacenkoFit | None],
+) -> MacenkoFit | None:
+    fits = []
+    for part in collection.parts if masks else []:
+        inside = torch.stack([masks[i] for i in part.index or range(len(masks))])
+        found = fit_inside(part.pixels, inside.flatten(1))
+        if found is None:
+            return None
+        fits.append(found)
+    return collection.gather_fit(fits) if fits else None
 
 
 def _nothing_to_fit(pixels: torch.Tensor) -> MacenkoFit:
