@@ -89,7 +89,7 @@ def test_normalisation_equals_the_reference(composed, dtype, channels_last, poli
     before = images.clone()
     source = macenko_fit(images)
     for given in (None, source):
-        expected = reference.macenko_normalize(images, TARGET, source, on_degenerate=policy)
+        expected = reference.macenko_normalize(images, TARGET, given, on_degenerate=policy)
         found, status = macenko_normalize(images, TARGET, given, on_degenerate=policy, return_status=True)
         assert found.stride() == images.stride() and status.tolist() == statuses
         assert_same_image(found, expected)
