@@ -5,12 +5,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/er_loops.h"
+#include "cpu/map_buffers.h"
 
 namespace {
 
@@ -120,9 +123,29 @@ int64_t grain(const MapShape& shape, int64_t num_maps, bool reduction) {
   return items > 0 ? items : 1;
 }
 
+// Partial results: every item writes its own, so they need no value but for empty maps, which have no items.
+std::unique_ptr<double[]> partial_results(int64_t count, bool empty) {
+  std::unique_ptr<double[]> partial(new double[static_cast<size_t>(count)]);
+  if (empty) std::fill_n(partial.get(), count, 0.0);
+  return partial;
+}
+
 Tensor like_channels(const Tensor& map, const std::vector<int64_t>& sizes, Storage storage) {
   return torch::stable::new_empty(map, sizes, acc_type(storage));
 }
+
+// An uninitialised map like `map`, which is dense. The memory of large ones is that of others that were freed.
+Tensor empty_map_like(const Tensor& map) {
+  const size_t bytes = static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size());
+  void* const buffer = ernet::cpu::take_map_buffer(bytes);
+  if (buffer == nullptr) return torch::stable::empty_like(map);
+  const auto give_back = [bytes](void* data) { ernet::cpu::give_map_buffer(data, bytes); };
+  return torch::stable::from_blob(buffer, map.sizes(), map.strides(), map.device(), map.scalar_type(), give_back);
+}
+
+// Outputs this large are out of the cache before anything reads them.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+bool streams(const Tensor& map) { return map.numel() * map.element_size() >= kStreamBytes; }
 
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& x, bool per_sample) {
   const MapChecker checker(x, "x");
@@ -131,8 +154,8 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& x, bool per_sample) {
   Tensor mean = like_channels(x, channel_sizes(shape), storage);
   Tensor var = like_channels(x, channel_sizes(shape), storage);
   const int64_t partials = shape.groups() * ernet::cpu::slabs_per_group(shape) * 2 * shape.C;
-  std::vector<double> partial(static_cast<size_t>(partials), 0.0);
-  const ernet::cpu::ChannelMoments args{shape, x.const_data_ptr(), partial.data()};
+  const std::unique_ptr<double[]> partial = partial_results(partials, x.numel() == 0);
+  const ernet::cpu::ChannelMoments args{shape, x.const_data_ptr(), partial.get()};
   if (x.numel() > 0) {
     const auto loop = ernet::cpu::er_loops().channel_moments[static_cast<int>(storage)];
     torch::stable::parallel_for(0, ernet::cpu::reduce_items(shape), grain(shape, 1, true),
@@ -158,10 +181,10 @@ Tensor weighted_sum(const std::vector<Tensor>& maps, const Tensor& a, const std:
   const void* b_data = b.has_value() ? coefficients(*b, "b", sizes, storage) : nullptr;
   sizes.insert(sizes.begin(), static_cast<int64_t>(maps.size()));
   const void* a_data = coefficients(a, "a", sizes, storage);
-  Tensor y = torch::stable::empty_like(maps[0]);
+  Tensor y = empty_map_like(maps[0]);
   const std::vector<const void*> data = pointers(maps);
   const ernet::cpu::WeightedSum args{
-      shape, static_cast<int64_t>(maps.size()), data.data(), a_data, b_data, y.mutable_data_ptr(), relu};
+      shape, static_cast<int64_t>(maps.size()), data.data(), a_data, b_data, y.mutable_data_ptr(), relu, streams(y)};
   if (y.numel() > 0) {
     const auto loop = ernet::cpu::er_loops().weighted_sum[static_cast<int>(storage)];
     torch::stable::parallel_for(0, ernet::cpu::sum_items(shape), grain(shape, args.num_maps, false),
@@ -182,18 +205,19 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
   Tensor db = like_channels(dy, sizes, storage);
   sizes.insert(sizes.begin(), static_cast<int64_t>(maps.size()));
   Tensor da = like_channels(dy, sizes, storage);
-  Tensor g = y.has_value() ? torch::stable::empty_like(dy) : torch::stable::new_empty(dy, std::vector<int64_t>{0});
+  Tensor g = y.has_value() ? empty_map_like(dy) : torch::stable::new_empty(dy, std::vector<int64_t>{0});
   const std::vector<const void*> data = pointers(maps);
   const int64_t rows = static_cast<int64_t>(maps.size()) + 1;
   const int64_t partials = shape.groups() * ernet::cpu::slabs_per_group(shape) * rows * shape.C;
-  std::vector<double> partial(static_cast<size_t>(partials), 0.0);
+  const std::unique_ptr<double[]> partial = partial_results(partials, dy.numel() == 0);
   const ernet::cpu::WeightedDot args{shape,
                                      rows - 1,
                                      dy.const_data_ptr(),
                                      y.has_value() ? y->const_data_ptr() : nullptr,
                                      y.has_value() ? g.mutable_data_ptr() : nullptr,
                                      data.data(),
-                                     partial.data()};
+                                     partial.get(),
+                                     y.has_value() && streams(g)};
   if (dy.numel() > 0) {
     const auto loop = ernet::cpu::er_loops().weighted_dot[static_cast<int>(storage)];
     torch::stable::parallel_for(0, ernet::cpu::reduce_items(shape), grain(shape, rows, true),

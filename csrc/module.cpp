@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "cpu/map_buffers.h"
 
 namespace py = pybind11;
 
@@ -35,12 +36,30 @@ py::dict build_info() {
   return info;
 }
 
+py::dict map_buffers() {
+  const ernet::cpu::MapBufferCounts counts = ernet::cpu::map_buffer_counts();
+  py::dict info;
+  info["kept_bytes"] = ernet::cpu::kept_map_bytes();
+  info["limit_bytes"] = ernet::cpu::map_buffer_limit();
+  info["reused"] = counts.reused;
+  info["fresh"] = counts.fresh;
+  return info;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of ernet_fast";
-  ernet::selected_isa();  // an impossible ERNET_ISA fails here, at import, with a clear error
+  ernet::selected_isa();           // an impossible ERNET_ISA fails here, at import, with a clear error
+  ernet::cpu::map_buffer_limit();  // and so does an ERNET_KEEP_MB that is no number
   m.def("build_info", &build_info,
         "What this binary is: version, compiler, instruction sets compiled in and the one in use, CUDA architectures, "
         "the torch whose headers it was built with, and the oldest torch it serves.");
+  m.def(
+      "map_buffers", &map_buffers,
+      "Memory of freed outputs that is kept for later ones: bytes kept, how many may be, buffers used again and new.");
+  m.def("set_map_buffer_limit", &ernet::cpu::set_map_buffer_limit, py::arg("bytes"),
+        "How many bytes may be kept; what exceeds them goes back to the system at once, 0 keeps none.");
+  m.def("poison_map_buffers", &ernet::cpu::poison_map_buffers, py::arg("wanted"),
+        "For tests: fill these buffers with NaN before use.");
 }

@@ -30,6 +30,11 @@ def _load() -> tuple[Any, str | None]:
     return module, None
 
 
+def extension() -> Any:
+    """The module `ernet_fast._C`, or None where it cannot be loaded."""
+    return _load()[0]
+
+
 def extension_available() -> bool:
     """True if the compiled operators `torch.ops.ernet.*` are loaded."""
     return _load()[0] is not None

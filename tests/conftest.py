@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernet_fast import _backend
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,6 +33,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
+    extension = _backend.extension()
+    if extension is not None:
+        extension.poison_map_buffers(True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 

@@ -34,6 +34,7 @@ struct WeightedSum {
   const void* b;            // acc [groups][C], or null for zero
   void* y;
   bool relu;
+  bool stream;  // write y past the cache
 };
 
 struct WeightedDot {
@@ -44,6 +45,7 @@ struct WeightedDot {
   void* g;                  // written only where y is given
   const void* const* maps;  // [num_maps]
   double* partial;          // [groups * slabs][num_maps + 1][C]: sums of g * x_l of a slab, the last row those of g
+  bool stream;              // write g past the cache
 };
 
 struct ChannelMoments {
@@ -57,8 +59,12 @@ struct ChannelMoments {
 // In the planar layout a slab is a run of samples; channels-last, a run of pixels (of one group).
 int64_t slabs_per_group(const MapShape& shape);
 
-// Most channels of a channels-last item of a reduction: 2 KiB of float in a row, long enough to stream.
-constexpr int64_t kItemChannels = 512;
+// Most channels of an item of a reduction. Channels-last: a pixel of up to 8 KiB of float is read as one run. Planar:
+// so many that an item of small planes is a long run of each sample; their sums wait in vectors until the slab ends.
+constexpr int64_t kPixelChannels = 2048;
+constexpr int64_t kPlanarChannels = 64;
+// Planar: most elements of an item's slab if it holds more than one channel, and of a chunk of a plane otherwise.
+constexpr int64_t kPlanarElements = 32768;
 
 // Independent work items of a reduction: some channels of one slab.
 struct ReduceItem {
@@ -66,7 +72,7 @@ struct ReduceItem {
   int64_t begin;     // planar: the first sample; channels-last: the first pixel, counted from the start of the map
   int64_t count;     // of samples, of pixels
   int64_t channel;   // the first channel
-  int64_t channels;  // how many: 1 in the planar layout
+  int64_t channels;  // how many
 };
 int64_t reduce_items(const MapShape& shape);
 ReduceItem reduce_item(const MapShape& shape, int64_t item);

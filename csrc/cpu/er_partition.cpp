@@ -4,10 +4,10 @@
 namespace ernet::cpu {
 namespace {
 
-constexpr int64_t kSumElements = 16384;  // elements of a map in one channels-last item of weighted_sum
-constexpr int64_t kRowElements = 2048;   // planar: samples share a slab up to this many elements of a channel
-constexpr int64_t kSlabPixels = 512;     // channels-last: pixels of a slab
-constexpr int64_t kMaxSlabs = 64;        // bounds the partial results of a group
+constexpr int64_t kSumElements = 16384;    // elements of a map in one channels-last item of weighted_sum
+constexpr int64_t kRowElements = 2048;     // planar: samples share a slab up to this many elements of a channel
+constexpr int64_t kSlabElements = 262144;  // channels-last: elements of a slab, about
+constexpr int64_t kMaxSlabs = 64;          // bounds the partial results of a group
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_one(int64_t a) { return a > 0 ? a : 1; }
@@ -20,12 +20,18 @@ int64_t group_units(const MapShape& s) {
 }
 
 int64_t slab_units(const MapShape& s) {
-  if (!s.channels_last) return at_least_one(at_most(kRowElements / at_least_one(s.P), group_units(s)));
-  const int64_t least = ceil_div(group_units(s), kMaxSlabs);
-  return least > kSlabPixels ? least : kSlabPixels;
+  const int64_t units = group_units(s);
+  if (!s.channels_last) return at_least_one(at_most(kRowElements / at_least_one(s.P), units));
+  const int64_t slabs = at_most(ceil_div(units * s.C, kSlabElements), kMaxSlabs);
+  return at_least_one(ceil_div(units, at_least_one(slabs)));  // equal slabs: threads get equal shares
 }
 
-int64_t channel_blocks(const MapShape& s) { return s.channels_last ? ceil_div(s.C, kItemChannels) : s.C; }
+int64_t block_channels(const MapShape& s) {
+  if (s.channels_last) return kPixelChannels;
+  return at_most(at_least_one(kPlanarElements / at_least_one(slab_units(s) * s.P)), kPlanarChannels);
+}
+
+int64_t channel_blocks(const MapShape& s) { return ceil_div(s.C, block_channels(s)); }
 
 int64_t sum_pixels(const MapShape& s) { return at_least_one(kSumElements / at_least_one(s.C)); }
 
@@ -37,7 +43,7 @@ int64_t reduce_items(const MapShape& s) { return s.groups() * slabs_per_group(s)
 
 ReduceItem reduce_item(const MapShape& s, int64_t item) {
   const int64_t blocks = channel_blocks(s), slabs = slabs_per_group(s), row = item / blocks;
-  const int64_t begin = (row % slabs) * slab_units(s), width = s.channels_last ? kItemChannels : 1;
+  const int64_t begin = (row % slabs) * slab_units(s), width = block_channels(s);
   const int64_t channel = (item % blocks) * width;
   return {row, (row / slabs) * group_units(s) + begin, at_most(slab_units(s), group_units(s) - begin), channel,
           at_most(width, s.C - channel)};
@@ -59,27 +65,32 @@ PixelRange sum_item(const MapShape& s, int64_t item) {
 
 int64_t item_elements(const MapShape& s, bool reduction) {
   if (!reduction) return at_least_one(s.channels_last ? sum_pixels(s) * s.C : s.P);
-  return at_least_one(slab_elements(s, 0) * (s.channels_last ? at_most(kItemChannels, s.C) : 1));
+  return at_least_one(slab_elements(s, 0) * at_most(block_channels(s), s.C));
 }
 
-// Chan's update: two sets of count, mean and sum of squared deviations become one.
+// Chan's update: two sets of count, mean and sum of squared deviations become one. Slabs are merged into the first one,
+// all channels at a time.
 template <typename A>
 void merge_moments(const ChannelMoments& args, A* mean, A* var) {
   const MapShape& s = args.shape;
   const int64_t slabs = slabs_per_group(s);
   for (int64_t group = 0; group < s.groups(); ++group) {
-    for (int64_t c = 0; c < s.C; ++c) {
-      double count = 0, m = 0, m2 = 0;
-      for (int64_t slab = 0; slab < slabs; ++slab) {
-        const double* part = args.partial + (group * slabs + slab) * 2 * s.C;
-        const double n = static_cast<double>(slab_elements(s, slab));
-        const double delta = part[c] - m, total = count + n;
-        m += delta * (n / total);
-        m2 += part[s.C + c] + delta * delta * (count * n / total);
-        count = total;
+    double* first = args.partial + group * slabs * 2 * s.C;
+    double count = slabs > 0 ? static_cast<double>(slab_elements(s, 0)) : 0;
+    for (int64_t slab = 1; slab < slabs; ++slab) {
+      const double* part = first + slab * 2 * s.C;
+      const double n = static_cast<double>(slab_elements(s, slab)), total = count + n;
+      const double weight = n / total, spread = count * weight;
+      for (int64_t c = 0; c < s.C; ++c) {
+        const double delta = part[c] - first[c];
+        first[c] += delta * weight;
+        first[s.C + c] += part[s.C + c] + delta * delta * spread;
       }
-      mean[group * s.C + c] = static_cast<A>(m);
-      var[group * s.C + c] = static_cast<A>(m2 / count);  // 0 / 0 = NaN for an empty group, as torch.var gives
+      count = total;
+    }
+    for (int64_t c = 0; c < s.C; ++c) {  // no values: 0 / 0 = NaN, as torch.var gives
+      mean[group * s.C + c] = count > 0 ? static_cast<A>(first[c]) : A(0);
+      var[group * s.C + c] = static_cast<A>((count > 0 ? first[s.C + c] : 0) / count);
     }
   }
 }
@@ -87,17 +98,16 @@ void merge_moments(const ChannelMoments& args, A* mean, A* var) {
 template <typename A>
 void merge_dot(const WeightedDot& args, A* da, A* db) {
   const MapShape& s = args.shape;
-  const int64_t slabs = slabs_per_group(s), rows = args.num_maps + 1;
+  const int64_t slabs = slabs_per_group(s), rows = args.num_maps + 1, size = rows * s.C;
   for (int64_t group = 0; group < s.groups(); ++group) {
+    double* first = args.partial + group * slabs * size;
+    for (int64_t slab = 1; slab < slabs; ++slab) {
+      const double* part = first + slab * size;
+      for (int64_t i = 0; i < size; ++i) first[i] += part[i];
+    }
     for (int64_t row = 0; row < rows; ++row) {
       A* out = row < args.num_maps ? da + (row * s.groups() + group) * s.C : db + group * s.C;
-      for (int64_t c = 0; c < s.C; ++c) {
-        double total = 0;
-        for (int64_t slab = 0; slab < slabs; ++slab) {
-          total += args.partial[((group * slabs + slab) * rows + row) * s.C + c];
-        }
-        out[c] = static_cast<A>(total);
-      }
+      for (int64_t c = 0; c < s.C; ++c) out[c] = slabs > 0 ? static_cast<A>(first[row * s.C + c]) : A(0);
     }
   }
 }

@@ -36,6 +36,7 @@ struct Row {
   A* acc;
   int64_t count;
   bool relu_wanted;
+  bool stream_wanted;
 };
 
 // One vector, `left` elements of it: the first group of maps starts from b, the last one writes y.
@@ -44,7 +45,9 @@ inline void sum_vector(const Row<T, A>& row, const Coefficients& k, int64_t j, i
   Vec<A> sum = kFirst ? k.start(j, left) : load_upto<A>(row.acc + j, left);
   for (int l = 0; l < kMaps; ++l) sum += k.coefficient(l, j, left) * load_upto<A>(row.x[l] + j, left);
   if constexpr (kLast) {
-    store_upto<A>(row.y + j, row.relu_wanted ? relu<A>(sum) : sum, left);
+    if (row.relu_wanted) sum = relu<A>(sum);
+    if (row.stream_wanted && left >= kLanes<A>) return stream(row.y + j, sum);
+    store_upto<A>(row.y + j, sum, left);
   } else {
     store_upto<A>(row.acc + j, sum, left);
   }
@@ -87,7 +90,8 @@ inline void sum_maps(const WeightedSum& args, A* acc, int64_t offset, int64_t co
   const A* b = args.b == nullptr ? nullptr : static_cast<const A*>(args.b) + channel;
   for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
     const int64_t left = args.num_maps - first, maps = left < kMapsAtOnce ? left : kMapsAtOnce;
-    Row<T, A> row = {{}, static_cast<T*>(args.y) + offset, acc, count, args.relu};
+    T* const y = static_cast<T*>(args.y) + offset;
+    Row<T, A> row = {{}, y, acc, count, args.relu, args.stream && stream_aligned(y)};
     Coefficients k = {{}, b};
     for (int64_t l = 0; l < maps; ++l) {
       row.x[l] = static_cast<const T*>(args.maps[first + l]) + offset;
@@ -139,6 +143,7 @@ void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
   } else {
     planar<T, A>(args, begin, end);
   }
+  if (args.stream) stream_fence();
 }
 
 template void weighted_sum<float>(const WeightedSum&, int64_t, int64_t);

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -134,23 +134,78 @@ static inline void store(A* p, Vec<A> v) {
   memcpy(p, &v, sizeof v);
 }
 
-static inline void store(bf16* p, Vec<float> v) {  // round to nearest, ties to even; NaN stays NaN
+static inline Lanes<float>::half_bits narrow(bf16, Vec<float> v) {  // round to nearest, ties to even; NaN stays NaN
   const Lanes<float>::bits bits = reinterpret_cast<Lanes<float>::bits>(v);
   const Lanes<float>::bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Lanes<float>::bits quiet = (bits >> 16) | 0x40u;
-  const Lanes<float>::half_bits narrow = __builtin_convertvector(v == v ? rounded : quiet, Lanes<float>::half_bits);
-  memcpy(p, &narrow, sizeof narrow);
+  return __builtin_convertvector(v == v ? rounded : quiet, Lanes<float>::half_bits);
+}
+
+static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes<float>::half_bits>(
+      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return reinterpret_cast<Lanes<float>::half_bits>(
+      _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  Lanes<float>::half_bits bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = float_to_half(v[i]);
+  return bits;
+#endif
+}
+
+static inline void store(bf16* p, Vec<float> v) {
+  const Lanes<float>::half_bits bits = narrow(bf16{}, v);
+  memcpy(p, &bits, sizeof bits);
 }
 
 static inline void store(f16* p, Vec<float> v) {
+  const Lanes<float>::half_bits bits = narrow(f16{}, v);
+  memcpy(p, &bits, sizeof bits);
+}
+
+// Stores past the cache, for outputs that would only evict what is still needed; `p` must be a multiple of the bytes
+// stored (stream_aligned). Before another thread may read them: stream_fence.
+template <typename V>
+static inline void stream_bytes(void* p, const V& v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes<float>; ++i) p[i].bits = float_to_half(v[i]);
+  if constexpr (sizeof v == 64) {
+    __m512i bits;
+    memcpy(&bits, &v, sizeof v);
+    return _mm512_stream_si512(static_cast<__m512i*>(p), bits);
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof v == 32) {
+    __m256i bits;
+    memcpy(&bits, &v, sizeof v);
+    return _mm256_stream_si256(static_cast<__m256i*>(p), bits);
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof v == 16) {
+    __m128i bits;
+    memcpy(&bits, &v, sizeof v);
+    return _mm_stream_si128(static_cast<__m128i*>(p), bits);
+  }
+#endif
+  memcpy(p, &v, sizeof v);
+}
+
+static inline void stream(float* p, Vec<float> v) { stream_bytes(p, v); }
+static inline void stream(double* p, Vec<double> v) { stream_bytes(p, v); }
+static inline void stream(bf16* p, Vec<float> v) { stream_bytes(p, narrow(bf16{}, v)); }
+static inline void stream(f16* p, Vec<float> v) { stream_bytes(p, narrow(f16{}, v)); }
+
+template <typename T>
+static inline bool stream_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (sizeof(T) == 2 ? kVectorBytes / 2 : kVectorBytes) == 0;
+}
+
+static inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 

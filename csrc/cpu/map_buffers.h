@@ -1,0 +1,38 @@
+// Memory for the large outputs of the ER operators, used again instead of asked of the system anew.
+//
+// The first touch of fresh memory costs a page fault every 4 KiB, three to four times the time of the pass that writes
+// a map. So the memory of a freed output is kept for the next output of the same size, and new memory comes in huge
+// pages where the system has them.
+//
+// Bounds: no more than limit bytes are kept; and what is kept and in use together never exceeds what was once in use,
+// because new memory is asked for only after as many bytes of other sizes, oldest first, have gone back to the system.
+#pragma once
+
+#include <stddef.h>
+
+namespace ernet::cpu {
+
+constexpr size_t kLeastMapBuffer = size_t{256} << 10;         // bytes; the allocator serves smaller outputs as well
+constexpr size_t kDefaultMapBufferLimit = size_t{512} << 20;  // bytes
+
+// `bytes` of memory, aligned to a page, its content undefined; null if they are too few for this, if nothing may be
+// kept (limit 0) or if the system has none: the caller then uses its allocator. Any thread may call these functions. A
+// buffer must be given back, by whatever thread, with the size it was taken with.
+void* take_map_buffer(size_t bytes);
+void give_map_buffer(void* buffer, size_t bytes);
+
+// Bytes kept at this moment for outputs to come.
+size_t kept_map_bytes();
+// How many may be kept. What exceeds a new limit goes back to the system at once; 0 switches all of this off. The first
+// limit is that of the environment variable ERNET_KEEP_MB (in MiB), else kDefaultMapBufferLimit.
+size_t map_buffer_limit();
+void set_map_buffer_limit(size_t bytes);
+// Buffers taken so far: those that were kept ones, and those newly asked of the system.
+struct MapBufferCounts {
+  size_t reused, fresh;
+};
+MapBufferCounts map_buffer_counts();
+// For tests: fill every buffer with bits that are NaN in all floating types before it is handed out.
+void poison_map_buffers(bool wanted);
+
+}  // namespace ernet::cpu

@@ -1,0 +1,52 @@
+"""The memory that the CPU operators keep: that of large freed outputs, for the next outputs of the same size.
+
+The first touch of fresh memory costs a page fault every 4 KiB, which takes longer than the pass that writes a map. What
+is kept never makes the peak higher: kept and live outputs together never exceed what live outputs once were. Besides,
+at most 512 MiB are kept, or what the environment variable `ERNET_KEEP_MB` says (0 keeps none).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ernet_fast import _backend
+
+
+@dataclass(frozen=True)
+class KeptMemory:
+    """State of the kept memory of this process."""
+
+    kept_bytes: int
+    """Bytes kept at this moment."""
+    limit_bytes: int
+    """Bytes that may be kept."""
+    reused: int
+    """Outputs so far that used kept memory again."""
+    fresh: int
+    """Outputs so far for which the system was asked for memory."""
+
+
+def kept_memory() -> KeptMemory:
+    """What is kept now; all zero where the compiled operators are not there."""
+    module = _backend.extension()
+    return KeptMemory(0, 0, 0, 0) if module is None else KeptMemory(**module.map_buffers())
+
+
+def set_kept_memory_limit(limit_bytes: int) -> None:
+    """Keep at most `limit_bytes`; what exceeds them goes back to the system at once. 0 keeps none.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if limit_bytes < 0:
+        raise ValueError(f"limit_bytes is {limit_bytes}; expected a number of bytes >= 0, 0 to keep none.")
+    module = _backend.extension()
+    if module is not None:
+        module.set_map_buffer_limit(limit_bytes)
+
+
+def release_kept_memory() -> None:
+    """Give all kept memory back to the system; the limit stays."""
+    limit = kept_memory().limit_bytes
+    set_kept_memory_limit(0)
+    set_kept_memory_limit(limit)

@@ -1,0 +1,195 @@
+"""Memory of freed outputs, kept for the next ones: bounds, switches, threads, forks, and results that stay right."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from er_cases import DTYPES, LAYOUTS, maps_like, relative_error, tolerance
+
+from ernet_fast import _backend
+from ernet_fast.er import _ops
+from ernet_fast.er.kept_memory import kept_memory, release_kept_memory, set_kept_memory_limit
+
+pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason=str(_backend.why_unavailable()))
+
+SIZE = 4 * 64 * 56 * 20 * 4  # bytes of LARGE in float32, more than the least that is kept
+LARGE = (4, 64, 56, 20)
+LARGER = (8, 64, 56, 20)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    gc.collect()
+    limit = kept_memory().limit_bytes
+    release_kept_memory()
+    yield
+    set_kept_memory_limit(limit)
+    release_kept_memory()
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return _ops.weighted_sum([x], torch.full((1, x.shape[1]), 2.0))
+
+
+def test_memory_is_used_again():
+    x = torch.randn(LARGE)
+    before = kept_memory()
+    first = double(x)
+    address = first.data_ptr()
+    assert kept_memory().kept_bytes == 0
+    del first
+    assert kept_memory().kept_bytes == SIZE
+    second = double(x)
+    assert second.data_ptr() == address and kept_memory().kept_bytes == 0
+    after = kept_memory()
+    assert (after.reused - before.reused, after.fresh - before.fresh) == (1, 1)
+    assert torch.equal(second, 2 * x)
+
+
+def test_kept_and_live_never_exceed_what_was_live():
+    small, large = torch.randn(LARGE), torch.randn(LARGER)
+    results = [double(small) for _ in range(4)]  # the peak: 4 sizes
+    del results
+    assert kept_memory().kept_bytes == 4 * SIZE
+    result = double(large)  # takes 2 sizes: as many are given back
+    assert kept_memory().kept_bytes == 2 * SIZE
+    del result
+    assert kept_memory().kept_bytes == 4 * SIZE
+
+
+def test_limit():
+    x = torch.randn(LARGE)
+    set_kept_memory_limit(2 * SIZE)
+    results = [double(x) for _ in range(4)]
+    del results
+    assert kept_memory().kept_bytes == 2 * SIZE
+    set_kept_memory_limit(SIZE)
+    assert kept_memory().kept_bytes == SIZE
+    result = double(torch.randn(LARGER))  # larger than the limit: not kept
+    del result
+    assert kept_memory().kept_bytes == 0
+    with pytest.raises(ValueError, match="limit_bytes is -1; expected"):
+        set_kept_memory_limit(-1)
+
+
+def test_zero_switches_it_off():
+    x = torch.randn(LARGE)
+    live = double(x)
+    set_kept_memory_limit(0)
+    before = kept_memory()
+    assert torch.equal(double(x), live)
+    del live  # taken before, freed after
+    assert kept_memory() == before and before.kept_bytes == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_results(dtype, layout):
+    """Every element of large results is written; the memory holds NaN before, and is that of an earlier result."""
+    dy, y, *maps = maps_like((2, 65, 71, 37), 5, dtype, layout)
+    a = torch.randn(3, 65, dtype=_ops.acc_dtype(dy), generator=torch.Generator().manual_seed(3))
+    expected = sum(a[i].double()[None, :, None, None] * x.double() for i, x in enumerate(maps))
+    scale = sum(a[i].double()[None, :, None, None].abs() * x.double().abs() for i, x in enumerate(maps))
+    for _ in range(2):
+        result = _ops.weighted_sum(maps, a)
+        assert float((result.double() - expected).norm() / scale.norm()) <= tolerance(dtype, 3)
+        assert result.stride() == dy.stride()
+        g = _ops.weighted_dot(dy, maps, y)[2]
+        assert torch.equal(g, dy.masked_fill(y <= 0, 0)) and g.stride() == dy.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_written_past_the_cache(dtype, layout):
+    """Outputs of 16 MiB and more take other stores; rows of 49 and 65 elements are not aligned."""
+    for shape in ((2, 65, 260, 260), (90, 2048, 7, 7)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).contiguous(memory_format=layout)
+        y = _ops.weighted_sum([x, x], torch.tensor([[1.0], [0.5]]).expand(2, shape[1]).contiguous(), None, True)
+        assert relative_error(y, (1.5 * x.double()).relu()) <= tolerance(dtype, 2)
+        assert torch.equal(_ops.weighted_dot(x, [x], y)[2], x.relu())
+
+
+def test_tensors_behave_like_others():
+    x = torch.randn(LARGE)
+    y = double(x)
+    view, array, kept = y[1:, 3], y.numpy(), y.clone()
+    assert torch.equal(copy.deepcopy(y), kept) and torch.equal(pickle.loads(pickle.dumps(y)), kept)
+    del y
+    others = [double(-x) for _ in range(3)]
+    assert torch.equal(view, kept[1:, 3]) and torch.equal(torch.from_numpy(array), kept)
+    assert all(torch.equal(other, -kept) for other in others)
+    shared = double(x).share_memory_()
+    assert shared.is_shared() and torch.equal(shared, kept)
+    double(x).requires_grad_().sum().backward()
+
+
+def test_many_threads():
+    """Results of several threads, freed by yet another one, never share memory."""
+    wrong, results = [], []
+
+    def work(seed: int) -> None:
+        x = torch.randn(LARGE, generator=torch.Generator().manual_seed(seed))
+        for _ in range(20):
+            y = double(x)
+            if not torch.equal(y, x + x):
+                wrong.append(seed)
+            results.append(y)
+            if len(results) > 4:
+                results.pop(0)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    del results[:]
+    assert kept_memory().kept_bytes <= kept_memory().limit_bytes
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+
+
+FORK = """
+import os, torch
+from ernet_fast.er import _ops
+torch.set_num_threads(1)
+x = torch.randn(4, 64, 56, 20)
+two = torch.full((1, 64), 2.0)
+y = _ops.weighted_sum([x], two)
+freed = _ops.weighted_sum([x], two); del freed
+child = os.fork()
+mine = _ops.weighted_sum([-x if child else x], two)
+right = torch.equal(y, 2 * x) and torch.equal(mine, (-2 if child else 2) * x)
+del y, mine
+again = _ops.weighted_sum([x], two)
+right = right and torch.equal(again, 2 * x)
+if child == 0:
+    os._exit(0 if right else 1)
+assert right and os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork():
+    done = run(FORK)
+    assert done.returncode == 0, done.stderr
+
+
+def test_environment_variable():
+    show = "from ernet_fast.er.kept_memory import kept_memory; print(kept_memory().limit_bytes)"
+    assert run(show, ERNET_KEEP_MB="3").stdout.strip() == str(3 << 20)
+    assert run(show, ERNET_KEEP_MB="0").stdout.strip() == "0"
+    bad = run("from ernet_fast import _backend; print(_backend.why_unavailable())", ERNET_KEEP_MB="much")
+    assert "ERNET_KEEP_MB=much; expected a whole number of MiB" in bad.stdout
