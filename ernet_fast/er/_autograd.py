@@ -57,7 +57,8 @@ class MapRecord:
         self.readers: list[tuple[TailRecord, int]] = []
 
 
-def _forbid_double_backward() -> None:
+def forbid_double_backward() -> None:
+    """Raise RuntimeError if a second derivative is asked for."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
@@ -88,7 +89,7 @@ class FileMap(torch.autograd.Function):
     def backward(
         ctx: Any, dmean: Tensor | None, dvar: Tensor | None, _token: Tensor | None, dz: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
-        _forbid_double_backward()
+        forbid_double_backward()
         z, mean = ctx.saved_tensors
         layout = _ops.layout_of([z])
         maps: list[Tensor] = []
@@ -127,7 +128,7 @@ class Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        _forbid_double_backward()
+        forbid_double_backward()
         maps = list(ctx.saved_tensors)
         y = maps.pop() if ctx.relu else None
         dy = _ops.in_layout(dy, _ops.layout_of(maps))

@@ -10,6 +10,7 @@ Maps are [N, C, H, W], all contiguous or all channels-last. Coefficients, means 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ernet_fast import _backend
-from ernet_fast.er import triton_launch
+from ernet_fast.er import coefficients, triton_launch
 
 # Constants, so that torch.compile need not trace how they are found.
 _COMPILED = _backend.extension_available()
 _TRITON = triton_launch.available()
+_NO_GUARD = contextlib.nullcontext()
 
 
 def serves(x: Tensor) -> bool:
@@ -56,21 +58,31 @@ def in_layout(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return x.contiguous(memory_format=memory_format)
 
 
+def _autograd_if_needed() -> contextlib.AbstractContextManager[object]:
+    """A call without gradients need not pass through the Python of autograd, which outlasts the work on small maps."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _NO_GUARD
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def channel_moments(x: Tensor, per_sample: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of `x` [N, C, H, W]: two [C], or [N, C] with `per_sample`."""
-    return torch.ops.ernet.channel_moments(x, per_sample)
+    with _autograd_if_needed():
+        return torch.ops.ernet.channel_moments.default(x, per_sample)
 
 
 def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None = None, relu: bool = False) -> Tensor:
     """`sum_l a[l] * maps[l] + b` [N, C, H, W], then ReLU if asked; `a` [L, C] or [L, N, C], `b` [C] or [N, C]."""
-    return torch.ops.ernet.weighted_sum(list(maps), a, b, relu)
+    with _autograd_if_needed():
+        return torch.ops.ernet.weighted_sum.default(maps, a, b, relu)
 
 
 def weighted_dot(
     dy: Tensor, maps: Sequence[Tensor], y: Tensor | None = None, per_sample: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`da` [L, C], `db` [C] (or [L, N, C], [N, C]) and `g`; without `y`, g is `dy` and the third result is empty."""
-    return torch.ops.ernet.weighted_dot(dy, list(maps), y, per_sample)
+    with _autograd_if_needed():
+        return torch.ops.ernet.weighted_dot.default(dy, maps, y, per_sample)
 
 
 def _channels(x: Tensor, per_sample: bool, leading: tuple[int, ...] = ()) -> Tensor:
@@ -173,3 +185,5 @@ if _TRITON:
     triton_launch.register(define=not _COMPILED)
 if _COMPILED or _TRITON:
     _register()
+    if _COMPILED:
+        coefficients.register()

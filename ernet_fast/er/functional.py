@@ -10,6 +10,8 @@ from torch import Tensor
 from ernet_fast import _backend
 from ernet_fast.er import _ops
 from ernet_fast.er._arguments import check_shortcut_sum
+from ernet_fast.er.batch_stage import BatchStage, one_call_serves
+from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments
 from ernet_fast.er.fused_maps import FusedMaps
 from ernet_fast.er.statistics import map_statistics, shortcut_coefficients, update_running
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
@@ -73,6 +75,10 @@ def er_shortcut_sum(
             relu=relu,
         )
     layout = _ops.layout_of(xs)
+    if one_call_serves(xs[0]) and norm == "batch":
+        return _batch_shortcut_sum(
+            [_ops.in_layout(x, layout) for x in xs], weight, means, variances, training, momentum, eps, relu
+        )
     maps = FusedMaps(per_sample=norm == "group")
     by_batch = norm == "group" or training
     statistics = []
@@ -92,3 +98,28 @@ def er_shortcut_sum(
             running = torch.stack(list(means)).to(dtype), torch.stack(list(variances)).to(dtype)
     a, b = shortcut_coefficients(weight.to(dtype), statistics[:-1], statistics[-1], running, eps, xs[0].shape[0])
     return maps.weighted_sum(a, b, relu)
+
+
+def _batch_shortcut_sum(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    means: Sequence[Tensor] | None,
+    variances: Sequence[Tensor] | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """norm="batch", with the algebra in one call, on maps of one layout."""
+    stage = BatchStage(len(xs), eps, measure=training and len(xs) > 1)
+    for x in xs[:-1]:
+        stage.open(x)
+    mean = var = None
+    if means and variances:
+        mean, var = torch.stack(list(means)), torch.stack(list(variances))
+    shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
+    y = stage.block(xs[-1], NO_NORM, shortcut, relu, measure=False)
+    if training and means and variances and mean is not None and var is not None:
+        with torch.no_grad():
+            torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
+    return y

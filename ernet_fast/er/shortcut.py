@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ernet_fast.er import _ops
 from ernet_fast.er._arguments import check_norm
+from ernet_fast.er.coefficients import ShortcutArguments
 from ernet_fast.er.functional import er_shortcut_sum
 from ernet_fast.er.statistics import MapStatistics, momentum_of, shortcut_coefficients, update_running
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
@@ -120,6 +121,16 @@ class ERShortcut(nn.Module):
             momentum=momentum,
             eps=self.eps,
             relu=self.relu,
+        )
+
+    def arguments(self) -> ShortcutArguments:
+        """What the algebra of a block with norm="batch" needs of this module."""
+        if not self.training:
+            return ShortcutArguments(self.weight, self.running_mean, self.running_var, None, True, None)
+        if self.momentum is None and self.running_mean is not None and self.num_batches_tracked is None:
+            raise ValueError("momentum=None (a cumulative average) needs num_batches_tracked.")
+        return ShortcutArguments(
+            self.weight, self.running_mean, self.running_var, self.num_batches_tracked, False, self.momentum
         )
 
     def coefficients(

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ernet_fast import _backend
 from ernet_fast.er import _ops
+from ernet_fast.er.batch_stage import BatchStage, one_call_serves
+from ernet_fast.er.coefficients import NO_NORM, BranchNorm, NormArguments
 from ernet_fast.er.fused_maps import FusedMaps
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.er.statistics import (
@@ -30,6 +32,7 @@ class StageMaps:
 
     def __init__(self, *, fused: bool) -> None:
         self.fused = fused
+        self._batch: BatchStage | None = None
         self._maps: FusedMaps | None = None
         self._statistics: list[MapStatistics] = []
         self._xs: list[Tensor] = []
@@ -54,6 +57,9 @@ class StageMaps:
         shortcuts = list(shortcuts)
         per_group = shortcuts[0].norm == "group"
         self._measure = per_group or any(shortcut.normalises_with_batch() for shortcut in shortcuts)
+        if _one_call_serves(x0, shortcuts):
+            self._batch = BatchStage(len(shortcuts) + 1, shortcuts[0].eps, measure=self._measure)
+            return self._batch.open(x0, pass_on=True)
         self._maps = FusedMaps(per_sample=per_group)
         moments, x0 = self._maps.file(x0, measure=self._measure, pass_on=True)
         self._statistics.append(map_statistics(moments, num_groups=shortcuts[0].num_groups))
@@ -70,6 +76,8 @@ class StageMaps:
         Returns:
             y = ReLU(bn(z) + sum_i weight_i * N(x_i)), [N, C, H, W].
         """
+        if self._batch is not None:
+            return self._add_to_batch(self._batch, z, bn, shortcut)
         if self._maps is None:
             self._xs.append(bn(z))
             return shortcut(self._xs, fused=False)
@@ -84,6 +92,41 @@ class StageMaps:
         a, b = shortcut.coefficients(self._statistics, last, z)
         self._statistics.append(last)
         return self._maps.weighted_sum(a, b, shortcut.relu)
+
+    def _add_to_batch(self, stage: BatchStage, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
+        shortcut.check_maps_filed(len(stage.maps), z)
+        norm = NO_NORM
+        if type(bn) is nn.BatchNorm2d:
+            norm = _norm_arguments(bn)
+        else:  # any other normalisation runs as it is, and its output is the map
+            z = bn(z)
+        if z.numel() == z.shape[1] and (norm.norm == BranchNorm.BATCH or shortcut.training):
+            raise _one_value(z)
+        return stage.block(z, norm, shortcut.arguments(), shortcut.relu)
+
+
+def _one_call_serves(x0: Tensor, shortcuts: list[ERShortcut]) -> bool:
+    """True if one operator does the algebra of a block; compiled and exported programs trace plain PyTorch instead."""
+    alike = all(shortcut.norm == "batch" and shortcut.eps == shortcuts[0].eps for shortcut in shortcuts)
+    return alike and one_call_serves(x0)
+
+
+def _one_value(z: Tensor) -> ValueError:
+    return ValueError(
+        f"the map has shape {tuple(z.shape)}, one value a channel: BatchNorm cannot train on it. "
+        "Use a larger batch or image, or eval()."
+    )
+
+
+def _norm_arguments(bn: nn.BatchNorm2d) -> NormArguments:
+    mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
+    if not _uses_batch(bn):
+        return NormArguments(BranchNorm.RUNNING, bn.weight, bn.bias, mean, var, None, None, bn.eps)
+    if not (bn.training and bn.track_running_stats):
+        mean = var = batches = None
+    if mean is not None and bn.momentum is None and batches is None:
+        raise ValueError("momentum=None (a cumulative average) needs num_batches_tracked.")
+    return NormArguments(BranchNorm.BATCH, bn.weight, bn.bias, mean, var, batches, bn.momentum, bn.eps)
 
 
 def _uses_batch(bn: nn.Module) -> bool:
@@ -100,10 +143,7 @@ def _affine(bn: nn.Module, moments: tuple[Tensor, Tensor] | None, z: Tensor) -> 
         mean, var = moments if moments[0].dim() == 1 else combine_samples(*moments)
         count = z.shape[0] * z.shape[2] * z.shape[3]
         if count == 1:
-            raise ValueError(
-                f"the map has shape {tuple(z.shape)}, one value a channel: BatchNorm cannot train on it. "
-                "Use a larger batch or image, or eval()."
-            )
+            raise _one_value(z)
         if bn.training and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
             momentum = momentum_of(bn.momentum, bn.num_batches_tracked)
             update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
