@@ -2,9 +2,9 @@
 
 One row is forward + backward of the tails of one stage, the maps given; a stand-in that moves no bytes takes the place
 of the convolutions between them (`er_branch.py`). All contestants take turns. The floor is what the bytes that the
-fused design must move (`er_tails.py` counts them) take at the copy bandwidth measured for the same working set;
-`floor_new_memory` adds what the maps written cost because they are written to newly allocated memory.
-`moved_*` is what the contestants move by a count of their operators (`traffic.py`).
+fused design must move (`er_tails.py` counts them) take at the copy bandwidth measured for the same working set.
+`moved_*` is what the contestants move by a count of their operators (`traffic.py`), `faults_*` the pages that the
+system had to map and clear anew for newly allocated maps, `system_ms_*` the processor time it took (`page_faults.py`).
 
 Run: python3 dev.py bench -k bench_er_stage           batch 8, channels-last, against naive eager
      python3 dev.py bench -k bench_er_stage --slow    everything, and the compiled naive composition (minutes a row)
@@ -17,9 +17,10 @@ import statistics
 
 import pytest
 import torch
-from copy_floor import copy_seconds_per_byte, new_memory_seconds_per_byte
+from copy_floor import copy_seconds_per_byte
 from er_kernel_counts import compiled_cost, profiled_kernels
-from er_tails import LAYOUTS, STAGES, TailMaps, Tails, make_maps, map_accesses, maps_written, train_tails
+from er_tails import LAYOUTS, STAGES, Tails, make_maps, map_accesses, train_tails
+from page_faults import system_work
 from traffic import bytes_moved
 from turns import in_turns, percentiles
 
@@ -41,15 +42,6 @@ def cases() -> list[object]:
     return found
 
 
-def floors(maps: TailMaps) -> dict[str, float]:
-    """Milliseconds that forward + backward must take, with and without the cost of newly allocated memory."""
-    num_maps = len(maps.zs)
-    must_move = map_accesses(num_maps) * maps.map_bytes
-    floor = must_move * copy_seconds_per_byte((num_maps + 2) * maps.map_bytes)
-    allocation = maps_written(num_maps) * maps.map_bytes * new_memory_seconds_per_byte(maps.map_bytes)
-    return {"must_move": must_move, "floor": 1e3 * floor, "floor_new_memory": 1e3 * (floor + allocation)}
-
-
 @pytest.mark.parametrize(("stage", "batch", "layout", "threads"), cases())
 def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, layout, threads):
     torch_threads(threads)
@@ -66,7 +58,9 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         step()
     times = in_turns(steps, rounds=15, budget=4.0)
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    found = floors(maps)
+    must_move = map_accesses(shape.num_maps) * maps.map_bytes
+    working_set = (shape.num_maps + 2) * maps.map_bytes
+    system = {name: system_work(steps[name]) for name in steps}
     moved = {f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")}
     ratios = {f"ratio_{name}": milliseconds[name] / milliseconds["fused"] for name in times if name != "fused"}
     record_row(
@@ -78,10 +72,12 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         peer_p50=milliseconds["naive"],
         **{f"{name}_ms": value for name, value in milliseconds.items()},
         **ratios,
-        **found,
+        must_move=must_move,
         **moved,
+        floor=1e3 * must_move * copy_seconds_per_byte(working_set),
         floor_why=FLOOR_WHY,
-        share_of_floor_new_memory=found["floor_new_memory"] / milliseconds["fused"],
+        **{f"faults_{name}": work.page_faults for name, work in system.items()},
+        **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
         map_accesses=map_accesses(shape.num_maps),
         bar="share_of_floor >= 0.75",
     )

@@ -113,8 +113,3 @@ def map_accesses(num_maps: int) -> int:
     dots = sum(block + 1 + 3 for block in blocks)
     gradients = sum(num_maps - max(i, 1) + 2 for i in range(num_maps)) + 1
     return forward + dots + gradients
-
-
-def maps_written(num_maps: int) -> int:
-    """How many of those accesses write a new map: y and g of every block, and the gradient of every map."""
-    return 3 * num_maps - 2
