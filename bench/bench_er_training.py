@@ -14,31 +14,13 @@ import statistics
 
 import pytest
 import torch
-from plain_resnet import plain_resnet, train_step
+from er_networks import batch_of, networks, train_step
 from tensor_memory import training_peak
-from torch import Tensor, nn
 from turns import in_turns, percentiles
 
-from ernet_fast import er_resnet50, er_resnet101
-from ernet_fast.reference.er_network import naive_er_resnet
-
-FUSED = {50: er_resnet50, 101: er_resnet101}
 # depth, batch: times faster than naive
 FASTER_THAN_NAIVE = {(50, 8): 1.8, (50, 16): 2.4, (101, 8): 3.0, (101, 16): 3.0}
 CASES = [pytest.param(50, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in FASTER_THAN_NAIVE)]
-
-
-def networks(depth: int) -> dict[str, nn.Module]:
-    """The plain, the naive and the fused network, channels-last."""
-    torch.manual_seed(0)
-    models = {"plain": plain_resnet(depth), "naive": naive_er_resnet(depth), "fused": FUSED[depth]()}
-    return {name: model.to(memory_format=torch.channels_last) for name, model in models.items()}
-
-
-def batch_of(count: int) -> tuple[Tensor, Tensor]:
-    """Images [count, 3, 224, 224] and labels."""
-    images = torch.randn(count, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    return images, torch.randint(0, 1000, (count,))
 
 
 @pytest.mark.parametrize(("depth", "batch"), CASES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -59,10 +58,3 @@ def plain_resnet(depth: int, num_classes: int = 1000, *, base_channels: int = 64
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
-    """One step of training: forward, loss, backward, update."""
-    optimizer.zero_grad(set_to_none=True)
-    nn.functional.cross_entropy(model(images), labels).backward()
-    optimizer.step()

@@ -1,0 +1,48 @@
+"""The three networks whose steps are compared - plain, naive ER, fused ER - and one step of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from plain_resnet import plain_resnet
+from torch import Tensor, nn
+
+from ernet_fast import er_resnet50, er_resnet101
+from ernet_fast.reference.er_network import naive_er_resnet, state_dict_from_fused
+
+FUSED = {50: er_resnet50, 101: er_resnet101}
+
+
+def networks(depth: int, device: str = "cpu", **kw: Any) -> dict[str, nn.Module]:
+    """The plain, the naive and the fused network, channels-last; the last two have the same weights."""
+    torch.manual_seed(0)
+    models: dict[str, nn.Module] = {
+        "plain": plain_resnet(depth, **kw),
+        "naive": naive_er_resnet(depth, **kw),
+        "fused": FUSED[depth](**kw),
+    }
+    models["naive"].load_state_dict(state_dict_from_fused(models["fused"].state_dict()))
+    return {name: model.to(device=device, memory_format=torch.channels_last) for name, model in models.items()}
+
+
+def batch_of(count: int, size: int = 224, device: str = "cpu", num_classes: int = 1000) -> tuple[Tensor, Tensor]:
+    """Images [count, 3, size, size], channels-last, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn((count, 3, size, size), generator=generator).contiguous(memory_format=torch.channels_last)
+    return images.to(device), torch.randint(0, num_classes, (count,), generator=generator).to(device)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    half: torch.dtype | None = None,
+) -> None:
+    """One step of training: forward (under autocast to `half` if given), loss, backward, update."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(images.device.type, dtype=half, enabled=half is not None):
+        loss = nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
