@@ -17,6 +17,7 @@ from ernet_fast.stain.functional import check_range, keep_degenerate, refuse_fai
 from ernet_fast.stain.lab import lab_to_rgb, rgb_to_lab
 from ernet_fast.stain.parameters import check_policy
 from ernet_fast.stain.result import MacenkoStatus
+from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
 
 METHODS = (None, "modified")
 
@@ -30,7 +31,8 @@ class ReinhardFit(NamedTuple):
     Attributes:
         mean: [B, 3] float64, of L (0 to 100), a and b.
         std: [B, 3] float64, of the population.
-        status: [B] int32, `MacenkoStatus.OK` or `NON_FINITE`, where the others hold NaN.
+        status: [B] int32, `MacenkoStatus.OK`, or `NON_FINITE` or (under an empty mask) `TOO_FEW_TISSUE_PIXELS`, where
+            the others hold NaN.
     """
 
     mean: torch.Tensor
@@ -38,13 +40,14 @@ class ReinhardFit(NamedTuple):
     status: torch.Tensor
 
 
-def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None) -> ReinhardFit:
+def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None, mask: Any = None) -> ReinhardFit:
     """Mean and standard deviation of L, a and b of every image, whatever it shows.
 
     Args:
         images: as in `macenko_fit`.
         range: as in `macenko_fit`.
         layout: as in `macenko_fit`.
+        mask: as in `macenko_fit`: the statistics are those of the pixels inside.
 
     Raises:
         TypeError, ValueError: as in `macenko_fit`.
@@ -52,16 +55,32 @@ def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None) 
     collection = read_collection(images, layout)
     for part in collection.parts:
         check_range(part.pixels, range, part.index)
-    return _fit(collection, range)
+    return _fit(collection, range, mask)
 
 
-def _fit(collection: Collection, range: float) -> ReinhardFit:
+def _fit(collection: Collection, range: float, mask: Any) -> ReinhardFit:
+    masks = None if mask is None else read_masks(mask, collection)
     if not collection.parts:
         nothing = torch.empty((0, 3), dtype=torch.float64)
         return ReinhardFit(nothing, nothing, torch.empty((0,), dtype=torch.int32))
+    if masks is not None:
+        images = collection.in_order([part.pixels.detach() for part in collection.parts])
+        fits = [_fit_inside(image, one, range) for image, one in zip(images, masks, strict=True)]
+        return ReinhardFit(*(torch.cat(rows) for rows in zip(*fits, strict=True)))
     fits = [_fit_pixels(part.pixels.detach(), range) for part in collection.parts]
     mean, std, status = zip(*fits, strict=True)
     return ReinhardFit(collection.gather(mean), collection.gather(std), collection.gather(status))
+
+
+def _fit_inside(
+    image: torch.Tensor, mask: torch.Tensor, range: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_fit_pixels`, of the masked pixels of one image [3, H, W]."""
+    inside = pixels_inside(image, mask)
+    if inside.shape[3]:
+        return _fit_pixels(inside, range)
+    nothing = image.new_full((1, 3), math.nan, dtype=torch.float64)
+    return nothing, nothing, image.new_full((1,), int(MacenkoStatus.TOO_FEW_TISSUE_PIXELS), dtype=torch.int32)
 
 
 def _fit_pixels(images: torch.Tensor, range: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,6 +121,7 @@ def reinhard_normalize(
     on_degenerate: str = "reference",
     range: float = 255,
     layout: str | None = None,
+    mask: Any = None,
     return_status: bool = False,
 ) -> Any:
     """Images with the colour statistics of `target`: x' = (x - mean) / std * std_target + mean_target for L, a and b.
@@ -115,10 +135,12 @@ def reinhard_normalize(
         source: statistics the images have if they are known, e.g. those of a slide; measured by default.
         method: None, or "modified", which keeps L's mean and scales its deviations by 1 + q, q = (std_target - std) /
             std_target, or 1.05 where that is not positive, and only moves a and b.
-        on_degenerate: what to do with an image that holds a value which is no grey level (nothing else is degenerate
-            here): "reference" takes it to have the target's statistics, "identity" returns it as it is, "raise" raises.
+        on_degenerate: what to do with an image that holds a value which is no grey level, or has an empty mask (nothing
+            else is degenerate here): "reference" takes it to have the target's statistics, "identity" returns it as it
+            is, "raise" raises.
         range: as in `macenko_fit`.
         layout: as in `macenko_fit`.
+        mask: as in `macenko_fit`: where to measure the statistics. Every pixel is normalised.
         return_status: also return the status [B] int32.
 
     Returns:
@@ -137,7 +159,9 @@ def reinhard_normalize(
     wanted = _expand(target, collection, "target")
     if wanted.mean.device.type == "cpu" and not bool(torch.isfinite(wanted.mean.sum() + wanted.std.sum())):
         raise ValueError("target is not finite; fit it on an image whose values are all grey levels.")
-    known = _fit(collection, range) if source is None else _expand(source, collection, "source")
+    if source is not None and mask is not None:
+        raise ValueError("mask says where to measure the statistics, but source gives them; pass one of the two.")
+    known = _fit(collection, range, mask) if source is None else _expand(source, collection, "source")
     refuse_failures(known.status, on_degenerate)
     ok = (known.status == MacenkoStatus.OK)[:, None]
     usable = ReinhardFit(known.mean.where(ok, wanted.mean), known.std.where(ok, wanted.std), known.status)
@@ -228,21 +252,21 @@ class ReinhardNormalizer(torch.nn.Module):
         self.register_buffer("target_means", torch.full((3,), math.nan, dtype=torch.float64))
         self.register_buffer("target_stds", torch.full((3,), math.nan, dtype=torch.float64))
 
-    def fit(self, target: Any) -> ReinhardNormalizer:
-        """Take the statistics of one image as target.
+    def fit(self, target: Any, mask: Any = None) -> ReinhardNormalizer:
+        """Take the statistics of one image as target, or of its pixels in `mask`.
 
         Raises:
-            ValueError: several images, or a value that is no grey level.
+            ValueError: several images, a value that is no grey level, or an empty mask.
         """
-        fit = reinhard_fit(target, range=self.range, layout=self.layout)
+        fit = reinhard_fit(target, range=self.range, layout=self.layout, mask=mask)
         if len(fit.status) != 1:
             raise ValueError(f"fit takes one target image; got {len(fit.status)}.")
         refuse_failures(fit.status, "raise")
         self.target_means, self.target_stds = fit.mean[0].to(self.target_means), fit.std[0].to(self.target_stds)
         return self
 
-    def forward(self, images: Any) -> Any:
-        """Normalised images, of the input's form.
+    def forward(self, images: Any, source: ReinhardFit | None = None, mask: Any = None) -> Any:
+        """Normalised images, of the input's form; `source` and `mask` as in `reinhard_normalize`.
 
         Raises:
             ValueError: before `fit`.
@@ -252,15 +276,17 @@ class ReinhardNormalizer(torch.nn.Module):
         return reinhard_normalize(
             images,
             target,
+            source,
             method=self.method,
             on_degenerate=self.on_degenerate,
             range=self.range,
             layout=self.layout,
+            mask=mask,
         )
 
-    def normalize(self, I: Any) -> Any:  # noqa: E741  (torchstain's name)
+    def normalize(self, I: Any, *, source: ReinhardFit | None = None, mask: Any = None) -> Any:  # noqa: E741
         """As `forward`: torchstain's name."""
-        return self(I)
+        return self(I, source, mask)
 
     def extra_repr(self) -> str:
         """Parameters, as torch shows them."""

@@ -106,6 +106,50 @@ def test_forms_batches_lists_and_threads():
     np.testing.assert_array_equal(reinhard_normalize(images[1], target, slide), listed[1])
 
 
+def test_a_masked_fit_is_the_fit_of_the_masked_pixels():
+    images = [synthetic_tissue(40, 50, 1), synthetic_tissue(31, 20, 2)]
+    rng = np.random.default_rng(0)
+    masks = [rng.random(image.shape[:2]) < 0.3 for image in images]
+    expected = [reinhard_fit(image[mask][None]) for image, mask in zip(images, masks, strict=True)]
+    target = reinhard_fit(TARGET)
+    listed = reinhard_fit(images, mask=masks)
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        for fit in (reinhard_fit(image, mask=mask), reinhard_fit(image[None], mask=torch.from_numpy(mask)[None])):
+            for found, row, one in zip(fit, listed, expected[i], strict=True):
+                assert torch.equal(found, one) and torch.equal(row[i : i + 1], one)
+        normalizer = ReinhardNormalizer().fit(TARGET)
+        wanted = reinhard_normalize(image, target, expected[i])
+        np.testing.assert_array_equal(reinhard_normalize(image, target, mask=mask), wanted)
+        np.testing.assert_array_equal(normalizer(image, mask=mask), wanted)
+        np.testing.assert_array_equal(normalizer.normalize(image, source=expected[i]), wanted)
+    assert not np.array_equal(reinhard_normalize(images[0], target), reinhard_normalize(images[0], target, expected[0]))
+    masked = ReinhardNormalizer().fit(images[0], mask=masks[0])
+    assert torch.equal(masked.target_means, expected[0].mean[0]) and torch.equal(masked.target_stds, expected[0].std[0])
+
+
+def test_masks_hide_bad_values_may_be_empty_and_are_checked():
+    image = synthetic_tissue(20, 30, 1).astype(np.float32)
+    image[3, 4] = np.nan
+    mask = np.isfinite(image).all(axis=2)
+    target = reinhard_fit(TARGET)
+    assert reinhard_fit(image).status.tolist() == [MacenkoStatus.NON_FINITE]
+    assert reinhard_fit(image, mask=mask).status.tolist() == [MacenkoStatus.OK]
+    nothing = np.zeros_like(mask)
+    fit = reinhard_fit([image, image], mask=[mask, nothing])
+    assert fit.status.tolist() == [MacenkoStatus.OK, MacenkoStatus.TOO_FEW_TISSUE_PIXELS]
+    assert fit.mean[0].isfinite().all() and fit.mean[1].isnan().all() and fit.std[1].isnan().all()
+    kept = reinhard_normalize(image, target, mask=nothing, on_degenerate="identity")
+    np.testing.assert_array_equal(kept, image)
+    with pytest.raises(ValueError, match="image 0: fewer than 10"):
+        ReinhardNormalizer().fit(image, mask=nothing)
+    with pytest.raises(TypeError, match="expected booleans"):
+        reinhard_fit(image, mask=mask.astype(np.uint8))
+    with pytest.raises(ValueError, match=r"mask of image 0 has shape \(19, 30\)"):
+        reinhard_fit(image, mask=mask[1:])
+    with pytest.raises(ValueError, match="pass one of the two"):
+        reinhard_normalize(image, target, target, mask=mask)
+
+
 def test_values_that_are_no_grey_level_follow_the_policy():
     images = batch(*(synthetic_tissue(20, 30, seed) for seed in range(3))).float()
     images[1, 2, 3, 4] = float("nan")
