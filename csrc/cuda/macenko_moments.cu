@@ -129,7 +129,7 @@ __device__ __forceinline__ void tile_moments(const Images& images, const ToFixed
   const Planes<const T> planes = {{base, base + images.channel_stride, base + 2 * images.channel_stride}};
   const bool aligned = is_aligned<const T, kInterleaved>(planes);
   Sums sums;
-  for (int k = 0; k < kGroupsPerThread; ++k) {
+  for (int k = 0; k < kGroupsPerThread; ++k) {  // 48 bytes of pixels an iteration
     const int64_t first = tile * kTilePixels<T> + (int64_t(k) * kThreads + threadIdx.x) * kPixels;
     if (first >= images.pixels) break;
     const int count = images.pixels - first < kPixels ? int(images.pixels - first) : kPixels;

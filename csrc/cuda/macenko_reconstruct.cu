@@ -84,7 +84,7 @@ __device__ __forceinline__ void rebuild_tile(const Images& images, const Output&
   const Planes<T> out = {{out_base, out_base + output.channel_stride, out_base + 2 * output.channel_stride}};
   const bool aligned_in = is_aligned<const T, kInterleaved>(in);
   const bool aligned_out = is_aligned<T, kInterleaved>(out);
-  for (int k = 0; k < kGroupsPerThread; ++k) {
+  for (int k = 0; k < kGroupsPerThread; ++k) {  // 48 bytes of pixels an iteration
     const int64_t first = tile * kTilePixels<T> + (int64_t(k) * kThreads + threadIdx.x) * kPixels;
     if (first >= images.pixels) break;
     const int count = images.pixels - first < kPixels ? int(images.pixels - first) : kPixels;

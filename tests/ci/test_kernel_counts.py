@@ -1,0 +1,193 @@
+"""Counting in machine code: loops, the ways through them, what sources say of them, and the tables made of it."""
+
+from __future__ import annotations
+
+import re
+
+import kernel_counts
+import pytest
+import sass
+from gpu_limits import H200, resident_blocks
+
+LISTING = """
+	.section	.text._Zbrighten_u8,"ax",@progbits
+	//## File "/somewhere/csrc/cuda/brighten.cu", line 10
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_9) ;
+.L_x_1:
+	//## File "/somewhere/csrc/cuda/brighten.cu", line 20 inlined at "/somewhere/csrc/cuda/brighten.cu", line 12
+	//## File "/somewhere/csrc/cuda/brighten.cu", line 12
+        /*0020*/               @P1 BRA P2, `(.L_x_2) ;
+	//## File "/somewhere/csrc/cuda/brighten.cu", line 21
+        /*0030*/               @P3 LDG.E.U8 R2, desc[UR4][R2.64] ;
+        /*0040*/               @P4 LDG.E.U8 R3, desc[UR4][R2.64+0x1] ;
+        /*0050*/                   IMAD R3, R3, R3, R3 ;
+        /*0060*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0070*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0080*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64+0x10] ;
+        /*0090*/                   LDG.E.128 R12, desc[UR4][R2.64+0x20] ;
+.L_x_3:
+        /*00a0*/                   LDS.U8 R20, [R4] ;
+        /*00b0*/               @P5 BRA `(.L_x_4) ;
+        /*00c0*/                   FFMA R1, R1, R1, R1 ;
+        /*00d0*/                   MUFU.EX2 R1, R1 ;
+        /*00e0*/                   ATOMS.POPC.INC.32 RZ, [R1] ;
+.L_x_4:
+        /*00f0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+	//## File "/somewhere/csrc/cuda/brighten.cu", line 12
+        /*0100*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*0110*/              @!P0 BRA `(.L_x_1) ;
+.L_x_9:
+        /*0120*/                   EXIT ;
+.L_x_10:
+        /*0130*/                   BRA `(.L_x_10);
+	.section	.text._Zother,"ax",@progbits
+        /*0000*/                   EXIT ;
+"""
+
+
+@pytest.fixture
+def kernel():
+    one = sass.Kernel("brighten_u8", "sm_90a", 40, 0, 1024, 0, threads=256)
+    sass.parse_listing(LISTING.splitlines(), {"_Zbrighten_u8": one})
+    return one
+
+
+def test_instructions_blocks_and_loops(kernel):
+    assert [one.opcode for one in kernel.instructions[:3]] == ["LDC", "BRA", "BRA"]
+    assert kernel.instructions[2].places == (
+        ("/somewhere/csrc/cuda/brighten.cu", 20),
+        ("/somewhere/csrc/cuda/brighten.cu", 12),
+    )
+    assert kernel.instructions[-2].opcode == "EXIT" and len(kernel.instructions) == 20
+    (loop,) = kernel.loops  # the branch to itself behind EXIT is never reached
+    assert loop.header == 2 and sorted(loop.blocks) == [2, 3, 7, 10, 12, 15]
+
+
+def test_ways_through_a_loop(kernel):
+    (loop,) = kernel.loops
+    everything = kernel.way_through(loop, lambda block: True)
+    assert everything == [2, 3, 10, 12, 15]
+    aligned = kernel.way_through(loop, lambda block: not kernel_counts.is_narrow(kernel, block))
+    assert aligned == [2, 7, 10, 12, 15]
+    assert kernel.way_through(loop, lambda block: True, longest=False) == [2, 7, 10, 15]
+    assert kernel.way_through(loop, lambda block: block != 15) == []
+
+
+def test_a_loop_inside_a_loop():
+    text = """
+	.section	.text.nest,"ax",@progbits
+.L_x_1:
+        /*0000*/                   IADD3 R0, R0, 0x1, RZ ;
+.L_x_2:
+        /*0010*/                   LDS R1, [R0] ;
+        /*0020*/               @P0 BRA `(.L_x_2) ;
+        /*0030*/                   STS [R0], R1 ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+    """
+    one = sass.Kernel("nest", "sm_90a", 1, 0, 0, 0)
+    sass.parse_listing(text.splitlines(), {"nest": one})
+    outer, inner = one.loops
+    assert outer.blocks == {0, 1, 3} and inner.blocks == {1}
+    assert kernel_counts.own_blocks(one, outer) == {0, 3}
+    assert one.way_through(outer, lambda block: True) == [0, 1, 3]
+
+
+def counted(kernel, monkeypatch, **said):
+    statement = kernel_counts.Statement(**{"amount": 48, "in_bytes": True, "times": 1, **said})
+    monkeypatch.setattr(kernel_counts, "statements", lambda: {("cuda/brighten.cu", 12): statement})
+    return list(kernel_counts.pixel_loops([kernel]))
+
+
+def test_counts_a_pixel(kernel, monkeypatch):
+    (loop,) = counted(kernel, monkeypatch)
+    assert loop.pixels == 16 and loop.line == "brighten.cu:12"
+    assert loop.most["all"] == 12 and loop.fewest == 9
+    expected = {"wide loads": 3, "wide stores": 1, "bytes read": 48, "bytes written": 16, "fma": 1, "xu": 1, "alu": 1}
+    expected |= {"look-ups": 1, "atomic": 1, "words": 3, "branch": 3, "imad": 0}
+    assert {kind: loop.most[kind] for kind in expected} == expected
+    assert loop.per_pixel("bytes read") == 3
+
+
+def test_repeats_multiply_and_unrolled_loops_take_a_multiple(kernel, monkeypatch):
+    (once,) = counted(kernel, monkeypatch)
+    (thrice,) = counted(kernel, monkeypatch, amount=8, in_bytes=False, times=3)
+    assert thrice.pixels == 16 and thrice.per_pixel("all") == 3 * once.per_pixel("all")
+
+
+def test_a_source_that_contradicts_the_loads_is_an_error(kernel, monkeypatch):
+    with pytest.raises(SystemExit, match="says 5 pixels an iteration, the loop loads 16"):
+        counted(kernel, monkeypatch, amount=5, in_bytes=False)
+
+
+def test_a_statement_beside_no_loop_is_an_error(kernel, monkeypatch):
+    statement = kernel_counts.Statement(16, False, 1)
+    monkeypatch.setattr(kernel_counts, "statements", lambda: {("cuda/brighten.cu", 10): statement})
+    with pytest.raises(SystemExit, match=r"cuda/brighten\.cu:10 is no loop"):
+        list(kernel_counts.pixel_loops([kernel]))
+
+
+def test_statements_are_read_from_the_sources():
+    found = kernel_counts.statements()
+    assert found and all(place[0].endswith((".cu", ".h", ".cuh")) for place in found)
+    match = kernel_counts.STATED.search("for (;;) {  // 16 pixels an iteration, 3 times")
+    assert match.groups() == ("16", "pixels", "3")
+    assert kernel_counts.STATED.search("// 48 bytes of pixels an iteration").groups() == ("48", "bytes of pixels", None)
+
+
+def test_prediction_names_the_tightest_limit(kernel, monkeypatch):
+    (loop,) = counted(kernel, monkeypatch)
+    clocks = kernel_counts.clocks_a_pixel(loop)
+    memory = 4 / H200.bytes_a_second * H200.multiprocessors * H200.gigahertz * 1e9
+    assert clocks["device memory"] == pytest.approx(memory) == max(clocks.values())
+    assert clocks["issue"] == pytest.approx(12 / 16 / 128) and clocks["shared memory"] == pytest.approx(3 / 16 / 32)
+    assert kernel_counts.pixels_a_second(memory) == pytest.approx(4.8e12 / 4)
+    random = kernel_counts.clocks_a_pixel(loop, conflicts=3.5)
+    assert random["shared memory"] == pytest.approx((3 + 2.5 * 3) / 16 / 32)
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "blocks"),
+    [
+        ("sm_90a", 256, 64, 1024, 4),
+        ("sm_90a", 256, 32, 1024, 8),
+        ("sm_90a", 1024, 64, 227 * 1024, 1),
+        ("sm_90a", 32, 16, 1024, 32),
+        ("sm_90a", 256, 32, 60 * 1024, 3),
+        ("sm_75", 256, 64, 0, 4),
+        ("sm_86", 256, 40, 1024, 6),
+        ("sm_120", 256, 65, 1024, 3),
+        ("sm_42", 256, 64, 0, None),
+    ],
+)
+def test_resident_blocks(arch, threads, registers, shared, blocks):
+    assert resident_blocks(arch, threads, registers, shared) == blocks
+
+
+def test_tables_and_their_comparison(kernel, monkeypatch):
+    counted(kernel, monkeypatch)
+    monkeypatch.setattr(kernel_counts, "nvcc_version", lambda: "13.0.1")
+    text = kernel_counts.section([kernel])
+    assert "| `brighten_u8` | 256 | 40 / 1.0 / 48 |" in text and "brighten.cu:12 | 16 | 3 / 1 | 3 / 1 |" in text
+    assert "| `brighten_u8` | device memory | 1200 |" in text
+    assert kernel_counts.differences(text, text) == []
+    assert kernel_counts.differences(text, text.replace("| 40 / ", "| 41 / ")), "the same compiler, another number"
+    other = text.replace("13.0.1", "12.9.0").replace("| 40 / ", "| 41 / ")
+    assert kernel_counts.differences(text, other) == [], "another compiler may use other registers"
+    assert kernel_counts.differences(text, other.replace("brighten_u8", "darken_u8")) == [
+        "kernel `brighten_u8`",
+        "kernel `darken_u8`",
+    ]
+    assert kernel_counts.differences(text, re.sub(r"sm_90a \|\n", "sm_80 | sm_90a |\n", text, count=1)) == []
+
+
+def test_the_page_has_a_place_for_the_tables(kernel, monkeypatch, tmp_path):
+    page = tmp_path / "macenko-gpu.md"
+    page.write_text(kernel_counts.PAGE.read_text())
+    monkeypatch.setattr(kernel_counts, "PAGE", page)
+    kernel_counts.write("| `new` |")
+    assert kernel_counts.stored() == "| `new` |"
+    kernel_counts.write("| `newer` |")
+    assert "`new`" not in page.read_text() and page.read_text().count(kernel_counts.END) == 1
