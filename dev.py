@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything a developer does: `python3 dev.py demo | test | build | bench | lint | kernels | gpu`.
+"""One command for everything a developer does: `python3 dev.py demo | test | build | bench | report | lint | ...`.
 
 Needs Python >= 3.10 and a C++ compiler; standard library only. The interpreter that runs it is used as it is if it has
 torch >= 2.11 and the test packages; else a virtual environment `.venv` is made from requirements-dev.txt, once.
@@ -8,6 +8,7 @@ torch >= 2.11 and the test packages; else a virtual environment `.venv` is made 
     test  [ARGS]   set up, build, and run the tests; ARGS go to pytest
     build          set up and build the extension in place
     bench [ARGS]   set up, build, and run the benches; ARGS go to pytest
+    report [ARGS]  bring the tables of README.md and docs/ into step with bench/results/; --check only looks
     lint           ruff, clang-format, mypy
     kernels        build the CUDA code for every architecture and check registers, stack and spills of each kernel
     gpu   [ARGS]   on a machine with an NVIDIA GPU: build for it, test every kernel on it, record what was found
@@ -30,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = ROOT / "requirements-dev.txt"
-COMMANDS = ("demo", "test", "build", "bench", "lint", "kernels", "gpu")
+COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu")
 BENCH_OPTIONS = "addopts=--import-mode=importlib --strict-markers -ra --benchmark-disable-gc"
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
 # the tests themselves.
@@ -42,6 +43,7 @@ NEEDS = {
     "demo": (*BUILD, *TRAIN),
     "test": (*BUILD, *TRAIN, "pytest", "pytest_benchmark", "hypothesis"),
     "bench": (*BUILD, "pytest", "pytest_benchmark"),
+    "report": (*BUILD, "matplotlib"),
     "lint": (*BUILD, "ruff", "mypy", "clang_format"),
     "kernels": (*BUILD, "triton"),
 }
@@ -154,8 +156,9 @@ def main(arguments: Sequence[str]) -> int:
     if command == "lint":
         lint(python)
         return 0
-    if command == "gpu":
-        return subprocess.run([python, "bench/gpu_check.py", *rest], cwd=ROOT, env=environment, check=False).returncode
+    if command in ("gpu", "report"):
+        script = {"gpu": "bench/gpu_check.py", "report": "bench/report.py"}[command]
+        return subprocess.run([python, script, *rest], cwd=ROOT, env=environment, check=False).returncode
     if command == "kernels":
         environment |= {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "80;90a;100;120")}
     build(python, environment)

@@ -1,0 +1,127 @@
+"""Tables of the documents: taken from records, never from memory, and a document out of step is found."""
+
+from __future__ import annotations
+
+import pytest
+import report
+from gpu_case import GpuCase
+from record import Record, Row, read
+from report import Records, bars_cpu, bars_gpu, filled, update, update_pages
+
+MACHINE = {
+    "kind": "cpu", "name": "cpu-2-cores", "cpu": "Some CPU", "cores": 2, "packages": {"torch": "2.13.0"},
+    "python": "3.11.7", "commit": "012345678", "dirty": False, "sources": "feed", "time": "2026-11-23T12:00:00+00:00",
+    "clocks": [],
+}  # fmt: skip
+LATER = {**MACHINE, "commit": "999999999", "time": "2026-11-24T12:00:00+00:00"}
+GPU = {**LATER, "kind": "gpu", "name": "Some GPU"}
+
+
+def row(name, p50, bench="bench_macenko", **info):
+    return Row(bench, name, "normalise", {}, p50, p50, p50, "ms", 5, info)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    results = tmp_path / "results"
+    slow, fast = (
+        row("a", 4.0, peer="naive", peer_p50=8.0, bar="ratio >= 3"),
+        row("a", 2.0, peer_p50=8.0, bar="ratio >= 3"),
+    )
+    Record.of(MACHINE, results).add(slow, row("only before", 1.0), row("gone", 1.0, bench="bench_that_was_removed"))
+    Record.of(LATER, results).add(fast, row("b", 7.0, bar="ratio >= 3"))
+    return results
+
+
+def test_each_row_is_of_the_newest_record_that_has_it(folder):
+    rows = {one.name: one.p50 for one in Records(folder).rows("cpu")}
+    assert rows == {"a": 2.0, "b": 7.0, "only before": 1.0}
+
+
+def test_bars_of_the_cpu(folder):
+    lines = bars_cpu(Records(folder)).splitlines()
+    assert lines[0] == "1 of 2 bars met."
+    assert lines[-2:] == [
+        "| normalise: a | `ratio >= 3` | 4 | - | met |", "| normalise: b | `ratio >= 3` | - | - | not measured |",
+    ]  # fmt: skip
+
+
+def test_what_no_gpu_has_measured_is_called_so(folder, monkeypatch):
+    case = GpuCase("k", lambda _: row("k", 1), bars=["share_of_floor >= 0.9"], predictions={"share_of_floor": 0.92})
+    monkeypatch.setattr(report, "gpu_cases", lambda: [("bench_er_gpu", case)])
+    assert bars_gpu(Records(folder)).splitlines()[-1] == (
+        "| k | `share_of_floor >= 0.9` | not yet measured on a GPU | 0.92 (predicted) |  |"
+    )
+    found = row("k", 2.0, bench="bench_er_gpu", floor=1.0, bar=["share_of_floor >= 0.9"])
+    Record.of(GPU, folder).add(found)
+    assert (
+        bars_gpu(Records(folder)).splitlines()[-1]
+        == "| k | `share_of_floor >= 0.9` | 0.5 | 0.92 (predicted) | MISSED |"
+    )
+    assert report.rows_of("gpu")(Records(folder)).startswith("**normalise**")
+
+
+def test_no_gpu_record_is_said_in_words(folder):
+    assert report.rows_of("gpu")(Records(folder)) == "Not yet measured on a GPU."
+
+
+def test_documents_are_brought_into_step_and_found_out_of_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "providers", list)
+    (tmp_path / "docs").mkdir()
+    before = "# Speed\n<!-- table bars-cpu -->\nold\n<!-- end of bars-cpu -->\nafter\n"
+    (tmp_path / "README.md").write_text(before)
+    (tmp_path / "docs" / "x.md").write_text("no table\n")
+    records = Records(folder)
+    assert update(tmp_path, records, check=True) == [tmp_path / "README.md"]
+    assert (tmp_path / "README.md").read_text() == before
+    update(tmp_path, records, check=False)
+    text = (tmp_path / "README.md").read_text()
+    assert "1 of 2 bars met" in text and "old" not in text and text.endswith("<!-- end of bars-cpu -->\nafter\n")
+    assert update(tmp_path, records, check=True) == []
+    Record.of(LATER, folder).add(row("b", 5.0, ratio=4.0, bar="ratio >= 3"))
+    assert update(tmp_path, Records(folder), check=True) == [tmp_path / "README.md"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!-- table nothing -->\n<!-- end of nothing -->\n", "wants a table 'nothing'; there are bars-cpu"),
+        ("<!-- table bars-cpu -->\nno end\n", "1 tables begin and 0 have their line"),
+    ],
+)
+def test_documents_that_cannot_be_filled(text, words):
+    with pytest.raises(ValueError, match=words):
+        filled(text, {"bars-cpu": "x"}, "README.md")
+
+
+class Provider:
+    """What a module bench/report_*.py offers."""
+
+    BENCHES = ("bench_macenko",)
+
+    @staticmethod
+    def main(arguments):
+        record, docs = arguments
+        (_, rows) = read(report.Path(record))
+        (report.Path(docs) / "page.md").write_text(f"{len(rows)} rows\n")
+        (report.Path(docs) / "page.png").write_bytes(b"a picture, drawn by some version")
+        return 0
+
+    @staticmethod
+    def tables(records):
+        return {"mine": f"{len(records.all)} records"}
+
+
+def test_modules_add_tables_and_pages(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "providers", lambda: [Provider])
+    records = Records(folder)
+    assert report.all_tables(records)["mine"] == "2 records"
+    docs = tmp_path / "docs"
+    assert [path.name for path in update_pages(tmp_path, records, check=True)] == ["page.md", "page.png"]
+    assert not docs.exists()
+    update_pages(tmp_path, records, check=False)
+    assert (docs / "page.md").read_text() == "2 rows\n"
+    (docs / "page.png").write_bytes(b"the same, drawn by another")
+    assert update_pages(tmp_path, records, check=True) == []
+    (docs / "page.md").write_text("3 rows\n")
+    assert [path.name for path in update_pages(tmp_path, records, check=True)] == ["page.md"]
