@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ernet_fast.er import _ops
 from ernet_fast.er._autograd import forbid_double_backward
+from ernet_fast.er.across_processes import ProcessGroup, add_up
 from ernet_fast.er.coefficients import (
+    MEAN_ROW,
     NO_SHORTCUT,
     BranchNorm,
     NormArguments,
@@ -48,14 +50,15 @@ class StageRecord:
     only a part of the stage, never sees anything stale.
     """
 
-    def __init__(self, z: Tensor, num_maps: int, eps: float) -> None:
-        self.eps = eps
+    def __init__(self, z: Tensor, num_maps: int, eps: float, group: ProcessGroup | None) -> None:
+        self.eps, self.group = eps, group
         self.layout = _ops.layout_of([z])
         self.doubles = z.dtype == torch.float64
         self.elements = z.numel() // z.shape[1] if z.shape[1] else 0
         self.table = new_table(z, num_maps)
         self.a: list[Tensor] = []  # of the blocks' sums; empty for maps that no block made
         self.measured: list[bool] = []
+        self.count: Tensor | None = None  # values a channel, where they are spread over processes
         self.vectors = False  # gradients depend on da and db
         self.first_node = -1  # the map whose node runs last in backward
         self._passes: dict[int, BackwardPass] = {}
@@ -92,14 +95,16 @@ class StageRecord:
         """
         weight, running_mean, running_var, _, use_running, _ = shortcut
         da, db = (None, None) if dots is None else dots
-        return block_coefficients_backward(
+        measured = self.measured[index]
+        count = self.count if measured else None
+        rows, k0, dweight, dgamma, dbeta, dmoments = block_coefficients_backward(
             self.table,
             index,
             self.doubles,
             current.totals,
             da,
             db,
-            None,
+            count,
             self.elements,
             norm,
             weight,
@@ -108,9 +113,22 @@ class StageRecord:
             use_running,
             self.eps,
             [self.a[reader] for reader in self._readers(current, index)],
-            self.measured[index],
-            pass_on,
+            measured and count is None,
+            pass_on and count is None,
         )
+        if count is not None:
+            rows, k0 = self._common_rows(index, rows, dmoments, count, pass_on)
+        return rows, k0, dweight, dgamma, dbeta
+
+    def _common_rows(
+        self, index: int, rows: Tensor, dmoments: Tensor, count: Tensor, pass_on: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What `block_coefficients_backward` returns as rows and k0, with gradients of moments of all processes."""
+        dmean, dvar = add_up(dmoments, self.group)
+        k1 = (dvar * 2 / count).to(rows.dtype)
+        k0 = dmean / count - k1 * self.table[index, MEAN_ROW]
+        more = [k1, torch.ones_like(k1)] if pass_on else [k1]
+        return torch.cat([rows, torch.stack(more)]), k0.to(rows.dtype)
 
     def map_gradient(
         self, current: BackwardPass, index: int, rows: Tensor, k0: Tensor, z: Tensor, passed: Tensor | None = None

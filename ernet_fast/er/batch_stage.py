@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ernet_fast.er import _ops
 from ernet_fast.er._batch_nodes import Block, Opening, StageRecord
+from ernet_fast.er.across_processes import ProcessGroup, gather_moments
 from ernet_fast.er.coefficients import (
     NO_NORM,
     NO_SHORTCUT,
@@ -37,15 +38,16 @@ def _count_changes(norm: NormArguments, shortcut: ShortcutArguments) -> None:
 class BatchStage:
     """The maps of one forward pass. Maps are filed in order; each block's weighted sum reads all maps up to its own."""
 
-    def __init__(self, num_maps: int, eps: float, *, measure: bool) -> None:
+    def __init__(self, num_maps: int, eps: float, *, measure: bool, group: ProcessGroup | None = None) -> None:
         """Prepare for a stage.
 
         Args:
             num_maps: how many maps will be filed.
             eps: added to the variances of maps.
             measure: some shortcut normalises with the batch, so every map is measured.
+            group: the processes over which the statistics of a batch are taken; None for this process alone.
         """
-        self.num_maps, self.eps, self.measure = num_maps, eps, measure
+        self.num_maps, self.eps, self.measure, self.group = num_maps, eps, measure, group
         self.maps: list[Tensor] = []
         self.tokens: list[Tensor] = []
         self.record: StageRecord
@@ -92,13 +94,15 @@ class BatchStage:
         if (self.measure and measure) or norm.norm == BranchNorm.BATCH:
             mean, var = _ops.channel_moments(z)
             record.vectors = True
+            if self.group is not None:
+                mean, var, record.count = gather_moments(mean, var, record.elements, self.group)
         a, b = block_coefficients(
             record.table,
             len(record.a),
             record.doubles,
             mean,
             var,
-            None,
+            record.count,
             record.elements,
             *norm,
             *shortcut,
@@ -116,7 +120,7 @@ class BatchStage:
 
     def _prepare(self, z: Tensor) -> Tensor:
         if not self.maps:
-            self.record = StageRecord(z, self.num_maps, self.eps)
+            self.record = StageRecord(z, self.num_maps, self.eps, self.group)
         elif len(self.maps) == self.num_maps:
             raise ValueError(f"the stage was started with shortcuts for {self.num_maps} maps; this is one more.")
         return _ops.in_layout(z, self.record.layout)

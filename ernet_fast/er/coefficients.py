@@ -19,6 +19,7 @@ from torch import Tensor
 
 TABLE_ROWS = 7
 """Of each map, [C] each: scale, 1 / deviation, centre, shift, mean, variance, 1 / deviation of x."""
+MEAN_ROW = 4
 TOTAL_ROWS = 4
 """Of each map, [C] each: gradients of scale, shift, mean and variance."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ernet_fast import _backend
 from ernet_fast.er import _ops
 from ernet_fast.er._arguments import check_shortcut_sum
+from ernet_fast.er.across_processes import ProcessGroup
 from ernet_fast.er.batch_stage import BatchStage, one_call_serves
 from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments
 from ernet_fast.er.fused_maps import FusedMaps
@@ -76,9 +77,15 @@ def er_shortcut_sum(
         )
     layout = _ops.layout_of(xs)
     if one_call_serves(xs[0]) and norm == "batch":
-        return _batch_shortcut_sum(
-            [_ops.in_layout(x, layout) for x in xs], weight, means, variances, training, momentum, eps, relu
-        )
+        mean = var = None
+        if means and variances:
+            mean, var = torch.stack(list(means)), torch.stack(list(variances))
+        shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
+        y = batch_shortcut_sum([_ops.in_layout(x, layout) for x in xs], shortcut, training, eps, relu)
+        if training and means and variances and mean is not None and var is not None:
+            with torch.no_grad():
+                torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
+        return y
     maps = FusedMaps(per_sample=norm == "group")
     by_batch = norm == "group" or training
     statistics = []
@@ -100,26 +107,25 @@ def er_shortcut_sum(
     return maps.weighted_sum(a, b, relu)
 
 
-def _batch_shortcut_sum(
+def batch_shortcut_sum(
     xs: Sequence[Tensor],
-    weight: Tensor,
-    means: Sequence[Tensor] | None,
-    variances: Sequence[Tensor] | None,
+    shortcut: ShortcutArguments,
     training: bool,
-    momentum: float,
     eps: float,
     relu: bool,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
-    """norm="batch", with the algebra in one call, on maps of one layout."""
-    stage = BatchStage(len(xs), eps, measure=training and len(xs) > 1)
+    """The sum with norm="batch" and the algebra in one call.
+
+    Args:
+        xs: maps of one layout, whose arguments have been checked.
+        shortcut: weights, and running statistics to be moved or used.
+        training: normalise with the statistics of the batch.
+        eps: added to variances.
+        relu: apply the ReLU.
+        group: processes over which the statistics are taken.
+    """
+    stage = BatchStage(len(xs), eps, measure=training, group=group)
     for x in xs[:-1]:
         stage.open(x)
-    mean = var = None
-    if means and variances:
-        mean, var = torch.stack(list(means)), torch.stack(list(variances))
-    shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
-    y = stage.block(xs[-1], NO_NORM, shortcut, relu, measure=False)
-    if training and means and variances and mean is not None and var is not None:
-        with torch.no_grad():
-            torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
-    return y
+    return stage.block(xs[-1], NO_NORM, shortcut, relu, measure=False)

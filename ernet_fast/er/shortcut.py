@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ernet_fast.er import _ops
-from ernet_fast.er._arguments import check_norm
+from ernet_fast.er._arguments import check_norm, check_shortcut_sum
+from ernet_fast.er.across_processes import NO_NAIVE_GROUP, ProcessGroup, active_group
+from ernet_fast.er.batch_stage import one_call_serves
 from ernet_fast.er.coefficients import ShortcutArguments
-from ernet_fast.er.functional import er_shortcut_sum
+from ernet_fast.er.functional import batch_shortcut_sum, er_shortcut_sum
 from ernet_fast.er.statistics import MapStatistics, momentum_of, shortcut_coefficients, update_running
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
@@ -38,6 +42,7 @@ class ERShortcut(nn.Module):
         momentum: float | None = 0.1,
         relu: bool = True,
         fused: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         """Make the shortcuts of one block.
 
@@ -51,6 +56,9 @@ class ERShortcut(nn.Module):
             momentum: of the running statistics; None for a cumulative average.
             relu: apply the ReLU.
             fused: use the fused operators where they serve; False is the naive composition.
+            process_group: with norm="batch", the processes of `torch.distributed` over whose batches together the
+                statistics are taken in training, as in `nn.SyncBatchNorm`; such as `torch.distributed.group.WORLD`.
+                None for this process alone. It needs the fused path. Not part of the state, and not pickled.
 
         Raises:
             ValueError: an argument out of range, or num_groups that does not fit.
@@ -61,7 +69,10 @@ class ERShortcut(nn.Module):
         check_norm(norm, num_groups, channels)
         self.channels, self.num_maps = channels, num_maps
         self.norm, self.num_groups = norm, num_groups
+        if norm == "group" and process_group is not None:
+            raise ValueError("process_group has no meaning with norm='group', whose statistics are of one sample.")
         self.eps, self.momentum, self.relu, self.fused = eps, momentum, relu, fused
+        self.process_group = process_group
         self.weight = nn.Parameter(torch.ones(num_maps, channels))
         self.running_mean: Tensor | None
         self.running_var: Tensor | None
@@ -106,10 +117,14 @@ class ERShortcut(nn.Module):
         Returns:
             [N, C, H, W], in the dtype and layout of the maps.
         """
+        fused = self.fused if fused is None else fused
+        group = active_group(self.process_group) if self.normalises_with_batch() else None
+        if group is not None:
+            return self._forward_across_processes(xs, fused, group)
         momentum = 0.0
         if self.normalises_with_batch():
             momentum = momentum_of(self.momentum, self.num_batches_tracked)
-        function = er_shortcut_sum if (self.fused if fused is None else fused) else reference_shortcut_sum
+        function = er_shortcut_sum if fused else reference_shortcut_sum
         return function(
             xs,
             self.weight,
@@ -122,6 +137,26 @@ class ERShortcut(nn.Module):
             eps=self.eps,
             relu=self.relu,
         )
+
+    @torch.compiler.disable
+    def _forward_across_processes(self, xs: Sequence[Tensor], fused: bool, group: ProcessGroup) -> Tensor:
+        # not as training: a process may have a single value, or none
+        assert self.running_mean is not None and self.running_var is not None
+        running = self.running_mean.unbind(0), self.running_var.unbind(0)
+        check_shortcut_sum(xs, self.weight, self.norm, None, *running, training=False, eps=self.eps)
+        if not (fused and _ops.serves(xs[0]) and one_call_serves(xs[0])):
+            raise RuntimeError(NO_NAIVE_GROUP)
+        layout = _ops.layout_of(xs)
+        maps = [_ops.in_layout(x, layout) for x in xs]
+        return batch_shortcut_sum(maps, self.arguments(), True, self.eps, self.relu, group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ERShortcut:
+        """A copy in the same process group, whose handle cannot be copied itself."""
+        memo[id(self.process_group)] = self.process_group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def arguments(self) -> ShortcutArguments:
         """What the algebra of a block with norm="batch" needs of this module."""

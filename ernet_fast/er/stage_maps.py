@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ernet_fast import _backend
 from ernet_fast.er import _ops
+from ernet_fast.er.across_processes import NO_NAIVE_GROUP, ProcessGroup, active_group, group_of
 from ernet_fast.er.batch_stage import BatchStage, one_call_serves
 from ernet_fast.er.coefficients import NO_NORM, BranchNorm, NormArguments
 from ernet_fast.er.fused_maps import FusedMaps
@@ -38,27 +39,32 @@ class StageMaps:
         self._xs: list[Tensor] = []
         self._measure = False
 
-    def start(self, x0: Tensor, shortcuts: Iterable[ERShortcut]) -> Tensor:
+    def start(self, x0: Tensor, shortcuts: Iterable[ERShortcut], norms: Iterable[nn.Module] = ()) -> Tensor:
         """File x_0, the output of the projection block.
 
         Args:
             x0: [N, C, H, W], after its ReLU.
             shortcuts: those of the blocks to come; they say how maps are normalised, all in one way.
+            norms: the last normalisations of those blocks' branches: with `nn.SyncBatchNorm` the statistics of all maps
+                are taken over the processes of its group.
 
         Returns:
             The tensor to feed to the next block.
         """
+        shortcuts = list(shortcuts)
+        group = stage_group(shortcuts, list(norms))
         serves = _ops.serves(x0)
         if self.fused and not serves and x0.device.type == "cpu":
             _backend.warn_fallback_once()
-        if not (self.fused and serves and x0.numel() > 0):
+        if group is not None and not (self.fused and serves and _one_call_serves(x0, shortcuts)):
+            raise RuntimeError(NO_NAIVE_GROUP)
+        if not (self.fused and serves and (x0.numel() > 0 or group is not None)):
             self._xs.append(x0)
             return x0
-        shortcuts = list(shortcuts)
         per_group = shortcuts[0].norm == "group"
         self._measure = per_group or any(shortcut.normalises_with_batch() for shortcut in shortcuts)
         if _one_call_serves(x0, shortcuts):
-            self._batch = BatchStage(len(shortcuts) + 1, shortcuts[0].eps, measure=self._measure)
+            self._batch = BatchStage(len(shortcuts) + 1, shortcuts[0].eps, measure=self._measure, group=group)
             return self._batch.open(x0, pass_on=True)
         self._maps = FusedMaps(per_sample=per_group)
         moments, x0 = self._maps.file(x0, measure=self._measure, pass_on=True)
@@ -82,7 +88,7 @@ class StageMaps:
             self._xs.append(bn(z))
             return shortcut(self._xs, fused=False)
         shortcut.check_maps_filed(len(self._statistics), z)
-        collapse = type(bn) is nn.BatchNorm2d
+        collapse = _is_batch_norm(bn) and not _spreads(bn)
         if not collapse:  # any other normalisation runs as it is, and its output is the map
             z = bn(z)
         moments, _ = self._maps.file(z, measure=self._measure or (collapse and _uses_batch(bn)))
@@ -96,11 +102,14 @@ class StageMaps:
     def _add_to_batch(self, stage: BatchStage, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
         shortcut.check_maps_filed(len(stage.maps), z)
         norm = NO_NORM
-        if type(bn) is nn.BatchNorm2d:
+        if _is_batch_norm(bn):
+            if _spreads(bn) and stage.group is None:
+                raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
             norm = _norm_arguments(bn)
         else:  # any other normalisation runs as it is, and its output is the map
             z = bn(z)
-        if z.numel() == z.shape[1] and (norm.norm == BranchNorm.BATCH or shortcut.training):
+        alone = stage.group is None
+        if alone and z.numel() == z.shape[1] and (norm.norm == BranchNorm.BATCH or shortcut.training):
             raise _one_value(z)
         return stage.block(z, norm, shortcut.arguments(), shortcut.relu)
 
@@ -111,6 +120,39 @@ def _one_call_serves(x0: Tensor, shortcuts: list[ERShortcut]) -> bool:
     return alike and one_call_serves(x0)
 
 
+def _is_batch_norm(bn: nn.Module) -> bool:
+    return type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def _spreads(bn: nn.Module) -> bool:
+    """True if `bn` takes the statistics of the batch at hand over several processes."""
+    return isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None
+
+
+def stage_group(shortcuts: Sequence[ERShortcut], norms: Sequence[nn.Module]) -> ProcessGroup | None:
+    """The processes over which a stage takes the statistics of its maps; None for this process alone.
+
+    Raises:
+        ValueError: shortcuts or BatchNorms of one stage that name different groups.
+    """
+    if shortcuts[0].norm == "group":  # statistics of samples; a SyncBatchNorm runs as it is
+        return None
+    synchronised = [bn for bn in norms if isinstance(bn, nn.SyncBatchNorm)]
+    groups = [shortcut.process_group for shortcut in shortcuts]
+    if any(group is not None for group in groups):
+        groups = [active_group(group) for group in groups] + [group_of(bn) for bn in synchronised]
+    else:
+        groups = [group_of(bn) for bn in synchronised]
+        if any(group is not None for group in groups) and any(type(bn) is nn.BatchNorm2d for bn in norms):
+            raise ValueError(
+                "some blocks of this stage end in nn.SyncBatchNorm and some in nn.BatchNorm2d: convert all of them."
+            )
+    if any(group is not groups[0] for group in groups):
+        raise ValueError("the blocks of a stage must share one process group; different ones were found.")
+    by_batch = [shortcut.normalises_with_batch() for shortcut in shortcuts] + [bn.training for bn in norms]
+    return groups[0] if groups and any(by_batch) else None
+
+
 def _one_value(z: Tensor) -> ValueError:
     return ValueError(
         f"the map has shape {tuple(z.shape)}, one value a channel: BatchNorm cannot train on it. "
@@ -118,7 +160,8 @@ def _one_value(z: Tensor) -> ValueError:
     )
 
 
-def _norm_arguments(bn: nn.BatchNorm2d) -> NormArguments:
+def _norm_arguments(bn: nn.Module) -> NormArguments:
+    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
     mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
     if not _uses_batch(bn):
         return NormArguments(BranchNorm.RUNNING, bn.weight, bn.bias, mean, var, None, None, bn.eps)
@@ -130,13 +173,13 @@ def _norm_arguments(bn: nn.BatchNorm2d) -> NormArguments:
 
 
 def _uses_batch(bn: nn.Module) -> bool:
-    assert isinstance(bn, nn.BatchNorm2d)
+    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
     return bn.training or bn.running_mean is None
 
 
 def _affine(bn: nn.Module, moments: tuple[Tensor, Tensor] | None, z: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift [C] with which `bn(z) = scale * z + shift`; updates its running statistics as bn would."""
-    assert isinstance(bn, nn.BatchNorm2d)
+    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
     dtype = _ops.acc_dtype(z)
     if _uses_batch(bn):
         assert moments is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
+from ernet_fast.er.across_processes import ProcessGroup
 from ernet_fast.er.shortcut import ERShortcut
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class ERBlock(ResidualBranch):
         num_groups: groups of norm="group".
         dilation: of the 3x3 convolutions.
         fused: default of this block's `ERShortcut` when called by itself; inside a stage, `ERStage.fused` decides.
+        process_group: of the shortcuts, see `ERShortcut`; the last BatchNorm, fused with them, shares it.
 
     Source: equation (10) of the ERNet paper (Chandana Mani & Kamalakannan, ELCVIA).
     """
@@ -132,9 +134,18 @@ class ERBlock(ResidualBranch):
         num_groups: int | None = None,
         dilation: int = 1,
         fused: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(channels, channels // self.reduction if width is None else width, channels, dilation=dilation)
-        self.shortcut = ERShortcut(channels, num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused)
+        self.shortcut = ERShortcut(
+            channels,
+            num_maps,
+            norm=norm,
+            num_groups=num_groups,
+            relu=True,
+            fused=fused,
+            process_group=process_group,
+        )
 
     def forward(self, y: Tensor, maps: StageMaps) -> Tensor:
         """y_l of y_{l-1}, both [N, channels, H, W]; `maps` holds x_0 ... x_{l-1} and receives x_l."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er.across_processes import ProcessGroup
+from ernet_fast.er.stage_maps import StageMaps, stage_group
 from ernet_fast.models.blocks import (
     ERBasicBlock,
     ERBlock,
@@ -52,6 +54,10 @@ class ERStage(nn.Module):
             them from plain PyTorch operators. The attribute may be changed at any time.
         dilation: of the 3x3 convolutions.
         first_dilation: of block 0's first 3x3 convolution, default `dilation`.
+        process_group: with norm="batch", the processes of `torch.distributed` over whose batches together the
+            statistics of the stage's maps are taken in training: those of the shortcuts, and of each ER block's last
+            BatchNorm, which is fused with them. `nn.SyncBatchNorm.convert_sync_batchnorm` does this too, and
+            synchronises all other BatchNorms as well. Needs the fused path.
 
     Raises:
         ValueError: a size below 1, or an unknown block.
@@ -73,6 +79,7 @@ class ERStage(nn.Module):
         fused: bool = True,
         dilation: int = 1,
         first_dilation: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if block not in BLOCK_KINDS:
@@ -90,7 +97,14 @@ class ERStage(nn.Module):
         self.add_module("0", opening)
         for index in range(1, num_blocks):
             block_l = kind.er(
-                channels, index, width=width, norm=norm, num_groups=num_groups, dilation=dilation, fused=fused
+                channels,
+                index,
+                width=width,
+                norm=norm,
+                num_groups=num_groups,
+                dilation=dilation,
+                fused=fused,
+                process_group=process_group,
             )
             self.add_module(str(index), block_l)
 
@@ -128,8 +142,18 @@ class ERStage(nn.Module):
         x_0 = opening(x)
         if not er_blocks:
             return x_0
+        blocks = [cast(ERBlock, block) for block in er_blocks]
+        shortcuts, norms = [block.shortcut for block in blocks], [block.last_bn for block in blocks]
+        if torch.compiler.is_compiling() and stage_group(shortcuts, norms) is not None:
+            return self._run_uncompiled(x_0, blocks)
+        return self._run(x_0, blocks)
+
+    def _run(self, x_0: Tensor, blocks: list[ERBlock]) -> Tensor:
         maps = StageMaps(fused=self.fused)
-        y = maps.start(x_0, [cast(ERBlock, block).shortcut for block in er_blocks])
-        for block in er_blocks:
+        y = maps.start(x_0, [block.shortcut for block in blocks], [block.last_bn for block in blocks])
+        for block in blocks:
             y = block(y, maps)
         return y
+
+    # Collectives and the stage's own backward are not traced.
+    _run_uncompiled = torch.compiler.disable(_run)
