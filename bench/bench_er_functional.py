@@ -4,7 +4,7 @@ One row is forward + backward of one call with ReLU in training mode, on as many
 reads. The floor counts what must move when each call is on its own: forward L - 1 moments and L + 1 of the sum,
 backward L + 3 of the dot and 3 of each earlier map's gradient (g, the map, the result) and 2 of the last one's.
 
-Run: python3 dev.py bench -k bench_er_functional    (--slow for everything, and the compiled reference)
+Run: python3 dev.py bench -k bench_er_functional    (--slow for every batch and layout, --compiled)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from copy_floor import copy_seconds_per_byte
+from er_means import record_means
 from er_tails import LAYOUTS, STAGES, make_maps
 from torch import Tensor
 from traffic import bytes_moved
@@ -82,3 +83,10 @@ def test_shortcut_sum(record_row, with_compiled, torch_threads, stage, batch, la
         floor_why="bytes that one call must move / copy bandwidth at the working set of the call",
         map_accesses=map_accesses(shape.num_maps),
     )
+
+
+def test_means(record, record_row):
+    """The geometric means over the stages of ResNet-50 of what the record has by now."""
+    if record is None:
+        pytest.skip("nothing is recorded without --record")
+    record_means(record, record_row, "bench_er_functional", "shortcut_sum")

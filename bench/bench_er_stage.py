@@ -7,7 +7,7 @@ fused design must move (`er_tails.py` counts them) take at the copy bandwidth me
 system had to map and clear anew for newly allocated maps, `system_ms_*` the processor time it took (`page_faults.py`).
 
 Run: python3 dev.py bench -k bench_er_stage           batch 8, channels-last, against naive eager
-     python3 dev.py bench -k bench_er_stage --slow    everything, and the compiled naive composition (minutes a row)
+     with --slow every batch and layout, with --compiled also the compiled naive composition (minutes)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 import torch
 from copy_floor import copy_seconds_per_byte
 from er_kernel_counts import compiled_cost, profiled_kernels
+from er_means import STAGE_101, record_means
 from er_tails import LAYOUTS, STAGES, Tails, make_maps, map_accesses, train_tails
 from page_faults import system_work
 from traffic import bytes_moved
@@ -79,8 +80,15 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         **{f"faults_{name}": work.page_faults for name, work in system.items()},
         **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
         map_accesses=map_accesses(shape.num_maps),
-        bar="share_of_floor >= 0.75",
+        bar=["share_of_floor >= 0.75", *(["ratio_naive >= 6"] if stage == STAGE_101 else [])],
     )
+
+
+def test_means(record, record_row):
+    """The geometric means over the stages of ResNet-50 of what the record has by now."""
+    if record is None:
+        pytest.skip("nothing is recorded without --record")
+    record_means(record, record_row, "bench_er_stage", "stage_tails")
 
 
 @pytest.mark.parametrize("stage", [pytest.param(s, marks=pytest.mark.slow) if "101" in s else s for s in STAGES])

@@ -25,7 +25,8 @@ FIGURES = ("p20", "p50", "p80", "unit", "repeats")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FOLDER", help="folder of the record that the rows are written to")
-    parser.addoption("--slow", action="store_true", help="also benches marked slow, and compiled peers")
+    parser.addoption("--slow", action="store_true", help="also benches marked slow")
+    parser.addoption("--compiled", action="store_true", help="also peers under torch.compile")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,7 +87,7 @@ def row_of_benchmark(request: pytest.FixtureRequest, record_row: Callable[..., R
 @pytest.fixture
 def with_compiled(request: pytest.FixtureRequest) -> bool:
     """Whether to measure peers under torch.compile, which takes long."""
-    return bool(request.config.getoption("--slow"))
+    return bool(request.config.getoption("--compiled"))
 
 
 @pytest.fixture

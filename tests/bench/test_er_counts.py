@@ -1,0 +1,98 @@
+"""The counters of bytes, kernels and memory, on operators whose counts are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from er_branch import branch, give
+from er_kernel_counts import Kernels, profiled_kernels, table
+from er_tails import StageShape, Tails, make_maps, map_accesses, train_tails
+from tensor_memory import held_bytes, memory_use
+from torch import nn
+from traffic import Traffic
+
+SIZE = 4 * 3 * 8 * 8
+BYTES = 4 * SIZE
+
+
+def moved(call) -> tuple[int, int]:
+    with Traffic() as traffic:
+        call()
+    return traffic.read, traffic.written
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda x, c: x + x, (BYTES, BYTES)),  # the same memory twice is read once
+        (lambda x, c: x * c, (BYTES + 12, BYTES)),
+        (lambda x, c: x.mul_(2), (BYTES, BYTES)),
+        (lambda x, c: x.zero_(), (0, BYTES)),
+        (lambda x, c: x.copy_(x + 1), (2 * BYTES, 2 * BYTES)),
+        (lambda x, c: x.view(4, -1).transpose(0, 1)[1:].detach(), (0, 0)),
+        (lambda x, c: torch.empty_like(x), (0, 0)),
+        (lambda x, c: torch.zeros_like(x), (0, BYTES)),
+        (lambda x, c: x.sum((0, 2, 3)), (BYTES, 12)),
+        (lambda x, c: c.expand(4, 3, 8, 8).clone(), (12, BYTES)),
+        (lambda x, c: torch.cat([x, x[:2]]), (BYTES + BYTES // 2, BYTES + BYTES // 2)),
+    ],
+)
+def test_bytes_of_single_operators(call, expected):
+    x, c = torch.ones(4, 3, 8, 8), torch.ones(3, 1, 1)
+    assert moved(lambda: call(x, c)) == expected
+
+
+def test_bytes_of_a_backward_pass():
+    x = torch.ones(4, 3, 8, 8, requires_grad=True)
+    y = torch.relu(x)
+    dy = torch.ones_like(y)
+    assert moved(lambda: y.backward(dy)) == (2 * BYTES, BYTES)  # threshold_backward alone
+
+
+def test_kernels_of_single_operators(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # filling is a kernel too
+    x, c = torch.ones(4, 3, 8, 8), torch.ones(3)
+    bn = nn.BatchNorm2d(3, affine=False)
+    assert profiled_kernels(lambda: torch.relu(x * 2).view(4, -1), SIZE) == Kernels(2, 0)
+    assert profiled_kernels(lambda: c * c + 1, SIZE) == Kernels(0, 2)
+    assert profiled_kernels(lambda: bn(x), SIZE).map == 1
+    assert profiled_kernels(lambda: torch.empty_like(x), SIZE) == Kernels(0, 0)
+    assert profiled_kernels(lambda: torch.ops.ernet.weighted_sum([x, x], torch.ones(2, 3), c, True), SIZE).map == 1
+
+
+def test_table_of_kernels():
+    lines = table([2, 3]).splitlines()
+    assert len(lines) == 4 and lines[3].startswith("| 3 | ")
+
+
+def test_memory_of_a_call():
+    x = torch.ones(4, 3, 8, 8)
+    assert memory_use(lambda: x.neg().abs().sqrt()) == (2 * BYTES, BYTES)
+    assert held_bytes([x, x.view(-1), x[1:], torch.ones(3)]) == BYTES + 12
+
+
+def test_map_accesses_are_those_of_the_design():
+    """The counts of the design, and one for the gradient that x_0 gets from the first block's branch."""
+    assert [map_accesses(count) - 1 for count in (3, 4, 6, 23)] == [32, 51, 98, 982]
+
+
+def test_the_stand_in_returns_what_it_was_given_and_its_gradient():
+    y = torch.zeros(2, 3, requires_grad=True)
+    z, dy = torch.randn(2, 3), torch.randn(2, 3)
+    give(7, z, dy)
+    found = branch(y, 7)
+    assert found.data_ptr() == z.data_ptr() and found.requires_grad
+    found.sum().backward()
+    assert torch.equal(y.grad, dy)
+
+
+def test_fused_and_naive_tails_agree():
+    maps = make_maps(StageShape(5, 6, 4), 3)
+    fused = Tails(5, 4)
+    naive = fused.naive()
+    found = []
+    for tails in (fused, naive):
+        train_tails(tails, maps)
+        found.append([maps.zs[0].grad, *(parameter.grad for parameter in tails.parameters())])
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * float(expected.norm()))

@@ -1,0 +1,81 @@
+"""The report of the ER benches: computed from rows alone, and honest about what is missing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import report_er
+from er_means import STAGES_50, geometric_mean, record_means
+from record import Record, Row, read
+
+MACHINE = {
+    "kind": "cpu", "name": "cpu-2-cores", "cpu": "Some CPU", "cores": 2, "packages": {"torch": "2.13.0"},
+    "python": "3.11.7", "commit": "012345678", "dirty": False, "sources": "feed", "time": "2026-11-23T12:00:00+00:00",
+    "clocks": [],
+}  # fmt: skip
+PARAMS = {"batch": 8, "layout": "channels-last", "threads": 2}
+
+
+def tail_row(stage, fused, naive, test="stage_tails", bench="bench_er_stage", **info):
+    figures = {
+        "naive_ms": naive, "fused_ms": fused, "ratio_naive": naive / fused, "floor": 0.6 * fused, "must_move": 3.3e8,
+        "map_accesses": 33, "moved_naive": 7.7e8, "moved_fused": 3.4e8, "faults_naive": 0, "faults_fused": 0, **info,
+    }  # fmt: skip
+    name = f"{test}[{stage}-8-channels-last-2]"
+    return Row(bench, name, "tails", {"stage": stage, **PARAMS}, fused, fused, fused, "ms", 5, figures)
+
+
+def kernels_row(stage, blocks):
+    info = {"blocks": blocks, "map_bytes": 1e7, "naive_map_kernels": 16 * blocks, "naive_vector_kernels": 3}
+    info |= {"fused_map_kernels": 5 * blocks, "fused_vector_kernels": 2 * blocks}
+    return Row("bench_er_stage", f"kernels[{stage}]", "kernels", {"stage": stage}, 7, 7, 7, "kernels", 1, info)
+
+
+@pytest.fixture
+def record(tmp_path):
+    record = Record.of(MACHINE, tmp_path / "results")
+    for stage, naive in zip(STAGES_50, (2.0, 4.0, 8.0, 16.0), strict=True):
+        record.add(tail_row(stage, 1.0, naive))
+    return record
+
+
+def test_geometric_mean_needs_all_four_stages(record):
+    rows = record.rows()
+    assert geometric_mean(rows, "ratio_naive") == pytest.approx(1024 ** (1 / 4))
+    assert geometric_mean(rows[:3], "ratio_naive") is None
+    assert geometric_mean(rows, "ratio_compiled") is None
+
+
+def test_means_become_rows_with_the_bars_that_can_be_judged(record):
+    def write(group, *, name, params, p20, p50, p80, unit, repeats, **info):
+        row = Row("bench_er_stage", name, group, params, p20, p50, p80, unit, repeats, info)
+        record.add(row)
+        return row
+
+    (row,) = record_means(record, write, "bench_er_stage", "stage_tails")
+    assert row.name == "mean of stage_tails[8-channels-last-2]" and row.p50 == 1
+    assert [(str(bar), value) for bar, value in row.bars()] == [("ratio_naive >= 5", pytest.approx(5.6569))]
+    record.add(tail_row("resnet50-1", 1.0, 2.0, ratio_compiled=1.5))
+    assert record_means(record, write, "bench_er_stage", "shortcut_sum") == []
+
+
+def test_report_of_a_whole_and_of_a_partial_record(record, tmp_path):
+    pytest.importorskip("matplotlib")
+    record.add(kernels_row("resnet50-1", 2), tail_row("resnet101-3", 10.0, 70.0))
+    assert report_er.main([str(record.path), str(tmp_path / "docs")]) == 0
+    page = (tmp_path / "docs" / "er-benchmarks.md").read_text()
+    assert "5.66 (reaches 5)" in page and "not measured" in page and "7.00 (reaches 6)" in page
+    assert re.search(r"\| resnet50-1 \| 2 \| 16\.0 \| 1\.5 \| – \| – \| 5\.0 \| 2\.0 \|", page)
+    assert "## Training steps\n\nFloat32, channels-last, 224 x 224.\n\nNot measured." in page
+    assert (tmp_path / "docs" / "er_speed.png").read_bytes().startswith(b"\x89PNG")
+    assert report_er.report(read(record.path)[0], [], "nowhere").count("Not measured.") == 8
+
+
+def test_a_bar_missed_is_called_short(record):
+    assert "2.83 (short of 3)" in report_er.mark(8**0.5, 3.0)
+
+
+def test_usage(capsys):
+    assert report_er.main([]) == 2
+    assert "RECORD" in capsys.readouterr().err
