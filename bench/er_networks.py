@@ -16,14 +16,19 @@ FUSED = {50: er_resnet50, 101: er_resnet101}
 
 def networks(depth: int, device: str = "cpu", **kw: Any) -> dict[str, nn.Module]:
     """The plain, the naive and the fused network, channels-last; the last two have the same weights."""
-    torch.manual_seed(0)
-    models: dict[str, nn.Module] = {
-        "plain": plain_resnet(depth, **kw),
-        "naive": naive_er_resnet(depth, **kw),
-        "fused": FUSED[depth](**kw),
-    }
+    models = {name: network(name, depth, device, **kw) for name in ("plain", "naive", "fused")}
     models["naive"].load_state_dict(state_dict_from_fused(models["fused"].state_dict()))
-    return {name: model.to(device=device, memory_format=torch.channels_last) for name, model in models.items()}
+    return models
+
+
+def network(name: str, depth: int, device: str = "cpu", **kw: Any) -> nn.Module:
+    """One of the three."""
+    torch.manual_seed(0)
+    if name == "fused":
+        model: nn.Module = FUSED[depth](**kw)
+    else:
+        model = {"plain": plain_resnet, "naive": naive_er_resnet}[name](depth, **kw)
+    return model.to(device=device, memory_format=torch.channels_last)
 
 
 def batch_of(count: int, size: int = 224, device: str = "cpu", num_classes: int = 1000) -> tuple[Tensor, Tensor]:

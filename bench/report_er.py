@@ -125,10 +125,19 @@ def steps_table(rows: Sequence[Row]) -> str:
         times = [number(info.get(f"{who}_ms"), 0) for who in ("plain", "naive", "fused")]
         share = info["fused_ms"] / info["plain_ms"]
         cells = [f"ER-ResNet-{row.params['depth']}, batch {row.params['batch']}", *times, number(share)]
-        cells += [number(info["ratio_naive"]), number(info.get("peak_share"))]
+        cells += [number(info["ratio_naive"]), number(info.get("peak_share")), number(info.get("tensors_share"))]
         bars = [f"{bar} {'reached' if value is not None and bar.met(value) else 'missed'}" for bar, value in row.bars()]
         lines.append([*cells, "; ".join(bars) or NONE])
-    head = ["network", "plain, ms", "naive, ms", "fused, ms", "fused / plain", "times naive", "peak memory / plain"]
+    head = [
+        "network",
+        "plain, ms",
+        "naive, ms",
+        "fused, ms",
+        "fused / plain",
+        "times naive",
+        "peak memory / plain",
+        "of tensors",
+    ]
     return markdown([*head, "bars"], lines)
 
 
