@@ -11,13 +11,13 @@ Peers are measured where they import (macenko_peers.py says how to install them)
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from copy_floor import copy_seconds_per_byte
 from macenko_images import SIZES, large_image
 from macenko_peers import Call, peers_of
 from turns import in_turns, percentiles
@@ -48,23 +48,17 @@ def peers(target: np.ndarray):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread(torch_threads) -> None:
+    torch_threads(1)
 
 
-def copy_milliseconds(size: int) -> float:
-    """The time of a copy of `size` bytes: each read once and written once."""
-    source = torch.empty(size, dtype=torch.uint8).fill_(1)
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(50):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[len(times) // 2]
+def floor_of(size: int, accesses: int) -> dict[str, Any]:
+    """The least time for `size` bytes, read once or (2 accesses) read once and written once."""
+    what = "read once" if accesses == 1 else "read once, the result written once"
+    return {
+        "floor": 1e3 * accesses * size * copy_seconds_per_byte(2 * size),
+        "floor_why": f"{size} bytes {what}, at the bandwidth of a copy of as many",
+    }
 
 
 def own_calls(operation: str, image: np.ndarray, target: np.ndarray) -> dict[str, Call]:
@@ -88,13 +82,9 @@ def test_one_image(record_row, image, target, peers, operation, size):
     theirs = {name: peer[operation == "fit"](crop) for name, peer in peers.items()}
     times = in_turns({**own, **theirs}, rounds=15, budget=6)
     figures = {name: percentiles([1e3 * second for second in seconds]) for name, seconds in times.items()}
-    share, why = (1.0, "read once, result written once") if operation == "normalize" else (0.5, "read once")
-    floor = {
-        "floor": share * copy_milliseconds(crop.size),
-        "floor_why": f"{crop.size} bytes {why}, at the bandwidth of a copy of as many",
-    }
+    floor = floor_of(crop.size, 2 if operation == "normalize" else 1)
     for name in figures:
-        info: dict[str, Any] = dict(floor)
+        info = {**floor, "title": f"{operation} {size}, {name}"}
         if name in own:
             info |= {
                 f"ratio_{other.replace(' ', '_').replace('-', '_')}": figures[other]["p50"] / figures[name]["p50"]
@@ -127,17 +117,28 @@ def test_threads_on_a_batch_of_64(record_row, image, target):
     figures = {int(name): percentiles([1e3 * second for second in seconds]) for name, seconds in times.items()}
     for threads, found in figures.items():
         torch.set_num_threads(threads)
-        info: dict[str, Any] = {
-            "floor": copy_milliseconds(batch.numel()),
-            "floor_why": f"{batch.numel()} bytes read once, result written once, at the bandwidth of a copy of as many",
-        }
+        info = floor_of(batch.numel(), 2)
         if threads == 2:
             info |= {"ratio_one_thread": figures[1]["p50"] / found["p50"], "bar": "ratio_one_thread >= 1.8"}
         where = {"operation": "normalize", "size": "224x224", "batch": 64, "threads": threads}
         record_row(
             "normalize 64 x 224x224", **found, unit="ms", repeats=len(times[str(threads)]),
-            name=f"normalize 64 x 224x224 threads {threads}", params=where, **info,
+            name=f"normalize 64 x 224x224 threads {threads}", params=where,
+            title=f"normalize 64 x 224x224, threads: {threads}", **info,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64"])
+def test_dtypes(record_row, image, target, dtype):
+    """Floating-point images are worked on in float64 throughout."""
+    crop = np.ascontiguousarray(image[:224, :224].transpose(2, 0, 1))[None]
+    batch, fitted = torch.from_numpy(crop).to(getattr(torch, dtype)), macenko_fit(target)
+    times = in_turns({"normalize": lambda: macenko_normalize(batch, fitted)}, rounds=15, budget=3)["normalize"]
+    record_row(
+        "normalize 224x224 by dtype", **percentiles([1e3 * second for second in times]), unit="ms", repeats=len(times),
+        name=f"normalize 224x224 {dtype}", params={"operation": "normalize", "dtype": dtype, "threads": 1},
+        title=f"normalize 224x224, {dtype}", **floor_of(crop.size * batch.element_size(), 2),
+    )  # fmt: skip
 
 
 def test_call_overhead(record_row, image, target):
@@ -157,5 +158,6 @@ def test_call_overhead(record_row, image, target):
         bar = {"bar": f"p50 <= {OVERHEAD_BAR}"} if "normalize" in name.lower() else {}
         record_row(
             f"call {OVERHEAD_SIZE}", **percentiles([1e6 * second for second in seconds]), unit="us",
-            repeats=len(seconds), name=f"call {OVERHEAD_SIZE} {name}", params={"call": name, "threads": 1}, **bar,
+            repeats=len(seconds), name=f"call {OVERHEAD_SIZE} {name}", params={"call": name, "threads": 1},
+            title=f"a whole call on {OVERHEAD_SIZE}, {name}", **bar,
         )  # fmt: skip

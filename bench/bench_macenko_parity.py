@@ -56,7 +56,8 @@ def test_identical_values(record_row, name, percentile):
     least = LEAST_IDENTICAL[percentile]
     record_row(
         "identical values", **percentiles(identical), unit="%", repeats=len(identical), peer=PEER[percentile],
-        name=f"{name} {percentile}", params={"images": name, "percentile": percentile}, worst=min(identical),
+        name=f"{name} {percentile}", title=f"identical values, {name}, {percentile}",
+        params={"images": name, "percentile": percentile}, worst=min(identical),
         largest_difference=largest, bar=[f"worst >= {least:g}", "largest_difference <= 1"],
         detail=f"{len(identical)} images against {PEER[percentile]}",
     )  # fmt: skip

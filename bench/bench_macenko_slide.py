@@ -1,8 +1,8 @@
 """A whole slide as a memory map: how long, and how much memory of the process?
 
 A synthetic slide of SIZE x SIZE pixels is written to disk, its stains are found and it is normalised into another
-memory map, in a process of its own whose memory before is set against the peak while it runs: all of it, mapped pages of the
-two files included. At 5,000 x 5,000 the result is held against that of one call, bit for bit.
+memory map, in a process of its own. Its memory before is set against the peak while it runs: all of it, mapped pages
+of the two files included. At 5,000 x 5,000 the result is held against that of one call, bit for bit.
 
 Run: python3 dev.py bench bench/bench_macenko_slide.py
 The large slide needs 2.4 GB on the disk of pytest's temporary folder (--basetemp to choose another).
@@ -76,13 +76,16 @@ def test_slide(record_row, tmp_path, size):
     where = {"height": size, "width": size, "pixels": size * size, "threads": 1}
     record_row(
         "whole slide", seconds, seconds, seconds, "s", name=f"slide {size} x {size}: seconds", params=where,
-        repeats=1, counting_seconds=first, megapixels_per_second=size * size / seconds / 1e6,
+        repeats=1, title=f"slide of {size} x {size}, time", counting_seconds=first,
+        megapixels_per_second=size * size / seconds / 1e6,
         detail=f"{first:.1f} s of it to count the colours; files on disk",
     )  # fmt: skip
     record_row(
         "whole slide", grown, grown, grown, "MiB", name=f"slide {size} x {size}: growth of the peak", params=where,
-        repeats=1, peak_before=before, file_mebibytes=3 * size * size / 2**20, bar=f"p50 <= {MOST_GROWTH}",
-        detail=f"process of {before:.0f} MiB before; bit-identical to one call: {same}",
+        repeats=1, title=f"slide of {size} x {size}, growth of the peak of memory", peak_before=before,
+        file_mebibytes=3 * size * size / 2**20, bar=f"p50 <= {MOST_GROWTH}",
+        detail=f"process of {before:.0f} MiB before; image and result are {6 * size * size / 2**20:,.0f} MiB"
+        + (", bit-identical to one call" if same else ""),
     )  # fmt: skip
     for name in ("slide.npy", "out.npy"):
         (tmp_path / name).unlink()

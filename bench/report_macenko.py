@@ -118,7 +118,12 @@ def bars_table(rows: Sequence[Row]) -> str:
         for bar, value in row.bars():
             met = "not measured" if value is None else "yes" if bar.met(value) else "**no**"
             lines.append(
-                [row.name, f"{bar.key} {bar.sense} {bar.limit:g}", "" if value is None else number(value), met]
+                [
+                    str(row.extra_info.get("title", row.name)),
+                    f"{bar.key} {bar.sense} {bar.limit:g}",
+                    "" if value is None else number(value),
+                    met,
+                ]
             )
     return table(["row", "bar", "found", "reached"], lines)
 
@@ -126,6 +131,7 @@ def bars_table(rows: Sequence[Row]) -> str:
 def other_tables(rows: Sequence[Row]) -> list[str]:
     """Threads, overhead, parity and slides."""
     threads = [row for row in rows if row.group == "normalize 64 x 224x224"]
+    dtypes = [row for row in rows if "dtype" in row.params]
     calls = [row for row in rows if row.unit == "us"]
     parity = [row for row in rows if row.bench == "bench_macenko_parity"]
     slides = [row for row in rows if row.bench == "bench_macenko_slide"]
@@ -133,6 +139,9 @@ def other_tables(rows: Sequence[Row]) -> list[str]:
     if threads:
         lines = [[str(row.params["threads"]), number(row.p50), number(64e3 / row.p50)] for row in threads]
         parts += ["## A batch of 64 images of 224x224", table(["threads", "ms", "images/s"], lines)]
+    if dtypes:
+        lines = [[row.params["dtype"], f"{number(row.p50)} ({number(row.p20)} to {number(row.p80)})"] for row in dtypes]
+        parts += ["## Normalise 224x224 by dtype, one thread", table(["dtype", "ms (20th to 80th percentile)"], lines)]
     if calls:
         lines = [[row.params["call"], f"{number(row.p50)} ({number(row.p20)} to {number(row.p80)})"] for row in calls]
         parts += ["## A whole call on 64x64 pixels, one thread", table(["call", "µs (20th to 80th percentile)"], lines)]
@@ -145,7 +154,9 @@ def other_tables(rows: Sequence[Row]) -> list[str]:
         head = ["images", "percentile: held against", "identical values, worst image", "median", "largest difference"]
         parts += ["## Parity with torchstain on real images", table(head, lines)]
     if slides:
-        lines = [[row.name, f"{number(row.p50)} {row.unit}", row.extra_info["detail"]] for row in slides]
+        lines = [
+            [str(row.extra_info["title"]), f"{number(row.p50)} {row.unit}", row.extra_info["detail"]] for row in slides
+        ]
         parts += ["## Whole slides", table(["", "measured", ""], lines)]
     return parts
 

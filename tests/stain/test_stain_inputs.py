@@ -99,6 +99,36 @@ def test_read_only_arrays_are_left_alone_everywhere(function, dtype):
     np.testing.assert_array_equal(image, kept)
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("shape", [(0, 16, 20, 3), (0, 3, 16, 20)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_empty_batches_give_nothing_everywhere(function, shape, dtype):
+    images = np.empty(shape, dtype)
+    if function.endswith(".fit"):
+        with pytest.raises(ValueError, match="one target image; got 0"):
+            FUNCTIONS[function](images)
+        return
+    found = FUNCTIONS[function](images)
+    for part in found if isinstance(found, tuple) else (found,):
+        assert len(part) == 0
+    if "fit" not in function and function not in ("separate", "MacenkoNormalizer.normalize"):
+        assert function.endswith("network") or found.shape == shape
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("level", [0, 90, 255])
+def test_one_pixel_is_an_image_everywhere(function, level):
+    """It has no stains, so only the fit of a target refuses it; Reinhard's statistics need but one."""
+    for images in (np.full((1, 1, 3), level, np.uint8), torch.full((3, 1, 1), float(level), dtype=torch.float64)):
+        if function == "MacenkoNormalizer.fit":
+            with pytest.raises(ValueError, match="fewer than 10 tissue pixels"):
+                FUNCTIONS[function](images)
+            continue
+        found = FUNCTIONS[function](images)
+        if function in ("macenko_normalize", "reinhard_normalize", "macenko_augment"):
+            assert found.shape == images.shape and np.isfinite(np.asarray(found)).all()
+
+
 @pytest.mark.parametrize("function", [name for name in FUNCTIONS if "fit" not in name and "separate" not in name])
 def test_one_white_tile_changes_no_other_anywhere(function):
     call = FUNCTIONS[function]
@@ -202,3 +232,43 @@ def test_drawn_images_in_drawn_forms(batch, channels_first, contiguous, as_tenso
     separate(images, layout=layout)
     reinhard_normalize(images, REINHARD, layout=layout)
     np.testing.assert_array_equal(np.asarray(images), kept)
+
+
+@st.composite
+def drawn_list(draw):
+    """Images of several sizes, kinds and layouts, each with a mask."""
+    images, masks = [], []
+    for _ in range(draw(st.integers(0, 5))):
+        height, width, seed = draw(st.integers(1, 30)), draw(st.integers(1, 30)), draw(st.integers(0, 99))
+        rng = np.random.default_rng(seed)
+        white = draw(st.booleans())
+        image = np.full((height, width, 3), 255, np.uint8) if white else synthetic_tissue(height, width, seed)
+        image = image.astype(draw(st.sampled_from([np.uint8, np.float32])))
+        # A side of 3 fits both layouts, which the list as a whole cannot say.
+        if 3 not in image.shape[:2] and draw(st.booleans()):
+            image = np.ascontiguousarray(image.transpose(2, 0, 1))
+        elif 3 in image.shape[:2]:
+            image = np.pad(image, ((0, 4 if height == 3 else 0), (0, 4 if width == 3 else 0), (0, 0)), mode="edge")
+        rows, columns = image.shape[1:] if image.shape[0] == 3 else image.shape[:2]
+        masks.append(rng.random((rows, columns)) < draw(st.sampled_from([0.0, 0.3, 1.0])))
+        images.append(torch.from_numpy(image) if draw(st.booleans()) else image)
+    return images, masks
+
+
+@fuzz
+@given(drawn_list(), st.booleans(), st.sampled_from(["reference", "identity"]))
+def test_drawn_lists_and_masks_give_what_each_image_gives_alone(drawn, masked, policy):
+    images, masks = drawn
+    if any(image.dtype in (np.float32, torch.float32) and np.asarray(image).max() <= 1 for image in images):
+        return
+    kept = [np.asarray(image).copy() for image in images]
+    found, status = macenko_normalize(
+        images, TARGET, mask=masks if masked else None, on_degenerate=policy, return_status=True
+    )
+    fit = macenko_fit(images, mask=masks if masked else None)
+    assert len(found) == len(images) and fit.status.tolist() == status.tolist()
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        alone = macenko_normalize(image, TARGET, mask=mask if masked else None, on_degenerate=policy)
+        assert type(found[i]) is type(image) and found[i].dtype == image.dtype and found[i].shape == image.shape
+        np.testing.assert_array_equal(np.asarray(found[i]), np.asarray(alone))
+        np.testing.assert_array_equal(np.asarray(image), kept[i])
