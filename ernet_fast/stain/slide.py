@@ -11,7 +11,7 @@ import torch
 
 from ernet_fast.stain import _ops
 from ernet_fast.stain.colour_counts import ColourCounts
-from ernet_fast.stain.functional import check_target, refuse_failures, usable_source
+from ernet_fast.stain.functional import check_target, on_device, refuse_failures, usable_source
 from ernet_fast.stain.layout import is_channels_last, read_images
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, expand_fit
@@ -19,6 +19,7 @@ from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, expand
 STRIP_PIXELS = 1 << 22
 """Pixels of a strip, if the caller does not say: the memory in use is a few times three bytes of each."""
 
+CPU = torch.device("cpu")
 Progress = Callable[[int, int], Any]
 
 
@@ -73,9 +74,9 @@ def macenko_normalize_slide(
     check_policy(on_degenerate)
     slide, out, mask = _as_array(slide), _as_array(out), _as_array(mask)
     row_axis, height, width = _read_shape(slide, layout)
-    _check_writable(out)
     _check_like(out, "out", tuple(slide.shape), np.dtype(np.uint8))
-    target = check_fit(target, 1, "target")
+    _check_writable(slide, out)
+    target = on_device(check_fit(target, 1, "target"), CPU)
     check_target(target)
     if mask is not None:
         if source is not None:
@@ -90,7 +91,7 @@ def macenko_normalize_slide(
             _let_go(slide, mask)
         source = counts.fit(Io=Io, alpha=alpha, beta=beta, percentile=percentile)
         del counts
-    source = expand_fit(source, 1, "source")
+    source = on_device(expand_fit(source, 1, "source"), CPU)
     refuse_failures(source.status, on_degenerate)
     unchanged = on_degenerate == "identity" and int(source.status[0]) != MacenkoStatus.OK
     wanted = expand_fit(target, 1, "target")
@@ -112,8 +113,8 @@ class _Strips:
     def __init__(
         self, slide: Any, row_axis: int, height: int, rows: int, progress: Progress | None, readings: int
     ) -> None:
-        if rows < 1:
-            raise ValueError(f"rows={rows!r}; expected at least 1.")
+        if isinstance(rows, bool) or not isinstance(rows, (int, np.integer)) or rows < 1:
+            raise ValueError(f"rows={rows!r}; expected a whole number of at least 1.")
         self.slide, self.row_axis, self.height, self.rows = slide, row_axis, height, int(rows)
         self.layout = "CHW" if row_axis == 1 else "HWC"
         self.progress, self.done, self.work = progress, 0, readings * height
@@ -162,9 +163,16 @@ def _check_like(array: Any, name: str, shape: tuple[int, ...], dtype: np.dtype) 
         )
 
 
-def _check_writable(out: Any) -> None:
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
+def _check_writable(slide: Any, out: Any) -> None:
+    if not (isinstance(slide, np.ndarray) and isinstance(out, np.ndarray)):
+        return
+    if not out.flags.writeable:
         raise ValueError('out is read-only; open a memory map with mode="r+" or "w+".')
+    same = slide.ctypes.data == out.ctypes.data and slide.strides == out.strides
+    if not same and np.may_share_memory(slide, out):
+        raise ValueError(
+            "out overlaps slide in memory without being slide; rows would be read after they were written."
+        )
 
 
 def _let_go(*arrays: Any) -> None:

@@ -230,6 +230,7 @@ READ_ONLY.flags.writeable = False
         ((SLIDE, SLIDE.astype(np.int16)), ValueError, "out has .*dtype int16"),
         ((SLIDE, "out.npy"), TypeError, "out is a str"),
         ((SLIDE, READ_ONLY), ValueError, "out is read-only"),
+        ((SLIDE[:-1], SLIDE[1:]), ValueError, "out overlaps slide"),
     ],
 )
 def test_arguments_are_checked(arguments, error, message):
@@ -241,6 +242,7 @@ def test_arguments_are_checked(arguments, error, message):
     ("options", "error", "message"),
     [
         ({"rows": 0}, ValueError, "rows=0"),
+        ({"rows": 2.5}, ValueError, "rows=2.5"),
         ({"layout": "CHW"}, ValueError, "150 channels as CHW"),
         ({"mask": np.ones((3, 3), bool)}, ValueError, r"mask has shape \(3, 3\)"),
         ({"mask": np.ones(SLIDE.shape[:2])}, ValueError, "mask has .*float64"),
