@@ -1,0 +1,18 @@
+"""The images a second that docs/macenko-gpu.md predicts for an H200, from the machine code of the kernels."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "macenko-gpu.md"
+ROW = re.compile(r"\| normalize (\S+) \|[^|]*\|[^|]*\| ([\d,]+) \|")
+
+
+def predicted_images_a_second(size: str, page: Path = PAGE) -> float | None:
+    """For batches that fill the device, with look-ups at random banks; None where the page has no prediction."""
+    for line in page.read_text().splitlines():
+        found = ROW.match(line)
+        if found and found[1] == size:
+            return float(found[2].replace(",", ""))
+    return None
