@@ -7,7 +7,7 @@ torch >= 2.11 and the test packages; else a virtual environment `.venv` is made 
     demo  [ARGS]   set up, build, and run `ernet-fast demo` (see `python3 dev.py demo --help`)
     test  [ARGS]   set up, build, and run the tests; ARGS go to pytest
     build          set up and build the extension in place
-    bench [ARGS]   set up, build, and run the benches; ARGS go to pytest
+    bench [ARGS]   set up, build, and run the benches into bench/results/; --compare REV, --history: see --help
     report [ARGS]  bring the tables of README.md and docs/ into step with bench/results/; --check only looks
     lint           ruff, clang-format, mypy
     kernels        build the CUDA code for every architecture and check registers, stack and spills of each kernel
@@ -32,7 +32,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu")
-BENCH_OPTIONS = "addopts=--import-mode=importlib --strict-markers -ra --benchmark-disable-gc"
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
 # the tests themselves.
 BUILD = ("torch", "numpy", "pybind11", "ninja", "setuptools")
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
         "kernels": [python, ".ci/check_kernels.py", *rest],
         "demo": [python, "-m", "ernet_fast", "demo", *rest],
         "test": [python, "-m", "pytest", *rest],
-        "bench": [python, "-m", "pytest", "bench", "-o", BENCH_OPTIONS, "--record", "bench/results", *rest],
+        "bench": [python, "bench/measure.py", *rest],
     }
     return subprocess.run(runs[command], cwd=ROOT, env=environment, check=False).returncode
 

@@ -20,17 +20,23 @@ from machine import describe
 from record import Record, Row
 from turns import percentiles
 
+collect_ignore = ["simulated"]  # cases of `dev.py gpu --simulate`, no benches
 FIGURES = ("p20", "p50", "p80", "unit", "repeats")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FOLDER", help="folder of the record that the rows are written to")
+    parser.addoption("--name", action="append", metavar="TEXT", help="benches with this in their file or name only")
     parser.addoption("--slow", action="store_true", help="also benches marked slow")
     parser.addoption("--compiled", action="store_true", help="also peers under torch.compile")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Benches marked slow are left out without --slow."""
+    """Benches marked slow are left out without --slow, and those without any --name in their file or name."""
+    names = config.getoption("--name") or [""]
+    unwanted = [item for item in items if not any(name in item.nodeid for name in names)]
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = [item for item in items if item not in unwanted]
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="slow; --slow runs it")
         for item in items:
@@ -42,7 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def record(request: pytest.FixtureRequest) -> Record | None:
     """The record to write to, None without --record."""
     folder = request.config.getoption("--record", default=None)
-    return Record.of(describe("cpu"), Path(folder)) if folder else None
+    if not folder:
+        return None
+    import ernet_fast
+
+    return Record.of(describe("cpu", Path(ernet_fast.__file__).resolve().parents[1]), Path(folder))
 
 
 def params_of(request: pytest.FixtureRequest) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""How the figures moved from record to record: a picture, or a table where matplotlib is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpu_table import columns
+from record import MORE_IS_BETTER, RESULTS, Row
+from report import Loaded, Records
+
+MOST = 12  # lines that can be told apart
+
+
+def series(names: Sequence[str], folder: Path = RESULTS) -> dict[str, list[tuple[Loaded, Row]]]:
+    """machine and row -> its measurements, oldest first: those whose bench or name has one of `names` in it.
+
+    Without names, the rows that have a bar.
+    """
+    found: dict[str, list[tuple[Loaded, Row]]] = {}
+    for one in reversed(Records(folder).all):
+        for row in one.rows:
+            wanted = any(name in f"{row.bench} {row.name}" for name in names) if names else bool(row.bar_texts())
+            if wanted and row.status == "measured" and row.p50 > 0:
+                found.setdefault(f"{one.machine['name']}: {row.name}", []).append((one, row))
+    return found
+
+
+def times_better(points: Sequence[tuple[Loaded, Row]]) -> list[float]:
+    """Each measurement against the first: above 1 is better."""
+    first = points[0][1]
+    more = first.unit in MORE_IS_BETTER
+    return [row.p50 / first.p50 if more else first.p50 / row.p50 for _, row in points]
+
+
+def as_text(found: dict[str, list[tuple[Loaded, Row]]]) -> str:
+    """One line a row, one column a record."""
+    lines = [["row", "first", "then, times better than the first"]]
+    for name, points in found.items():
+        first = f"{points[0][1].p50:.4g} {points[0][1].unit} ({points[0][0].machine['commit']})"
+        later = zip(points[1:], times_better(points)[1:], strict=True)
+        lines.append([name, first, ", ".join(f"{ratio:.2f} ({one.machine['commit']})" for (one, _), ratio in later)])
+    return "\n".join(columns(lines))
+
+
+def draw(found: dict[str, list[tuple[Loaded, Row]]], path: Path) -> None:
+    """Times better than in the first record, one line a row; those that moved most."""
+    from matplotlib.figure import Figure
+
+    records = sorted({(one.machine["time"], one.machine["commit"]) for points in found.values() for one, _ in points})
+    place = {record: x for x, record in enumerate(records)}
+    moved = sorted(found.items(), key=lambda item: -max(abs(1 - ratio) for ratio in times_better(item[1])))
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in moved[:MOST]:
+        where = [place[one.machine["time"], one.machine["commit"]] for one, _ in points]
+        axes.plot(where, times_better(points), marker="o", linewidth=1.5, label=name)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(records)), [f"{time[:10]}\n{commit}" for time, commit in records], fontsize=8)
+    axes.set_ylabel("times better than in the first record")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def history(names: Sequence[str], path: Path, folder: Path = RESULTS) -> int:
+    """Print the table and, where matplotlib is installed, draw the picture; exit code 1 if there is nothing to show."""
+    found = series(names, folder)
+    if not found:
+        print(f"no row of {folder} {'has ' + ' or '.join(names) if names else 'has a bar'}")
+        return 1
+    print(as_text(found))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("matplotlib is not installed, so there is no picture")
+    else:
+        draw(found, path)
+        print(f"picture: {path}")
+    return 0
