@@ -45,7 +45,8 @@ def run_benches(root: Path, folder: Path, selection: Sequence[str], log: Path | 
         return subprocess.run(command, cwd=root, env=environment_of(root), check=False).returncode
     with log.open("w") as output:
         code = subprocess.run(
-            [*command, "-q", "--benchmark-quiet", "--continue-on-collection-errors"], cwd=root, env=environment_of(root),
+            [*command, "-q", "--benchmark-quiet", "--continue-on-collection-errors"],
+            cwd=root, env=environment_of(root),
             stdout=output, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     if code:
