@@ -110,7 +110,7 @@ def test_large_results(dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_written_past_the_cache(dtype, layout):
-    """Outputs of 16 MiB and more take other stores; rows of 49 and 65 elements are not aligned."""
+    """Large outputs take other stores; rows of 49 and 65 elements are not aligned."""
     for shape in ((2, 65, 260, 260), (90, 2048, 7, 7)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).contiguous(memory_format=layout)
         y = _ops.weighted_sum([x, x], torch.tensor([[1.0], [0.5]]).expand(2, shape[1]).contiguous(), None, True)
