@@ -44,6 +44,8 @@ _PURPOSES = {
     "channel_moments": "ER shortcuts: mean and variance of each channel",
     "weighted_sum": "ER shortcuts: forward and backward",
     "weighted_dot": "ER shortcuts: gradients of the weights",
+    "block_coefficients": "ER shortcuts: coefficients of a block's weighted sum",
+    "block_coefficients_backward": "ER shortcuts: their gradients",
     "macenko_moments": "Macenko: covariance of the tissue",
     "macenko_fit": "Macenko: stains of an image",
     "macenko_reconstruct": "Macenko: image with other stains",
