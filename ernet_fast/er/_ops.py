@@ -185,5 +185,4 @@ if _TRITON:
     triton_launch.register(define=not _COMPILED)
 if _COMPILED or _TRITON:
     _register()
-    if _COMPILED:
-        coefficients.register()
+    coefficients.register()

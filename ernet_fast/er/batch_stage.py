@@ -20,7 +20,7 @@ from ernet_fast.er.coefficients import (
 
 def one_call_serves(x: Tensor) -> bool:
     """True if the operators of `coefficients` serve x; compiled and exported programs trace plain PyTorch instead."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _ops.serves(x) and not torch.compiler.is_compiling()
 
 
 def _count_changes(norm: NormArguments, shortcut: ShortcutArguments) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ernet_fast.er import _ops
 from ernet_fast.er._arguments import check_norm, check_shortcut_sum
@@ -138,7 +139,7 @@ class ERShortcut(nn.Module):
             relu=self.relu,
         )
 
-    @torch.compiler.disable
+    @_disable_dynamo  # torch.compiler.disable would import the compiler now
     def _forward_across_processes(self, xs: Sequence[Tensor], fused: bool, group: ProcessGroup) -> Tensor:
         # not as training: a process may have a single value, or none
         assert self.running_mean is not None and self.running_var is not None

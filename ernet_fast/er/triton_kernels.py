@@ -25,6 +25,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ernet_fast.er.triton_coefficients import (  # noqa: F401  (all kernels are found in this module)
+    block_coefficients_backward_kernel,
+    block_coefficients_kernel,
+)
+
 # weighted_sum: maps that are loaded together. More loads in flight would need more registers and gain nothing.
 MAPS_TOGETHER = tl.constexpr(8)
 

@@ -31,11 +31,21 @@ _SCHEMAS = (
     "channel_moments(Tensor x, bool per_sample) -> (Tensor mean, Tensor var)",
     "weighted_sum(Tensor[] maps, Tensor a, Tensor? b, bool relu) -> Tensor",
     "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) -> (Tensor da, Tensor db, Tensor g)",
+    "block_coefficients(Tensor(a!) table, int index, bool doubles, Tensor? mean, Tensor? var, Tensor? count, "
+    "int elements, int norm, Tensor? gamma, Tensor? beta, Tensor(b!)? norm_mean, Tensor(c!)? norm_var, "
+    "Tensor(d!)? norm_batches, float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, "
+    "Tensor(f!)? running_var, Tensor(g!)? batches, bool use_running, float? momentum, float eps) "
+    "-> (Tensor a, Tensor b)",
+    "block_coefficients_backward(Tensor table, int index, bool doubles, Tensor(a!) totals, Tensor? da, Tensor? db, "
+    "Tensor? count, int elements, int norm, Tensor? weight, Tensor? running_mean, Tensor? running_var, "
+    "bool use_running, float eps, Tensor[] readers, bool measured, bool pass_on) "
+    "-> (Tensor rows, Tensor k0, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dmoments)",
 )
 
 
 @functools.lru_cache(maxsize=1)
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """The module of all kernels."""
     from ernet_fast.er import triton_kernels  # here, because it imports triton
 
     return triton_kernels
@@ -46,7 +56,7 @@ def _interpreted() -> bool:
     """True under TRITON_INTERPRET=1: kernels run on the CPU, and so on CPU tensors."""
     import triton
 
-    return not isinstance(_kernels().weighted_sum_kernel, triton.JITFunction)
+    return not isinstance(kernels().weighted_sum_kernel, triton.JITFunction)
 
 
 def _fail(message: str) -> None:
@@ -110,7 +120,8 @@ def _channel_sizes(shape: Shape) -> list[int]:
     return [shape.N, shape.C] if shape.per_sample else [shape.C]
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of `x` the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -129,8 +140,8 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     tile = cut.tile
     columns = shape.groups * shape.C
     slabs_together, columns_together = merge_tile(cut.slabs)
-    with _on_device_of(x):
-        _kernels().channel_moments_kernel[(cut.programs,)](
+    with on_device_of(x):
+        kernels().channel_moments_kernel[(cut.programs,)](
             x,
             partial,
             shape.groups,
@@ -147,7 +158,7 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             UNITS=_MOMENT_UNITS,
             num_warps=REDUCTION_WARPS,
         )
-        _kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
+        kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
             partial,
             mean,
             var,
@@ -179,8 +190,8 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
         return y
     tile, tiles = triton_tiling.sum_tile(shape, y.element_size())
     channels_last = shape.channels_last
-    with _on_device_of(y):
-        _kernels().weighted_sum_kernel[(tiles,)](
+    with on_device_of(y):
+        kernels().weighted_sum_kernel[(tiles,)](
             _padded(maps),
             a,
             a if b is None else b,
@@ -220,7 +231,7 @@ def weighted_dot(
     split = len(maps) * shape.groups * shape.C
     columns = split + shape.groups * shape.C
     slabs_together, columns_together = merge_tile(cut.slabs)
-    with _on_device_of(dy):
+    with on_device_of(dy):
         for first in range(0, len(maps), _DOT_MAPS):
             # The first launch makes g; the others read it.
             masks = y is not None and first == 0
@@ -234,7 +245,7 @@ def weighted_dot(
                 shape,
                 cut,
             )
-        _kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
+        kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
             partial, da, db, cut.slabs, columns, split, SLABS=slabs_together, COLS=columns_together
         )
     return da, db, g
@@ -251,7 +262,7 @@ def _launch_dot(
     cut: triton_tiling.Reduction,
 ) -> None:
     tile = cut.tile
-    _kernels().weighted_dot_kernel[(cut.programs,)](
+    kernels().weighted_dot_kernel[(cut.programs,)](
         dy,
         dy if y is None else y,
         dy if y is None else g,
@@ -287,9 +298,17 @@ _LIBRARY: torch.library.Library | None = None  # what is registered lives as lon
 def register(*, define: bool) -> None:
     """Register the operators for CUDA tensors; with `define` their schemas too, for where no binary has done it."""
     global _LIBRARY
+    from ernet_fast.er import triton_coefficients_launch as algebra  # which imports this module
+
     _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
     if define:
         for schema in _SCHEMAS:
             _LIBRARY.define(schema)
-    for function in (channel_moments, weighted_sum, weighted_dot):
+    for function in (
+        channel_moments,
+        weighted_sum,
+        weighted_dot,
+        algebra.block_coefficients,
+        algebra.block_coefficients_backward,
+    ):
         _LIBRARY.impl(function.__name__, function, "CUDA")

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ernet_fast.er.across_processes import ProcessGroup
 from ernet_fast.er.stage_maps import StageMaps, stage_group
@@ -155,5 +156,5 @@ class ERStage(nn.Module):
             y = block(y, maps)
         return y
 
-    # Collectives and the stage's own backward are not traced.
-    _run_uncompiled = torch.compiler.disable(_run)
+    # Collectives and the stage's own backward are not traced. torch.compiler.disable would import the compiler now.
+    _run_uncompiled = _disable_dynamo(_run)

@@ -17,7 +17,8 @@ import pytest
 import torch
 from triton_launches import Launch, record
 
-from ernet_fast.er import triton_launch
+from ernet_fast.er import triton_coefficients_launch, triton_launch
+from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -32,6 +33,8 @@ REGISTERS = {
     "channel_moments_kernel": 168,
     "merge_dot_kernel": 128,
     "merge_moments_kernel": 128,
+    "block_coefficients_kernel": 128,
+    "block_coefficients_backward_kernel": 128,
 }
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 
@@ -113,6 +116,31 @@ def check(launch: Launch, machine: Machine, channels_last: bool) -> None:
     assert max(machine.positions("LDG")) < min(machine.positions("BAR")), name
 
 
+def algebra(index: int, num_maps: int, *, running: bool = False, elements: int = 256 * 56 * 56) -> Callable[[], Any]:
+    """The algebra of block `index` of a stage of `num_maps` maps of 256 channels, in training or evaluation."""
+    x = torch.empty((1, 256, 1, 1), device="meta")
+    table, one, rows = new_table(x, num_maps), x.new_empty(256), x.new_empty(index, 256)
+    norm, number = (
+        (BranchNorm.RUNNING if running else BranchNorm.BATCH),
+        torch.empty((), dtype=torch.int64, device="meta"),
+    )
+    counted = (None, None) if running else (number, number)
+    measured = (None, None) if running else (one, one)
+
+    def call() -> None:
+        triton_coefficients_launch.block_coefficients(
+            table, index, False, *measured, None, elements, norm, one, one, one, one, counted[0], 0.1, 1e-5,
+            rows, rows, rows, counted[1], running, 0.1, 1e-5,
+        )  # fmt: skip
+        readers = [x.new_empty(reader + 1, 256) for reader in range(index, num_maps)]
+        triton_coefficients_launch.block_coefficients_backward(
+            table, index, False, new_totals(table), x.new_empty(index + 1, 256), one, None, elements, norm, rows,
+            rows, rows, running, 1e-5, readers, not running, False,
+        )  # fmt: skip
+
+    return call
+
+
 CASES = [
     *((torch.bfloat16, torch.channels_last, architecture) for architecture in ARCHITECTURES),
     (torch.float32, torch.channels_last, 90),
@@ -129,6 +157,38 @@ def test_machine_code(dtype, layout, architecture, monkeypatch, tmp_path):
     assert len(launches) == 5
     for launch in launches:
         check(launch, compile_for(launch, architecture, tmp_path), layout == torch.channels_last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_machine_code_of_the_algebra(architecture, running, monkeypatch, tmp_path):
+    """One launch each way, nothing spilled, no barrier: channels are independent."""
+    launches = record(monkeypatch, algebra(3, 6, running=running))
+    assert [launch.kernel for launch in launches] == ["block_coefficients_kernel", "block_coefficients_backward_kernel"]
+    for launch in launches:
+        machine = compile_for(launch, architecture, tmp_path)
+        assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), launch.kernel
+        assert machine.registers <= REGISTERS[launch.kernel], (launch.kernel, machine.registers)
+        assert machine.shared == 0 and not machine.positions("BAR"), launch.kernel
+
+
+@pytest.mark.slow
+def test_the_algebra_of_more_than_32_bits_of_values(monkeypatch, tmp_path):
+    for launch in record(monkeypatch, algebra(1, 2, elements=2**31)):
+        assert "i64" in launch.types() and compile_for(launch, 90, tmp_path).stack == 0
+
+
+def test_few_variants_of_the_algebra(monkeypatch):
+    """Blocks 1 to 39 of one stage: one variant of the forward kernel, one for each padded count of readers backward."""
+    variants: dict[str, set[Any]] = {}
+    for index in range(1, 40):
+        for launch in record(monkeypatch, algebra(index, 40)):
+            variants.setdefault(launch.kernel, set()).add(launch.specialisation())
+    assert {name: len(found) for name, found in variants.items()} == {
+        "block_coefficients_kernel": 1,
+        "block_coefficients_backward_kernel": 6,
+    }
 
 
 @pytest.mark.slow

@@ -8,10 +8,12 @@ import itertools
 import pytest
 import torch
 from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, relative_error, tolerance
+from test_coefficients import assert_close, backward, forward, vectors
 
 import ernet_fast
 from ernet_fast import reference
 from ernet_fast.er import _ops
+from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
 
 pytestmark = pytest.mark.gpu
 CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))
@@ -99,6 +101,31 @@ def test_halves_are_kept_and_rounded_to_nearest_even(dtype):
     factor = (torch.randn(64, 64) * torch.logspace(-9, 5, 64)).reshape(1, 4096).cuda()
     y = _ops.weighted_sum([torch.ones(1, 4096, 1, 1, dtype=dtype, device="cuda")], factor)
     torch.testing.assert_close(y.flatten(), factor.flatten().to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_running", [False, True])
+@pytest.mark.parametrize("norm", list(BranchNorm))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_algebra_on_channel_vectors(dtype, norm, use_running):
+    """Both operators on the device against those of the CPU, with everything that they change."""
+    results = []
+    for device in ("cpu", "cuda"):
+        blocks = [
+            {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in block.items()}
+            for block in vectors(300, 4, norm, dtype)
+        ]
+        table = new_table(torch.empty(1, 300, 1, 1, dtype=dtype, device=device), 4)
+        readers = [forward(table, index, v, use_running)[0] for index, v in enumerate(blocks)][1:]
+        totals = new_totals(table)
+        gradients = [
+            t
+            for index in (3, 2, 1)
+            for t in backward(table, totals, index, blocks[index], use_running, readers=readers[index - 1 :])
+        ]
+        results.append([table, *readers, totals, *gradients])
+    for found, wanted in zip(results[1], results[0], strict=True):
+        assert found.is_cuda and found.dtype == wanted.dtype
+        assert_close(found.cpu(), wanted, dtype)
 
 
 def test_not_a_number_and_infinity():

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels in Triton's interpreter, on the CPU: see interpreted_triton.py for the cases."""
+"""Runs the Triton kernels in Triton's interpreter, on the CPU: see interpreted_*.py for the cases."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("interpreted_triton.py")
-ROOT = CASES.parent.parent.parent
+CASES = [Path(__file__).with_name(name) for name in ("interpreted_triton.py", "interpreted_coefficients.py")]
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def test_kernels_in_the_interpreter():
     """In a process of its own: TRITON_INTERPRET must be set before the kernels are imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, CASES)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed and int(passed[1]) > 100, done.stdout[-6000:] + done.stderr[-2000:]

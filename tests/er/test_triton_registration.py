@@ -14,6 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What a CUDA build of torch looks like to the library before it meets a CUDA tensor. The operators' schemas, fake
 # kernels and autograd must be there whether or not the binary is; meta tensors run the fake kernels.
+NAMES = (
+    "channel_moments",
+    "weighted_sum",
+    "weighted_dot",
+    "block_coefficients",
+    "block_coefficients_backward",
+)
+
 WITH_CUDA = """
 import sys, torch
 torch.version.cuda = "13.0"
@@ -22,7 +30,7 @@ from ernet_fast import _backend
 from ernet_fast.er import _ops
 assert "triton" not in sys.modules
 assert _backend.extension_available() is not DISABLED
-for name in ("channel_moments", "weighted_sum", "weighted_dot"):
+for name in NAMES:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA"), name
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CPU") is not DISABLED, name
 class OnCuda:
@@ -46,7 +54,7 @@ torch.version.cuda = torch.version.hip = None
 import ernet_fast
 from ernet_fast.er import _ops
 assert "triton" not in sys.modules
-for name in ("channel_moments", "weighted_sum", "weighted_dot"):
+for name in NAMES:
     assert not (hasattr(torch.ops.ernet, name)
                 and torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA")), name
 class OnCuda:
@@ -58,7 +66,7 @@ print("as expected")
 
 def run(code: str, disabled: bool) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ERNET_DISABLE_EXTENSION": str(int(disabled))}
-    code = code.replace("DISABLED", str(disabled))
+    code = code.replace("DISABLED", str(disabled)).replace("NAMES", repr(NAMES))
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
     )

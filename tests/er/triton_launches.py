@@ -15,6 +15,7 @@ TYPES = {
     torch.float64: "*fp64",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int64: "*i64",
 }
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -51,6 +52,8 @@ def _type(argument: Any) -> Any:
         return tuple(_type(part) for part in argument)
     if isinstance(argument, torch.Tensor):
         return TYPES[argument.dtype]
+    if isinstance(argument, float):
+        return "fp32"
     return "i32" if -(2**31) <= argument < 2**31 else "i64"
 
 
@@ -74,7 +77,7 @@ def record(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Lau
     """The launches of `call`, made on tensors of any device."""
     recorder = _Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(triton_launch, "_kernels", lambda: recorder)
+        patch.setattr(triton_launch, "kernels", lambda: recorder)
         patch.setattr(triton_launch, "_interpreted", lambda: True)
         call()
     return recorder.launches
