@@ -66,7 +66,7 @@ def test_shortcut_sum(record_row, with_compiled, torch_threads, stage, batch, la
         step()
     times = in_turns(steps, rounds=15, budget=3.0)
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    working_set = (shape.num_maps + 2) * maps.map_bytes
+    working_set = (2 * shape.num_maps + 3) * maps.map_bytes  # maps, their gradients, y, dy, g
     must_move = map_accesses(shape.num_maps) * maps.map_bytes
     record_row(
         "er_shortcut_sum, forward + backward",

@@ -18,19 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from agreement_gpu import bound, relative, require
+from er_tails import STAGES
 from gpu_case import Ceilings, GpuCase
 from gpu_timing import milliseconds
 from record import Row
 from torch import Tensor
 
-# name: channels, height = width, maps
-STAGES = {
-    "resnet50-1": (256, 56, 3),
-    "resnet50-2": (512, 28, 4),
-    "resnet50-3": (1024, 14, 6),
-    "resnet50-4": (2048, 7, 3),
-    "resnet101-3": (1024, 14, 23),
-}
 # The bar, and what is expected: streams of 16-byte loads lose little to a copy, more where each block reads many maps
 OPERATORS = {
     "weighted_sum": (["share_of_floor >= 0.9"], {"share_of_floor": 0.92}),

@@ -2,7 +2,9 @@
 
 One row is forward + backward of the tails of one stage, the maps given; a stand-in that moves no bytes takes the place
 of the convolutions between them (`er_branch.py`). All contestants take turns. The floor is what the bytes that the
-fused design must move (`er_tails.py` counts them) take at the copy bandwidth measured for the same working set.
+fused design must move (`er_tails.py` counts them) take at the copy bandwidth measured at the working set of the pass,
+all maps that it touches; `floor_cached` is the same at the working set of one block, as though a block found in the
+caches whatever the passes over earlier blocks had left there.
 `moved_*` is what the contestants move by a count of their operators (`traffic.py`), `faults_*` the pages that the
 system had to map and clear anew for newly allocated maps, `system_ms_*` the processor time it took (`page_faults.py`).
 
@@ -20,14 +22,14 @@ import torch
 from copy_floor import copy_seconds_per_byte
 from er_kernel_counts import compiled_cost, profiled_kernels
 from er_means import STAGE_101, record_means
-from er_tails import LAYOUTS, STAGES, Tails, make_maps, map_accesses, train_tails
+from er_tails import LAYOUTS, STAGES, Tails, make_maps, map_accesses, maps_touched, train_tails
 from page_faults import system_work
 from traffic import bytes_moved
 from turns import in_turns, percentiles
 
 GROUP = "ER stage tails, forward + backward"
 QUICK = (8, "channels-last")  # batch and layout of the rows that are not slow
-FLOOR_WHY = "bytes the design must move / copy bandwidth at the working set of the stage"
+FLOOR_WHY = "bytes the design must move / copy bandwidth at the working set of the pass"
 STAND_IN = ("ernet_bench::",)
 MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes many minutes
 
@@ -60,7 +62,8 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
     times = in_turns(steps, rounds=15, budget=4.0)
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
     must_move = map_accesses(shape.num_maps) * maps.map_bytes
-    working_set = (shape.num_maps + 2) * maps.map_bytes
+    seconds_per_byte = copy_seconds_per_byte(maps_touched(shape.num_maps) * maps.map_bytes)
+    cached = 1e3 * must_move * copy_seconds_per_byte((shape.num_maps + 2) * maps.map_bytes)
     system = {name: system_work(steps[name]) for name in steps}
     moved = {f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")}
     ratios = {f"ratio_{name}": milliseconds[name] / milliseconds["fused"] for name in times if name != "fused"}
@@ -75,8 +78,10 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         **ratios,
         must_move=must_move,
         **moved,
-        floor=1e3 * must_move * copy_seconds_per_byte(working_set),
+        floor=1e3 * must_move * seconds_per_byte,
         floor_why=FLOOR_WHY,
+        floor_cached=cached,
+        share_of_floor_cached=cached / milliseconds["fused"],
         **{f"faults_{name}": work.page_faults for name, work in system.items()},
         **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
         map_accesses=map_accesses(shape.num_maps),

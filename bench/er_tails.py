@@ -113,3 +113,8 @@ def map_accesses(num_maps: int) -> int:
     dots = sum(block + 1 + 3 for block in blocks)
     gradients = sum(num_maps - max(i, 1) + 2 for i in range(num_maps)) + 1
     return forward + dots + gradients
+
+
+def maps_touched(num_maps: int) -> int:
+    """How many maps there are in a pass, its working set: all z, dy and dz, and y and g of every block."""
+    return 5 * num_maps - 2

@@ -77,6 +77,7 @@ def roofline_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str
                     number(row.p50, 1),
                     number(info["floor"], 1),
                     f"{100 * info['share_of_floor']:.0f} %",
+                    f"{100 * info['share_of_floor_cached']:.0f} %",
                     number(info["must_move"] / row.p50 / 1e6, 0),
                     str(info["map_accesses"]),
                     number(fused, 1),
@@ -85,8 +86,17 @@ def roofline_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str
                     *(number(value, 0) for value in faults),
                 ]
             )
-    head = ["stage, batch, layout, threads", "naive, ms", "compiled, ms", "fused, ms", "floor, ms", "share", "GB/s"]
-    moves = ["maps to move", "moved, fused", "moved, naive", "moved, compiled", "faults, naive", "faults, fused"]
+    head = ["stage, batch, layout, threads", "naive, ms", "compiled, ms", "fused, ms", "floor, ms", "share"]
+    moves = [
+        "in cache",
+        "GB/s",
+        "maps to move",
+        "moved, fused",
+        "moved, naive",
+        "moved, compiled",
+        "faults, naive",
+        "faults, fused",
+    ]
     return markdown([*head, *moves], lines)
 
 
@@ -101,6 +111,18 @@ def kernels_table(rows: Sequence[Row]) -> str:
         lines.append(cells)
     names = [f"{who}: {kind}" for who in ("naive", "compiled", "fused") for kind in ("maps", "vectors")]
     return markdown(["stage", "blocks", *names], lines)
+
+
+def operators_table(rows: Sequence[Row]) -> str:
+    """Rates of single operators beside that of a copy."""
+    lines = []
+    for setting in settings(rows):
+        for row in with_setting(rows, setting):
+            info, params = row.extra_info, row.params
+            rates = [number(info[f"{kind}gigabytes_per_second"], 0) for kind in ("", "copy_")]
+            share = f"{100 * info['share_of_floor']:.0f} %"
+            lines.append([f"{params['operator']}, {params['stage']}, {setting}", number(row.p50), *rates, share])
+    return markdown(["operator, stage, batch, layout, threads", "ms", "GB/s", "copy, GB/s", "share of floor"], lines)
 
 
 def functional_table(rows: Sequence[Row]) -> str:
@@ -160,10 +182,13 @@ the order of a network; an operator that moves no bytes stands for the convoluti
 under `torch.compile`. Geometric means are over the four stages of ResNet-50.
 
 ![Milliseconds of the tails of each stage](er_speed.png)"""
-ROOFLINE = """The floor is the bytes that the design must move over the copy bandwidth of the same run, at the working
-set of the stage. Bytes are in maps of the stage: what must move, and what the operators of each contestant read and
-write (every argument and result once an operator; for the compiled ones by Inductor's own count). *Faults* are pages of
-new maps that the system had to map and clear in one pass."""
+ROOFLINE = """The floor is the bytes that the design must move over the copy bandwidth of the same run, measured at the
+working set of the pass: the 5 L - 2 maps that forward + backward touch. *In cache* is the same at the working set of one
+block, L + 2 maps, as though each block found in the caches what passes over others had left there. Bytes are in maps of
+the stage: what must move, and what the operators of each contestant read and write (every argument and result once an
+operator; for the compiled ones by Inductor's own count). *Faults* are pages of new maps that the system had to map and
+clear in one pass."""
+OPERATORS = "Each operator alone, on the maps that the last block of a stage reads."
 KERNELS = """Kernels of a block, forward + backward: those that touch a map, and those on vectors of channels; counted
 by the profiler, for the compiled composition by Inductor (its loop nests)."""
 CALLS = "64 channels of 7 x 7, batch 1, no gradient, one thread."
@@ -180,6 +205,7 @@ def report(machine: dict[str, Any], rows: Sequence[Row], source: str) -> str:
     parts: list[tuple[str, str, list[Row], Callable[[list[Row]], str]]] = [
         ("Tails of a stage", TAILS, tails, lambda found: means_table(found, "stage_tails")),
         ("Roofline", ROOFLINE, tails, lambda found: roofline_table(found, compiled)),
+        ("Operators", OPERATORS, rows_of(rows, "operator"), operators_table),
         ("Kernels", KERNELS, kernels, kernels_table),
         ("`er_shortcut_sum`", "", rows_of(rows, "shortcut_sum"), lambda found: means_table(found, "shortcut_sum")),
         ("`er_shortcut_sum`, by stage", "", rows_of(rows, "shortcut_sum"), functional_table),
