@@ -183,11 +183,11 @@ under `torch.compile`. Geometric means are over the four stages of ResNet-50.
 
 ![Milliseconds of the tails of each stage](er_speed.png)"""
 ROOFLINE = """The floor is the bytes that the design must move over the copy bandwidth of the same run, measured at the
-working set of the pass: the 5 L - 2 maps that forward + backward touch. *In cache* is the same at the working set of one
-block, L + 2 maps, as though each block found in the caches what passes over others had left there. Bytes are in maps of
-the stage: what must move, and what the operators of each contestant read and write (every argument and result once an
-operator; for the compiled ones by Inductor's own count). *Faults* are pages of new maps that the system had to map and
-clear in one pass."""
+working set of the pass: the 5 L - 2 maps that forward + backward touch. *In cache* is the same at the working set of
+one block, L + 2 maps, as though each block found in the caches what passes over others had left there. Bytes are in
+maps of the stage: what must move, and what the operators of each contestant read and write (every argument and result
+once an operator; for the compiled ones by Inductor's own count). *Faults* are pages of new maps that the system had to
+map and clear in one pass."""
 OPERATORS = "Each operator alone, on the maps that the last block of a stage reads."
 KERNELS = """Kernels of a block, forward + backward: those that touch a map, and those on vectors of channels; counted
 by the profiler, for the compiled composition by Inductor (its loop nests)."""
