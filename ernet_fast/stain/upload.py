@@ -15,8 +15,9 @@ def to_device(values: torch.Tensor, device: torch.device, dtype: torch.dtype | N
     longer theirs: pass stains that are on the device already.
     """
     if values.device.type == "cpu" and device.type == "cuda" and not values.requires_grad:
-        values = (values if dtype is None else values.to(dtype)).pin_memory()
-        return values.to(device, non_blocking=True)
+        values = values if dtype is None else values.to(dtype)
+        # Dense: torch copies anything else by way of ordinary memory.
+        return values.contiguous().pin_memory().to(device, non_blocking=True)
     return values.to(device) if dtype is None else values.to(device, dtype)
 
 

@@ -73,6 +73,30 @@ def calls(target):
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_results_equal_the_cpu(size, dtype):
+    images, target = images_of(size, dtype), MacenkoNormalizer().target
+    for percentile in ("linear", "nearest"):
+        fit = macenko_fit(images, percentile=percentile)
+        expected = macenko_fit(images.cpu(), percentile=percentile)
+        assert fit.status.tolist() == expected.status.tolist() == [0, MacenkoStatus.TOO_FEW_TISSUE_PIXELS, 0, 0, 0]
+        # Logarithms of floats may differ by one unit of fixed point, 2^-24, and eigenvectors by 30 times that.
+        atol = 30 * 2.0**-24
+        torch.testing.assert_close(fit.stain_matrix.cpu(), expected.stain_matrix, rtol=0, atol=atol, equal_nan=True)
+        torch.testing.assert_close(
+            fit.max_concentration.cpu(), expected.max_concentration, rtol=atol, atol=0, equal_nan=True
+        )
+        found = macenko_normalize(images, target, percentile=percentile).cpu()
+        wanted = macenko_normalize(images.cpu(), target, percentile=percentile)
+        if dtype == torch.uint8:
+            difference = (found.int() - wanted.int()).abs()
+            assert difference.max() <= 1 and (difference != 0).float().mean() <= 5e-4
+        else:
+            # Exponents below 16 in float32, eight roundings each, and what the stains differ by.
+            torch.testing.assert_close(found, wanted, rtol=16 * (2.0**-24 * 8 + atol), atol=0)
+
+
 @pytest.mark.parametrize("target_device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
 def test_no_call_waits_for_the_device(dtype, target_device):
