@@ -1,4 +1,4 @@
-"""The command ``ernet-fast``: demo, train, evaluate, normalize, doctor.
+"""The command ``ernet-fast``: demo, train, evaluate, normalize, bench, doctor.
 
 Built on argparse, so that ``--help`` and ``doctor`` work where only torch and numpy are installed.
 """
@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Sequence
 
 from ernet_fast import __version__
-from ernet_fast.cli import demo, doctor, evaluate, normalize, train
+from ernet_fast.cli import bench, demo, doctor, evaluate, normalize, train
 from ernet_fast.cli.failures import describe, exit_code
 
-_COMMANDS = (demo, train, evaluate, normalize, doctor)
+_COMMANDS = (demo, train, evaluate, normalize, bench, doctor)
 _EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input."
 
 

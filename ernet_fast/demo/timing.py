@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast import models
+from ernet_fast.benchmark.turns import TURN, in_turns
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.er.stage_maps import StageMaps
 from ernet_fast.stain import MacenkoNormalizer
 
 BATCH = 8
 _BUDGET = 15.0  # seconds a task
-_TURN = 0.02  # seconds of a turn
-_MOST_CALLS = 100  # in a turn
+_TURN = TURN
 
 
 @dataclass(frozen=True)
@@ -56,22 +55,8 @@ def interleaved_medians(
     be timed with the caches as the one before left them. Taking turns lets a disturbance of the machine fall on all.
     Once `budget` seconds are spent, no round follows (one is made in any case).
     """
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    calls = dict.fromkeys(contestants, 1)
-    begin = time.perf_counter()
-    done = -1  # the first round warms up, and tells how many calls make a turn
-    while done < repeats and (done < 1 or time.perf_counter() - begin < budget):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            _wait()
-            seconds = (time.perf_counter() - start) / calls[name]
-            if done >= 0:
-                times[name].append(seconds)
-            else:
-                calls[name] = max(1, min(_MOST_CALLS, round(_TURN / max(seconds, 1e-9))))
-        done += 1
+    times = in_turns(contestants, repeats, budget, _TURN, _wait)
+    done = len(next(iter(times.values())))
     return {name: statistics.median(values) for name, values in times.items()}, done
 
 

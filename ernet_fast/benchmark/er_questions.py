@@ -1,0 +1,100 @@
+"""How fast are ER shortcuts, and a training step with them?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernet_fast import er_shortcut_sum, models, reference
+from ernet_fast.benchmark.question import OWN, Agreement, Contestant, Question
+
+SHAPE, MAPS = (8, 1024, 14, 14), 6  # the third stage of ER-ResNet-50 at 224 x 224, batch 8
+LAYERS = 50
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found - expected).double().norm() / expected.double().norm())
+
+
+def bound(terms: int, layers: int = 1) -> float:
+    """What the relative error of `layers` sums of `terms` float32 products may be: random walks of roundings."""
+    return 4 * layers * torch.finfo(torch.float32).eps * math.sqrt(terms)
+
+
+def agree(found: list[Tensor], expected: list[Tensor], limit: float) -> Agreement:
+    """Compares tensors by their relative error."""
+    error = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
+    return Agreement(error <= limit, f"relative difference {error:.1g}")
+
+
+def shortcut_sum(device: torch.device, compiled: bool) -> Question:
+    """`er_shortcut_sum`, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random() -> Tensor:
+        x = torch.randn(SHAPE, generator=generator).to(device)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    xs = [random().requires_grad_() for _ in range(MAPS)]
+    weight = torch.ones(MAPS - 1, SHAPE[1], device=device, requires_grad=True)
+    dy = random()
+    limit = bound(MAPS * SHAPE[0] * SHAPE[2] * SHAPE[3])
+
+    def call_of(function: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            for leaf in (*xs, weight):
+                leaf.grad = None
+            y = function(xs, weight, relu=True)
+            y.backward(dy)
+            return [y.detach(), xs[0].grad, weight.grad]  # type: ignore[list-item]  # backward made them
+
+        return call
+
+    def verify(result: Any) -> None:
+        expected = call_of(reference.er_shortcut_sum)()
+        found = agree(list(result), expected, limit)
+        assert found.same, f"{found.detail} from the reference, at most {limit:.1g} expected"
+
+    others = [Contestant("PyTorch", lambda: call_of(reference.er_shortcut_sum))]
+    if compiled:
+        others.append(
+            Contestant("torch.compile", lambda: call_of(torch.compile(reference.er_shortcut_sum, dynamic=False)))
+        )
+    n, c, h, w = SHAPE
+    title = f"ER shortcut sum of {MAPS} maps, batch {n}, {c} x {h} x {w}, forward and backward"
+    own = Contestant(OWN, lambda: call_of(er_shortcut_sum))
+    return Question("er-shortcut", title, own, others, verify, lambda found, mine: agree(found, mine, limit), n)
+
+
+def training_step(device: torch.device, side: int = 224, batch: int = 4) -> Question:
+    """Forward and backward of ER-ResNet-50, fused against the naive composition of the same weights."""
+    batch = batch if device.type == "cpu" else 16 * batch
+    torch.manual_seed(0)
+    network = models.er_resnet50(10).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    limit = bound(512 * 9, LAYERS)
+
+    def call_of(fused: bool) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            network.set_fused(fused)
+            network.zero_grad(set_to_none=True)
+            y = network(images)
+            y.square().mean().backward()
+            return [y.detach()]
+
+        return call
+
+    def verify(result: Any) -> None:
+        found = agree(list(result), call_of(False)(), limit)
+        assert found.same, f"{found.detail} from the naive composition, at most {limit:.1g} expected"
+
+    return Question(
+        "er-resnet50", f"ER-ResNet-50, forward and backward, {batch} images of {side} x {side}",
+        Contestant(OWN, lambda: call_of(True)), [Contestant("PyTorch", lambda: call_of(False))],
+        verify, lambda found, mine: agree(found, mine, limit), batch,
+    )  # fmt: skip

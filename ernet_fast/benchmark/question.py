@@ -1,0 +1,150 @@
+"""A question that is asked of several packages, and the answer: who agrees with whom, and how long each takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ernet_fast.benchmark.turns import in_turns, percentile
+
+OWN = "ernet_fast"
+ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a result is to that of this library.
+
+    Attributes:
+        same: True if both compute the same thing, up to rounding.
+        detail: one line, e.g. the largest difference.
+    """
+
+    same: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Somebody who can answer a question.
+
+    Attributes:
+        name: as tables show it.
+        prepare: makes the call to be timed, with everything that is no part of the question done; an exception says
+            that the package cannot answer here.
+        package: the distribution whose version is shown, None for PyTorch itself.
+    """
+
+    name: str
+    prepare: Callable[[], Callable[[], Any]]
+    package: str | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured.
+
+    Attributes:
+        name: short, for files and `--only`.
+        title: for people.
+        items: what one call works on, e.g. 64 images; rates are items a second.
+        own: this library's answer, which `verify` must accept.
+        others: whom it is compared with.
+        verify: raises if the own result is wrong.
+        agreement: compares another's result with the own one.
+    """
+
+    name: str
+    title: str
+    own: Contestant
+    others: list[Contestant]
+    verify: Callable[[Any], None]
+    agreement: Callable[[Any, Any], Agreement]
+    items: int = 1
+    threads: int | None = None
+
+
+@dataclass
+class Answer:
+    """The figures of one question."""
+
+    question: str
+    title: str
+    items: int
+    threads: int
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return dict(vars(self))
+
+
+def version_of(package: str | None) -> str | None:
+    """The installed version, None for what is not installed."""
+    if package is None:
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
+    """Let everybody answer once, compare the results, then time all in turns for about `seconds`.
+
+    Raises:
+        RuntimeError: this library's own result is wrong; nothing is timed then.
+    """
+    before = torch.get_num_threads()
+    if question.threads is not None:
+        torch.set_num_threads(question.threads)
+    try:
+        return _ask(question, seconds, wait)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
+    answer = Answer(question.name, question.title, question.items, torch.get_num_threads())
+    own = question.own.prepare()
+    result = own()
+    try:
+        question.verify(result)
+    except AssertionError as error:
+        raise RuntimeError(
+            f"{question.title}: the result of {OWN} is wrong, so no speed is reported: {error}"
+        ) from error
+    calls, agreements = {question.own.name: own}, {question.own.name: Agreement(True, "")}
+    packages = {question.own.name: question.own.package}
+    for other in question.others:
+        try:
+            call = other.prepare()
+            agreements[other.name] = question.agreement(call(), result)
+        except Exception as error:  # whatever another package raises, the rest is measured
+            answer.missing.append({"name": other.name, "reason": _reason(error)})
+            continue
+        calls[other.name], packages[other.name] = call, other.package
+    del result
+    times = in_turns(calls, ROUNDS, budget=seconds, wait=wait)
+    first = percentile(times[question.own.name], 0.5)
+    for name, values in times.items():
+        p20, p50, p80 = (percentile(values, share) for share in (0.2, 0.5, 0.8))
+        answer.figures.append({
+            "name": name, "version": version_of(packages[name]), "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50,
+            "p80_ms": 1e3 * p80, "repeats": len(values), "items_per_second": question.items / p50,
+            "times_slower": p50 / first, "same_result": agreements[name].same, "agreement": agreements[name].detail,
+        })  # fmt: skip
+    return answer
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name} is not installed"
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160] if text else 'no message'}"

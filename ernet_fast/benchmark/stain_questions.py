@@ -1,0 +1,78 @@
+"""How fast are images normalised?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ernet_fast import reference
+from ernet_fast.benchmark.question import OWN, Agreement, Contestant, Question
+from ernet_fast.benchmark.stain_peers import Image, as_levels, planar, stain_peers
+from ernet_fast.data.synthetic import generate_patch
+from ernet_fast.stain import macenko_fit, macenko_normalize
+
+SAME_WITHIN = 3  # grey levels: other rounding, other rules of percentiles; other definitions differ by a hundred
+REFERENCE_WITHIN, REFERENCE_EQUAL = 1, 0.9995
+
+
+def tissue(count: int, height: int, width: int, first: int = 0) -> list[Image]:
+    """Synthetic H&E images [height, width, 3] uint8."""
+    patches = (generate_patch("DC", size=(height, width), seed=seed) for seed in range(first, first + count))
+    return [np.ascontiguousarray(patch.image.transpose(1, 2, 0)) for patch in patches]
+
+
+def same_levels(result: Any, own: Any) -> Agreement:
+    """Compares two results level by level."""
+    theirs, ours = as_levels(result), as_levels(own)
+    if theirs.shape != ours.shape:
+        return Agreement(False, f"another shape: {theirs.shape}")
+    difference = np.abs(theirs - ours)
+    largest, equal = int(difference.max(initial=0)), float((difference == 0).mean())
+    return Agreement(largest <= SAME_WITHIN, f"{100 * equal:.2f} % of the values equal, largest difference {largest}")
+
+
+def macenko(name: str, title: str, images: list[Image], device: torch.device, threads: int | None) -> Question:
+    """Images in a batch, to a target that is fitted beforehand."""
+    (target,) = tissue(1, 300, 300, first=1000)
+    given = torch.stack([planar(image) for image in images])
+
+    def own() -> Any:
+        fitted = macenko_fit(planar(target).to(device))
+        batch = given.to(device)
+        return lambda: macenko_normalize(batch, fitted)
+
+    def verify(result: Any) -> None:
+        expected = as_levels(reference.macenko_normalize(given[:1], macenko_fit(planar(target))))
+        difference = np.abs(as_levels(result[:1]) - expected)
+        largest, equal = int(difference.max()), float((difference == 0).mean())
+        assert largest <= REFERENCE_WITHIN and equal >= REFERENCE_EQUAL, (
+            f"{100 * equal:.2f} % of the values equal the float64 reference, largest difference {largest}"
+        )
+
+    return Question(
+        name,
+        title,
+        Contestant(OWN, own),
+        stain_peers(images, target, device),
+        verify,
+        same_levels,
+        len(images),
+        threads,
+    )
+
+
+def stain_questions(device: torch.device) -> list[Callable[[], Question]]:
+    """On a CPU single images on one thread, and a batch on all; on a GPU batches."""
+    if device.type == "cpu":
+        return [
+            lambda: macenko("macenko-224", "Macenko, one 224 x 224 image", tissue(1, 224, 224), device, 1),
+            lambda: macenko("macenko-700x460", "Macenko, one 700 x 460 image", tissue(1, 460, 700), device, 1),
+            lambda: macenko("macenko-batch", "Macenko, 16 images of 224 x 224", tissue(16, 224, 224), device, None),
+        ]
+    return [
+        lambda: macenko("macenko-224", "Macenko, 256 images of 224 x 224", tissue(8, 224, 224) * 32, device, None),
+        lambda: macenko("macenko-700x460", "Macenko, 32 images of 700 x 460", tissue(4, 460, 700) * 8, device, None),
+    ]

@@ -1,0 +1,67 @@
+"""``ernet-fast bench``: this machine, this library, and what else is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ernet_fast.benchmark import BenchmarkConfig, run_benchmark
+from ernet_fast.benchmark.run import DEVICES, KINDS
+from ernet_fast.benchmark.show import answer_text, picture
+from ernet_fast.cli.json_output import print_json
+from ernet_fast.train.atomic_file import write_text
+from ernet_fast.train.progress import Reporter
+
+
+def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    default = BenchmarkConfig()
+    parser = commands.add_parser(
+        "bench",
+        parents=parents,
+        help="time the library on this machine against the packages that are installed, in two minutes",
+        description="Time Macenko normalisation and ER shortcuts on this machine, in turns with torchstain, stainx, "
+        "torch-staintools, tiatoolbox, PyTorch and torch.compile, as far as they are installed. Results are compared "
+        "before anything is timed: nothing is reported if the library's own are wrong, and packages that compute "
+        "something else are marked.",
+    )
+    seconds = f"about how long to measure; compiling comes on top (default: {default.seconds:g})"
+    parser.add_argument("--seconds", type=float, default=default.seconds, metavar="S", help=seconds)
+    parser.add_argument("--device", choices=DEVICES, default=default.device, help="default: auto")
+    parser.add_argument("--only", choices=KINDS, help="one half of it")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", metavar="FOLDER", help="write bench.json and bench.png there")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure; returns 0."""
+    config = BenchmarkConfig(arguments.seconds, arguments.device, arguments.only, not arguments.no_compile)
+    folder = None if arguments.out is None else Path(arguments.out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    reporter = Reporter(quiet=arguments.quiet)
+    figures = run_benchmark(config, reporter)
+    if not figures["compiled_operators"]:
+        reporter.warning("the compiled operators are not there, so this is the reference; see ernet-fast doctor")
+    if folder is not None:
+        write_text(folder / "bench.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
+        try:
+            picture(figures, folder / "bench.png")
+        except ImportError as error:
+            reporter.warning(f"no picture: {error}")
+    if arguments.json:
+        print_json(figures)
+        return 0
+    machine = figures["machine"]
+    print(
+        f"{machine['processor']}, {machine['cores']} cores; {figures['device']}; torch {figures['packages']['torch']}"
+    )
+    for answer in figures["answers"]:
+        print(f"\n{answer_text(answer)}")
+    if folder is not None:
+        print(f"\nwritten to {folder}")
+    return 0

@@ -1,0 +1,78 @@
+"""`ernet-fast bench`: table, JSON, files, exit codes."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import torch
+
+from ernet_fast.benchmark import run, stain_questions
+
+
+@pytest.fixture(autouse=True)
+def small_question(monkeypatch):
+    """One small image in place of the questions."""
+
+    def small():
+        images = stain_questions.tissue(1, 40, 40)
+        return stain_questions.macenko("m", "Macenko, small", images, torch.device("cpu"), 1)
+
+    monkeypatch.setattr(run, "stain_questions", lambda device: [small])
+
+
+def bench(call, *more):
+    return call("bench", "--only", "macenko", "--seconds", 1, "--device", "cpu", *more)
+
+
+def test_table(call):
+    called = bench(call)
+    assert called.code == 0
+    assert "Macenko, small (1 thread)" in called.out and "ernet_fast" in called.out and "times slower" in called.out
+
+
+def test_json_and_files(call, tmp_path):
+    called = bench(call, "--json", "--out", tmp_path / "a" / "b")
+    assert called.code == 0 and called.json == json.loads((tmp_path / "a" / "b" / "bench.json").read_text())
+    (answer,) = called.json["answers"]
+    assert answer["figures"][0]["name"] == "ernet_fast" and answer["figures"][0]["p50_ms"] > 0
+    assert called.json["packages"]["torch"] and called.json["device"] == "cpu"
+    assert (tmp_path / "a" / "b" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_picture_and_a_warning(call, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("ernet_fast._optional.importlib.import_module", without)
+    called = bench(call, "--out", tmp_path)
+    assert called.code == 0 and "no picture: matplotlib is needed for" in called.err
+    assert (tmp_path / "bench.json").exists() and not (tmp_path / "bench.png").exists()
+
+
+def test_a_wrong_result_is_exit_code_1_and_no_figure(call, tmp_path, monkeypatch):
+    right = stain_questions.macenko_normalize
+    monkeypatch.setattr(stain_questions, "macenko_normalize", lambda *arguments: right(*arguments) ^ 8)
+    called = bench(call, "--out", tmp_path)
+    assert called.code == 1 and called.out == "" and "so no speed is reported" in called.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--seconds", "0"], "seconds=0"), (["--only", "x"], "invalid choice"), (["x"], "usage")]
+)
+def test_wrong_usage(call, arguments, words):
+    called = call("bench", *arguments)
+    assert called.code == 2 and words in called.err and called.out == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_no_such_device(call):
+    called = call("bench", "--device", "cuda")
+    assert called.code == 2 and "no CUDA device here" in called.err
