@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,9 @@ def bars_cpu(records: Records) -> str:
     )
 
 
-def bars_gpu(records: Records) -> str:
-    """Every bar of the GPU benches: measured, or not yet, with what is predicted."""
+def bars_gpu_lines(records: Records) -> Iterator[tuple[str, GpuCase, list[str]]]:
+    """A line a bar of a GPU bench, with the module and the case it is of."""
     newest = records.newest("gpu")
-    lines = []
     for module, case in gpu_cases():
         row = newest[module, case.name][0] if (module, case.name) in newest else None
         for text in case.bars:
@@ -121,7 +120,12 @@ def bars_gpu(records: Records) -> str:
             shown = number(value) if value is not None else NOT_MEASURED
             expected = "" if predicted is None else f"{number(predicted)} (predicted)"
             said = verdict(row, bar, value) if row is not None else ""
-            lines.append([case.title or case.name, f"`{bar}`", shown, expected, said])
+            yield module, case, [case.title or case.name, f"`{bar}`", shown, expected, said]
+
+
+def bars_gpu(records: Records) -> str:
+    """Every bar of the GPU benches: measured, or not yet, with what is predicted."""
+    lines = [line for _, _, line in bars_gpu_lines(records)]
     if not lines:
         return "No GPU bench has a bar."
     return markdown(["what", "bar", "measured", "prediction", "verdict"], lines)
@@ -214,7 +218,7 @@ def filled(text: str, tables: dict[str, str], where: str) -> str:
     def replace(match: re.Match[str]) -> str:
         if match[2] not in tables:
             raise ValueError(f"{where} wants a table {match[2]!r}; there are {', '.join(sorted(tables))}.")
-        return f"{match[1]}{tables[match[2]].strip()}\n{match[3]}"
+        return f"{match[1]}\n{tables[match[2]].strip()}\n\n{match[3]}"
 
     begun, whole = len(re.findall(r"<!-- table [\w-]+ -->", text)), len(_BLOCK.findall(text))
     if begun != whole:

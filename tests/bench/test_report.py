@@ -76,7 +76,7 @@ def test_documents_are_brought_into_step_and_found_out_of_step(folder, tmp_path,
     assert (tmp_path / "README.md").read_text() == before
     update(tmp_path, records, check=False)
     text = (tmp_path / "README.md").read_text()
-    assert "1 of 2 bars met" in text and "old" not in text and text.endswith("<!-- end of bars-cpu -->\nafter\n")
+    assert "1 of 2 bars met" in text and "old" not in text and text.endswith("\n\n<!-- end of bars-cpu -->\nafter\n")
     assert update(tmp_path, records, check=True) == []
     Record.of(LATER, folder).add(row("b", 5.0, ratio=4.0, bar="ratio >= 3"))
     assert update(tmp_path, Records(folder), check=True) == [tmp_path / "README.md"]
