@@ -35,6 +35,9 @@ TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: one binary for 
 ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+    ISA_FLAGS["avx512vbmi"] = [*ISA_FLAGS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
+# Of the extensions beyond x86-64-v4 only the loops over 8-bit images make use.
+EXTENDED_LOOPS = {"avx512vbmi": "macenko_"}
 
 
 def torch_location() -> tuple[Path, str]:
@@ -172,6 +175,8 @@ class NinjaScript:
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             if source.stem.endswith("_loops"):
                 for isa, flags in ISA_FLAGS.items():
+                    if not source.name.startswith(EXTENDED_LOOPS.get(isa, "")):
+                        continue
                     extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
                     self._compile(source, "cxx", extra, suffix=f".{isa}")
             else:

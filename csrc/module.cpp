@@ -28,7 +28,7 @@ py::dict build_info() {
   info["version"] = ERNET_VERSION;
   info["compiler"] = __VERSION__;
   info["isa_variants"] = split(ERNET_ISA_VARIANTS);
-  info["isa"] = ernet::isa_name(ernet::selected_isa());
+  info["isa"] = ernet::isa_name(ernet::finest_isa());
   info["cuda_archs"] = split(ERNET_CUDA_ARCHS);
   info["torch_headers"] = ERNET_TORCH_HEADERS;
   info["torch_abi_target"] = "2.11";

@@ -14,10 +14,16 @@
 
 namespace ernet {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+// `avx512` is x86-64-v4; `avx512vbmi` adds VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later), for the loops of stain
+// normalisation alone.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512vbmi = 3 };
 
 // The instruction set in use: the best that is compiled in and that this CPU has, or the one that the environment
-// variable ERNET_ISA names (portable, avx2, avx512). It is chosen once. An unknown or unavailable name gives an error.
+// variable ERNET_ISA names (portable, avx2, avx512, avx512vbmi). It is chosen once. An unknown or unavailable name
+// gives an error.
+Isa finest_isa();
+
+// The same without extensions, for loops that are compiled for portable, avx2 and avx512 alone.
 Isa selected_isa();
 
 const char* isa_name(Isa isa);

@@ -4,8 +4,7 @@
 
 #include "cpu/macenko_loops.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define ERNET_AVX512 1
+#ifdef ERNET_AVX512
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC 12 warns of the undefined vectors inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -1,6 +1,8 @@
 #include "cpu/macenko_image.h"
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "cpu/macenko_select.h"
@@ -18,10 +20,17 @@ ERNET_DECLARE_TABLE(isa_avx2)
 #ifdef ERNET_HAS_AVX512
 ERNET_DECLARE_TABLE(isa_avx512)
 #endif
+#ifdef ERNET_HAS_AVX512VBMI
+ERNET_DECLARE_TABLE(isa_avx512vbmi)
+#endif
 #undef ERNET_DECLARE_TABLE
 
 const MacenkoLoops& macenko_loops(Pixel type) {
-  switch (selected_isa()) {
+  switch (finest_isa()) {
+#ifdef ERNET_HAS_AVX512VBMI
+    case Isa::avx512vbmi:
+      return isa_avx512vbmi::macenko_table[int(type)];
+#endif
 #ifdef ERNET_HAS_AVX512
     case Isa::avx512:
       return isa_avx512::macenko_table[int(type)];
@@ -62,6 +71,45 @@ Keys make_keys(KeyKind kind, const double a[3], const double b[3], const Macenko
   return {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
 }
 
+// Every so many pixels of an image, planar, to look for percentiles in. More of them narrow the search but cost time
+// themselves.
+class ImageSample {
+ public:
+  ImageSample(Pixel type, const ImageView& image) : view_{nullptr, 1, 0, 0, image.scale} {
+    if (image.pixels <= kCollectAll) return;
+    const int64_t wanted = std::clamp(image.pixels / kPixelsPerSample, kSmallSample, kLargeSample);
+    const int64_t stride =
+        (image.pixels / wanted) | 1;  // odd, so that it does not walk down the columns of an even width
+    if (type == Pixel::u8) take<uint8_t>(image, stride);
+    if (type == Pixel::f32) take<float>(image, stride);
+    if (type == Pixel::f64) take<double>(image, stride);
+  }
+
+  const ImageView& view() const { return view_; }
+
+ private:
+  static constexpr int64_t kPixelsPerSample = 32;
+  static constexpr int64_t kSmallSample = 1024;
+  static constexpr int64_t kLargeSample = 8192;
+
+  template <class T>
+  void take(const ImageView& image, int64_t stride) {
+    const int64_t count = (image.pixels + stride - 1) / stride;
+    bytes_.reset(new unsigned char[size_t(3 * count) * sizeof(T)]);
+    const T* from = static_cast<const T*>(image.data);
+    T* to = reinterpret_cast<T*>(bytes_.get());
+    for (int64_t i = 0; i < count; ++i) {
+      const T* pixel = from + i * stride * image.pixel_stride;
+      for (int k = 0; k < 3; ++k) to[k * count + i] = pixel[k * image.channel_stride];
+    }
+    view_.data = to;
+    view_.channel_stride = view_.pixels = count;
+  }
+
+  std::unique_ptr<unsigned char[]> bytes_;
+  ImageView view_;
+};
+
 }  // namespace
 
 int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
@@ -96,10 +144,12 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
   macenko::Plane plane;
   fit.status = macenko::plane_of_moments(moments, plane);
   if (fit.status != macenko::kOk) return fit;
+  const ImageSample sample(type, image);
   const double extremes[2] = {p.alpha, 100 - p.alpha};
   double angle[2];
   const Keys angles = make_keys(KeyKind::angle, plane.first, plane.second, p, table);
-  macenko_percentiles(loops, image, angles, int64_t(moments[0]), extremes, p.nearest, true, strips, angle);
+  macenko_percentiles(loops, image, sample.view(), angles, int64_t(moments[0]), extremes, p.nearest, true, strips,
+                      angle);
 
   macenko::Stain stain;
   fit.status = macenko::stain_of_angles(plane, angle[0], angle[1], stain);
@@ -109,7 +159,8 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
   const double top[2] = {99, 99};
   double maximum[2];
   const Keys concentrations = make_keys(KeyKind::linear, rows[0], rows[1], p, table);
-  macenko_percentiles(loops, image, concentrations, image.pixels, top, p.nearest, false, strips, maximum);
+  macenko_percentiles(loops, image, sample.view(), concentrations, image.pixels, top, p.nearest, false, strips,
+                      maximum);
   if (!(maximum[0] > macenko::kMinConcentration && maximum[1] > macenko::kMinConcentration)) {
     fit.status = macenko::kZeroConcentration;
     return fit;

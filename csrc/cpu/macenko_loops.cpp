@@ -212,27 +212,20 @@ static void scan(const ImageView& image, PixelSpan span, const Keys& keys, Brack
 }
 
 template <class T>
-static int64_t sample(const ImageView& image, PixelSpan span, int64_t stride, const Keys& keys, double* out_a,
-                      double* out_b) {
+static int64_t keys_of(const ImageView& image, const Keys& keys, double* out_a, double* out_b) {
+  const bool linear = keys.kind == KeyKind::linear;
   Block<T> block;
   alignas(64) double a[kBlock];
   alignas(64) double b[kBlock];
   alignas(64) uint8_t live[kBlock];
-  ImageView sparse = image;
   int64_t written = 0;
-  const T* data = static_cast<const T*>(image.data);
-  for (int64_t begin = span.begin; begin < span.end; begin += kBlock * stride) {
-    const int64_t left = (span.end - begin + stride - 1) / stride;
-    const int count = int(left < kBlock ? left : kBlock);
-    for (int k = 0; k < 3; ++k) {
-      const T* from = data + begin * image.pixel_stride + k * image.channel_stride;
-      for (int i = 0; i < count; ++i) block.value[k][i] = from[i * stride * image.pixel_stride];
-      for (int i = count; i < kBlock; ++i) block.value[k][i] = 0;
-    }
-    block_keys(block, keys, sparse.scale, count, a, b, live);
+  for (int64_t begin = 0; begin < image.pixels; begin += kBlock) {
+    const int count = int(image.pixels - begin < kBlock ? image.pixels - begin : kBlock);
+    load(image, begin, count, block);
+    block_keys(block, keys, image.scale, count, a, b, live);
     for (int i = 0; i < count; ++i) {
       out_a[written] = a[i];
-      if (out_b) out_b[written] = b[i];
+      if (linear) out_b[written] = b[i];
       written += live[i];
     }
   }
@@ -320,10 +313,24 @@ static void reconstruction_densities(const Block<T>& block, const Keys& keys, do
   }
 }
 
+// The loops over 8-bit images of this instruction set.
+struct ByteLoops {
+  decltype(&moments_of_bytes) moments;
+  decltype(&scan_bytes) scan;
+  decltype(&reconstruct_bytes) reconstruct;
+};
+#if defined(ERNET_VBMI)
+constexpr ByteLoops bytes = {moments_vbmi, scan_vbmi, reconstruct_vbmi};
+#elif defined(ERNET_AVX512)
+constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_avx512};
+#else
+constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_bytes};
+#endif
+
 template <class T>
 static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction& r) {
   if constexpr (sizeof(T) == 1) {
-    if (r.single) return reconstruct_bytes(image, span, r);
+    if (r.single) return bytes.reconstruct(image, span, r);
   }
   Keys keys = {};
   keys.table = r.table;
@@ -344,9 +351,9 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
 
 extern const MacenkoLoops macenko_table[kNumPixelTypes];
 const MacenkoLoops macenko_table[kNumPixelTypes] = {
-    {moments_of_bytes, scan_bytes, sample<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>},
-    {moments<float>, scan<float>, sample<float>, radix<float>, reconstruct<float>},
-    {moments<double>, scan<double>, sample<double>, radix<double>, reconstruct<double>},
+    {bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>, select_order},
+    {moments<float>, scan<float>, keys_of<float>, radix<float>, reconstruct<float>, select_order},
+    {moments<double>, scan<double>, keys_of<double>, radix<double>, reconstruct<double>, select_order},
 };
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -57,6 +57,7 @@ struct Keys {
 struct Bracket {
   double low;
   double high;
+  double fraction;  // of all keys that are expected below the bracket
   double margin;
   int64_t below;
   int64_t inside;     // how many there are, also beyond `capacity`
@@ -84,22 +85,44 @@ struct Reconstruction {
   void* out;
 };
 
+// A key of some rank, and the one of the next rank (infinity if there is none).
+struct Neighbours {
+  double lower;
+  double upper;
+};
+
 struct MacenkoLoops {
   void (*moments)(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
   void (*scan)(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
-  // Keys of every `stride`-th pixel from `begin`; returns how many were written (angle: tissue only) to a and, if
-  // linear, b.
-  int64_t (*sample)(const ImageView&, PixelSpan, int64_t stride, const Keys&, double* a, double* b);
+  // Keys of all pixels of an image; returns how many were written (angle: tissue only) to a and, if linear, b.
+  int64_t (*keys)(const ImageView&, const Keys&, double* a, double* b);
   void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
   void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
+  // Among `count` finite or infinite keys, which are overwritten, as is scratch[0 .. count - 1].
+  Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
 };
 
-// Defined by the files macenko_bytes_*_loops.cpp: the same functions for 8-bit images, faster.
+// The instruction sets avx512 and avx512vbmi.
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define ERNET_AVX512 1
+#endif
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#define ERNET_VBMI 1
+#endif
+
+// Defined by macenko_order_loops.cpp; by the files macenko_bytes_*_loops.cpp, for 8-bit images: the same functions for
+// 8-bit images, faster.
 #ifdef ERNET_ISA
 namespace ERNET_ISA_NAMESPACE {
+Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction&);
+// By macenko_avx512_*_loops.cpp and macenko_vbmi_*_loops.cpp, for instruction sets that have them: faster again.
+void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction&);
+void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
+void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction&);
 }  // namespace ERNET_ISA_NAMESPACE
 #endif
 

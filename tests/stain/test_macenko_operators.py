@@ -151,7 +151,7 @@ def test_compile_traces_the_operators():
 
 
 @compiled
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512vbmi"])
 def test_every_instruction_set_gives_the_same_result(isa, tmp_path):
     """In a process of its own, as the instruction set is chosen once."""
     images = torch.stack([batch(synthetic_tissue(90, 70, seed))[0] for seed in range(3)])

@@ -1,4 +1,5 @@
-"""The CPU loops of every instruction set under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The CPU loops of every instruction set, against plain sums and sorting, under AddressSanitizer and
+UndefinedBehaviorSanitizer."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 ISAS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+ISAS["avx512vbmi"] = [*ISAS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
 
 
 @pytest.mark.slow
@@ -37,7 +39,8 @@ def test_loops_are_clean_under_sanitizers(isa, tmp_path):
         for name in ("macenko_colours.cpp", "macenko_image.cpp", "macenko_scaled.cpp", "macenko_select.cpp", "isa.cpp")
     ]
     program = str(tmp_path / "loops")
-    subprocess.run([*common, *defined, *rest, str(HERE / "sanitized_loops.cpp"), *objects, "-o", program], check=True)
+    programs = [str(HERE / "sanitized_loops.cpp"), str(HERE / "exact_loops.cpp")]
+    subprocess.run([*common, *defined, *rest, *programs, *objects, "-o", program], check=True)
     done = subprocess.run([program], env={**os.environ, "ERNET_ISA": isa}, capture_output=True, text=True)
     if "this CPU or this build does not have it" in done.stderr:
         pytest.skip(f"this CPU has no {isa}")

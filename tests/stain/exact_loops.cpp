@@ -1,0 +1,195 @@
+// Holds the loops of one instruction set against plain sums, sorting and float64: for a build with sanitizers.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
+#include "cpu/macenko_loops.h"
+#include "macenko/order_statistic.h"
+
+namespace {
+
+using namespace ernet::cpu;
+using ernet::macenko::OdTable;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+unsigned next_random() {
+  static unsigned state = 7;
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+
+double uniform(double low, double high) { return low + (high - low) * (next_random() & 0xffff) / 65535.0; }
+
+// Planar and interleaved pixels of the same colours: any colour, dark and bright ones, or very few different ones.
+struct Image {
+  std::vector<unsigned char> planar, interleaved;
+  int pixels;
+
+  Image(int count, int kind) : planar(3 * count), interleaved(3 * count), pixels(count) {
+    for (int i = 0; i < count; ++i) {
+      for (int k = 0; k < 3; ++k) {
+        const unsigned r = next_random();
+        const int level = kind == 0 ? r & 255 : kind == 1 ? 90 + (r & 127) : 60 + 40 * (r % 3);
+        planar[k * count + i] = interleaved[3 * i + k] = static_cast<unsigned char>(level);
+      }
+    }
+  }
+  ImageView view(bool planar_form) const {
+    return planar_form ? ImageView{planar.data(), 1, pixels, pixels, 1.0}
+                       : ImageView{interleaved.data(), 3, 1, pixels, 1.0};
+  }
+};
+
+int failed(const char* what, int pixels, int kind) {
+  std::printf("wrong: %s of %d pixels of kind %d\n", what, pixels, kind);
+  return 1;
+}
+
+int check_moments(const MacenkoLoops& loops, const Image& image, int kind, double io, double beta) {
+  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  MomentSums expected = {};
+  for (int i = 0; i < image.pixels; ++i) {
+    const unsigned char* p = image.interleaved.data() + 3 * i;
+    if (std::max({p[0], p[1], p[2]}) > table.tissue_limit) continue;
+    ++expected.count;
+    int j = 0;
+    for (int a = 0; a < 3; ++a) {
+      const int64_t first = std::max(table.fixed[p[a]], 0);
+      expected.sum[a] += first;
+      for (int b = a; b < 3; ++b, ++j) expected.product[j] += uint128(first) * std::max(table.fixed[p[b]], 0);
+    }
+  }
+  int wrong = 0;
+  for (bool planar : {true, false}) {
+    MomentSums sums = {};
+    loops.moments(image.view(planar), {0, image.pixels / 3}, table, io, beta, sums);
+    loops.moments(image.view(planar), {image.pixels / 3, image.pixels}, table, io, beta, sums);
+    bool same = sums.count == expected.count;
+    for (int k = 0; k < 3; ++k) same &= sums.sum[k] == expected.sum[k];
+    for (int k = 0; k < 6; ++k) same &= sums.product[k] == expected.product[k];
+    if (!same) wrong += failed("moments", image.pixels, kind);
+  }
+  return wrong;
+}
+
+// Keys beyond an end by more than the margin count as they are; those within it may count as either.
+bool bracket_holds(const Bracket& b, std::vector<double> keys) {
+  std::sort(keys.begin(), keys.end());
+  const auto rank = [&](double key) { return std::lower_bound(keys.begin(), keys.end(), key) - keys.begin(); };
+  const auto after = [&](double key) { return std::upper_bound(keys.begin(), keys.end(), key) - keys.begin(); };
+  if (b.below < rank(b.low - b.margin) || b.below > rank(b.low + b.margin)) return false;
+  if (b.below + b.inside < after(b.high - b.margin) || b.below + b.inside > after(b.high + b.margin)) return false;
+  if (b.margin > 0) return true;
+  std::vector<double> found(b.collected, b.collected + b.inside);
+  std::sort(found.begin(), found.end());
+  return std::equal(found.begin(), found.end(), keys.begin() + b.below);
+}
+
+// Brackets whose ends are keys of the image: the least that an approximate comparison could get wrong shows.
+Bracket bracket_of(std::vector<double> keys, double fraction, std::vector<double>& room) {
+  Bracket b = {-kInfinity, kInfinity, fraction, 0, 0, 0, room.data(), int64_t(room.size())};
+  if (keys.empty()) return b;
+  std::sort(keys.begin(), keys.end());
+  const int64_t n = int64_t(keys.size());
+  const int64_t rank = int64_t(fraction * double(n - 1));
+  const int64_t half = n / 200 + int64_t(next_random() % 3);
+  if (rank - half >= 0) b.low = keys[rank - half];
+  if (rank + half < n) b.high = keys[rank + half];
+  return b;
+}
+
+int check_scan(const MacenkoLoops& loops, const Image& image, int kind, KeyKind key_kind, double io, double beta,
+               double gain) {
+  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  Keys keys = {key_kind, {}, {}, beta, io, &table};
+  for (double& w : keys.a) w = gain * uniform(-1, 1);
+  for (double& w : keys.b) w = gain * uniform(key_kind == KeyKind::angle ? 0.2 : -1, 1);
+  std::vector<double> a(image.pixels), b(image.pixels), room[2] = {a, a};
+  const int64_t live = loops.keys(image.view(true), keys, a.data(), b.data());
+  a.resize(live);
+  b.resize(live);
+  const std::vector<double>* of[2] = {&a, key_kind == KeyKind::angle ? &a : &b};
+  const double fractions[3][2] = {{0.01, 0.99}, {0.99, 0.99}, {0.3, 0.99}};
+  int wrong = 0;
+  for (const auto& fraction : fractions) {
+    Bracket guess[2];
+    for (int i = 0; i < 2; ++i) guess[i] = bracket_of(*of[i], fraction[i], room[i]);
+    for (bool planar : {true, false}) {
+      Bracket found[2] = {guess[0], guess[1]};
+      loops.scan(image.view(planar), {0, image.pixels}, keys, found[0], found[1]);
+      for (int i = 0; i < 2; ++i) {
+        if (!bracket_holds(found[i], *of[i])) wrong += failed("scan", image.pixels, kind);
+      }
+    }
+  }
+  return wrong;
+}
+
+int check_select(const MacenkoLoops& loops, int count, int kind) {
+  std::vector<double> keys(count);
+  for (double& key : keys) key = kind == 0 ? uniform(-1, 1) : kind == 1 ? next_random() % 3 : 1.0;
+  std::vector<double> sorted = keys;
+  std::sort(sorted.begin(), sorted.end());
+  int wrong = 0;
+  for (int64_t rank : {int64_t(0), int64_t(count / 100), int64_t(count / 2), int64_t(count - 1)}) {
+    std::vector<double> work = keys, scratch(count);
+    const Neighbours found = loops.select(work.data(), scratch.data(), count, rank);
+    const double upper = rank + 1 < count ? sorted[rank + 1] : kInfinity;
+    if (found.lower != sorted[rank] || found.upper != upper) wrong += failed("selection", count, kind);
+  }
+  return wrong;
+}
+
+// Truncated levels may differ from those of float64 only where the value is within a millionth of an integer.
+int check_rebuild(const MacenkoLoops& loops, const Image& image, int kind, double io) {
+  const OdTable table = ernet::macenko::make_od_table(io, 0.15);
+  Reconstruction r = {{{.9, .3, -.2}, {.1, 1.1, .1}, {-.1, .2, .8}}, io, true, &table, nullptr};
+  std::vector<unsigned char> out[2];
+  for (bool planar : {true, false}) {
+    out[planar].resize(3 * image.pixels);
+    r.out = out[planar].data();
+    loops.reconstruct(image.view(planar), {0, image.pixels / 2}, r);
+    loops.reconstruct(image.view(planar), {image.pixels / 2, image.pixels}, r);
+  }
+  for (int i = 0; i < image.pixels; ++i) {
+    const unsigned char* p = image.interleaved.data() + 3 * i;
+    for (int c = 0; c < 3; ++c) {
+      double exponent = 0;
+      for (int k = 0; k < 3; ++k) exponent += r.matrix[c][k] * table.od[p[k]];
+      const double value = std::min(io * std::exp(-exponent), 255.0);
+      const int level = out[1][c * image.pixels + i];
+      // Exponents are below 14 in magnitude and rounded six times.
+      const double error = value * 6 * 14 * 0x1p-24;
+      if (level != out[0][3 * i + c] || level < std::floor(value - error) || level > std::floor(value + error)) {
+        return failed("reconstruction", image.pixels, kind);
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+// The number of results that are wrong.
+int check_exactness() {
+  const MacenkoLoops& loops = macenko_loops(Pixel::u8);
+  int wrong = 0;
+  for (int pixels : {1, 7, 63, 64, 65, 100, 447, 449, 511, 512, 513, 2049, 6007}) {
+    for (int kind = 0; kind < 3; ++kind) {
+      const Image image(pixels, kind);
+      for (double io : {240.0, 255.0, 1024.0}) {
+        for (double beta : {0.0, 0.15}) {
+          wrong += check_moments(loops, image, kind, io, beta);
+          wrong += check_scan(loops, image, kind, KeyKind::angle, io, beta, 1);
+          wrong += check_scan(loops, image, kind, KeyKind::linear, io, beta, uniform(1, 20));
+        }
+        wrong += check_rebuild(loops, image, kind, io);
+      }
+      wrong += check_select(loops, pixels, kind);
+    }
+  }
+  return wrong;
+}
