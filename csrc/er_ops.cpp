@@ -143,8 +143,8 @@ Tensor empty_map_like(const Tensor& map) {
   return torch::stable::from_blob(buffer, map.sizes(), map.strides(), map.device(), map.scalar_type(), give_back);
 }
 
-// Outputs this large are written past the cache. A stage's maps do not fit there together, and an ordinary store of a line
-// that is not in the cache reads it first: with 12 MiB maps a stage's tails take 13 % longer, with 25 MiB maps 30 %.
+// Outputs this large are written past the cache. A stage's maps do not fit there together, and an ordinary store of a
+// line that is not in the cache reads it first: with 12 MiB maps a stage's tails take 13 % longer, with 25 MiB 30 %.
 constexpr size_t kStreamBytes = size_t{6} << 20;
 bool streams(const Tensor& map) {
   return static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size()) >= kStreamBytes;
