@@ -98,7 +98,7 @@ class ColourKeys {
   void flush(int which, std::vector<CountedKey>& found) {
     double key[2][kStaged];
     const ImageView image = {levels_, 3, 1, staged_, 1.0};
-    macenko_loops(Pixel::u8).sample(image, {0, staged_}, 1, keys_, key[0], key[1]);
+    macenko_loops(Pixel::u8).keys(image, keys_, key[0], key[1]);
     CountedKey* last = found.data() + found.size() - staged_;
     for (int i = 0; i < staged_; ++i) last[i].key = key[which][i];
     staged_ = 0;
