@@ -15,6 +15,7 @@ from ernet_fast.models import (
     er_resnet50,
     er_resnet101,
     er_resnet152,
+    fold_for_inference,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "er_resnet101",
     "er_resnet152",
     "er_shortcut_sum",
+    "fold_for_inference",
 ]

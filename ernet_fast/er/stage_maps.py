@@ -12,6 +12,7 @@ from ernet_fast.er import _ops
 from ernet_fast.er.across_processes import NO_NAIVE_GROUP, ProcessGroup, active_group, group_of
 from ernet_fast.er.batch_stage import BatchStage, one_call_serves
 from ernet_fast.er.coefficients import NO_NORM, BranchNorm, NormArguments
+from ernet_fast.er.folded import FoldedShortcut
 from ernet_fast.er.fused_maps import FusedMaps
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.er.statistics import (
@@ -39,7 +40,9 @@ class StageMaps:
         self._xs: list[Tensor] = []
         self._measure = False
 
-    def start(self, x0: Tensor, shortcuts: Iterable[ERShortcut], norms: Iterable[nn.Module] = ()) -> Tensor:
+    def start(
+        self, x0: Tensor, shortcuts: Iterable[ERShortcut | FoldedShortcut], norms: Iterable[nn.Module] = ()
+    ) -> Tensor:
         """File x_0, the output of the projection block.
 
         Args:
@@ -51,7 +54,11 @@ class StageMaps:
         Returns:
             The tensor to feed to the next block.
         """
-        shortcuts = list(shortcuts)
+        everyone = list(shortcuts)
+        shortcuts = _unfolded(everyone)
+        if len(shortcuts) < len(everyone):
+            self._xs.append(x0)
+            return x0
         group = stage_group(shortcuts, list(norms))
         serves = _ops.serves(x0)
         if self.fused and not serves and x0.device.type == "cpu":
@@ -71,7 +78,7 @@ class StageMaps:
         self._statistics.append(map_statistics(moments, num_groups=shortcuts[0].num_groups))
         return x0
 
-    def add(self, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
+    def add(self, z: Tensor, bn: nn.Module, shortcut: ERShortcut | FoldedShortcut) -> Tensor:
         """File the output z of a branch and return the block's output.
 
         Args:
@@ -82,6 +89,9 @@ class StageMaps:
         Returns:
             y = ReLU(bn(z) + sum_i weight_i * N(x_i)), [N, C, H, W].
         """
+        if isinstance(shortcut, FoldedShortcut):
+            self._xs.append(bn(z))
+            return shortcut(self._xs, fused=self.fused)
         if self._batch is not None:
             return self._add_to_batch(self._batch, z, bn, shortcut)
         if self._maps is None:
@@ -129,13 +139,18 @@ def _spreads(bn: nn.Module) -> bool:
     return isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None
 
 
-def stage_group(shortcuts: Sequence[ERShortcut], norms: Sequence[nn.Module]) -> ProcessGroup | None:
+def _unfolded(shortcuts: Iterable[ERShortcut | FoldedShortcut]) -> list[ERShortcut]:
+    return [shortcut for shortcut in shortcuts if isinstance(shortcut, ERShortcut)]
+
+
+def stage_group(shortcuts: Sequence[ERShortcut | FoldedShortcut], norms: Sequence[nn.Module]) -> ProcessGroup | None:
     """The processes over which a stage takes the statistics of its maps; None for this process alone.
 
     Raises:
         ValueError: shortcuts or BatchNorms of one stage that name different groups.
     """
-    if shortcuts[0].norm == "group":  # statistics of samples; a SyncBatchNorm runs as it is
+    shortcuts = _unfolded(shortcuts)
+    if not shortcuts or shortcuts[0].norm == "group":  # statistics of samples; a SyncBatchNorm runs as it is
         return None
     synchronised = [bn for bn in norms if isinstance(bn, nn.SyncBatchNorm)]
     groups = [shortcut.process_group for shortcut in shortcuts]
