@@ -25,9 +25,9 @@ def fold_for_inference(model: Model) -> Model:
     coefficients. Outputs are those of `model` to rounding, and can still be differentiated towards the images.
 
     The copy does not follow `model`: after more training, fold again. It has no statistics, so its `train()` changes
-    nothing but dropout, and its state dict (convolutions with `weight` and `bias`; `shortcut.a`, `shortcut.b`) fits only
-    networks that were folded too. Keep the state dict of `model` to go on training, and save the copy itself, or export
-    it, to deploy.
+    nothing but dropout, and its state dict (convolutions with `weight` and `bias`; `shortcut.a`, `shortcut.b`) fits
+    only networks that were folded too. Keep the state dict of `model` to go on training, and save the copy itself, or
+    export it, to deploy. To deploy in another dtype, convert `model` before it is folded.
 
     Args:
         model: a network or part of one that holds at least one `ERStage`, in evaluation mode; it is not modified.
