@@ -213,8 +213,8 @@ map and clear in one pass."""
 OPERATORS = "Each operator alone, on the maps that the last block of a stage reads."
 KERNELS = """Kernels of a block, forward + backward: those that touch a map, and those on vectors of channels; counted
 by the profiler, for the compiled composition by Inductor (its loop nests)."""
-STAGE_MEMORY = """Bytes of tensors in use after forward of a whole stage, convolutions included, batch 8: what is kept for
-backward, and the result. The plain stage has the same convolutions and no ER shortcuts."""
+STAGE_MEMORY = """Bytes of tensors in use after forward of a whole stage, convolutions included, batch 8: what is kept
+for backward, and the result. The plain stage has the same convolutions and no ER shortcuts."""
 MEMORY = "Peak of a process of its own during training, beyond that of its imports; bar: at most 1.05 times plain."
 CALLS = "64 channels of 7 x 7, batch 1, no gradient, one thread."
 
