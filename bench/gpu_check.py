@@ -50,12 +50,19 @@ class Check:
         """Write rows to disk and say so."""
         for row in rows:
             self.rows.append(row)
-            self.record.add(row)
-            if self.out is not None:
-                self.out.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.record.path, self.out / self.record.path.name)
+            try:
+                self.record.add(row)
+                self.copy_record()
+            except (OSError, ValueError) as error:  # a full disk, a record of another tree: the table still tells
+                print(f"not written: {error}"[:300], flush=True)
             detail = row.extra_info.get("detail") or f"{row.p50:.4g} {row.unit}"
             print(f"[{row.status}] {row.name}: {detail}"[:200], flush=True)
+
+    def copy_record(self) -> None:
+        """Keep the copy in --out, where that is another folder than the record's, up to date."""
+        if self.out is not None and self.out.resolve() != self.record.path.parent.resolve():
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.record.path, self.out / self.record.path.name)
 
     def guarded(self, name: str, step: object, *arguments: object) -> None:
         """Run a step and add its rows; an exception becomes a row."""

@@ -173,6 +173,23 @@ def test_the_whole_flow(folder, tmp_path, capfd):
     assert len(table) < 6000
 
 
+def test_the_copy_may_lie_beside_the_record(folder, tmp_path):
+    made = check(folder, tmp_path, "--minutes", "2", "--out", str(tmp_path / "results"))
+    made.run(None)
+    assert made.finish() == 0
+    kept = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert kept == [made.record.path.name, "logs.txt", "table.txt"] and made.rows[-1].name == "good"
+
+
+def test_a_record_that_cannot_be_written_does_not_stop_the_run(folder, tmp_path, capfd):
+    made = check(folder, tmp_path, "--minutes", "2", "--results", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder")
+    made.run(None)
+    assert made.finish() == 0 and made.rows[-1].name == "good"
+    shown = capfd.readouterr().out
+    assert "not written: " in shown and "of 2 bars met" in shown
+
+
 def test_the_smoke_level_runs_one_case_an_operator(folder, tmp_path):
     made = check(folder, tmp_path, "--minutes", "2")
     made.run(None)
