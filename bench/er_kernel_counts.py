@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from er_tails import LAYOUTS, StageShape, TailMaps, Tails, make_maps, train_tails
+from tensor_memory import no_kept_memory
 
 
 class Kernels(NamedTuple):
@@ -66,10 +67,11 @@ def _count(event: Any, map_size: int) -> Kernels:
 
 def profiled_kernels(call: Callable[[], Any], map_size: int) -> Kernels:
     """Kernels of `call`, its backward pass included; a map has `map_size` elements."""
-    call()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
+    with no_kept_memory():  # the profiler has no shapes of lists of maps: what an operator allocates tells its size
         call()
+        with torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True) as profile:
+            call()
     counts = [_count(event, map_size) for event in profile.events() if event.cpu_parent is None]
     return Kernels(sum(kernels.map for kernels in counts), sum(kernels.vector for kernels in counts))
 

@@ -102,7 +102,8 @@ def train_tails(tails: nn.Module, maps: TailMaps) -> None:
     """Forward and backward of a stage's tails; gradients are left in x_0 and the parameters."""
     for index, z in enumerate(maps.zs[1:], start=1):
         give(index, z, maps.dys[index - 1])
-    maps.zs[0].grad = None
+    for tensor in (maps.zs[0], *tails.parameters()):
+        tensor.grad = None
     tails(maps.zs[0]).backward(maps.dys[-1])
 
 

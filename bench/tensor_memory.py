@@ -6,7 +6,8 @@ so that their outputs are counted as all others are. What a process takes in the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -24,15 +25,22 @@ class MemoryUse(NamedTuple):
     """In use when the call ended, its result included."""
 
 
-def memory_use(call: Callable[[], Any]) -> MemoryUse:
-    """What `call` allocates on the CPU. The profiler does not see the release of what was allocated before."""
+@contextmanager
+def no_kept_memory() -> Iterator[None]:
+    """While active, the CPU operators take their outputs from PyTorch's allocator, where a profiler sees them."""
     limit = kept_memory().limit_bytes
     set_kept_memory_limit(0)
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            result = call()
+        yield
     finally:
         set_kept_memory_limit(limit)
+
+
+def memory_use(call: Callable[[], Any]) -> MemoryUse:
+    """What `call` allocates on the CPU. The profiler does not see the release of what was allocated before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with no_kept_memory(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     changes = [event.nbytes() for event in events]

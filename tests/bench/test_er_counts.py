@@ -65,6 +65,17 @@ def test_table_of_kernels():
     assert len(lines) == 4 and lines[3].startswith("| 3 | ")
 
 
+@pytest.mark.parametrize("size", [7, 56])
+def test_kernels_of_tails_do_not_depend_on_the_size_of_maps(monkeypatch, size):
+    """Maps of 7 x 7 come from PyTorch's allocator, those of 56 x 56 from memory that the operators keep."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    num_maps = 3
+    tails, maps = Tails(32, num_maps), make_maps(StageShape(32, size, num_maps), 4)
+    found = profiled_kernels(lambda: train_tails(tails, maps), maps.zs[0].numel())
+    # moments and gradient of each map, sum and dot of each block
+    assert found.map == 2 * num_maps + 2 * (num_maps - 1)
+
+
 def test_memory_of_a_call(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # allocates the filler
     x = torch.ones(4, 3, 8, 8)
