@@ -2,7 +2,7 @@
 
 An addition of the same maps is timed in turns with them: what any PyTorch operator costs from Python.
 
-Run: python3 dev.py bench -k bench_er_overhead
+Run: python3 dev.py bench bench_er_overhead
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Images of 224 x 224, float32, channels-last, all cores; SGD with momentum. The t
 the most memory that a process of its own takes for a network's training (`process_memory.py`), `tensors_*` the most
 that tensors take, kept memory left out (`tensor_memory.py`).
 
-Run: python3 dev.py bench -k bench_er_training --slow    (without --slow: a step of the 50-layer net at batch 2)
+Run: python3 dev.py bench bench_er_training    (--slow adds the 101-layer net at batch 16, and memory at batch 16)
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from turns import in_turns, percentiles
 
 # depth, batch: times faster than naive
 FASTER_THAN_NAIVE = {(50, 8): 1.8, (50, 16): 2.4, (101, 8): 3.0, (101, 16): 3.0}
-CASES = [pytest.param(50, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in FASTER_THAN_NAIVE)]
+SLOW = {"step": [(101, 16)], "memory": [(50, 16), (101, 16)]}
+
+
+def cases(what: str) -> list[object]:
+    """Depth and batch of every row."""
+    marks = {case: [pytest.mark.slow] for case in SLOW[what]}
+    return [pytest.param(*case, marks=marks.get(case, [])) for case in FASTER_THAN_NAIVE]
 
 
 def training_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Callable[[], None], torch.optim.Optimizer]:
@@ -33,7 +39,7 @@ def training_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Calla
     return functools.partial(train_step, model, optimizer, images, labels), optimizer
 
 
-@pytest.mark.parametrize(("depth", "batch"), CASES)
+@pytest.mark.parametrize(("depth", "batch"), cases("step"))
 def test_training_step(record_row, torch_threads, depth, batch):
     torch_threads(len(os.sched_getaffinity(0)))
     models = networks(depth)
@@ -41,9 +47,6 @@ def test_training_step(record_row, torch_threads, depth, batch):
     steps = {name: training_of(model, images, labels)[0] for name, model in models.items()}
     times = in_turns(steps, rounds=7, budget=20.0)
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    bars = ["plain_share <= 1.05"]
-    if (depth, batch) in FASTER_THAN_NAIVE:
-        bars.append(f"ratio_naive >= {FASTER_THAN_NAIVE[depth, batch]}")
     record_row(
         "training step",
         **percentiles([1e3 * value for value in times["fused"]]),
@@ -55,11 +58,11 @@ def test_training_step(record_row, torch_threads, depth, batch):
         ratio_plain=milliseconds["plain"] / milliseconds["fused"],
         ratio_naive=milliseconds["naive"] / milliseconds["fused"],
         plain_share=milliseconds["fused"] / milliseconds["plain"],
-        bar=bars,
+        bar=["plain_share <= 1.05", f"ratio_naive >= {FASTER_THAN_NAIVE[depth, batch]}"],
     )
 
 
-@pytest.mark.parametrize(("depth", "batch"), CASES)
+@pytest.mark.parametrize(("depth", "batch"), cases("memory"))
 def test_training_memory(record_row, torch_threads, depth, batch):
     torch_threads(len(os.sched_getaffinity(0)))
     images, labels = batch_of(batch)
@@ -85,7 +88,7 @@ def test_training_memory(record_row, torch_threads, depth, batch):
     )
 
 
-@pytest.mark.parametrize(("depth", "batch"), CASES)
+@pytest.mark.parametrize(("depth", "batch"), cases("memory"))
 def test_evaluation(record_row, torch_threads, depth, batch):
     torch_threads(len(os.sched_getaffinity(0)))
     images, _ = batch_of(batch)

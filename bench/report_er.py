@@ -1,10 +1,10 @@
-"""The tables and the picture of the ER benches.
+"""The page and the picture of the ER benches.
 
     python3 bench/report_er.py RECORD [FOLDER]
 
-writes er-benchmarks.md and er_speed.png to the folder (default docs/) from one record; `tables` gives single tables to
-other documents. Every figure, means included, is computed from rows; what they lack is said to be not measured.
-Nothing is run.
+writes er-benchmarks.md and er_speed.png to the folder (default docs/). Rows are those of the record; what it lacks is
+taken from older records beside it, of the same kind of machine, and marked. `tables` gives single tables to other
+documents. What no record has is said to be not measured. Nothing is run.
 """
 
 from __future__ import annotations
@@ -12,268 +12,165 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from er_means import MEAN_BARS, STAGE_101, geometric_mean, rows_of, settings, with_setting
+from er_means import rows_of
 from er_picture import draw_tails
+from er_tables import (
+    OLDER,
+    bars_table,
+    bytes_table,
+    calls_table,
+    kernels_table,
+    means_table,
+    memory_table,
+    operators_table,
+    speed_table,
+    stage_memory_table,
+    steps_table,
+)
 from record import ROOT, Row, read
 
+FOLDER = Path(__file__).resolve().parent
 BENCHES = ("bench_er_stage",)
-BAR_101 = 6.0
-BAR_FLOOR = 0.75
-NONE = "–"
-
-
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
-
-
-def number(value: Any, digits: int = 2, factor: float = 1.0) -> str:
-    """A figure, or a dash where there is none."""
-    return NONE if value is None else f"{factor * value:.{digits}f}"
-
-
-def mark(value: float | None, bar: float) -> str:
-    """A figure with what it has to be, or "not measured"."""
-    if value is None:
-        return "not measured"
-    return f"{value:.2f} ({'reaches' if value >= bar else 'short of'} {bar:g})"
-
-
-def means_table(rows: Sequence[Row], test: str) -> str:
-    """Geometric means over the stages of ResNet-50 for every setting, against the bars."""
-    bars = MEAN_BARS[test]
-    lines = []
-    for setting in settings(rows):
-        chosen = with_setting(rows, setting)
-        cells = [str(setting)]
-        cells += [mark(geometric_mean(chosen, f"{key}"), bar) for key, bar in bars.items()]
-        shares = [row.extra_info["share_of_floor"] for row in chosen]
-        cells.append(f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %")
-        if test == "stage_tails":
-            third = [row.extra_info["ratio_naive"] for row in chosen if row.params["stage"] == STAGE_101]
-            cells.append(mark(third[0] if third else None, BAR_101))
-        lines.append(cells)
-    head = ["batch, layout, threads", "times naive eager", "times compiled naive", "share of the floor"]
-    return markdown([*head, "ResNet-101, stage 3: times naive eager"] if test == "stage_tails" else head, lines)
-
-
-def roofline_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str:
-    """What every row must move, moves, and how long that takes; `compiled_moves` in maps, by stage."""
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info = row.extra_info
-            one_map = info["must_move"] / info["map_accesses"]
-            moved = [info.get(f"moved_{who}") for who in ("naive", "fused")]
-            naive, fused = (None if value is None else value / one_map for value in moved)
-            faults = [info.get(f"faults_{who}") for who in ("naive", "fused")]
-            lines.append(
-                [
-                    f"{row.params['stage']}, {setting}",
-                    *(number(info.get(f"{who}_ms"), 1) for who in ("naive", "compiled")),
-                    number(row.p50, 1),
-                    number(info["floor"], 1),
-                    f"{100 * info['share_of_floor']:.0f} %",
-                    f"{100 * info['share_of_floor_cached']:.0f} %",
-                    number(info["must_move"] / row.p50 / 1e6, 0),
-                    str(info["map_accesses"]),
-                    number(fused, 1),
-                    number(naive, 0),
-                    number(compiled_moves.get(row.params["stage"]), 0),
-                    *(number(value, 0) for value in faults),
-                ]
-            )
-    head = ["stage, batch, layout, threads", "naive, ms", "compiled, ms", "fused, ms", "floor, ms", "share"]
-    moves = [
-        "in cache",
-        "GB/s",
-        "maps to move",
-        "moved, fused",
-        "moved, naive",
-        "moved, compiled",
-        "faults, naive",
-        "faults, fused",
-    ]
-    return markdown([*head, *moves], lines)
-
-
-def kernels_table(rows: Sequence[Row]) -> str:
-    """Kernels a block, forward + backward, of each stage."""
-    lines = []
-    for row in rows:
-        info, blocks = row.extra_info, row.extra_info["blocks"]
-        cells = [row.params["stage"], str(blocks)]
-        for who in ("naive", "compiled", "fused"):
-            cells += [number(info.get(f"{who}_{kind}_kernels"), 1, 1 / blocks) for kind in ("map", "vector")]
-        lines.append(cells)
-    names = [f"{who}: {kind}" for who in ("naive", "compiled", "fused") for kind in ("maps", "vectors")]
-    return markdown(["stage", "blocks", *names], lines)
-
-
-def operators_table(rows: Sequence[Row]) -> str:
-    """Rates of single operators beside that of a copy."""
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info, params = row.extra_info, row.params
-            rates = [number(info[f"{kind}gigabytes_per_second"], 0) for kind in ("", "copy_")]
-            share = f"{100 * info['share_of_floor']:.0f} %"
-            lines.append([f"{params['operator']}, {params['stage']}, {setting}", number(row.p50), *rates, share])
-    return markdown(["operator, stage, batch, layout, threads", "ms", "GB/s", "copy, GB/s", "share of floor"], lines)
-
-
-def functional_table(rows: Sequence[Row]) -> str:
-    """`er_shortcut_sum` by row."""
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info = row.extra_info
-            times = [number(info.get(f"{who}_ms"), 1) for who in ("naive", "compiled", "fused")]
-            ratios = [number(info.get(f"ratio_{who}")) for who in ("naive", "compiled")]
-            name = f"{row.params['stage']}, {setting}"
-            lines.append([name, *times, *ratios, f"{100 * info['share_of_floor']:.0f} %"])
-    head = ["stage, batch, layout, threads", "naive, ms", "compiled, ms", "fused, ms", "times naive", "times compiled"]
-    return markdown([*head, "share of floor"], lines)
-
-
-def steps_table(rows: Sequence[Row]) -> str:
-    """Training steps or evaluations of whole networks."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        times = [number(info.get(f"{who}_ms"), 0) for who in ("plain", "naive", "fused")]
-        share = info["fused_ms"] / info["plain_ms"]
-        cells = [f"ER-ResNet-{row.params['depth']}, batch {row.params['batch']}", *times, number(share)]
-        cells.append(number(info["ratio_naive"]))
-        bars = [f"{bar} {'reached' if value is not None and bar.met(value) else 'missed'}" for bar, value in row.bars()]
-        lines.append([*cells, "; ".join(bars) or NONE])
-    head = ["network", "plain, ms", "naive, ms", "fused, ms", "fused / plain", "times naive", "bars"]
-    return markdown(head, lines)
-
-
-def memory_table(rows: Sequence[Row]) -> str:
-    """Peaks of training of whole networks: of the process, and of tensors alone."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        cells = [f"ER-ResNet-{row.params['depth']}, batch {row.params['batch']}"]
-        for what in ("peak", "tensors"):
-            cells += [number(info.get(f"{what}_{who}"), 0, 2.0**-20) for who in ("plain", "naive", "fused")]
-            cells.append(number(info.get(f"{what}_share")))
-        lines.append(cells)
-    columns = ("plain", "naive", "fused", "fused / plain")
-    names = [f"{what}: {who}" for what in ("process", "tensors") for who in columns]
-    return markdown(["network, MiB", *names], lines)
-
-
-def stage_memory_table(rows: Sequence[Row]) -> str:
-    """What a stage keeps for backward, and its peak."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        cells = [
-            row.params["stage"],
-            *(number(info[f"kept_{who}"], 1, 2.0**-20) for who in ("plain", "naive", "fused")),
-        ]
-        cells += [number(info["extra_fused"], 0), number(info["extra_vectors"], 0), number(info["extra_per_image"], 0)]
-        cells += [number(info["extra_maps_naive"], 1), number(info["peak_share"])]
-        lines.append(cells)
-    head = ["stage", "plain, MiB", "naive, MiB", "fused, MiB", "fused beyond plain, bytes", "in vectors of C"]
-    return markdown([*head, "of these an image", "naive beyond plain, maps", "peak, fused / plain"], lines)
-
-
-def calls_table(rows: Sequence[Row]) -> str:
-    """Calls on tiny maps."""
-    lines = [
-        [
-            row.params["name"],
-            number(row.p50, 1),
-            number(row.extra_info["add_us"], 1),
-            "; ".join(row.bar_texts()) or NONE,
-        ]
-        for row in rows
-    ]
-    return markdown(["call", "us", "torch.add beside it, us", "bar"], lines)
-
+Table = Callable[[list[Row]], str]
 
 TAILS = """Forward + backward of the last BatchNorm, the shortcuts, the sum and the ReLU of every block of a stage, in
 the order of a network; an operator that moves no bytes stands for the convolutions. *Compiled* is the naive composition
 under `torch.compile`. Geometric means are over the four stages of ResNet-50.
 
 ![Milliseconds of the tails of each stage](er_speed.png)"""
-ROOFLINE = """The floor is the bytes that the design must move over the copy bandwidth of the same run, measured at the
+SPEED = """The floor is the bytes that the design must move over the copy bandwidth of the same run, measured at the
 working set of the pass: the 5 L - 2 maps that forward + backward touch. *In cache* is the same at the working set of
-one block, L + 2 maps, as though each block found in the caches what passes over others had left there. Bytes are in
-maps of the stage: what must move, and what the operators of each contestant read and write (every argument and result
-once an operator; for the compiled ones by Inductor's own count). *Faults* are pages of new maps that the system had to
-map and clear in one pass."""
-OPERATORS = "Each operator alone, on the maps that the last block of a stage reads."
+one block, L + 2 maps, as though each block found in the caches what passes over others had left there. A share above
+100 % says that caches held some of the bytes from one pass to the next. GB/s are the bytes to move over the time."""
+BYTES = """In maps of the stage: what must move, and what the operators of each contestant read and write (every
+argument and result once an operator; for the compiled ones Inductor's own count). *Faults* are pages of new maps that
+the system had to map and clear in one pass."""
+OPERATORS = "Each operator alone, on the maps that the last block of a stage reads, beside a copy of as many bytes."
 KERNELS = """Kernels of a block, forward + backward: those that touch a map, and those on vectors of channels; counted
 by the profiler, for the compiled composition by Inductor (its loop nests)."""
+CALLS_OF_SUM = """Forward + backward of one call with ReLU on as many maps as the last block of the stage reads. Each
+call is on its own: it takes the moments of all maps, and writes a gradient for each."""
 STAGE_MEMORY = """Bytes of tensors in use after forward of a whole stage, convolutions included, batch 8: what is kept
 for backward, and the result. The plain stage has the same convolutions and no ER shortcuts."""
-MEMORY = "Peak of a process of its own during training, beyond that of its imports; bar: at most 1.05 times plain."
-CALLS = "64 channels of 7 x 7, batch 1, no gradient, one thread."
+IMAGES = "Float32, channels-last, 224 x 224, all cores; the plain ResNet is one of torch modules."
+MEMORY = """Peak of a process of its own during training, beyond that of its imports, and of tensors alone (parameters,
+gradients and the optimizer's state included)."""
+CALLS = "64 channels of 7 x 7, batch 1, three maps, no gradient, one thread."
 
 
-def report(machine: dict[str, Any], rows: Sequence[Row], source: str) -> str:
-    """The page er-benchmarks.md."""
-    tails, kernels = rows_of(rows, "stage_tails"), rows_of(rows, "kernels")
-    compiled = {
+class Source(NamedTuple):
+    """A record that rows of the page are from."""
+
+    path: Path
+    machine: dict[str, Any]
+    count: int
+
+
+def er_rows(rows: Iterable[Row]) -> list[Row]:
+    """Those of the ER benches on the CPU that have figures."""
+    return [
+        row
+        for row in rows
+        if row.bench.startswith("bench_er_")
+        and (FOLDER / f"{row.bench}.py").exists()
+        and row.status in ("measured", "pass")
+    ]
+
+
+def gather(record: Path) -> tuple[list[Row], list[Source]]:
+    """The rows of the record, and those that only older records beside it have, marked; and where they are from."""
+    machine, rows = read(record)
+    found = {row.key: row for row in er_rows(rows)}
+    sources = [Source(record, machine, len(found))]
+    others = [(path, *read(path)) for path in record.parent.glob("*.json") if path.name != record.name]
+    for path, other, rows in sorted(others, key=lambda entry: entry[1]["time"], reverse=True):
+        if other["time"] > machine["time"] or any(other[key] != machine[key] for key in ("kind", "cpu", "cores")):
+            continue
+        lacking = [row for row in er_rows(rows) if row.key not in found]
+        for row in lacking:
+            row.extra_info[OLDER] = True
+            found[row.key] = row
+        if lacking:
+            sources.append(Source(path, other, len(lacking)))
+    return list(found.values()), sources
+
+
+def in_maps(kernels: Iterable[Row]) -> dict[str, float]:
+    """What compiled tails move, in maps, by stage."""
+    return {
         row.params["stage"]: row.extra_info["moved_compiled"] / row.extra_info["map_bytes"]
         for row in kernels
         if "moved_compiled" in row.extra_info
     }
-    parts: list[tuple[str, str, list[Row], Callable[[list[Row]], str]]] = [
+
+
+def sections(rows: Sequence[Row]) -> list[tuple[str, str, list[Row], Table]]:
+    """Title, text, rows and table of each section."""
+    tails, kernels, sums = (rows_of(rows, test) for test in ("stage_tails", "kernels", "shortcut_sum"))
+    compiled = in_maps(kernels)
+    return [
         ("Tails of a stage", TAILS, tails, lambda found: means_table(found, "stage_tails")),
-        ("Roofline", ROOFLINE, tails, lambda found: roofline_table(found, compiled)),
+        ("Tails, by stage", SPEED, tails, speed_table),
+        ("Bytes of the tails", BYTES, tails, lambda found: bytes_table(found, compiled)),
+        ("Kernels of the tails", KERNELS, kernels, kernels_table),
         ("Operators", OPERATORS, rows_of(rows, "operator"), operators_table),
-        ("Kernels", KERNELS, kernels, kernels_table),
-        ("`er_shortcut_sum`", "", rows_of(rows, "shortcut_sum"), lambda found: means_table(found, "shortcut_sum")),
-        ("`er_shortcut_sum`, by stage", "", rows_of(rows, "shortcut_sum"), functional_table),
+        ("`er_shortcut_sum`", CALLS_OF_SUM, sums, lambda found: means_table(found, "shortcut_sum")),
+        ("`er_shortcut_sum`, by stage", "", sums, speed_table),
         ("Memory of a stage", STAGE_MEMORY, rows_of(rows, "stage_memory"), stage_memory_table),
-        ("Training steps", "Float32, channels-last, 224 x 224.", rows_of(rows, "training_step"), steps_table),
+        ("Training steps", IMAGES, rows_of(rows, "training_step"), steps_table),
         ("Memory of training", MEMORY, rows_of(rows, "training_memory"), memory_table),
-        ("Evaluation", "Float32, channels-last, 224 x 224.", rows_of(rows, "evaluation"), steps_table),
+        ("Evaluation", IMAGES, rows_of(rows, "evaluation"), steps_table),
         ("One call", CALLS, rows_of(rows, "call"), calls_table),
+        ("Bars", "", [row for row in rows if row.bar_texts()], bars_table),
     ]
+
+
+def origin(sources: Sequence[Source]) -> str:
+    """Which records the page is from."""
+    lines = []
+    for path, machine, count in sources:
+        changed = " and uncommitted changes" if machine["dirty"] else ""
+        link = f"[{path.name}](../bench/results/{path.name})"
+        lines.append(f"{link} (commit {machine['commit']}{changed}, {machine['time'][:10]}, {count} rows)")
+    older = f" A star marks rows of older records: {'; '.join(lines[1:])}." if len(lines) > 1 else ""
+    return f"{lines[0]}; do not edit.{older}"
+
+
+def report(rows: Sequence[Row], sources: Sequence[Source]) -> str:
+    """The page er-benchmarks.md."""
+    machine = sources[0].machine
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    head = f"""# ER shortcuts: benchmarks
-
-Written by `python3 bench/report_er.py` from `{source}`; do not edit. {machine["cpu"]}, {machine["cores"]} cores;
-{packages}; commit {machine["commit"]}, {machine["time"][:10]}. Ratios are of medians of contestants that took turns in
-one process. Bars: tails at least {BAR_FLOOR:.0%} of the floor; the others stand beside their figures."""
-    sections = [head]
-    for title, text, found, table in parts:
-        sections.append("\n\n".join(filter(None, [f"## {title}", text, table(found) if found else "Not measured."])))
-    return "\n\n".join(sections) + "\n"
-
-
-def er_rows(rows: Iterable[Row]) -> list[Row]:
-    """Those of the ER benches that have figures."""
-    return [row for row in rows if row.bench.startswith("bench_er_") and row.status in ("measured", "pass")]
+    parts = [
+        "# ER shortcuts: benchmarks",
+        f"Written by `python3 dev.py report` from {origin(sources)}\n\n{machine['cpu']}, {machine['cores']} cores; "
+        f"{packages}. Ratios are of medians of contestants that took turns in one process. What each row is, and how "
+        "its floor is counted, stands in `bench/bench_er_*.py`; [er-shortcuts.md](er-shortcuts.md) has the design.",
+    ]
+    for title, text, found, table in sections(rows):
+        parts.append("\n\n".join(filter(None, [f"## {title}", text, table(found) if found else "Not measured."])))
+    return "\n\n".join(parts) + "\n"
 
 
 def tables(records: Any) -> dict[str, str]:
     """Tables for other documents, from the newest rows of all records."""
     rows = er_rows(records.rows("cpu"))
     tails, kernels = rows_of(rows, "stage_tails"), rows_of(rows, "kernels")
+    memory = rows_of(rows, "stage_memory")
     return {
         "er-kernels": kernels_table(kernels) if kernels else "Not measured.",
         "er-means": means_table(tails, "stage_tails") if tails else "Not measured.",
+        "er-stage-memory": stage_memory_table(memory) if memory else "Not measured.",
     }
 
 
 def write_report(record: Path, folder: Path = ROOT / "docs") -> list[Path]:
     """Write the page and the picture of one record; returns their paths."""
-    machine, rows = read(record)
-    rows = er_rows(rows)
+    rows, sources = gather(record)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "er-benchmarks.md"
-    page.write_text(report(machine, rows, f"bench/results/{record.name}"))
+    page.write_text(report(rows, sources))
     tails = rows_of(rows, "stage_tails")
     return [page, draw_tails(tails, folder / "er_speed.png")] if tails else [page]
 

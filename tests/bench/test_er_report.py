@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import er_tables
 import pytest
 import report_er
 from er_means import STAGES_50, geometric_mean, record_means
-from record import Record, Row, read
+from record import Record, Row
 
 MACHINE = {
     "kind": "cpu", "name": "cpu-2-cores", "cpu": "Some CPU", "cores": 2, "packages": {"torch": "2.13.0"},
@@ -68,13 +69,44 @@ def test_report_of_a_whole_and_of_a_partial_record(record, tmp_path):
     page = (tmp_path / "docs" / "er-benchmarks.md").read_text()
     assert "5.66 (reaches 5)" in page and "not measured" in page and "7.00 (reaches 6)" in page
     assert re.search(r"\| resnet50-1 \| 2 \| 16\.0 \| 1\.5 \| – \| – \| 5\.0 \| 2\.0 \|", page)
-    assert "## Training steps\n\nFloat32, channels-last, 224 x 224.\n\nNot measured." in page
+    assert "all cores; the plain ResNet is one of torch modules.\n\nNot measured." in page
+    assert "do not edit.\n" in page  # one record alone
     assert (tmp_path / "docs" / "er_speed.png").read_bytes().startswith(b"\x89PNG")
-    assert report_er.report(read(record.path)[0], [], "nowhere").count("Not measured.") == 11
+    source = report_er.Source(record.path, MACHINE, 0)
+    assert report_er.report([], [source]).count("Not measured.") == len(report_er.sections([]))
 
 
-def test_a_bar_missed_is_called_short(record):
-    assert "2.83 (short of 3)" in report_er.mark(8**0.5, 3.0)
+def test_rows_that_only_older_records_have_are_marked(record):
+    contiguous = Record.of({**MACHINE, "commit": "abcdef", "time": "2026-11-20T12:00:00+00:00"}, record.path.parent)
+    contiguous.add(tail_row("resnet101-3", 1.0, 9.0), tail_row("resnet50-1", 1.0, 99.0))
+    other = Record.of({**MACHINE, "cpu": "Another", "time": "2026-11-19T12:00:00+00:00"}, record.path.parent)
+    other.add(kernels_row("resnet50-1", 2))
+    newer = Record.of({**MACHINE, "commit": "fedcba", "time": "2026-11-24T12:00:00+00:00"}, record.path.parent)
+    newer.add(kernels_row("resnet50-2", 3))
+    rows, sources = report_er.gather(record.path)
+    assert [(source.path, source.count) for source in sources] == [(record.path, 4), (contiguous.path, 1)]
+    assert {row.params["stage"]: row.extra_info.get("older", False) for row in rows} == {
+        **dict.fromkeys(STAGES_50, False), "resnet101-3": True
+    }  # fmt: skip
+    page = report_er.report(rows, sources)
+    assert (
+        "| resnet101-3, 8, channels-last, 2 * | 9.0 |" in page and "| resnet50-1, 8, channels-last, 2 | 2.0 |" in page
+    )
+    assert "A star marks rows of older records: [" in page and "commit abcdef" in page
+
+
+def test_bars_are_summed_up_by_what_they_ask():
+    rows = [tail_row("resnet50-1", 1.0, naive, bar="ratio_naive >= 5") for naive in (4.0, 6.0)]
+    rows.append(tail_row("resnet50-2", 1.0, 7.0, bar=["ratio_naive >= 5", "ratio_compiled >= 2"]))
+    assert er_tables.bars_table(rows).splitlines()[2:] == [
+        "| tails | `ratio_naive >= 5` | 2 of 3 | 4 to 7 |",
+        "| tails | `ratio_compiled >= 2` | 0 of 0 | – |",
+    ]
+    assert er_tables.verdicts(rows[2]) == "ratio_naive >= 5 reached; ratio_compiled >= 2 not measured"
+
+
+def test_a_bar_missed_is_called_short():
+    assert er_tables.mark(8**0.5, 3.0) == "2.83 (short of 3)"
 
 
 def test_usage(capsys):
