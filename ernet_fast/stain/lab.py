@@ -1,4 +1,4 @@
-"""CIE L*a*b* (D65) of sRGB images and back, as torch operations on [B, 3, H, W]; differentiable."""
+"""CIE L*a*b* (D65) of sRGB images and back, as torch operations on [B, 3, ...]; differentiable."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ WHITE = (0.95047, 1.0, 1.08883)
 TINY = 1e-12
 
 
-def rgb_to_lab(rgb: torch.Tensor) -> torch.Tensor:
-    """L in 0..100, a, b of sRGB values in 0..1."""
+def linear_of_rgb(rgb: torch.Tensor) -> torch.Tensor:
+    """Light intensities of sRGB values in 0..1."""
     # Powers are taken of positive values only, so that the gradient of the other branch stays finite.
-    linear = torch.where(rgb > 0.04045, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    return torch.where(rgb > 0.04045, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+
+
+def linear_of_bytes(levels: torch.Tensor) -> torch.Tensor:
+    """`linear_of_rgb` of levels / 255, uint8."""
+    table = linear_of_rgb(torch.arange(256, dtype=torch.float64, device=levels.device) / 255)
+    return table.index_select(0, levels.flatten().int()).reshape(levels.shape)
+
+
+def lab_of_linear(linear: torch.Tensor) -> torch.Tensor:
+    """L in 0..100, a, b of light intensities in 0..1."""
     white = torch.tensor(WHITE, dtype=torch.float64)
     xyz = _mix(linear, torch.tensor(RGB_TO_XYZ, dtype=torch.float64) / white[:, None])
     f = torch.where(xyz > 0.008856, xyz.clamp(min=TINY) ** (1 / 3), 7.787 * xyz + 16 / 116)

@@ -7,6 +7,7 @@ torchstain package has it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,15 @@ import torch
 from ernet_fast.stain.batched import PIXELS_AT_A_TIME
 from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.functional import check_range, keep_degenerate, refuse_failures
-from ernet_fast.stain.lab import lab_to_rgb, rgb_to_lab
+from ernet_fast.stain.lab import lab_of_linear, lab_to_rgb, linear_of_bytes, linear_of_rgb
 from ernet_fast.stain.parameters import check_policy
 from ernet_fast.stain.result import MacenkoStatus
 from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
 
 METHODS = (None, "modified")
+
+BLOCK_PIXELS = 32768
+"""Pixels worked on at a time on the CPU, so that what one step leaves is in the cache for the next."""
 
 FLAT_STD = 1e-3
 """A channel of a smaller standard deviation (in units of L, a, b) is flat: what it deviates by is rounding."""
@@ -87,9 +91,8 @@ def _fit_pixels(images: torch.Tensor, range: float) -> tuple[torch.Tensor, torch
     """Mean, standard deviation and status of [b, 3, H, W]."""
     results = []
     for part in _groups(images):
-        unit = _unit_rgb(part, range)
-        valid = ((unit >= -0.5 / 255) & (unit <= 255.5 / 255)).flatten(1).all(dim=1)
-        lab = rgb_to_lab(unit).flatten(2)
+        valid = _levels_are_valid(part, range)
+        lab = _in_blocks(part, lambda pixels: _lab(pixels, range))
         mean = lab.mean(dim=2)
         std = (lab - mean[:, :, None]).square().mean(dim=2).sqrt()
         status = torch.where(valid, int(MacenkoStatus.OK), int(MacenkoStatus.NON_FINITE)).to(torch.int32)
@@ -107,9 +110,28 @@ def _groups(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return images.split(max(1, PIXELS_AT_A_TIME // (images.shape[2] * images.shape[3])))
 
 
-def _unit_rgb(images: torch.Tensor, range: float) -> torch.Tensor:
-    """Float64 values in 0..1."""
-    return images.double() / (255 if images.dtype == torch.uint8 else range)
+def _in_blocks(images: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """`function` of the pixels of [b, 3, H, W], as [b, 3, H W]; on the CPU block by block."""
+    pixels = images.flatten(2)
+    if images.device.type != "cpu" or pixels.shape[2] <= BLOCK_PIXELS:
+        return function(pixels)
+    return torch.cat([function(block) for block in pixels.split(BLOCK_PIXELS, dim=2)], dim=2)
+
+
+def _levels_are_valid(images: torch.Tensor, range: float) -> torch.Tensor:
+    """[b]: no value is NaN, infinite or more than half a grey level outside the range."""
+    if images.dtype == torch.uint8:
+        return torch.ones(len(images), dtype=torch.bool, device=images.device)
+    half = range * 0.5 / 255
+    levels = images.double()
+    return ((levels >= -half) & (levels <= range + half)).flatten(1).all(dim=1)
+
+
+def _lab(pixels: torch.Tensor, range: float) -> torch.Tensor:
+    """L, a and b in float64."""
+    return lab_of_linear(
+        linear_of_bytes(pixels) if pixels.dtype == torch.uint8 else linear_of_rgb(pixels.double() / range)
+    )
 
 
 def reinhard_normalize(
@@ -198,9 +220,13 @@ def _normalize(part: Part, source: ReinhardFit, target: ReinhardFit, method: str
     for group in _groups(images):
         rows = slice(begin, begin + len(group))
         begin += len(group)
-        scale, shift = (values[rows, :, None, None] for values in (gain, offset))
-        rgb = lab_to_rgb(rgb_to_lab(_unit_rgb(group, range)) * scale + shift)
-        results.append((rgb * (255 if images.dtype == torch.uint8 else range)).to(images.dtype))
+        scale, shift = (values[rows, :, None] for values in (gain, offset))
+        unit = 255 if images.dtype == torch.uint8 else range
+
+        def moved(pixels: torch.Tensor, scale: torch.Tensor = scale, shift: torch.Tensor = shift) -> torch.Tensor:
+            return (lab_to_rgb(_lab(pixels, range) * scale + shift) * unit).to(images.dtype)
+
+        results.append(_in_blocks(group, moved).reshape(group.shape))
     return torch.cat(results)
 
 
