@@ -242,8 +242,9 @@ def check_range(pixels: torch.Tensor, range: float, index: list[int] | None = No
     if range >= 2:
         largest = float(pixels.detach().amax())
         if 0 < largest <= 1:
+            whose = "images hold" if index is None or len(index) > 1 else f"image {index[0]} holds"
             raise ValueError(
-                f"images hold values up to {largest:.3g}, but range={range:g} was stated; "
+                f"{whose} values up to {largest:.3g}, but range={range:g} was stated; "
                 "pass range=1 for images in [0, 1]."
             )
     else:

@@ -97,7 +97,16 @@ class MacenkoNormalizer(torch.nn.Module):
         status = torch.zeros(1, dtype=torch.int32, device=self.HERef.device)
         return MacenkoFit(self.HERef.double().unsqueeze(0), self.maxCRef.double().unsqueeze(0), status)
 
-    def fit(self, I: Any, targets: str | None = None, mask: Any = None) -> MacenkoNormalizer:  # noqa: E741
+    def fit(
+        self,
+        I: Any,  # noqa: E741
+        targets: str | None = None,
+        mask: Any = None,
+        *,
+        Io: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
+    ) -> MacenkoNormalizer:
         """Take the stains of one image, or of several together, as target.
 
         Args:
@@ -105,6 +114,9 @@ class MacenkoNormalizer(torch.nn.Module):
             targets: how several images make one target: "concat" fits all their pixels together, "avg" takes the means
                 of their stain matrices and of their maximal concentrations.
             mask: as in `macenko_fit`.
+            Io: in place of the normaliser's, for this call, as torchstain takes it.
+            alpha: the same.
+            beta: the same.
 
         Raises:
             ValueError: several images without `targets`, or stains that cannot be estimated; the message says why.
@@ -112,20 +124,18 @@ class MacenkoNormalizer(torch.nn.Module):
         if self.compat is not None:
             for image in I if isinstance(I, (list, tuple)) else [I]:
                 read_as_torchstain(image)
-        fit = fit_targets(I, targets, mask, **self._fit_options(I))
+        fit = fit_targets(I, targets, mask, **self._options_with(I, Io=Io, alpha=alpha, beta=beta))
         self.HERef = fit.stain_matrix[0].to(self.HERef)
         self.maxCRef = fit.max_concentration[0].to(self.maxCRef)
         return self
 
     def forward(self, images: Any, source: MacenkoFit | None = None, mask: Any = None) -> Any:
         """Normalised images, or a network's input; `source` and `mask` as in `macenko_normalize`."""
-        return self._normalized(images, source, mask, output=self.output, mean=self.mean, std=self.std)
+        output = {"output": self.output, "mean": self.mean, "std": self.std}
+        return self._normalized(images, source, mask, **self._fit_options(images), **output)
 
-    def _normalized(self, images: Any, source: MacenkoFit | None, mask: Any, **output: Any) -> Any:
-        options = self._fit_options(images)
-        return macenko_normalize(
-            images, self.target, source, on_degenerate=self.on_degenerate, mask=mask, **options, **output
-        )
+    def _normalized(self, images: Any, source: MacenkoFit | None, mask: Any, **options: Any) -> Any:
+        return macenko_normalize(images, self.target, source, on_degenerate=self.on_degenerate, mask=mask, **options)
 
     def normalize(
         self,
@@ -134,6 +144,9 @@ class MacenkoNormalizer(torch.nn.Module):
         *,
         source: MacenkoFit | None = None,
         mask: Any = None,
+        Io: float | None = None,
+        alpha: float | None = None,
+        beta: float | None = None,
     ) -> tuple[Any, Any, Any]:
         """Normalised image(s), and the haematoxylin and eosin parts as images, or None for both if not `stains`.
 
@@ -142,22 +155,33 @@ class MacenkoNormalizer(torch.nn.Module):
             stains: also return the images of the stains, drawn with the target's stains.
             source: as in `macenko_normalize`.
             mask: as in `macenko_normalize`.
+            Io: in place of the normaliser's, for this call, as torchstain takes it.
+            alpha: the same.
+            beta: the same.
 
         Raises:
-            ValueError: as `macenko_normalize`.
+            TypeError, ValueError: as `macenko_normalize`; TypeError for `stains` that is no bool.
         """
+        if not isinstance(stains, bool):
+            raise TypeError(f"stains is {stains!r}; expected True or False. Give Io, alpha and beta by name.")
         if self.compat is not None:
             read_as_torchstain(I)
-        results = self._image_and_stains(I, source, mask) if stains else (self._normalized(I, source, mask), None, None)
+        options = self._options_with(I, Io=Io, alpha=alpha, beta=beta)
+        results = (
+            self._image_and_stains(I, source, mask, **options)
+            if stains
+            else (self._normalized(I, source, mask, **options), None, None)
+        )
         return results if self.compat is None else as_torchstain(results)
 
-    def _image_and_stains(self, images: Any, source: MacenkoFit | None, mask: Any) -> tuple[Any, Any, Any]:
-        options = self._fit_options(images)
-        collection = read_collection(images, options.pop("layout"))
+    def _image_and_stains(
+        self, images: Any, source: MacenkoFit | None, mask: Any, layout: str | None, Io: float, **options: Any
+    ) -> tuple[Any, Any, Any]:
+        collection = read_collection(images, layout)
         for part in collection.parts:
             check_range(part.pixels, self.range, part.index)
         check_target(self.target)
-        known = known_source(collection, source, mask, **options)
+        known = known_source(collection, source, mask, Io, **options)
         refuse_failures(known.status, self.on_degenerate)
         target = on_device(expand_fit(self.target, collection.count, "target"), collection.device)
         usable = usable_source(known, target)
@@ -166,7 +190,7 @@ class MacenkoNormalizer(torch.nn.Module):
             ours, theirs = part.take_fit(usable), part.take_fit(target)
             for kept, result in zip(((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)), results, strict=True):
                 drawn = one_stain(theirs, kept)
-                result.append(_ops.reconstruct(part.pixels, ours, drawn, float(self.Io), float(self.range)))
+                result.append(_ops.reconstruct(part.pixels, ours, drawn, float(Io), float(self.range)))
             if self.on_degenerate == "identity":
                 results[0][-1] = keep_degenerate(results[0][-1], part.pixels, part.take(known.status))
         image, haematoxylin, eosin = (collection.restore(result) for result in results)
@@ -178,6 +202,13 @@ class MacenkoNormalizer(torch.nn.Module):
             f"Io={self.Io}, alpha={self.alpha}, beta={self.beta}, percentile={self.percentile!r}, "
             f"on_degenerate={self.on_degenerate!r}" + (f", compat={self.compat!r}" if self.compat else "")
         )
+
+    def _options_with(self, images: Any, **given: float | None) -> dict[str, Any]:
+        """`_fit_options` with what is given for one call."""
+        options = self._fit_options(images)
+        options |= {name: value for name, value in given.items() if value is not None}
+        check_parameters(*(options[name] for name in ("Io", "alpha", "beta", "percentile")))
+        return options
 
     def _fit_options(self, images: Any) -> dict[str, Any]:
         first = images[0] if isinstance(images, (list, tuple)) and images else images

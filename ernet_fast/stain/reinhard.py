@@ -216,12 +216,12 @@ def _expand(fit: ReinhardFit, collection: Collection, name: str) -> ReinhardFit:
 def _normalize(part: Part, source: ReinhardFit, target: ReinhardFit, method: str | None, range: float) -> torch.Tensor:
     gain, offset = (part.take(rows) for rows in _affine(source, target, method))
     images, results = part.pixels, []
+    unit = 255 if images.dtype == torch.uint8 else range
     begin = 0
     for group in _groups(images):
         rows = slice(begin, begin + len(group))
         begin += len(group)
         scale, shift = (values[rows, :, None] for values in (gain, offset))
-        unit = 255 if images.dtype == torch.uint8 else range
 
         def moved(pixels: torch.Tensor, scale: torch.Tensor = scale, shift: torch.Tensor = shift) -> torch.Tensor:
             return (lab_to_rgb(_lab(pixels, range) * scale + shift) * unit).to(images.dtype)

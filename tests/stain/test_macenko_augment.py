@@ -7,7 +7,7 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
-from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_augment, macenko_fit
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, macenko_augment, macenko_fit
 from ernet_fast.stain.augment import draw_changes
 
 IMAGES = [synthetic_tissue(40, 56, seed) for seed in range(4)]
@@ -114,14 +114,15 @@ def test_degenerate_images_follow_the_policy():
     assert torch.equal(images, kept)
 
 
-def test_gradcheck_to_the_image():
-    images = batch(synthetic_tissue(5, 7, 1)).double().clamp(60, 150).requires_grad_()
+def test_gradcheck_to_the_image_and_the_stains():
+    images = batch(synthetic_tissue(5, 7, 1)).double().clamp(60, 150)
     source = macenko_fit(IMAGES[0])
+    leaves = [part.clone().requires_grad_() for part in (images, *source[:2])]
 
-    def changed(x):
-        return macenko_augment(x, source, generator=seeded(1))
+    def changed(x, stain, maximum):
+        return macenko_augment(x, MacenkoFit(stain, maximum, source.status), generator=seeded(1))
 
-    assert torch.autograd.gradcheck(changed, (images,), eps=1e-5, atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(changed, leaves, eps=1e-5, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

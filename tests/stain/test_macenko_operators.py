@@ -98,6 +98,44 @@ def test_gradcheck_to_the_image_and_the_stains():
     assert torch.autograd.gradcheck(rebuild, (images, *parts), eps=1e-6, atol=1e-5, rtol=1e-5)
 
 
+def rebuilt_by_formula(images, source_stain, source_max, target_stain, target_max):
+    """min(Io exp(-HE_target diag(max_target / max_source) pinv(HE_source) OD), 255) in torch's own operations."""
+    od = -((images.flatten(2) + 1) / 240).log()
+    gain = torch.diag_embed(target_max / source_max)
+    exponents = target_stain @ gain @ torch.linalg.pinv(source_stain) @ od
+    return (240 * (-exponents).exp()).clamp(max=255).reshape(images.shape)
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_are_those_of_the_formula(channels_last, targets):
+    """For the images and for every stain parameter, clipped values included."""
+    images = batch(synthetic_tissue(31, 23, 1), synthetic_tissue(31, 23, 2)).double()
+    images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    fits = macenko_fit(batch(synthetic_tissue(30, 30, 1), synthetic_tissue(30, 30, 2)))
+    target = [torch.cat([part * (1 + 0.1 * i) for i in range(targets)]) for part in STAINS]
+    values = [images, fits.stain_matrix, fits.max_concentration, *target]
+    weight = torch.linspace(-1, 1, images.numel(), dtype=torch.float64).reshape(images.shape)
+    results = []
+    for rebuild in (
+        lambda x, stain, top, wanted, wanted_top: macenko_normalize(
+            x,
+            MacenkoFit(wanted, wanted_top, torch.zeros(targets, dtype=torch.int32)),
+            MacenkoFit(stain, top, torch.zeros(2, dtype=torch.int32)),
+        ),
+        rebuilt_by_formula,
+    ):
+        leaves = [value.clone().requires_grad_() for value in values]
+        out = rebuild(*leaves)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
+    assert (results[1][0] == 255).any() and (results[1][0] < 255).any()
+    for found, expected in zip(*results, strict=True):
+        # Sums over 713 pixels of terms of one size, through the inverse of a 2 x 2 matrix of condition below 100.
+        torch.testing.assert_close(
+            found, expected, rtol=1e-10, atol=713 * 100 * 2.0**-52 * float(expected.detach().abs().max())
+        )
+
+
 def test_estimated_stains_are_constants():
     images = double_images()
     fixed = macenko_fit(images.detach())

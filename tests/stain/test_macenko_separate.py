@@ -7,7 +7,7 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
-from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_fit, separate
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, macenko_fit, separate
 
 IMAGES = [synthetic_tissue(40, 56, seed) for seed in range(3)]
 TARGET = MacenkoNormalizer().target
@@ -87,7 +87,20 @@ def test_undefined_pixels_are_nan_alone():
     assert undefined.sum() == 2 and undefined[3, 4] and undefined[5, 6]
 
 
-def test_gradcheck():
-    images = batch(synthetic_tissue(4, 6, 1)).double().clamp(60, 150).requires_grad_()
-    source = macenko_fit(IMAGES[0])
-    assert torch.autograd.gradcheck(lambda x: separate(x, source)[:3], (images,), eps=1e-5, atol=1e-6, rtol=1e-5)
+def with_stains(values, images):
+    """The MacenkoFit of a pair of tensors."""
+    return MacenkoFit(*values, torch.zeros(len(images), dtype=torch.int32))
+
+
+def test_gradcheck_to_the_image_and_the_stains():
+    images = batch(synthetic_tissue(4, 6, 1)).double().clamp(60, 150)
+    source, target = macenko_fit(IMAGES[0]), TARGET
+    leaves = [part.clone().requires_grad_() for part in (images, *source[:2], *target[:2])]
+
+    def split(x, *stains):
+        return separate(x, with_stains(stains[:2], x), target=with_stains(stains[2:], x))[:3]
+
+    assert torch.autograd.gradcheck(split, leaves, eps=1e-6, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda x, *stains: separate(x, with_stains(stains, x))[:3], leaves[:3], eps=1e-6, atol=1e-5, rtol=1e-5
+    )

@@ -106,6 +106,26 @@ def test_forms_batches_lists_and_threads():
     np.testing.assert_array_equal(reinhard_normalize(images[1], target, slide), listed[1])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_threads_and_memory_layouts_give_the_same_bits(dtype):
+    """An image of several blocks, the last of them short."""
+    image = np.tile(synthetic_tissue(130, 190, 9), (2, 2, 1))[:251, :377].astype(dtype)
+    planar = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    target = reinhard_fit(TARGET)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = reinhard_normalize(planar, target)
+            results += [(out, *reinhard_fit(planar))]
+            results += [(torch.from_numpy(reinhard_normalize(image, target)).permute(2, 0, 1), *reinhard_fit(image))]
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_a_masked_fit_is_the_fit_of_the_masked_pixels():
     images = [synthetic_tissue(40, 50, 1), synthetic_tissue(31, 20, 2)]
     rng = np.random.default_rng(0)

@@ -53,6 +53,32 @@ def test_arrays_as_its_numpy_backend(parameter, fitted):
     assert ours.normalize(image, stains=False)[1:] == (None, None)
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_its_parameters_may_be_given_to_the_calls(tensor):
+    module, name = ("torch", "TorchMacenkoNormalizer") if tensor else ("numpy", "NumpyMacenkoNormalizer")
+    theirs = getattr(pytest.importorskip(f"torchstain.{module}.normalizers.macenko"), name)()
+    ours = MacenkoNormalizer(compat="torchstain")
+    numbers = {"Io": 250, "alpha": 3, "beta": 0.25}
+    target, image = (chw(one) if tensor else one for one in (TARGET, synthetic_tissue(64, 90, 3)))
+    theirs.fit(target, **numbers)
+    ours.fit(target, **numbers)
+    for stains in (True, False):
+        expected = theirs.normalize(I=image, stains=stains, **numbers)
+        found = ours.normalize(I=image, stains=stains, **numbers)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None) == (b is None) == (not stains and a is not found[0])
+            if a is not None:
+                difference = np.abs(np.asarray(a).astype(int) - np.asarray(b))
+                assert difference.max() <= 1 and (difference == 0).mean() >= (0.96 if tensor else 0.9995)
+    assert ours.Io == 240 and not np.array_equal(np.asarray(found[0]), np.asarray(ours.normalize(image)[0]))
+    with pytest.raises(ValueError, match="alpha=70"):
+        ours.normalize(image, alpha=70)
+    with pytest.raises(ValueError, match="beta=-1"):
+        ours.fit(target, beta=-1)
+    with pytest.raises(TypeError, match="stains is 240; expected True or False. Give Io"):
+        ours.normalize(image, 240)
+
+
 def test_results_are_those_without_compat_in_another_form():
     ours, plain = MacenkoNormalizer(compat="torchstain"), MacenkoNormalizer(percentile="nearest")
     assert torch.equal(ours.normalize(chw(TARGET))[0], plain.normalize(chw(TARGET))[0].permute(1, 2, 0).int())
