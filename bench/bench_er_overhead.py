@@ -12,13 +12,44 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from turns import in_turns, percentiles
 
 from ernet_fast import ERShortcut, er_shortcut_sum
 from ernet_fast.er import _ops
+from ernet_fast.er.coefficients import (
+    NO_NORM,
+    NO_SHORTCUT,
+    ShortcutArguments,
+    block_coefficients,
+    block_coefficients_backward,
+    new_table,
+    new_totals,
+)
 
 CHANNELS, NUM_MAPS = 64, 3
 BAR_US = 30
+COEFFICIENTS = ("block_coefficients", "block_coefficients_backward")
+OPERATORS = ("channel_moments", "weighted_sum", "weighted_dot", *COEFFICIENTS)
+
+
+def coefficient_calls(maps: list[Tensor], weight: Tensor) -> dict[str, Callable[[], Any]]:
+    """The algebra of the last block, forward and backward."""
+    table, index, elements, eps = new_table(maps[0], NUM_MAPS), NUM_MAPS - 1, 49, 1e-5
+    for earlier in range(index):
+        moments = _ops.channel_moments(maps[earlier])
+        block_coefficients(table, earlier, False, *moments, None, elements, *NO_NORM, *NO_SHORTCUT, eps)
+    shortcut = ShortcutArguments(weight, None, None, None, False, 0.1)
+    totals, da, db = new_totals(table), torch.randn(NUM_MAPS, CHANNELS), torch.randn(CHANNELS)
+    a, _ = block_coefficients(table, index, False, None, None, None, elements, *NO_NORM, *shortcut, eps)
+    return {
+        COEFFICIENTS[0]: lambda: block_coefficients(
+            table, index, False, None, None, None, elements, *NO_NORM, *shortcut, eps
+        ),
+        COEFFICIENTS[1]: lambda: block_coefficients_backward(
+            table, index, False, totals, da, db, None, elements, 0, weight, None, None, False, eps, [a], False, False
+        ),
+    }
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -34,6 +65,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "channel_moments": lambda: _ops.channel_moments(maps[0]),
         "weighted_sum": lambda: _ops.weighted_sum(maps, a, b, True),
         "weighted_dot": lambda: _ops.weighted_dot(maps[0], maps, maps[1]),
+        **coefficient_calls(maps, weight),
         "er_shortcut_sum, training": lambda: er_shortcut_sum(maps, weight, relu=True),
         "er_shortcut_sum, evaluation": lambda: er_shortcut_sum(maps, weight, relu=True, **evaluation),
         "ERShortcut, evaluation": lambda: module(maps),
@@ -47,12 +79,11 @@ def test_call(record_row, torch_threads, name):
     with torch.no_grad():
         times = in_turns({"add": every["add"], name: every[name]}, rounds=25, turn=0.005)
     micro = {who: percentiles([1e6 * value for value in values]) for who, values in times.items()}
-    operator = name in ("channel_moments", "weighted_sum", "weighted_dot")
     record_row(
         "one call on tiny maps",
         **micro[name],
         unit="us",
         repeats=len(times[name]),
         add_us=micro["add"]["p50"],
-        **({"bar": f"p50 <= {BAR_US}"} if operator else {}),
+        **({"bar": f"p50 <= {BAR_US}"} if name in OPERATORS else {}),
     )

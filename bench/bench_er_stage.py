@@ -6,7 +6,8 @@ fused design must move (`er_tails.py` counts them) take at the copy bandwidth me
 all maps that it touches; `floor_cached` is the same at the working set of one block, as though a block found in the
 caches whatever the passes over earlier blocks had left there.
 `moved_*` is what the contestants move by a count of their operators (`traffic.py`), `faults_*` the pages that the
-system had to map and clear anew for newly allocated maps, `system_ms_*` the processor time it took (`page_faults.py`).
+system had to map and clear anew for newly allocated maps, `system_ms_*` the processor time it took (`page_faults.py`),
+`in_<operator>_ms` where the fused pass spends its time (`operator_times.py`).
 
 Run: python3 dev.py bench bench_er_stage        batch 8, channels-last, against naive eager and compiled
      with --slow every batch and layout; those are against the compiled one with --compiled alone (minutes)
@@ -23,6 +24,7 @@ from copy_floor import copy_seconds_per_byte
 from er_kernel_counts import compiled_cost, profiled_kernels
 from er_means import STAGE_101, record_means
 from er_tails import LAYOUTS, STAGES, Tails, make_maps, map_accesses, maps_touched, train_tails
+from operator_times import operator_milliseconds
 from page_faults import system_work
 from traffic import bytes_moved
 from turns import in_turns, percentiles
@@ -84,6 +86,7 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         share_of_floor_cached=cached / milliseconds["fused"],
         **{f"faults_{name}": work.page_faults for name, work in system.items()},
         **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
+        **{f"in_{name}_ms": value for name, value in operator_milliseconds(steps["fused"]).items()},
         map_accesses=map_accesses(shape.num_maps),
         bar=["share_of_floor >= 0.75", *(["ratio_naive >= 6"] if stage == STAGE_101 else [])],
     )

@@ -111,6 +111,26 @@ def bytes_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str:
     return markdown([*head, *moved, *(f"faults, {who}" for who in CONTESTANTS)], lines)
 
 
+def operators_of_tails_table(rows: Sequence[Row]) -> str:
+    """Where the fused pass spends its time; the rest is Python, autograd and allocation."""
+    columns = {
+        "moments": ("channel_moments",),
+        "sums": ("weighted_sum",),
+        "dots": ("weighted_dot",),
+        "C-vectors": ("block_coefficients", "block_coefficients_backward"),
+    }
+    lines = []
+    for setting in settings(rows):
+        for row in with_setting(rows, setting):
+            info = row.extra_info
+            times = [sum(info.get(f"in_{name}_ms", 0.0) for name in names) for names in columns.values()]
+            whole = info.get("in_call_ms")
+            if whole is not None:
+                parts = [whole, *times, whole - sum(times)]
+                lines.append([where(row, setting), *(number(part) for part in parts)])
+    return markdown(["stage, batch, layout, threads", "pass, ms", *columns, "rest"], lines)
+
+
 def kernels_table(rows: Sequence[Row]) -> str:
     """Kernels a block, forward + backward, of each stage."""
     lines = []

@@ -24,6 +24,7 @@ from er_tables import (
     kernels_table,
     means_table,
     memory_table,
+    operators_of_tails_table,
     operators_table,
     speed_table,
     stage_memory_table,
@@ -47,6 +48,8 @@ one block, L + 2 maps, as though each block found in the caches what passes over
 BYTES = """In maps of the stage: what must move, and what the operators of each contestant read and write (every
 argument and result once an operator; for the compiled ones Inductor's own count). *Faults* are pages of new maps that
 the system had to map and clear in one pass."""
+PARTS = """Milliseconds within the operators, by the profiler, while the fused pass runs alone, again and again; the
+rest is Python, autograd and allocation, and what the profiler itself costs."""
 OPERATORS = "Each operator alone, on the maps that the last block of a stage reads, beside a copy of as many bytes."
 KERNELS = """Kernels of a block, forward + backward: those that touch a map, and those on vectors of channels; counted
 by the profiler, for the compiled composition by Inductor (its loop nests)."""
@@ -114,6 +117,7 @@ def sections(rows: Sequence[Row]) -> list[tuple[str, str, list[Row], Table]]:
         ("Tails of a stage", TAILS, tails, lambda found: means_table(found, "stage_tails")),
         ("Tails, by stage", SPEED, tails, speed_table),
         ("Bytes of the tails", BYTES, tails, lambda found: bytes_table(found, compiled)),
+        ("Time of the fused tails", PARTS, tails, operators_of_tails_table),
         ("Kernels of the tails", KERNELS, kernels, kernels_table),
         ("Operators", OPERATORS, rows_of(rows, "operator"), operators_table),
         ("`er_shortcut_sum`", CALLS_OF_SUM, sums, lambda found: means_table(found, "shortcut_sum")),
@@ -160,6 +164,7 @@ def tables(records: Any) -> dict[str, str]:
     memory = rows_of(rows, "stage_memory")
     return {
         "er-kernels": kernels_table(kernels) if kernels else "Not measured.",
+        "er-parts": operators_of_tails_table(tails) if tails else "Not measured.",
         "er-means": means_table(tails, "stage_tails") if tails else "Not measured.",
         "er-stage-memory": stage_memory_table(memory) if memory else "Not measured.",
     }

@@ -7,6 +7,7 @@ import torch
 from er_branch import branch, give
 from er_kernel_counts import Kernels, profiled_kernels, table
 from er_tails import StageShape, Tails, make_maps, map_accesses, train_tails
+from operator_times import operator_milliseconds
 from tensor_memory import held_bytes, memory_use
 from torch import nn
 from traffic import Traffic
@@ -74,6 +75,14 @@ def test_kernels_of_tails_do_not_depend_on_the_size_of_maps(monkeypatch, size):
     found = profiled_kernels(lambda: train_tails(tails, maps), maps.zs[0].numel())
     # moments and gradient of each map, sum and dot of each block
     assert found.map == 2 * num_maps + 2 * (num_maps - 1)
+
+
+def test_time_is_that_of_our_operators():
+    tails, maps = Tails(32, 3), make_maps(StageShape(32, 7, 3), 4)
+    found = operator_milliseconds(lambda: train_tails(tails, maps), repeats=2)
+    algebra = {"block_coefficients", "block_coefficients_backward"}
+    assert set(found) == {"call", "channel_moments", "weighted_sum", "weighted_dot"} | algebra
+    assert 0 < sum(found.values()) - found["call"] < found["call"]
 
 
 def test_memory_of_a_call(monkeypatch):
