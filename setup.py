@@ -196,7 +196,7 @@ class NinjaScript:
         python_include = sysconfig.get_paths()["include"]
         pybind_include = self._pybind_include()
         include = (
-            f"-I{ROOT / 'csrc'} -isystem {self.torch / 'include'} -isystem {pybind_include} -isystem {python_include}"
+            f"-I{ROOT / 'csrc'} -isystem {pybind_include} -isystem {self.torch / 'include'} -isystem {python_include}"
         )
         common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
         common += f" -ffile-prefix-map={ROOT}/="  # no build folder in error messages
@@ -248,7 +248,8 @@ class NinjaScript:
             "ERNET_TORCH_HEADERS": self.torch_version,
             "ERNET_SANITIZE": os.environ.get("ERNET_SANITIZE", ""),
         }
-        return [shlex.quote(f'-D{key}="{value}"') for key, value in values.items()]
+        # the module takes nothing of torch, whose own pybind11 refuses to be included where the stable ABI is asked for
+        return ["-UTORCH_TARGET_VERSION", *(shlex.quote(f'-D{key}="{value}"') for key, value in values.items())]
 
     def _toolkit(self) -> Path:
         assert self.nvcc is not None

@@ -141,7 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dev.py gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="time given (default 9; below 4: smoke level)")
     parser.add_argument("--out", type=Path, help="folder for a copy of the record, the table and the logs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record (default bench/results)")
+    parser.add_argument("--results", type=Path, help="folder of the record (default bench/results)")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "gpu", help="folder of the logs")
     parser.add_argument("--binary", type=Path, help="an _C*.so built with another torch, to be loaded under this one")
     parser.add_argument("--commit", help="the commit of this tree, where it came without its git history")
@@ -149,11 +149,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--simulate", action="store_true", help="the flow alone, with the kernels run on the CPU")
     parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)  # for the tests of the flow
     options = parser.parse_args(arguments)
+    if options.results is None:  # what is simulated is no record of a GPU
+        options.results = ROOT / "build" / "simulated" if options.simulate else RESULTS
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes:g}; expected a positive number")
     if options.binary is not None and not options.binary.is_file():
         parser.error(f"--binary {options.binary}: no such file")
     return options
+
+
+def stop(*_: object) -> None:
+    """End at once what is running, so that the table is still printed by a run that is told to end."""
+    gpu_steps.stop_all()
+    sys.exit(143)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -171,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         target = device_at_hand()
     check = Check(target, options)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, stop)
     try:
         check.run(options.binary)
     finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,20 +21,44 @@ from record import Row, without_figures
 
 TIMED_OUT = 124
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+_RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
-def call(command: list[str], log: Path, seconds: float, **environment: str) -> int:
-    """Run a command with its output in `log`; returns the exit code, TIMED_OUT when it had to be stopped."""
+def call(command: list[str], log: Path, seconds: float, grace: float = 0.0, **environment: str) -> int:
+    """Run a command with its output in `log`; returns the exit code, TIMED_OUT when it had to be stopped.
+
+    With `grace` it is first interrupted, and has so many seconds to write down what it knows.
+    """
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT
-        )
+            command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        _RUNNING.add(process)
         try:
             return process.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            process.kill()
+            if grace:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=grace)
+            _kill(process)
             process.wait()
             return TIMED_OUT
+        finally:
+            _RUNNING.discard(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it started: a sanitizer's program and a build's compilers outlive it otherwise."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop_all() -> None:
+    """End every command that runs at this moment, in whichever thread."""
+    for process in list(_RUNNING):
+        _kill(process)
 
 
 def why(code: int, log: Path, seconds: float) -> str:
@@ -59,23 +85,32 @@ def tests(target: Target, logs: Path, seconds: float) -> Iterator[Row]:
     report.unlink(missing_ok=True)
     options = ["-o", "addopts=--import-mode=importlib", "-q", "-ra", f"--junitxml={report}", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    code = call([sys.executable, "-m", "pytest", *options, *target.tests], log, seconds, **environment)
-    if not report.exists():
-        done = re.findall(r"[.FEs]+(?= *\[ *\d+%\])", log.read_text(errors="replace"))
-        counts = {mark: "".join(done).count(mark) for mark in ".FEs"}
-        detail = f"{counts['.']} passed, {counts['F'] + counts['E']} failed so far; {why(code, log, seconds)}"
-        yield without_figures("tests", "all", "FAIL", detail)
-        return
-    groups: dict[str, list[str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        groups.setdefault(f"{case.get('classname', '')}.{case.get('name', '').split('[')[0]}", []).append(outcome)
-    if not groups:
+    code = call([sys.executable, "-m", "pytest", *options, *target.tests], log, seconds, 15.0, **environment)
+    if code == TIMED_OUT:
+        yield without_figures("tests", "all", "no time left", f"stopped after {seconds:.0f} s; what ran is listed")
+    groups = outcomes_of(report)
+    if not groups and code != TIMED_OUT:
         yield without_figures("tests", "all", "FAIL", f"no test ran: {last_lines(log)}")
     for name, outcomes in sorted(groups.items()):
-        counts = {kind: outcomes.count(kind) for kind in ("passed", "failure", "error", "skipped")}
+        kinds = [kind for kind, _ in outcomes]
+        counts = {kind: kinds.count(kind) for kind in ("passed", "failure", "error", "skipped")}
         verdict = "FAIL" if counts["failure"] + counts["error"] else "pass" if counts["passed"] else "skipped"
-        yield without_figures("tests", name, verdict, ", ".join(f"{n} {kind}" for kind, n in counts.items() if n))
+        detail = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+        messages = [message for kind, message in outcomes if kind != "passed" and message]
+        yield without_figures("tests", name, verdict, f"{detail}: {messages[0]}" if messages else detail)
+
+
+def outcomes_of(report: Path) -> dict[str, list[tuple[str, str]]]:
+    """The outcome of every test function's cases, and the message of each that did not pass, from pytest's report."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    if not report.exists():
+        return groups
+    for case in ElementTree.parse(report).iter("testcase"):
+        found = [child for child in case if child.tag in ("failure", "error", "skipped")]
+        message = " ".join((found[0].get("message") or "").split())[:200] if found else ""
+        name = f"{case.get('classname', '')}.{case.get('name', '').split('[')[0]}"
+        groups.setdefault(name, []).append((found[0].tag if found else "passed", message))
+    return groups
 
 
 def sanitizer(target: Target, tool: str, logs: Path, seconds: float) -> Row:

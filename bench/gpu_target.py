@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from machine import ROOT, describe
 
+MARKED = re.compile(r"^(pytestmark = .*|@)pytest\.mark\.gpu", re.M)
 SIMULATED = ROOT / "bench" / "simulated"
 
 
@@ -26,6 +28,11 @@ class Target:
     build_environment: dict[str, str] = field(default_factory=dict)
 
 
+def marked_tests(folder: Path = ROOT / "tests") -> list[str]:
+    """The files with tests marked `gpu`: the others may import what is not installed beside the device's torch."""
+    return sorted(str(path) for path in folder.rglob("test_*.py") if MARKED.search(path.read_text()))
+
+
 def device_at_hand() -> Target:
     """The CUDA device that torch sees first."""
     known = shutil.which("compute-sanitizer")
@@ -34,7 +41,7 @@ def device_at_hand() -> Target:
         machine=describe("gpu"),
         folder=ROOT / "bench",
         build=[sys.executable, "setup.py", "build_ext", "--inplace"],
-        tests=["-m", "gpu", "tests"],
+        tests=["-m", "gpu", *marked_tests()],
         sanitizer=known or (str(beside) if beside.exists() else None),
         build_environment={"ERNET_CUDA": "1"},
     )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import agreement_gpu
@@ -17,7 +18,7 @@ from gpu_case import Ceilings, cases_of, modules
 from gpu_check import Check, parse
 from gpu_runner import Deadline, Runner, Task
 from gpu_table import final_table
-from gpu_target import Target
+from gpu_target import Target, marked_tests
 from record import Row, read
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -289,6 +290,51 @@ def test_without_pytest_it_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda name: None)
     (row,) = gpu_steps.tests(target(folder), tmp_path, 10)
     assert (row.status, row.extra_info["detail"]) == ("skipped", "pytest is not installed for this interpreter")
+
+
+SLOW_TESTS = """
+import time
+import pytest
+def test_good():
+    pass
+@pytest.mark.parametrize("n", [1, 2])
+def test_bad(n):
+    assert n == 1, "two is not one"
+def test_slow():
+    time.sleep(100)
+"""
+
+
+def test_tests_that_are_cut_off_keep_their_outcomes(folder, tmp_path):
+    (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
+    with_tests = Target(MACHINE, folder, [], [str(tmp_path / "test_slow.py")])
+    rows = {row.name.rpartition(".")[2]: row for row in gpu_steps.tests(with_tests, tmp_path, 6)}
+    assert rows["all"].status == "no time left" and "stopped after 6 s" in rows["all"].extra_info["detail"]
+    assert rows["test_good"].status == "pass"
+    assert rows["test_bad"].status == "FAIL"
+    assert rows["test_bad"].extra_info["detail"].startswith("1 passed, 1 failure: AssertionError: two is not one")
+
+
+def test_what_runs_is_ended_with_the_run(tmp_path):
+    command = ["sh", "-c", "sleep 100 & wait"]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(gpu_steps.call, command, tmp_path / "log", 90)
+        while not gpu_steps._RUNNING:
+            time.sleep(0.01)
+        gpu_steps.stop_all()
+        assert waiting.result(timeout=30) == -signal.SIGKILL
+
+
+def test_only_files_with_gpu_tests_are_collected():
+    """The others may import what is not installed beside a device's torch."""
+    named = {Path(path).name for path in marked_tests()}
+    assert {"test_triton_gpu.py", "test_macenko_gpu.py"} <= named and "test_stain_inputs.py" not in named
+    for path in marked_tests():
+        assert "hypothesis" not in Path(path).read_text()
+
+
+def test_what_is_simulated_lands_in_no_record_of_a_gpu():
+    assert parse(["--simulate"]).results.name == "simulated" and parse([]).results.name == "results"
 
 
 def test_a_step_that_takes_too_long_is_stopped(tmp_path):
