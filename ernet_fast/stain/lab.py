@@ -44,7 +44,7 @@ def lab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
 
 
 def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
-    """base ** exponent of positive numbers to a few units in the last place, in a third of the time."""
+    """Powers base ** exponent of positive numbers to a few units in the last place, in a third of the time."""
     return (base.log() * exponent).exp()
 
 
