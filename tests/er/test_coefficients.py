@@ -354,7 +354,7 @@ def test_every_instruction_set(isa):
     info = _backend.build_info()
     if info is None or isa not in info["isa_variants"]:
         pytest.skip(f"{isa} is not compiled in")
-    order = ["portable", "avx2", "avx512"]
+    order = ["portable", "avx2", "avx512", "avx512vbmi"]
     if order.index(isa) > order.index(info["isa"]) and not os.environ.get("ERNET_ISA"):
         pytest.skip(f"this CPU has no {isa}")
     root = Path(__file__).resolve().parent.parent.parent
