@@ -20,8 +20,26 @@ def check_norm(norm: str, num_groups: int | None, channels: int) -> None:
     if norm == "group":
         if num_groups is None:
             raise ValueError("norm='group' needs num_groups (1 is layer norm, the number of channels instance norm).")
+        if not isinstance(num_groups, int):
+            raise TypeError(f"num_groups is {num_groups!r}; expected an int.")
         if num_groups < 1 or channels % num_groups:
             raise ValueError(f"num_groups={num_groups} does not divide the {channels} channels of the maps.")
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless `eps` is a number > 0."""
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps is a {type(eps).__name__}; expected a number > 0.")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; expected a number > 0.")
+
+
+def check_momentum(momentum: float) -> None:
+    """Raise unless `momentum` is a number from 0 to 1."""
+    if not isinstance(momentum, int | float):
+        raise TypeError(f"momentum is a {type(momentum).__name__}; expected a number from 0 to 1.")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; expected a number from 0 to 1.")
 
 
 def check_maps(xs: Sequence[Tensor]) -> None:
@@ -37,6 +55,8 @@ def check_maps(xs: Sequence[Tensor]) -> None:
             raise TypeError(f"xs[{i}] is {x.dtype}; expected float32, float64, bfloat16 or float16.")
         if x.dim() != 4:
             raise ValueError(f"xs[{i}] has shape {tuple(x.shape)}; expected 4 dimensions [N, C, H, W].")
+        if x.layout != torch.strided:
+            raise TypeError(f"xs[{i}] has layout {x.layout}; expected a dense tensor. Call .to_dense() on it.")
         first = xs[0]
         if x.shape != first.shape:
             raise ValueError(
@@ -65,20 +85,46 @@ def check_weight(weight: Tensor, xs: Sequence[Tensor]) -> None:
 
 
 def check_running(
-    name: str, running: Sequence[Tensor] | Tensor | None, num_maps: int, like: Tensor
+    name: str, running: Sequence[Tensor] | Tensor | None, num_maps: int, like: Tensor, moved: bool
 ) -> Sequence[Tensor] | None:
-    """The rows of running statistics, one [C] tensor for each of `num_maps` maps, or None."""
+    """The rows of running statistics, one [C] tensor for each of `num_maps` maps, or None.
+
+    With `moved` they are to be written, and must not share memory.
+    """
     if running is None:
         return None
+    channels = like.shape[1]
+    if not isinstance(running, Tensor | Sequence):
+        raise TypeError(
+            f"{name} is a {type(running).__name__}; expected {num_maps} tensors of shape ({channels},), "
+            f"or one of shape ({num_maps}, {channels})."
+        )
     if len(running) != num_maps:
         raise ValueError(f"{name} has {len(running)} entries; expected {num_maps}, one for each earlier map.")
     rows = list(running.unbind(0)) if isinstance(running, Tensor) else list(running)
+    size, device = (channels,), like.device
     for i, row in enumerate(rows):
-        if tuple(row.shape) != (like.shape[1],):
-            raise ValueError(f"{name}[{i}] has shape {tuple(row.shape)}; expected ({like.shape[1]},).")
-        if row.device != like.device:
-            raise ValueError(f"{name}[{i}] is on {row.device} but the maps on {like.device}.")
+        if not isinstance(row, Tensor):
+            raise TypeError(f"{name}[{i}] is a {type(row).__name__}; expected a tensor of shape ({channels},).")
+        if row.shape != size:
+            raise ValueError(f"{name}[{i}] has shape {tuple(row.shape)}; expected ({channels},).")
+        if row.dtype not in _FLOATING:
+            raise TypeError(f"{name}[{i}] is {row.dtype}; expected float32, float64, bfloat16 or float16.")
+        if row.device != device:
+            raise ValueError(f"{name}[{i}] is on {row.device} but the maps on {device}.")
+    if moved and not torch.compiler.is_compiling():
+        _check_apart(name, rows)
     return rows
+
+
+def _check_apart(name: str, rows: Sequence[Tensor]) -> None:
+    """Raise ValueError if tensors that are to be written share memory, as expanded ones do."""
+    places = {row.data_ptr() for row in rows}
+    expanded = any(not row.is_contiguous() and row.stride(0) == 0 for row in rows)
+    if expanded or (len(places) < len(rows) and 0 not in places):  # 0: no memory, as of meta tensors
+        raise ValueError(
+            f"entries of {name} share memory, and training moves each by itself. Call .clone() on what was expanded."
+        )
 
 
 def check_shortcut_sum(
@@ -89,6 +135,7 @@ def check_shortcut_sum(
     running_mean: Sequence[Tensor] | None,
     running_var: Sequence[Tensor] | None,
     training: bool,
+    momentum: float,
     eps: float,
 ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
     """All checks of `er_shortcut_sum`; returns the running statistics as rows.
@@ -100,16 +147,16 @@ def check_shortcut_sum(
     check_maps(xs)
     check_norm(norm, num_groups, xs[0].shape[1])
     check_weight(weight, xs)
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; expected a number > 0.")
+    check_eps(eps)
+    check_momentum(momentum)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together; only one of them was given.")
     if norm == "group":
         if running_mean is not None:
             raise ValueError("norm='group' has no running statistics; leave running_mean and running_var out.")
         return None, None
-    means = check_running("running_mean", running_mean, len(xs) - 1, xs[0])
-    variances = check_running("running_var", running_var, len(xs) - 1, xs[0])
+    means = check_running("running_mean", running_mean, len(xs) - 1, xs[0], training)
+    variances = check_running("running_var", running_var, len(xs) - 1, xs[0], training)
     if not training and means is None and len(xs) > 1:
         raise ValueError("training=False with norm='batch' needs running_mean and running_var.")
     values_per_channel = xs[0].shape[0] * xs[0].shape[2] * xs[0].shape[3]

@@ -35,6 +35,17 @@ def _count_changes(norm: NormArguments, shortcut: ShortcutArguments) -> None:
         torch.autograd.graph.increment_version(tracked)
 
 
+def _contiguous(norm: NormArguments, shortcut: ShortcutArguments) -> tuple[NormArguments, ShortcutArguments]:
+    """The same with weights that the operators take; parameters need not be contiguous."""
+    if not (shortcut.weight is None or shortcut.weight.is_contiguous()):
+        shortcut = shortcut._replace(weight=shortcut.weight.contiguous())
+    if not (norm.gamma is None or norm.gamma.is_contiguous()):
+        norm = norm._replace(gamma=norm.gamma.contiguous())
+    if not (norm.beta is None or norm.beta.is_contiguous()):
+        norm = norm._replace(beta=norm.beta.contiguous())
+    return norm, shortcut
+
+
 class BatchStage:
     """The maps of one forward pass. Maps are filed in order; each block's weighted sum reads all maps up to its own."""
 
@@ -70,6 +81,7 @@ class BatchStage:
         A last map needs no `measure`.
         """
         z = self._prepare(z)
+        norm, shortcut = _contiguous(norm, shortcut)
         if torch.is_grad_enabled():
             vectors = (shortcut.weight, norm.gamma, norm.beta)
             learning = any(v is not None and v.requires_grad for v in vectors)

@@ -46,8 +46,8 @@ def er_shortcut_sum(
             the batch; otherwise they are what N uses.
         running_var: likewise, the variances (in training, towards the unbiased ones).
         training: with norm="batch", normalise with the statistics of the batch.
-        momentum: of the running statistics.
-        eps: added to variances.
+        momentum: of the running statistics, from 0 to 1.
+        eps: added to variances, > 0.
         relu: apply the ReLU.
 
     Returns:
@@ -59,7 +59,9 @@ def er_shortcut_sum(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, value or combination that does not fit. Nothing has been computed or changed then.
     """
-    means, variances = check_shortcut_sum(xs, weight, norm, num_groups, running_mean, running_var, training, eps)
+    means, variances = check_shortcut_sum(
+        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
+    )
     if not _ops.serves(xs[0]) or xs[0].numel() == 0:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ernet_fast.er import _ops
-from ernet_fast.er._arguments import check_norm, check_shortcut_sum
+from ernet_fast.er._arguments import check_eps, check_momentum, check_norm, check_shortcut_sum
 from ernet_fast.er.across_processes import NO_NAIVE_GROUP, ProcessGroup, active_group
 from ernet_fast.er.batch_stage import one_call_serves
 from ernet_fast.er.coefficients import ShortcutArguments
@@ -53,8 +53,8 @@ class ERShortcut(nn.Module):
             norm: "batch" (statistics per channel over N, H and W, running statistics in evaluation) or "group" (per
                 sample and group of channels).
             num_groups: with norm="group": 1 is layer norm, `channels` instance norm.
-            eps: added to variances.
-            momentum: of the running statistics; None for a cumulative average.
+            eps: added to variances, > 0.
+            momentum: of the running statistics, from 0 to 1; None for a cumulative average.
             relu: apply the ReLU.
             fused: use the fused operators where they serve; False is the naive composition.
             process_group: with norm="batch", the processes of `torch.distributed` over whose batches together the
@@ -62,12 +62,19 @@ class ERShortcut(nn.Module):
                 None for this process alone. It needs the fused path. Not part of the state, and not pickled.
 
         Raises:
+            TypeError: a size, eps or momentum that is no number.
             ValueError: an argument out of range, or num_groups that does not fit.
         """
         super().__init__()
+        for name, size in (("channels", channels), ("num_maps", num_maps)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} is {size!r}; expected an int.")
         if channels < 1 or num_maps < 1:
             raise ValueError(f"channels={channels} and num_maps={num_maps} must both be at least 1.")
         check_norm(norm, num_groups, channels)
+        check_eps(eps)
+        if momentum is not None:
+            check_momentum(momentum)
         self.channels, self.num_maps = channels, num_maps
         self.norm, self.num_groups = norm, num_groups
         if norm == "group" and process_group is not None:
@@ -117,12 +124,23 @@ class ERShortcut(nn.Module):
 
         Returns:
             [N, C, H, W], in the dtype and layout of the maps.
+
+        Raises:
+            TypeError, ValueError: maps that do not fit, see `er_shortcut_sum`; no statistics have been moved then.
         """
         fused = self.fused if fused is None else fused
         group = active_group(self.process_group) if self.normalises_with_batch() else None
         if group is not None:
             return self._forward_across_processes(xs, fused, group)
-        momentum = 0.0
+        running: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None] = None, None
+        if self.running_mean is not None and self.running_var is not None:
+            running = self.running_mean.unbind(0), self.running_var.unbind(0)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        check_shortcut_sum(
+            xs, self.weight, self.norm, self.num_groups, *running, self.training, momentum=momentum, eps=self.eps
+        )
+        if fused and self.norm == "batch" and one_call_serves(xs[0]) and xs[0].numel():
+            return self._in_one_call(xs, None)
         if self.normalises_with_batch():
             momentum = momentum_of(self.momentum, self.num_batches_tracked)
         function = er_shortcut_sum if fused else reference_shortcut_sum
@@ -131,25 +149,28 @@ class ERShortcut(nn.Module):
             self.weight,
             norm=self.norm,
             num_groups=self.num_groups,
-            running_mean=None if self.running_mean is None else self.running_mean.unbind(0),
-            running_var=None if self.running_var is None else self.running_var.unbind(0),
+            running_mean=running[0],
+            running_var=running[1],
             training=self.training,
             momentum=momentum,
             eps=self.eps,
             relu=self.relu,
         )
 
+    def _in_one_call(self, xs: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
+        layout = _ops.layout_of(xs)
+        maps = [_ops.in_layout(x, layout) for x in xs]
+        return batch_shortcut_sum(maps, self.arguments(), self.training, self.eps, self.relu, group)
+
     @_disable_dynamo  # torch.compiler.disable would import the compiler now
     def _forward_across_processes(self, xs: Sequence[Tensor], fused: bool, group: ProcessGroup) -> Tensor:
         # not as training: a process may have a single value, or none
         assert self.running_mean is not None and self.running_var is not None
         running = self.running_mean.unbind(0), self.running_var.unbind(0)
-        check_shortcut_sum(xs, self.weight, self.norm, None, *running, training=False, eps=self.eps)
+        check_shortcut_sum(xs, self.weight, self.norm, None, *running, training=False, momentum=0.0, eps=self.eps)
         if not (fused and _ops.serves(xs[0]) and one_call_serves(xs[0])):
             raise RuntimeError(NO_NAIVE_GROUP)
-        layout = _ops.layout_of(xs)
-        maps = [_ops.in_layout(x, layout) for x in xs]
-        return batch_shortcut_sum(maps, self.arguments(), True, self.eps, self.relu, group)
+        return self._in_one_call(xs, group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ERShortcut:
         """A copy in the same process group, whose handle cannot be copied itself."""

@@ -39,6 +39,9 @@ class StageMaps:
         self._statistics: list[MapStatistics] = []
         self._xs: list[Tensor] = []
         self._measure = False
+        self._shape: torch.Size
+        self._dtype: torch.dtype
+        self._device: torch.device
 
     def start(
         self, x0: Tensor, shortcuts: Iterable[ERShortcut | FoldedShortcut], norms: Iterable[nn.Module] = ()
@@ -54,6 +57,7 @@ class StageMaps:
         Returns:
             The tensor to feed to the next block.
         """
+        self._shape, self._dtype, self._device = x0.shape, x0.dtype, x0.device
         everyone = list(shortcuts)
         shortcuts = _unfolded(everyone)
         if len(shortcuts) < len(everyone):
@@ -88,19 +92,27 @@ class StageMaps:
 
         Returns:
             y = ReLU(bn(z) + sum_i weight_i * N(x_i)), [N, C, H, W].
+
+        Raises:
+            ValueError: z, or the number of maps filed, does not fit; no statistics have been moved then.
+            TypeError: z has another dtype than x_0, outside autocast, under which it is converted.
         """
+        self._check(z)
+        if _is_batch_norm(bn):
+            z = self._in_dtype(z)
         if isinstance(shortcut, FoldedShortcut):
-            self._xs.append(bn(z))
+            self._xs.append(self._in_dtype(bn(z)))
             return shortcut(self._xs, fused=self.fused)
         if self._batch is not None:
             return self._add_to_batch(self._batch, z, bn, shortcut)
         if self._maps is None:
-            self._xs.append(bn(z))
+            shortcut.check_maps_filed(len(self._xs), z)
+            self._xs.append(self._in_dtype(bn(z)))
             return shortcut(self._xs, fused=False)
         shortcut.check_maps_filed(len(self._statistics), z)
         collapse = _is_batch_norm(bn) and not _spreads(bn)
         if not collapse:  # any other normalisation runs as it is, and its output is the map
-            z = bn(z)
+            z = self._in_dtype(bn(z))
         moments, _ = self._maps.file(z, measure=self._measure or (collapse and _uses_batch(bn)))
         scale, shift = _affine(bn, moments, z) if collapse else (None, None)
         # moments that bn alone needed say nothing that a shortcut with running statistics would use
@@ -108,6 +120,28 @@ class StageMaps:
         a, b = shortcut.coefficients(self._statistics, last, z)
         self._statistics.append(last)
         return self._maps.weighted_sum(a, b, shortcut.relu)
+
+    def _check(self, z: Tensor) -> None:
+        if z.shape != self._shape:
+            raise ValueError(
+                f"the block's branch gave a map of shape {tuple(z.shape)}; the maps of this stage have "
+                f"{tuple(self._shape)}, so its convolutions must keep channels and size."
+            )
+        if z.device != self._device:
+            raise ValueError(
+                f"the block's branch gave a map on {z.device}; the maps of this stage are on {self._device}."
+            )
+
+    def _in_dtype(self, x: Tensor) -> Tensor:
+        """`x` in the dtype of the stage, which autocast may have left: a float32 x_0 is not cast, convolutions are."""
+        if x.dtype == self._dtype:
+            return x
+        if not torch.is_autocast_enabled(self._device.type):
+            raise TypeError(
+                f"the block's branch gave a map of {x.dtype}; the maps of this stage are {self._dtype}. "
+                "Convert the whole stage with .to(dtype), or run it under torch.autocast."
+            )
+        return x.to(self._dtype)
 
     def _add_to_batch(self, stage: BatchStage, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
         shortcut.check_maps_filed(len(stage.maps), z)
@@ -117,7 +151,7 @@ class StageMaps:
                 raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
             norm = _norm_arguments(bn)
         else:  # any other normalisation runs as it is, and its output is the map
-            z = bn(z)
+            z = self._in_dtype(bn(z))
         alone = stage.group is None
         if alone and z.numel() == z.shape[1] and (norm.norm == BranchNorm.BATCH or shortcut.training):
             raise _one_value(z)

@@ -137,8 +137,23 @@ class ERStage(nn.Module):
         assert isinstance(opening, ProjectionBlock)
         return opening
 
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x is {found}; expected a floating tensor [N, C, H, W].")
+        conv = self._opening().conv1
+        channels = conv.in_channels if isinstance(conv, nn.Conv2d) else None
+        if x.dim() != 4 or channels not in (None, x.shape[1]):
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [N, {channels or 'C'}, H, W].")
+
     def forward(self, x: Tensor) -> Tensor:
-        """y_{L-1} [N, channels, H / stride, W / stride] of x [N, in_channels, H, W]."""
+        """y_{L-1} [N, channels, H / stride, W / stride] of x [N, in_channels, H, W].
+
+        Raises:
+            TypeError: x is no floating tensor.
+            ValueError: it has another number of dimensions or channels.
+        """
+        self._check(x)
         opening, *er_blocks = self.children()
         x_0 = opening(x)
         if not er_blocks:

@@ -28,7 +28,9 @@ def er_shortcut_sum(
     Equation (10) of the ERNet paper (Chandana Mani and Kamalakannan, ELCVIA). Arguments, result and errors are those
     of `ernet_fast.er_shortcut_sum`, for which this function is the definition.
     """
-    means, variances = check_shortcut_sum(xs, weight, norm, num_groups, running_mean, running_var, training, eps)
+    means, variances = check_shortcut_sum(
+        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
+    )
     y = xs[-1]
     for i, x in enumerate(xs[:-1]):
         if norm == "batch":

@@ -7,80 +7,23 @@ from collections import Counter
 
 import pytest
 import torch
+from stage_cases import (
+    CHANNELS,
+    NORMS,
+    Stage,
+    assert_same,
+    loss_of_all,
+    loss_of_last,
+    loss_of_middle,
+    pair,
+    picture,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ernet_fast import ERShortcut
 from ernet_fast.er import _ops
 from ernet_fast.er.stage_maps import StageMaps
-
-CHANNELS = 6
-
-
-class Stage(nn.Module):
-    """Blocks of one convolution each: y_l = ReLU(bn(conv(y_{l-1})) + shortcuts). Returns every y."""
-
-    def __init__(
-        self, blocks: int = 4, norm: str = "batch", num_groups: int | None = None, bn: type[nn.Module] = nn.BatchNorm2d
-    ):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False) for _ in range(blocks))
-        self.bns = nn.ModuleList(bn(CHANNELS) for _ in range(blocks))
-        self.shortcuts = nn.ModuleList(
-            ERShortcut(CHANNELS, i + 1, norm=norm, num_groups=num_groups) for i in range(blocks)
-        )
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.7)
-        self.fused = True
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = StageMaps(fused=self.fused)
-        y = maps.start(x.relu(), self.shortcuts)
-        outputs = [y]
-        for conv, bn, shortcut in zip(self.convs, self.bns, self.shortcuts, strict=True):
-            y = maps.add(conv(y), bn, shortcut)
-            outputs.append(y)
-        return outputs
-
-
-def pair(**options) -> tuple[Stage, Stage]:
-    torch.manual_seed(3)
-    fused = Stage(**options).double()
-    naive = copy.deepcopy(fused)
-    naive.fused = False
-    return fused, naive
-
-
-def picture(seed: int = 0, layout: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
-    x = torch.randn((3, CHANNELS, 7, 5), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.contiguous(memory_format=layout).requires_grad_()
-
-
-def gradients(stage: Stage, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    found = {"x": x.grad, **{name: p.grad for name, p in stage.named_parameters()}}
-    return {name: g for name, g in found.items() if g is not None}
-
-
-def assert_same(fused: Stage, naive: Stage, x: torch.Tensor, y: torch.Tensor) -> None:
-    actual, expected = gradients(fused, x), gradients(naive, y)
-    assert actual.keys() == expected.keys() and actual
-    for name, g in expected.items():
-        torch.testing.assert_close(
-            actual[name], g, rtol=1e-9, atol=1e-10 * float(g.norm()), msg=lambda m, n=name: f"{n}: {m}"
-        )
-    torch.testing.assert_close(dict(fused.named_buffers()), dict(naive.named_buffers()))
-
-
-def loss_of_last(ys):
-    return (ys[-1] * torch.linspace(-1, 1, ys[-1].numel(), dtype=ys[-1].dtype).view_as(ys[-1])).sum()
-
-
-def loss_of_middle(ys):
-    return ys[2].square().sum()
-
-
-def loss_of_all(ys):
-    return sum(((i + 1) * y).square().mean() for i, y in enumerate(ys))
 
 
 @pytest.mark.parametrize("loss", [loss_of_last, loss_of_middle, loss_of_all])
@@ -182,18 +125,20 @@ def test_frozen_parameters(frozen):
     assert_same(fused, naive, x, y)
 
 
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant):
-    fused, naive = pair()
+def test_checkpoint(reentrant, norm, groups):
+    fused, naive = pair(norm=norm, num_groups=groups)
     x, y = picture(), picture()
     loss_of_all(checkpoint(lambda t: tuple(fused(t)), x, use_reentrant=reentrant)).backward()
     loss_of_all(checkpoint(lambda t: tuple(naive(t)), y, use_reentrant=reentrant)).backward()
     assert_same(fused, naive, x, y)
 
 
-def test_checkpoint_frees_the_maps():
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
+def test_checkpoint_frees_the_maps(norm, groups):
     """What a checkpointed stage keeps must not include its maps."""
-    fused, _ = pair()
+    fused, _ = pair(norm=norm, num_groups=groups)
     kept: list[int] = []
 
     def count(t: torch.Tensor) -> torch.Tensor:
@@ -228,9 +173,10 @@ def test_no_grad_equals_grad():
         assert not b.requires_grad
 
 
-def test_each_gradient_is_written_once(monkeypatch):
-    """Backward of a stage of L maps: L weighted sums, L - 1 dots, no sum over maps besides (DESIGN of the stage)."""
-    fused, _ = pair(blocks=5)
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
+def test_each_gradient_is_written_once(monkeypatch, norm, groups):
+    """Backward of a stage of L maps: L weighted sums, L - 1 dots, no sum over maps besides."""
+    fused, _ = pair(blocks=5, norm=norm, num_groups=groups)
     ys = fused(picture())
     calls: Counter[str] = Counter()
     written: list[int] = []
@@ -258,15 +204,21 @@ def test_each_gradient_is_written_once(monkeypatch):
     assert not additions, [e.input_shapes for e in additions]
 
 
-def test_second_derivative_is_a_clear_error():
-    fused, _ = pair()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
+def test_second_derivative_is_a_clear_error(norm, groups, training):
+    fused, _ = pair(norm=norm, num_groups=groups)
+    fused.train(training)
     x = picture()
     with pytest.raises(RuntimeError, match=r"no second derivative.*fused=False"):
         torch.autograd.grad(loss_of_all(fused(x)), x, create_graph=True)
 
 
-def test_empty_batch_and_single_values():
-    fused, naive = pair()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
+def test_empty_batch(norm, groups, training):
+    fused, _ = pair(norm=norm, num_groups=groups)
+    fused.train(training)
     x = torch.empty(0, CHANNELS, 4, 4, dtype=torch.float64, requires_grad=True)
     before = copy.deepcopy(fused.state_dict())
     out = fused(x)[-1]
@@ -275,7 +227,11 @@ def test_empty_batch_and_single_values():
     for name, value in fused.state_dict().items():
         if "tracked" not in name:
             torch.testing.assert_close(value, before[name])
-    for stage in (fused, naive):
+    assert x.grad.shape == x.shape and not any(bool(p.grad.any()) for p in fused.parameters() if p.grad is not None)
+
+
+def test_single_values():
+    for stage in pair():
         with pytest.raises(ValueError, match="[vV]alue"):
             stage(torch.ones(1, CHANNELS, 1, 1, dtype=torch.float64))
 
@@ -286,6 +242,31 @@ def test_wrong_number_of_maps_is_named():
     maps.start(x, [ERShortcut(CHANNELS, 1)])
     with pytest.raises(ValueError, match="weights for 3 earlier maps of 6 channels; got 1 maps"):
         maps.add(x, nn.BatchNorm2d(CHANNELS), ERShortcut(CHANNELS, 3))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bn", [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)])
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_float32_map(dtype, norm, groups, bn, fused):
+    """x_0 stays float32, convolutions give halves: they join it, as a residual sum of PyTorch would promote them."""
+    torch.manual_seed(0)
+    stage = Stage(norm=norm, num_groups=groups, bn=bn)
+    stage.fused = fused
+    x = picture().detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = stage(x)[-1]
+    exact = copy.deepcopy(stage).double()
+    truth = exact(x.detach().double())[-1]
+    y.square().mean().backward()
+    truth.square().mean().backward()
+    assert y.dtype == x.grad.dtype == torch.float32
+    # four blocks: each rounds twice, its input and its convolution, and a normaliser may enlarge that
+    assert float((y.detach() - truth.detach()).norm() / truth.detach().norm()) < 16 * torch.finfo(dtype).eps
+    for p, q in zip(stage.parameters(), exact.parameters(), strict=True):  # a ReLU may change sides: directions agree
+        assert p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all())
+        cosine = torch.nn.functional.cosine_similarity(p.grad.double().flatten(), q.grad.flatten(), 0)
+        assert float(cosine) > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -42,9 +42,12 @@ class PlainStage(nn.Module):
 class ShortcutStage(PlainStage):
     """The same blocks with ER shortcuts."""
 
-    def __init__(self, blocks: int, *, fused: bool = True) -> None:
+    def __init__(self, blocks: int, *, fused: bool = True, num_groups: int | None = None) -> None:
         super().__init__(blocks)
-        self.shortcuts = nn.ModuleList(ERShortcut(CHANNELS, index + 1) for index in range(blocks))
+        norm = "batch" if num_groups is None else "group"
+        self.shortcuts = nn.ModuleList(
+            ERShortcut(CHANNELS, index + 1, norm=norm, num_groups=num_groups) for index in range(blocks)
+        )
         self.fused = fused
 
     def forward(self, y: Tensor) -> Tensor:
@@ -83,21 +86,27 @@ def kept_for_backward(stage: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_groups", [None, 2])
 @pytest.mark.parametrize("measure", ["saved tensors", "allocator"])
-def test_activations_are_those_of_a_plain_stage_but_for_channel_vectors(measure, dtype):
-    """The extra memory must not grow with the maps' size at all, and be a handful of vectors a pair."""
+def test_activations_are_those_of_a_plain_stage_but_for_channel_vectors(measure, num_groups, dtype):
+    """The extra memory must not grow with the maps' size at all, and be a handful of vectors a pair.
+
+    A plain stage keeps z_l and y_l of each block, so nothing but these is kept. With group norm (`num_groups`) the
+    vectors are those of each sample.
+    """
     blocks, extra = 4, []
     for size in (12, 24):
         x = image(size, dtype)
         kept = []
-        for stage in (PlainStage(blocks), ShortcutStage(blocks)):
+        for stage in (PlainStage(blocks), ShortcutStage(blocks, num_groups=num_groups)):
             with_half_maps(stage, dtype)(x)  # the first call may allocate for good
             forward = functools.partial(stage, x)
             kept.append(kept_for_backward(stage, x) if measure == "saved tensors" else memory_use(forward).kept)
         extra.append(kept[1] - kept[0])
     pairs = blocks * (blocks + 1) // 2
     assert extra[0] == extra[1]
-    assert extra[0] <= 16 * (pairs + blocks) * CHANNELS * 4
+    samples = 1 if num_groups is None else x.shape[0]
+    assert extra[0] <= 16 * (pairs + blocks) * samples * CHANNELS * 4
 
 
 def test_the_naive_stage_keeps_more():
