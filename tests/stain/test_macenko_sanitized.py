@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,48 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 ISAS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 ISAS["avx512vbmi"] = [*ISAS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
+DRIVERS = ("macenko_colours", "macenko_image", "macenko_scaled", "macenko_select", "isa")
+COMPILE = ["g++", "-O1", "-std=c++17", f"-I{CSRC}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> tuple[Path, list[str]]:
+    """The loops of all instruction sets that this machine's compiler makes, and the checks, as one program."""
+    if shutil.which("g++") is None or not CSRC.is_dir():
+        pytest.skip("needs g++ and the C++ sources")
+    folder = tmp_path_factory.mktemp("sanitized")
+    machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True).stdout
+    isas = list(ISAS) if machine.startswith("x86_64") else ["portable"]
+    jobs = [
+        (loops, f"{loops.stem}.{isa}.o", [f"-DERNET_ISA={isa}", *ISAS[isa]])
+        for isa in isas
+        for loops in sorted((CSRC / "cpu").glob("macenko_*loops.cpp"))
+    ]
+    sources = [
+        *(CSRC / "cpu" / f"{name}.cpp" for name in DRIVERS),
+        HERE / "sanitized_loops.cpp",
+        HERE / "exact_loops.cpp",
+    ]
+    jobs += [(source, f"{source.stem}.o", [f"-DERNET_HAS_{isa.upper()}" for isa in isas]) for source in sources]
+
+    def build(job: tuple[Path, str, list[str]]) -> str:
+        source, name, flags = job
+        subprocess.run([*COMPILE, *flags, "-c", str(source), "-o", str(folder / name)], check=True)
+        return str(folder / name)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = list(threads.map(build, jobs))
+    subprocess.run([*COMPILE, *objects, "-o", str(folder / "loops")], check=True)
+    return folder / "loops", isas
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
-def test_loops_are_clean_under_sanitizers(isa, tmp_path):
-    if shutil.which("g++") is None or not CSRC.is_dir():
-        pytest.skip("needs g++ and the C++ sources")
-    common = ["g++", "-O1", "-std=c++17", f"-I{CSRC}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    machine = subprocess.run(["g++", "-dumpmachine"], capture_output=True, text=True).stdout
-    if isa != "portable" and not machine.startswith("x86_64"):
+def test_loops_are_clean_under_sanitizers(program, isa):
+    path, isas = program
+    if isa not in isas:
         pytest.skip("an instruction set of x86-64")
-    # The portable loops are always there; the others are compiled beside them.
-    variants = ["portable"] if isa == "portable" else ["portable", isa]
-    objects, defined = [], []
-    for variant in variants:
-        for source in sorted((CSRC / "cpu").glob("macenko_*loops.cpp")):
-            objects.append(str(tmp_path / f"{source.stem}.{variant}.o"))
-            flags = [f"-DERNET_ISA={variant}", *ISAS[variant]]
-            subprocess.run([*common, *flags, "-c", str(source), "-o", objects[-1]], check=True)
-        defined.append(f"-DERNET_HAS_{variant.upper()}")
-    rest = [
-        str(CSRC / "cpu" / name)
-        for name in ("macenko_colours.cpp", "macenko_image.cpp", "macenko_scaled.cpp", "macenko_select.cpp", "isa.cpp")
-    ]
-    program = str(tmp_path / "loops")
-    programs = [str(HERE / "sanitized_loops.cpp"), str(HERE / "exact_loops.cpp")]
-    subprocess.run([*common, *defined, *rest, *programs, *objects, "-o", program], check=True)
-    done = subprocess.run([program], env={**os.environ, "ERNET_ISA": isa}, capture_output=True, text=True)
+    done = subprocess.run([path], env={**os.environ, "ERNET_ISA": isa}, capture_output=True, text=True)
     if "this CPU or this build does not have it" in done.stderr:
         pytest.skip(f"this CPU has no {isa}")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
