@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kPlaneChunk = 8192;  // planar: most elements of one plane in a tile
 constexpr int64_t kPlaneShift = 256;   // planar: elements whose mean is the shift
-constexpr int64_t kTilePixels = 64;    // channels-last: pixels of a tile
+constexpr int64_t kTilePixels = 128;   // channels-last: pixels of a tile
 constexpr int64_t kShiftPixels = 4;    // channels-last: pixels whose mean is the shift
 static_assert(kPlaneChunk <= 32 * kPlaneShift && kTilePixels <= 32 * kShiftPixels, "n / k as stated above");
 
@@ -117,19 +117,20 @@ inline void pixel_shift(A* shift, const T* x, int64_t stride, int64_t pixels, in
 // kPixels pixels at a time over all channels, so that memory is read in long runs.
 template <int kPixels, typename T, typename A>
 inline void add_pixels(A* d, A* d2, const A* shift, const T* x, int64_t stride, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += kLanes<A>) {
-    const int64_t left = channels - c;
+  const auto add_vector = [&](int64_t c, int64_t left) {
     const Vec<A> middle = load_upto<A>(shift + c, left);
     Vec<A> sum = load_upto<A>(d + c, left), squares = load_upto<A>(d2 + c, left);
     for (int i = 0; i < kPixels; ++i) {
       const Vec<A> deviation = load_upto<A>(x + i * stride + c, left) - middle;
       sum += deviation;
       squares += deviation * deviation;
-      __builtin_prefetch(x + (i + kPixels) * stride + c, 0, 2);
     }
     store_upto<A>(d + c, sum, left);
     store_upto<A>(d2 + c, squares, left);
-  }
+  };
+  int64_t c = 0;
+  for (; c + kLanes<A> <= channels; c += kLanes<A>) add_vector(c, static_cast<int64_t>(kLanes<A>));
+  if (c < channels) add_vector(c, channels - c);
 }
 
 template <typename T, typename A>
