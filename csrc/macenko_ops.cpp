@@ -11,6 +11,7 @@
 
 #include "cpu/macenko_image.h"
 #include "cpu/macenko_scaled.h"
+#include "cpu_outputs.h"
 #include "macenko_checks.h"
 
 namespace {
@@ -71,13 +72,40 @@ void* output_of(const DenseImages& images, int64_t index, size_t element_size) {
   return static_cast<unsigned char*>(images.data) + size_t(index * images.image_stride) * element_size;
 }
 
+// The table of the last call on this thread: nearly all calls have the same Io, and its logarithms would take a third
+// of the time of a small image. A reference holds until the next call on this thread.
+const OdTable& od_table(double io, double beta) {
+  struct Last {
+    double io = 0, beta = 0;
+    OdTable table;
+  };
+  thread_local Last last;
+  if (last.io != io) {
+    last = {io, beta, ernet::macenko::make_od_table(io, beta)};
+  } else if (last.beta != beta) {
+    ernet::macenko::set_tissue_limit(last.table, beta);
+    last.beta = beta;
+  }
+  return last.table;
+}
+
+// An uninitialised result with the strides of `images`, or those that torch.empty_like gives it.
+Tensor result_like(const Tensor& images, const DenseImages& in) {
+  const int64_t plane = in.pixel_stride == 3 ? 1 : in.pixels;
+  const bool dense = in.channel_stride == plane && (in.count == 1 || in.image_stride == 3 * in.pixels);
+  if (!dense || in.count == 0) return torch::stable::empty_like(images);
+  const std::vector<int64_t> sizes = {images.size(0), images.size(1), images.size(2), images.size(3)};
+  const std::vector<int64_t> strides = {images.stride(0), images.stride(1), images.stride(2), images.stride(3)};
+  return ernet::cpu_output(sizes, strides, images.scalar_type(), images.element_size());
+}
+
 struct FitTensors {
   Tensor stain, maximum, status;
 
-  FitTensors(const Tensor& images, int64_t count)
-      : stain(torch::stable::new_empty(images, {count, 3, 2}, ScalarType::Double)),
-        maximum(torch::stable::new_empty(images, {count, 2}, ScalarType::Double)),
-        status(torch::stable::new_empty(images, {count}, ScalarType::Int)) {}
+  explicit FitTensors(int64_t count)
+      : stain(ernet::cpu_output({count, 3, 2}, ScalarType::Double, 8)),
+        maximum(ernet::cpu_output({count, 2}, ScalarType::Double, 8)),
+        status(ernet::cpu_output({count}, ScalarType::Int, 4)) {}
 
   void set(int64_t index, const MacenkoImageFit& fit) const {
     auto* s = static_cast<double*>(stain.mutable_data_ptr()) + 6 * index;
@@ -96,9 +124,9 @@ Tensor macenko_moments(const Tensor& images, double io, double beta, double rang
   ernet::check_fit_parameters(io, 1.0, beta, range);
   const Pixel type = pixel_type(images);
   const DenseImages in = ernet::dense_images(images, "images");
-  Tensor moments = torch::stable::new_empty(images, {in.count, ernet::macenko::kMomentCount}, ScalarType::Double);
+  Tensor moments = ernet::cpu_output({in.count, ernet::macenko::kMomentCount}, ScalarType::Double, 8);
   auto* out = static_cast<double*>(moments.mutable_data_ptr());
-  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  const OdTable& table = od_table(io, beta);
   const MacenkoParameters p = {io, 1.0, beta, false};
   for_each_image(in, [&](int64_t i, const Strips& strips) {
     double* row = out + i * ernet::macenko::kMomentCount;
@@ -113,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, 
   ernet::check_fit_parameters(io, alpha, beta, range);
   const Pixel type = pixel_type(images);
   const DenseImages in = ernet::dense_images(images, "images");
-  const FitTensors fits(images, in.count);
-  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  const FitTensors fits(in.count);
+  const OdTable& table = od_table(io, beta);
   const MacenkoParameters p = {io, alpha, beta, nearest};
   for_each_image(in, [&](int64_t i, const Strips& strips) {
     fits.set(i, ernet::cpu::macenko_fit(type, view_of(in, i, images.element_size(), range), p, table, strips));
@@ -164,10 +192,10 @@ Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, con
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages sources(source_stain, source_max, in.count, "source");
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  Tensor result = torch::stable::empty_like(images);
+  Tensor result = result_like(images, in);
   const DenseImages out = ernet::output_images(result, in);
   ernet::check_same_planes(in, out);
-  const OdTable table = ernet::macenko::make_od_table(io, 0.0);
+  const OdTable& table = od_table(io, 0.0);
   for_each_image(in, [&](int64_t i, const Strips& strips) {
     ernet::macenko::Stain source, target;
     double source_maxima[2], target_maxima[2], matrix[3][3];
@@ -202,11 +230,12 @@ Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_sta
   const StainsOfImages sources(source_stain, source_max, in.count, "source");
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
   const ernet::cpu::NetworkInput whole = network_input(mean, std, bfloat16, type == Pixel::u8 ? 255.0 : range);
-  Tensor result = torch::stable::new_empty(images, {in.count, images.size(2), images.size(3), 3},
-                                           bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const int64_t element_size = bfloat16 ? 2 : 4;
+  Tensor result = ernet::cpu_output({in.count, images.size(2), images.size(3), 3},
+                                    bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, size_t(element_size));
   auto* data = static_cast<unsigned char*>(result.mutable_data_ptr());
-  const int64_t image_bytes = 3 * in.pixels * (bfloat16 ? 2 : 4);
-  const OdTable table = ernet::macenko::make_od_table(io, 0.0);
+  const int64_t image_bytes = 3 * in.pixels * element_size;
+  const OdTable& table = od_table(io, 0.0);
   for_each_image(in, [&](int64_t i, const Strips& strips) {
     ernet::macenko::Stain source, target;
     double source_maxima[2], target_maxima[2], matrix[3][3];
@@ -242,11 +271,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& image
   const Pixel type = pixel_type(images);
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  Tensor result = torch::stable::empty_like(images);
+  Tensor result = result_like(images, in);
   const DenseImages out = ernet::output_images(result, in);
   ernet::check_same_planes(in, out);
-  const FitTensors fits(images, in.count);
-  const OdTable table = ernet::macenko::make_od_table(io, beta);
+  const FitTensors fits(in.count);
+  const OdTable& table = od_table(io, beta);
   const MacenkoParameters p = {io, alpha, beta, nearest};
   const size_t element_size = images.element_size();
   for_each_image(in, [&](int64_t i, const Strips& strips) {

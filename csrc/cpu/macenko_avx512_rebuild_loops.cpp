@@ -32,8 +32,11 @@ static inline void rebuild(__m512i level[3], const float* table, const ChannelLa
   }
 }
 
+// Functions that are called by pointer take no vectors: GCC clears the upper halves of the registers neither in a
+// function with vector arguments nor after such a call, and all SSE code that follows would be slowed down.
 static void rebuild_planar(const ImageView& image, PixelSpan span, void* out, const float* table,
-                           const ChannelLanes channel[3], __m512 io) {
+                           const ChannelLanes channel[3], float transmitted) {
+  const __m512 io = _mm512_set1_ps(transmitted);
   const uint8_t* from = static_cast<const uint8_t*>(image.data);
   uint8_t* to = static_cast<uint8_t*>(out);
   const int64_t plane = image.channel_stride;
@@ -47,7 +50,8 @@ static void rebuild_planar(const ImageView& image, PixelSpan span, void* out, co
 }
 
 static void rebuild_interleaved(const ImageView& image, PixelSpan span, void* out, const float* table,
-                                const ChannelLanes channel[3], __m512 io) {
+                                const ChannelLanes channel[3], float transmitted) {
+  const __m512 io = _mm512_set1_ps(transmitted);
   const uint8_t* from = static_cast<const uint8_t*>(image.data);
   uint8_t* to = static_cast<uint8_t*>(out);
   const __m512i byte = _mm512_set1_epi32(255);
@@ -81,7 +85,7 @@ void reconstruct_avx512(const ImageView& image, PixelSpan span, const Reconstruc
     channel[c].n0 = _mm512_set1_ps(exponent[c].n0);
   }
   const auto loop = image.pixel_stride == 1 ? rebuild_planar : rebuild_interleaved;
-  loop(image, span, r.out, table, channel, _mm512_set1_ps(float(r.io)));
+  loop(image, span, r.out, table, channel, float(r.io));
 }
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -164,4 +164,6 @@ MapBufferCounts map_buffer_counts() { return {buffers().reused, buffers().fresh}
 
 void poison_map_buffers(bool wanted) { buffers().poison = wanted; }
 
+bool map_buffers_poisoned() { return buffers().poison; }
+
 }  // namespace ernet::cpu

@@ -1,4 +1,4 @@
-// Memory for the large outputs of the ER operators, used again instead of asked of the system anew.
+// Memory for the large outputs of the CPU operators, used again instead of asked of the system anew.
 //
 // The first touch of fresh memory costs a page fault every 4 KiB, three to four times the time of the pass that writes
 // a map. So the memory of a freed output is kept for the next output of the same size, and new memory comes in huge
@@ -34,5 +34,6 @@ struct MapBufferCounts {
 MapBufferCounts map_buffer_counts();
 // For tests: fill every buffer with bits that are NaN in all floating types before it is handed out.
 void poison_map_buffers(bool wanted);
+bool map_buffers_poisoned();
 
 }  // namespace ernet::cpu

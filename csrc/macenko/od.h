@@ -62,15 +62,21 @@ struct OdTable {
   int32_t tissue_limit;  // levels <= this have OD >= beta; -1 if none has
 };
 
+ERNET_HOST_DEVICE void set_tissue_limit(OdTable& table, double beta) {
+  table.tissue_limit = -1;
+  for (int level = 0; level < 256; ++level) {
+    if (table.od[level] >= beta) table.tissue_limit = level;
+  }
+}
+
 ERNET_HOST_DEVICE OdTable make_od_table(double io, double beta) {
   OdTable table;
-  table.tissue_limit = -1;
   table.fixed_offset = fixed_offset(io);
   for (int level = 0; level < 256; ++level) {
     table.od[level] = od_of_level(level, io);
     table.fixed[level] = fixed_od_of_level(level, table.fixed_offset);
-    if (table.od[level] >= beta) table.tissue_limit = level;
   }
+  set_tissue_limit(table, beta);
   return table;
 }
 

@@ -122,6 +122,8 @@ def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tenso
     """
     if images.dtype in (torch.float16, torch.bfloat16):
         images = images.float()
+    if images.is_contiguous():
+        return images
     _, _, height, width = images.shape
     planar = (width == 1 or images.stride(3) == 1) and (height == 1 or images.stride(2) == width)
     if like_result and images.stride(1) != height * width:
@@ -266,20 +268,10 @@ def normalize(
     range: float,
 ) -> tuple[torch.Tensor, MacenkoFit] | None:
     """Fit and reconstruct in one operator; None where that operator does not serve."""
-    stains_grad = target.stain_matrix.requires_grad or target.max_concentration.requires_grad
-    if images.requires_grad or stains_grad or not _compiled_for(images):
+    stain, maximum, _ = target
+    if images.requires_grad or stain.requires_grad or maximum.requires_grad or not _compiled_for(images):
         return None
-    target_stain = _as_argument(target.stain_matrix, images)
-    target_max = _as_argument(target.max_concentration, images)
-    out, *fitted = torch.ops.ernet.macenko_normalize(
-        supported(images, like_result=True),
-        target_stain.detach(),
-        target_max.detach(),
-        Io,
-        alpha,
-        beta,
-        nearest,
-        identity,
-        range,
-    )
+    stains = _as_argument(stain, images), _as_argument(maximum, images)
+    pixels = supported(images, like_result=True)
+    out, *fitted = torch.ops.ernet.macenko_normalize(pixels, *stains, Io, alpha, beta, nearest, identity, range)
     return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)

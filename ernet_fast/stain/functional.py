@@ -148,14 +148,12 @@ def macenko_normalize(
     for part in collection.parts:
         check_range(part.pixels, range, part.index)
     target = check_fit(target, collection.count, "target")
-    check_target(target)
     if source is None and mask is None and network is None and on_degenerate != "raise":
         numbers = float(Io), float(alpha), float(beta), percentile == "nearest", on_degenerate == "identity"
-        done = [_ops.normalize(part.pixels, part.take_fit(target), *numbers, float(range)) for part in collection.parts]
-        served = [both for both in done if both is not None]
-        if len(served) == len(done):
-            status = collection.gather_fit([fit for _, fit in served]).status
-            return _result(collection, [out for out, _ in served], status, return_status)
+        served = _fit_and_reconstruct(collection, target, (*numbers, float(range)))
+        if served is not None:
+            return _result(collection, *served, return_status)
+    check_target(target)
     source = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
     refuse_failures(source.status, on_degenerate)
     wanted = on_device(expand_fit(target, collection.count, "target"), collection.device)
@@ -172,6 +170,24 @@ def macenko_normalize(
         return _result(collection, results, source.status, return_status)
     tensors = collection.as_tensors(results)
     return (tensors, source.status) if return_status else tensors
+
+
+def _fit_and_reconstruct(
+    collection: Collection, target: MacenkoFit, numbers: tuple[Any, ...]
+) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+    """Results of every part and the status of all, by one operator a part; None where that operator does not serve."""
+    results, fits = [], []
+    for part in collection.parts:
+        try:
+            done = _ops.normalize(part.pixels, part.take_fit(target), *numbers)
+        except RuntimeError:
+            check_target(target)  # the operator looks before it starts, at less cost, but knows no reason
+            raise
+        if done is None:
+            return None
+        results.append(done[0])
+        fits.append(done[1])
+    return results, collection.gather_fit(fits).status
 
 
 def known_source(

@@ -94,8 +94,9 @@ class MacenkoNormalizer(torch.nn.Module):
     @property
     def target(self) -> MacenkoFit:
         """The target as `macenko_normalize` takes it."""
-        status = torch.zeros(1, dtype=torch.int32, device=self.HERef.device)
-        return MacenkoFit(self.HERef.double().unsqueeze(0), self.maxCRef.double().unsqueeze(0), status)
+        stain = self.HERef
+        status = torch.zeros(1, dtype=torch.int32, device=stain.device)
+        return MacenkoFit(stain.double().unsqueeze(0), self.maxCRef.double().unsqueeze(0), status)
 
     def fit(
         self,
