@@ -41,12 +41,14 @@ def run_benches(root: Path, folder: Path, selection: Sequence[str], log: Path | 
         str(folder.resolve()),
         *selection,
     ]
+    # NumPy's matrix products on one thread: its library reads the variable when it loads, so no bench can set it.
+    environment = {"OPENBLAS_NUM_THREADS": "1", **environment_of(root)}
     if log is None:
-        return subprocess.run(command, cwd=root, env=environment_of(root), check=False).returncode
+        return subprocess.run(command, cwd=root, env=environment, check=False).returncode
     with log.open("w") as output:
         code = subprocess.run(
             [*command, "-q", "--benchmark-quiet", "--continue-on-collection-errors"],
-            cwd=root, env=environment_of(root),
+            cwd=root, env=environment,
             stdout=output, stderr=subprocess.STDOUT, check=False,
         ).returncode  # fmt: skip
     if code:

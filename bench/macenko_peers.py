@@ -94,8 +94,10 @@ def torch_staintools(target: np.ndarray) -> Peer:
 def tiatoolbox(target: np.ndarray) -> Peer:
     """tiatoolbox, which writes ones for the zeros of the image given, so it gets its own."""
     let_torchvision_import()
+    import cv2
     from tiatoolbox.tools.stainnorm import MacenkoNormalizer
 
+    cv2.setNumThreads(1)
     peer, other = MacenkoNormalizer(), MacenkoNormalizer()
     peer.fit(target.copy())
 
