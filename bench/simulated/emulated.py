@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,5 +39,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     print(build(folder))
-    # the CPU path that the emulated kernels are compared with; built already, it takes no time
-    sys.exit(subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=ROOT).returncode)
+    if not list((ROOT / "ernet_fast").glob("_C.*.so")):  # the CPU path, which the emulated kernels are compared with
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        sys.exit(subprocess.run(command, cwd=ROOT, env={"ERNET_CUDA": "0", **os.environ}, check=False).returncode)
