@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from machine import describe
+from progress import Progress, Session, by_importance
 from record import Record, Row
 from turns import percentiles
 
@@ -28,7 +29,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FOLDER", help="folder of the record that the rows are written to")
     parser.addoption("--name", action="append", metavar="TEXT", help="benches with this in their file or name only")
     parser.addoption("--slow", action="store_true", help="also benches marked slow")
+    parser.addoption("--progress", metavar="FILE", help="note there which benches are done")
+    parser.addoption("--resume", action="store_true", help="leave out those that are noted there")
+    parser.addoption("--minutes", type=float, help="begin no bench after so many")
     parser.addoption("--compiled", action="store_true", help="also peers under torch.compile")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Note progress where that is asked for."""
+    if config.getoption("--progress"):
+        record = record_of(config)
+        if record is None:
+            raise pytest.UsageError("--progress needs --record")
+        progress = Progress(Path(config.getoption("--progress")), record)
+        config.pluginmanager.register(Session(progress, config.getoption("--resume"), config.getoption("--minutes")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names = config.getoption("--name") or [""]
     unwanted = [item for item in items if not any(name in item.nodeid for name in names)]
     config.hook.pytest_deselected(items=unwanted)
-    items[:] = [item for item in items if item not in unwanted]
+    items[:] = by_importance([item for item in items if item not in unwanted])
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="slow; --slow runs it")
         for item in items:
@@ -44,15 +58,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest) -> Record | None:
+def record_of(config: pytest.Config) -> Record | None:
     """The record to write to, None without --record."""
-    folder = request.config.getoption("--record", default=None)
+    folder = config.getoption("--record", default=None)
     if not folder:
         return None
     import ernet_fast
 
     return Record.of(describe("cpu", Path(ernet_fast.__file__).resolve().parents[1]), Path(folder))
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Record | None:
+    """The record to write to, None without --record."""
+    return record_of(request.config)
 
 
 def params_of(request: pytest.FixtureRequest) -> dict[str, Any]:

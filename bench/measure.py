@@ -1,6 +1,8 @@
 """`python3 dev.py bench`: measure this tree, compare it with another revision, or draw how it changed.
 
-Arguments that are not listed here go to pytest.
+Without NAME it measures everything that the documents need, the most important first, and begins nothing after twelve
+minutes. Each row is on disk as it comes; `--resume` goes on where a run ended. Arguments that are not listed here go to
+pytest.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from compare import compare, run_benches
 from green import NotReported, require_green
 from history import history
 from record import RESULTS, ROOT
+
+PROGRESS = ROOT / "build" / "bench_progress.txt"
+MINUTES = 12.0
 
 
 def percent(text: str) -> float:
@@ -33,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("names", nargs="*", metavar="NAME", help="benches with this in their file or name; default all")
     made.add_argument("-k", metavar="EXPRESSION", help="pytest's way to choose")
     made.add_argument("--slow", action="store_true", help="also those that take minutes")
+    made.add_argument("--resume", action="store_true", help="only what an earlier run of this tree has not measured")
+    made.add_argument("--minutes", type=float, help=f"begin no bench after so many (default {MINUTES:g} without NAME)")
     made.add_argument("--record", type=Path, default=RESULTS, metavar="FOLDER", help="default bench/results")
     made.add_argument("--compare", metavar="REV", help="build this git revision beside, and time both in turns")
     made.add_argument("--rounds", type=int, default=3, metavar="N", help="of --compare (default 3)")
@@ -49,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.error(f"--rounds {options.rounds}; expected 1 or more")
     if options.fail_above is not None and options.compare is None:
         given.error("--fail-above needs --compare REV")
+    if options.minutes is not None and not options.minutes > 0:
+        given.error(f"--minutes {options.minutes:g}; expected a positive number")
     if options.history is not None:
         return history(options.names, options.history)
     selection = [part for name in options.names for part in ("--name", name)]
@@ -64,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"dev.py bench: {error}", file=sys.stderr)
         return 2
+    whole = not (options.names or options.k or options.slow)
+    minutes = options.minutes or (MINUTES if whole else None)
+    selection += ["--progress", str(PROGRESS)] + (["--resume"] if options.resume else [])
+    selection += ["--minutes", str(minutes)] if minutes else []
     return run_benches(ROOT, options.record, [*selection, *rest])
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from pathlib import Path
 
 import compare
 import green
 import history
 import measure
+import progress
 import pytest
-from record import Record, Row
+from record import Record, Row, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +145,10 @@ def test_names_choose_benches(monkeypatch):
     monkeypatch.setattr(measure, "require_green", lambda: None)
     monkeypatch.setattr(measure, "run_benches", lambda *arguments: given.append(arguments) or 0)
     assert measure.main(["macenko", "stage", "-k", "fit", "--slow", "--durations=3"]) == 0
-    assert given[0][2] == ["--name", "macenko", "--name", "stage", "-k", "fit", "--slow", "--durations=3"]
+    chosen = ["--name", "macenko", "--name", "stage", "-k", "fit", "--slow"]
+    assert given[0][2] == [*chosen, "--progress", str(measure.PROGRESS), "--durations=3"]
+    assert measure.main(["--resume"]) == 0
+    assert given[1][2] == ["--progress", str(measure.PROGRESS), "--resume", "--minutes", "12.0"]
 
 
 @pytest.fixture
@@ -179,3 +185,62 @@ def test_benches_of_this_tree_run_on_the_package_of_another(tmp_path):
     log = tmp_path / "log"
     compare.run_benches(tmp_path, tmp_path / "rows", ["--name", "no such bench"], log)
     assert "No module named 'ernet_fast.stain'" in log.read_text() and "Interrupted" not in log.read_text()
+
+
+SOME_BENCHES = """
+import os, pytest, time
+def test_first(record_row):
+    record_row("g", 1, 2, 3, "ms", 5)
+def test_second(record_row):
+    if os.environ.get("FAILS"):
+        raise ValueError("broken")
+    record_row("g", 1, 2, 3, "ms", 5)
+"""
+
+
+@pytest.fixture
+def some_benches(tmp_path, monkeypatch):
+    """A run of two benches of a folder of their own: run(*arguments) gives the names of the rows it wrote."""
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "bench_x.py").write_text(SOME_BENCHES)
+    (folder / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'bench')!r})\nfrom importlib import util\n"
+        f"spec = util.spec_from_file_location('benches', {str(ROOT / 'bench' / 'conftest.py')!r})\n"
+        "module = util.module_from_spec(spec)\nspec.loader.exec_module(module)\nglobals().update(vars(module))\n"
+    )
+    results = tmp_path / "results"
+
+    def run(*arguments, **environment):
+        command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(folder)]
+        command += ["-o", compare.ADDOPTS, "-p", "no:cacheprovider", str(folder), "--record", str(results)]
+        command += ["--progress", str(tmp_path / "progress.txt"), *arguments]
+        env = {**green.environment_of(ROOT), **environment}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        return done.stdout, [one.name for path in results.glob("*.json") for one in read(path)[1]]
+
+    return run
+
+
+def test_a_run_goes_on_where_an_earlier_one_ended(some_benches):
+    said, rows = some_benches(FAILS="1")
+    assert "1 failed, 1 passed" in said and rows == ["first"]
+    said, rows = some_benches("--resume")
+    assert "1 passed, 1 deselected" in said and rows == ["first", "second"]
+    said, _ = some_benches("--resume")
+    assert "2 deselected" in said
+    said, _ = some_benches()
+    assert "2 passed" in said, "without --resume everything is measured again"
+
+
+def test_nothing_begins_once_the_time_is_up(some_benches):
+    said, rows = some_benches("--minutes", "0")
+    assert "2 skipped" in said and "no time left" in said and rows == []
+    assert "2 passed" in some_benches("--resume", "--minutes", "5")[0]
+
+
+def test_the_benches_behind_the_bars_come_first():
+    names = sorted(path.stem for path in (ROOT / "bench").glob("bench_*.py") if not path.stem.endswith("_gpu"))
+    assert sorted(progress.ORDER) == names
+    places = {name: place for place, name in enumerate(progress.ORDER)}
+    assert places["bench_macenko"] < places["bench_er_training"] < places["bench_er_operators"]
