@@ -9,8 +9,8 @@ caches whatever the passes over earlier blocks had left there.
 system had to map and clear anew for newly allocated maps, `system_ms_*` the processor time it took (`page_faults.py`),
 `in_<operator>_ms` where the fused pass spends its time (`operator_times.py`).
 
-Run: python3 dev.py bench bench_er_stage        batch 8, channels-last, against naive eager and compiled
-     with --slow every batch and layout; those are against the compiled one with --compiled alone (minutes)
+Run: python3 dev.py bench bench_er_stage        batch 8, against naive eager and compiled
+     with --slow batch 16 too, there against the compiled one with --compiled alone (minutes)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from traffic import bytes_moved
 from turns import in_turns, percentiles
 
 GROUP = "ER stage tails, forward + backward"
-QUICK = (8, "channels-last")  # batch and layout of the rows that are not slow
+QUICK = 8  # batch of the rows that are not slow
 FLOOR_WHY = "bytes the design must move / copy bandwidth at the working set of the pass"
 STAND_IN = ("ernet_bench::",)
 MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes many minutes
@@ -42,7 +42,7 @@ def cases() -> list[object]:
     for stage in STAGES:
         for batch in (8, 16):
             for layout in LAYOUTS:
-                marks = [] if (batch, layout) == QUICK else [pytest.mark.slow]
+                marks = [] if batch == QUICK else [pytest.mark.slow]
                 found += [pytest.param(stage, batch, layout, threads, marks=marks) for threads in (1, 2)]
     return found
 
@@ -54,7 +54,7 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
     torch.manual_seed(0)
     fused = Tails(shape.channels, shape.num_maps)
     contestants = {"naive": fused.naive(), "fused": fused}
-    if (with_compiled or (batch, layout) == QUICK) and shape.num_maps <= MOST_COMPILED:
+    if (with_compiled or batch == QUICK) and shape.num_maps <= MOST_COMPILED:
         torch._dynamo.reset()
         contestants["compiled"] = torch.compile(fused.naive(), dynamic=False)
     maps = make_maps(shape, batch, LAYOUTS[layout])

@@ -6,6 +6,7 @@ repeats in `extra_info` take the place of those times. A bench that times things
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+# torch.compile would start processes of its own, which go on working while contestants are timed; read when first used
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from machine import describe
 from progress import Progress, Session, by_importance

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,17 +15,20 @@ WHOLE = "call"
 def operator_milliseconds(call: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
     """Of every operator `ernet::NAME` the milliseconds in a call, all its uses together: medians over `repeats` calls.
 
-    Under the name "call" those of the whole call, in the same repeats. Threads that an operator starts are not seen,
-    its own waiting for them is: this is time on the clock.
+    Under the name "call" those of the whole call. Threads that an operator starts are not seen, its own waiting for
+    them is: this is time on the clock.
     """
-    found: dict[str, list[float]] = defaultdict(list)
-    call()
-    for _ in range(repeats):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            start = time.perf_counter()
-            call()
-            found[WHOLE].append(1e3 * (time.perf_counter() - start))
-        for event in profile.key_averages():
-            if event.key.startswith(PREFIX):
-                found[event.key.removeprefix(PREFIX)].append(event.cpu_time_total / 1e3)
-    return {name: statistics.median(times) for name, times in sorted(found.items())}
+    scope = f"{__name__}.{WHOLE}"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        for _ in range(repeats + 1):
+            with torch.profiler.record_function(scope):
+                call()
+    events = list(profile.events())
+    calls = [event.time_range for event in events if event.name == scope][1:]  # the first starts the profiler
+    uses = [event for event in events if event.name.startswith(PREFIX)]
+    found = {WHOLE: [span.elapsed_us() / 1e3 for span in calls]}
+    for name in sorted({use.name for use in uses}):
+        ranges = [use.time_range for use in uses if use.name == name]
+        inside = [[r.elapsed_us() / 1e3 for r in ranges if span.start <= r.start < span.end] for span in calls]
+        found[name.removeprefix(PREFIX)] = [sum(times) for times in inside]
+    return {name: statistics.median(times) for name, times in found.items()}

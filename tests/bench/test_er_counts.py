@@ -81,7 +81,7 @@ def test_time_is_that_of_our_operators():
     tails, maps = Tails(32, 3), make_maps(StageShape(32, 7, 3), 4)
     found = operator_milliseconds(lambda: train_tails(tails, maps), repeats=2)
     algebra = {"block_coefficients", "block_coefficients_backward"}
-    assert set(found) == {"call", "channel_moments", "weighted_sum", "weighted_dot"} | algebra
+    assert {"call", "channel_moments", "weighted_sum", "weighted_dot"} | algebra <= set(found)
     assert 0 < sum(found.values()) - found["call"] < found["call"]
 
 
