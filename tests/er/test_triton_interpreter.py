@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-CASES = [Path(__file__).with_name(name) for name in ("interpreted_triton.py", "interpreted_coefficients.py")]
+NAMES = ("interpreted_triton.py", "interpreted_coefficients.py", "interpreted_large_maps.py")
+CASES = [Path(__file__).with_name(name) for name in NAMES]
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

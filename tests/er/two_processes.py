@@ -7,6 +7,7 @@ Each compares its part with the naive composition of the whole batch in this pro
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from collections.abc import Callable
@@ -138,6 +139,21 @@ def check_distributed_data_parallel() -> None:
             compare(wrapped, naive(), sizes, averaged=True)
     with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
         DistributedDataParallel(synchronised())
+
+
+def check_distributed_data_parallel_without_a_group() -> None:
+    """Each process normalises with its own batch, as with nn.BatchNorm2d; gradients are averaged, also accumulated."""
+    for steps in (1, 3):
+        wrapped = DistributedDataParallel(Stage())
+        alone = naive()
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(7 + 2 * step + distributed.get_rank())
+            x = torch.randn(3, CHANNELS, 4, 3, generator=generator, dtype=torch.float64)
+            with contextlib.nullcontext() if step == steps - 1 else wrapped.no_sync():
+                loss(wrapped(x)).backward()
+            loss(alone(x)).backward()
+        for found, expected in zip(wrapped.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, added_up(expected.grad) / 2, rtol=1e-9, atol=1e-9)
 
 
 def check_checkpoint() -> None:
