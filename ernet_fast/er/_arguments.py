@@ -112,19 +112,23 @@ def check_running(
             raise TypeError(f"{name}[{i}] is {row.dtype}; expected float32, float64, bfloat16 or float16.")
         if row.device != device:
             raise ValueError(f"{name}[{i}] is on {row.device} but the maps on {device}.")
-    if moved and not torch.compiler.is_compiling():
-        _check_apart(name, rows)
-    return rows
-
-
-def _check_apart(name: str, rows: Sequence[Tensor]) -> None:
-    """Raise ValueError if tensors that are to be written share memory, as expanded ones do."""
-    places = {row.data_ptr() for row in rows}
-    expanded = any(not row.is_contiguous() and row.stride(0) == 0 for row in rows)
-    if expanded or (len(places) < len(rows) and 0 not in places):  # 0: no memory, as of meta tensors
+    if (
+        moved
+        and not torch.compiler.is_compiling()
+        and _share_memory([running] if isinstance(running, Tensor) else rows)
+    ):
         raise ValueError(
             f"entries of {name} share memory, and training moves each by itself. Call .clone() on what was expanded."
         )
+    return rows
+
+
+def _share_memory(tensors: Sequence[Tensor]) -> bool:
+    """True if a tensor is expanded, or two start at the same place."""
+    for t in tensors:
+        if not t.is_contiguous() and any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)):
+            return True
+    return len({(t.untyped_storage()._cdata, t.storage_offset()) for t in tensors}) < len(tensors)
 
 
 def check_shortcut_sum(
@@ -132,8 +136,8 @@ def check_shortcut_sum(
     weight: Tensor,
     norm: str,
     num_groups: int | None,
-    running_mean: Sequence[Tensor] | None,
-    running_var: Sequence[Tensor] | None,
+    running_mean: Sequence[Tensor] | Tensor | None,
+    running_var: Sequence[Tensor] | Tensor | None,
     training: bool,
     momentum: float,
     eps: float,

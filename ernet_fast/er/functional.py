@@ -24,8 +24,8 @@ def er_shortcut_sum(
     *,
     norm: str = "batch",
     num_groups: int | None = None,
-    running_mean: Sequence[Tensor] | None = None,
-    running_var: Sequence[Tensor] | None = None,
+    running_mean: Sequence[Tensor] | Tensor | None = None,
+    running_var: Sequence[Tensor] | Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -42,7 +42,7 @@ def er_shortcut_sum(
         weight: [l, C], float32 or the dtype of the maps.
         norm: "batch" (per channel, over N, H and W) or "group" (per sample and group of channels).
         num_groups: for norm="group" (1 is layer norm, C instance norm).
-        running_mean: for norm="batch", l tensors [C], or None. In training they are moved in place towards the means of
+        running_mean: for norm="batch", l tensors [C] or one [l, C], or None. In training they are moved in place towards the means of
             the batch; otherwise they are what N uses.
         running_var: likewise, the variances (in training, towards the unbiased ones).
         training: with norm="batch", normalise with the statistics of the batch.

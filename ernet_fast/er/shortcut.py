@@ -132,9 +132,7 @@ class ERShortcut(nn.Module):
         group = active_group(self.process_group) if self.normalises_with_batch() else None
         if group is not None:
             return self._forward_across_processes(xs, fused, group)
-        running: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None] = None, None
-        if self.running_mean is not None and self.running_var is not None:
-            running = self.running_mean.unbind(0), self.running_var.unbind(0)
+        running = self.running_mean, self.running_var
         momentum = 0.0 if self.momentum is None else self.momentum
         check_shortcut_sum(
             xs, self.weight, self.norm, self.num_groups, *running, self.training, momentum=momentum, eps=self.eps
@@ -149,8 +147,8 @@ class ERShortcut(nn.Module):
             self.weight,
             norm=self.norm,
             num_groups=self.num_groups,
-            running_mean=running[0],
-            running_var=running[1],
+            running_mean=self.running_mean,
+            running_var=self.running_var,
             training=self.training,
             momentum=momentum,
             eps=self.eps,
@@ -165,8 +163,7 @@ class ERShortcut(nn.Module):
     @_disable_dynamo  # torch.compiler.disable would import the compiler now
     def _forward_across_processes(self, xs: Sequence[Tensor], fused: bool, group: ProcessGroup) -> Tensor:
         # not as training: a process may have a single value, or none
-        assert self.running_mean is not None and self.running_var is not None
-        running = self.running_mean.unbind(0), self.running_var.unbind(0)
+        running = self.running_mean, self.running_var
         check_shortcut_sum(xs, self.weight, self.norm, None, *running, training=False, momentum=0.0, eps=self.eps)
         if not (fused and _ops.serves(xs[0]) and one_call_serves(xs[0])):
             raise RuntimeError(NO_NAIVE_GROUP)
