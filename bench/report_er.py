@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from er_means import rows_of
-from er_picture import draw_tails
+from er_picture import BATCH, LAYOUT, draw_tails
 from er_tables import (
     OLDER,
     bars_table,
@@ -162,9 +162,10 @@ def tables(records: Any) -> dict[str, str]:
     rows = er_rows(records.rows("cpu"))
     tails, kernels = rows_of(rows, "stage_tails"), rows_of(rows, "kernels")
     memory = rows_of(rows, "stage_memory")
+    chosen = [row for row in tails if (row.params["batch"], row.params["layout"]) == (BATCH, LAYOUT)]
     return {
         "er-kernels": kernels_table(kernels) if kernels else "Not measured.",
-        "er-parts": operators_of_tails_table(tails) if tails else "Not measured.",
+        "er-parts": operators_of_tails_table(chosen) if chosen else "Not measured.",
         "er-means": means_table(tails, "stage_tails") if tails else "Not measured.",
         "er-stage-memory": stage_memory_table(memory) if memory else "Not measured.",
     }
