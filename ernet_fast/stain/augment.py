@@ -22,7 +22,7 @@ from ernet_fast.stain.functional import (
     refuse_failures,
     usable_source,
 )
-from ernet_fast.stain.parameters import check_parameters, check_policy
+from ernet_fast.stain.parameters import check_parameters, check_policy, is_number
 from ernet_fast.stain.published import published_stains
 from ernet_fast.stain.result import MacenkoFit, expand_fit
 from ernet_fast.stain.upload import to_device
@@ -82,6 +82,8 @@ def macenko_augment(
     check_parameters(Io, alpha, beta, percentile)
     check_policy(on_degenerate)
     _check_widths(gain, shift)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator.")
     collection = read_collection(images, layout)
     for part in collection.parts:
         check_range(part.pixels, range, part.index)
@@ -103,7 +105,7 @@ def macenko_augment(
 
 def _check_widths(gain: float, shift: float) -> None:
     for name, value in (("gain", gain), ("shift", shift)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{name} is {value!r}; expected a number.")
     if not 0 <= gain < 1:
         raise ValueError(f"gain={gain!r}; concentrations are multiplied by 1 ± gain, expected in [0, 1).")

@@ -10,6 +10,7 @@ percentiles.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from ernet_fast.stain import _ops
 from ernet_fast.stain.collection import Collection, read_collection
 from ernet_fast.stain.network_output import read_output, reconstruct_scaled, scale
-from ernet_fast.stain.parameters import check_parameters, check_policy
+from ernet_fast.stain.parameters import check_parameters, check_policy, is_number
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
 from ernet_fast.stain.upload import to_device
@@ -136,8 +137,8 @@ def macenko_normalize(
         input was. With `return_status` a pair (images, status).
 
     Raises:
-        TypeError, ValueError: as in `macenko_fit`; ValueError for a target that is not finite, and for a mask beside a
-            known source.
+        TypeError, ValueError: as in `macenko_fit`; ValueError for a target that is not finite, for a source of status
+            OK that no image has (on the CPU, where it can be looked at), and for a mask beside a known source.
         ValueError: `on_degenerate="raise"` and an image cannot be fitted; the message lists all such images and
             reasons.
     """
@@ -205,6 +206,9 @@ def known_source(
         source = fit_collection(collection, mask, Io, alpha, beta, percentile, range)
     elif mask is not None:
         raise ValueError("mask says where to look for the source stains, but source gives them; pass one of the two.")
+    else:
+        source = check_fit(source, collection.count, "source")
+        check_source(source)
     return on_device(expand_fit(source, collection.count, "source"), collection.device)
 
 
@@ -243,13 +247,33 @@ def check_target(target: MacenkoFit) -> None:
             )
 
 
+def check_source(source: MacenkoFit) -> None:
+    """Raise ValueError for given stains of status OK that no image can have; those on a GPU are not looked at."""
+    if any(part.device.type != "cpu" for part in source):
+        return
+    for i, (stain, maximum, status) in enumerate(zip(*(part.detach().tolist() for part in source), strict=True)):
+        if status != MacenkoStatus.OK:
+            continue
+        h, e = zip(*stain, strict=True)
+        hh, ee, he = (sum(map(operator.mul, a, b)) for a, b in ((h, h), (e, e), (h, e)))
+        if not all(map(math.isfinite, (*h, *e, *maximum))):
+            found = "is not finite, though its status is OK"
+        elif min(maximum) <= 0:
+            found = f"has max_concentration {tuple(maximum)}; expected positive numbers"
+        elif hh * ee - he * he <= 1e-15 * hh * ee:  # a few roundings of 1
+            found = "has two columns of one direction in stain_matrix"
+        else:
+            continue
+        raise ValueError(f"source of image {i} {found}. Take it from macenko_fit, or leave source out.")
+
+
 def check_range(pixels: torch.Tensor, range: float, index: list[int] | None = None) -> None:
     """Raise ValueError if `range` cannot be what was meant for these floating-point pixels [B, 3, H, W].
 
     Values are looked at on the CPU only. Beyond the range they give images the status NON_FINITE, on every device.
     `index` says which images these are, for the message.
     """
-    if isinstance(range, bool) or not isinstance(range, (int, float)):
+    if not is_number(range):
         raise TypeError(f"range is {range!r}; expected a number.")
     if not (math.isfinite(range) and range > 0):
         raise ValueError(f"range={range!r}; expected the positive value that stands for 255.")

@@ -54,8 +54,11 @@ def read_images(images: Any, layout: str | None = None, name: str = "images") ->
         tensor = _from_numpy(images, name)
     elif isinstance(images, torch.Tensor):
         tensor = images
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} is a tensor of layout {tensor.layout}; expected a dense one (.to_dense()).")
     else:
-        raise TypeError(f"{name} is a {type(images).__name__}; expected a torch tensor or a NumPy array.")
+        hint = "; numpy.asarray of it is one." if hasattr(images, "__array_interface__") else "."
+        raise TypeError(f"{name} is a {type(images).__name__}; expected a torch tensor or a NumPy array{hint}")
     _check_dtype(tensor, name)
     if tensor.ndim not in (3, 4):
         hint = " A grey image has no stains to separate." if tensor.ndim == 2 else ""
@@ -73,7 +76,9 @@ def read_images(images: Any, layout: str | None = None, name: str = "images") ->
 
 
 def _from_numpy(array: np.ndarray, name: str) -> torch.Tensor:
-    if array.dtype.kind not in "biuf":
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array; pass its .data and, for fits, mask=~array.mask.any(axis=-1).")
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise TypeError(f"{name} has dtype {array.dtype}; expected uint8 or a floating-point type.")
     if not array.dtype.isnative:
         raise TypeError(f"{name} has dtype {array.dtype}, not in native byte order; use .astype('{array.dtype.name}').")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 PERCENTILES = ("linear", "nearest")
 POLICIES = ("reference", "identity", "raise")
 
 
+def is_number(value: Any) -> bool:
+    """True for real numbers, NumPy's included; a truth value is none."""
+    return isinstance(value, (float, Real)) and not isinstance(value, bool)
+
+
 def check_parameters(Io: float, alpha: float, beta: float, percentile: str) -> None:
     """Raise ValueError or TypeError for a parameter of the fit that makes no sense."""
     for name, value in (("Io", Io), ("alpha", alpha), ("beta", beta)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{name} is {value!r}; expected a number.")
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}; expected a finite number.")

@@ -11,7 +11,7 @@ import torch
 
 from ernet_fast.stain import _ops
 from ernet_fast.stain.colour_counts import ColourCounts
-from ernet_fast.stain.functional import check_target, on_device, refuse_failures, usable_source
+from ernet_fast.stain.functional import check_source, check_target, on_device, refuse_failures, usable_source
 from ernet_fast.stain.layout import is_channels_last, read_images
 from ernet_fast.stain.parameters import check_parameters, check_policy
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, expand_fit
@@ -92,6 +92,7 @@ def macenko_normalize_slide(
         source = counts.fit(Io=Io, alpha=alpha, beta=beta, percentile=percentile)
         del counts
     source = on_device(expand_fit(source, 1, "source"), CPU)
+    check_source(source)
     refuse_failures(source.status, on_degenerate)
     unchanged = on_degenerate == "identity" and int(source.status[0]) != MacenkoStatus.OK
     wanted = expand_fit(target, 1, "target")

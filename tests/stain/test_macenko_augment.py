@@ -143,6 +143,7 @@ def test_half_precision_and_unit_range(dtype):
         ({"gain": "0.2"}, TypeError, "gain"),
         ({"shift": 5}, ValueError, "shift=5"),
         ({"shift": float("nan")}, ValueError, "shift=nan"),
+        ({"generator": np.random.default_rng(0)}, TypeError, "expected a torch.Generator"),
         ({"on_degenerate": "skip"}, ValueError, "on_degenerate='skip'"),
     ],
 )

@@ -9,7 +9,15 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
-from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
+from ernet_fast.stain import (
+    MacenkoNormalizer,
+    MacenkoStatus,
+    macenko_augment,
+    macenko_fit,
+    macenko_normalize,
+    macenko_normalize_slide,
+    separate,
+)
 
 TARGET = MacenkoNormalizer().target
 IMAGE = synthetic_tissue(31, 43, 7)
@@ -156,6 +164,48 @@ def test_target_is_checked():
         macenko_normalize(IMAGE, macenko_fit(np.full((20, 20, 3), 255, np.uint8)))
     single = type(TARGET)(TARGET.stain_matrix[0], TARGET.max_concentration[0], TARGET.status[0])
     np.testing.assert_array_equal(macenko_normalize(IMAGE, single), EXPECTED)
+
+
+def spoilt(**parts):
+    return TARGET._replace(**{name: torch.tensor([value], dtype=torch.float64) for name, value in parts.items()})
+
+
+SPOILT = [
+    (spoilt(max_concentration=[1.0, float("nan")]), "is not finite, though its status is OK"),
+    (spoilt(stain_matrix=[[float("inf"), 0.1], [0.7, 0.9], [0.3, 0.1]]), "is not finite"),
+    (spoilt(max_concentration=[0.0, 1.0]), "has max_concentration .*expected positive"),
+    (spoilt(max_concentration=[1.0, -1.0]), "has max_concentration"),
+    (spoilt(stain_matrix=[[0.6, 0.3], [0.6, 0.3], [0.6, 0.3]]), "has two columns of one direction"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), SPOILT)
+def test_given_sources_are_checked(source, message):
+    for call in (
+        lambda: macenko_normalize(IMAGE, TARGET, source),
+        lambda: macenko_normalize(IMAGE.astype(np.float32), TARGET, source, output=torch.float32),
+        lambda: MacenkoNormalizer().normalize(IMAGE, source=source),
+        lambda: macenko_augment(IMAGE, source),
+        lambda: separate(IMAGE, source),
+        lambda: macenko_normalize_slide(IMAGE, np.empty_like(IMAGE), TARGET, source),
+    ):
+        with pytest.raises(ValueError, match=f"source of image 0 {message}"):
+            call()
+    several = type(TARGET)(*(torch.cat(parts) for parts in zip(TARGET, source, strict=True)))
+    with pytest.raises(ValueError, match="source of image 1"):
+        macenko_normalize(batch(IMAGE, IMAGE), TARGET, several)
+    several.status[1] = MacenkoStatus.RANK_DEFICIENT  # then it is not looked at
+    out = macenko_normalize(batch(IMAGE, IMAGE), TARGET, several)
+    assert torch.equal(out[1], macenko_normalize(batch(IMAGE), TARGET, TARGET)[0])
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = {"Io": np.int64(240), "alpha": np.float32(1), "beta": np.float64(0.15), "range": np.uint8(255)}
+    np.testing.assert_array_equal(macenko_normalize(IMAGE, TARGET, **numbers), EXPECTED)
+    np.testing.assert_array_equal(MacenkoNormalizer(**numbers)(IMAGE), EXPECTED)
+    for wrong in (True, np.True_, "240", None, 240j):
+        with pytest.raises(TypeError, match="Io is"):
+            macenko_normalize(IMAGE, TARGET, Io=wrong)
 
 
 def test_stated_range_is_held_against_the_values():

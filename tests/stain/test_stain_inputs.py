@@ -60,6 +60,9 @@ REFUSED = {
     "five dimensions": (TISSUE[None, None], ValueError, "shape"),
     "ambiguous": (TISSUE[:3], ValueError, "layout='CHW' or 'HWC'"),
     "text": ("image.png", TypeError, "str"),
+    "long double": (TISSUE.astype(np.longdouble), TypeError, "expected uint8 or a floating-point type"),
+    "masked": (np.ma.masked_greater(TISSUE, 200), TypeError, "masked array; pass its .data"),
+    "sparse": (torch.from_numpy(TISSUE).float().to_sparse(), TypeError, "expected a dense one"),
     "in a list": ([TISSUE, TISSUE.astype(np.int16)], TypeError, r"\[1\] has dtype int16"),
     "grey in a list": ([TISSUE, TISSUE[..., 0]], ValueError, r"\[1\] has shape"),
 }

@@ -125,7 +125,8 @@ def v2_like(monkeypatch):
         from torchvision import tv_tensors
         from torchvision.transforms import v2
 
-        return tv_tensors.Image, tv_tensors.Mask
+        yield tv_tensors.Image, tv_tensors.Mask
+        return
     except (ImportError, RuntimeError):
         pass
 
