@@ -108,6 +108,9 @@ def speed_table(rows: Sequence[Row], operation: str) -> str:
         lines.append(cells)
     limit = [number(by[OWN[0], size].extra_info["floor"]) for size in sizes]
     lines.append(["limit: bytes / copy bandwidth", *limit])
+    pixels = [by[OWN[0], size].params["pixels"] for size in sizes]
+    each = [number(1e6 * by[OWN[0], size].p50 / count) for size, count in zip(sizes, pixels, strict=True)]
+    lines.append(["ernet_fast, ns a pixel", *each])
     return table(["ms (median; times slower)", *sizes], lines)
 
 
