@@ -5,18 +5,21 @@ nearest  against its torch backend: every value within one grey level, at least 
 
 Each image of BreaKHis_tiny, and 224 x 224 crops of BreaKHis_mini with at least 1000 tissue pixels, both sides fitted to
 the target of the torchstain project. A row is the percentage of identical values over the images of one set; `worst`
-and `largest_difference` are over all of them.
+and `largest_difference` are over all of them. Rows of the other packages say how far their Macenko is from this one, on
+BreaKHis_tiny; they have no bar.
 
 Run: python3 dev.py bench bench/bench_macenko_parity.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 import pytest
-import torch
 from macenko_images import crops, data_root, files_of, read
-from macenko_peers import PEERS
+from macenko_peers import PEERS, as_levels, peers_of
 from turns import percentiles
 
 from ernet_fast.stain import macenko_fit, macenko_normalize
@@ -24,6 +27,7 @@ from ernet_fast.stain import macenko_fit, macenko_normalize
 LEAST_IDENTICAL = {"linear": 99.95, "nearest": 96.0}
 PEER = {"linear": "torchstain numpy", "nearest": "torchstain torch"}
 FEWEST_CROPS = 500
+Calls = Callable[[np.ndarray], Any]
 
 root = data_root()
 needs_data = pytest.mark.skipif(root is None, reason="no real images: set ERNET_TEST_DATA to their folder")
@@ -37,6 +41,16 @@ def images_of(name: str) -> list[np.ndarray]:
     return [read(path) for path in files_of(root, name)]
 
 
+def compare(images: Iterable[np.ndarray], ours: Calls, theirs: Calls) -> tuple[list[float], int]:
+    """Percentage of identical values of each image, and the largest difference of all."""
+    identical, largest = [], 0
+    for image in images:
+        difference = np.abs(as_levels(ours(image)).astype(int) - as_levels(theirs(image)))
+        identical.append(100 * float((difference == 0).mean()))
+        largest = max(largest, int(difference.max()))
+    return identical, largest
+
+
 @needs_data
 @pytest.mark.parametrize("percentile", LEAST_IDENTICAL)
 @pytest.mark.parametrize("name", ["BreaKHis_tiny", "BreaKHis_mini"])
@@ -45,14 +59,11 @@ def test_identical_values(record_row, name, percentile):
     target = read(root / "torchstain" / "target.png")
     fitted = macenko_fit(target, percentile=percentile)
     theirs, _ = PEERS[PEER[percentile]](target)
-    identical, largest = [], 0
-    for image in images_of(name):
-        # torch tensors come back as int32 [H, W, 3], as arrays do.
-        expected = np.asarray(torch.as_tensor(theirs(image)()[0])).astype(int)
-        found = macenko_normalize(image, fitted, percentile=percentile).astype(int)
-        difference = np.abs(found - expected)
-        identical.append(100 * float((difference == 0).mean()))
-        largest = max(largest, int(difference.max()))
+    identical, largest = compare(
+        images_of(name),
+        lambda image: macenko_normalize(image, fitted, percentile=percentile),
+        lambda image: theirs(image)(),
+    )
     least = LEAST_IDENTICAL[percentile]
     record_row(
         "identical values", **percentiles(identical), unit="%", repeats=len(identical), peer=PEER[percentile],
@@ -62,3 +73,25 @@ def test_identical_values(record_row, name, percentile):
         detail=f"{len(identical)} images against {PEER[percentile]}",
     )  # fmt: skip
     assert largest <= 1 and min(identical) >= least
+
+
+@needs_data
+def test_other_packages(record_row):
+    """The nearest percentile, which stainx takes; the others define more than the percentile otherwise."""
+    target = read(root / "torchstain" / "target.png")
+    fitted = macenko_fit(target, percentile="nearest")
+    found, _ = peers_of(target)
+    for name, (theirs, _) in found.items():
+        if name in PEER.values():
+            continue
+        identical, largest = compare(
+            images_of("BreaKHis_tiny"),
+            lambda image: macenko_normalize(image, fitted, percentile="nearest"),
+            lambda image, theirs=theirs: theirs(image)(),
+        )
+        record_row(
+            "other packages", **percentiles(identical), unit="%", repeats=len(identical), peer=name,
+            name=f"BreaKHis_tiny {name}", title=f"identical values, BreaKHis_tiny, {name}",
+            params={"images": "BreaKHis_tiny", "other": name}, worst=min(identical), largest_difference=largest,
+            detail=f"{len(identical)} images",
+        )  # fmt: skip

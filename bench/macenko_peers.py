@@ -112,6 +112,16 @@ def tiatoolbox(target: np.ndarray) -> Peer:
     return normalize, fit
 
 
+def as_levels(result: Any) -> np.ndarray:
+    """What a package's normalisation returns as grey levels [H, W, 3]: truncated, [0, 1] taken as 0 to 255."""
+    image = result[0] if isinstance(result, tuple) else result  # beside the stains
+    if isinstance(image, torch.Tensor):
+        image = image.detach()
+        image = image[0].permute(1, 2, 0) if image.ndim == 4 else image
+        image = (image * 255 if image.is_floating_point() and float(image.max()) <= 1 else image).numpy()
+    return image.astype(np.uint8)
+
+
 PEERS: dict[str, Callable[[np.ndarray], Peer]] = {
     "torchstain torch": torchstain_torch,
     "torchstain numpy": torchstain_numpy,

@@ -136,7 +136,8 @@ def other_tables(rows: Sequence[Row]) -> list[str]:
     threads = [row for row in rows if row.group == "normalize 64 x 224x224"]
     dtypes = [row for row in rows if "dtype" in row.params]
     calls = [row for row in rows if row.unit == "us"]
-    parity = [row for row in rows if row.bench == "bench_macenko_parity"]
+    parity = [row for row in rows if row.bench == "bench_macenko_parity" and "percentile" in row.params]
+    others = [row for row in rows if row.bench == "bench_macenko_parity" and "other" in row.params]
     slides = [row for row in rows if row.bench == "bench_macenko_slide"]
     parts = []
     if threads:
@@ -156,6 +157,14 @@ def other_tables(rows: Sequence[Row]) -> list[str]:
         ]  # fmt: skip
         head = ["images", "percentile: held against", "identical values, worst image", "median", "largest difference"]
         parts += ["## Parity with torchstain on real images", table(head, lines)]
+    if others:
+        lines = [[row.params["other"], f"{row.p50:.3g} %", str(row.extra_info["largest_difference"])] for row in others]
+        head = ["package", "identical values, median image", "largest difference, grey levels"]
+        parts += [
+            f"## The same {others[0].repeats} images of {others[0].params['images']} by other packages",
+            "Each fitted to the same target; [what they do otherwise](macenko.md#what-macenko-means-elsewhere).",
+            table(head, lines),
+        ]  # fmt: skip
     if slides:
         lines = [
             [str(row.extra_info["title"]), f"{number(row.p50)} {row.unit}", row.extra_info["detail"]] for row in slides

@@ -35,6 +35,10 @@ def record(tmp_path):
             "bench_macenko_parity", "tiny linear", "identical values", {"images": "tiny", "percentile": "linear"},
             99.99, 100, 100, "%", 21, {"peer": "torchstain numpy", "worst": 99.987, "largest_difference": 1},
         ),
+        Row(
+            "bench_macenko_parity", "tiny tiatoolbox", "other packages", {"images": "tiny", "other": "tiatoolbox"},
+            1, 2, 3, "%", 21, {"peer": "tiatoolbox", "worst": 0.04, "largest_difference": 205},
+        ),
         Row("another_bench", "unrelated row", "x", {}, 1, 1, 1, "ms"),
     )  # fmt: skip
     return found
@@ -52,6 +56,8 @@ def test_page_and_picture(record, tmp_path):
     assert "| tiatoolbox | not installed | not installed |" in page
     assert "| normalize 224x224 ernet_fast | ratio_torchstain_torch >= 30 | 25 | **no** |" in page
     assert "| tiny, 21 images | linear: torchstain numpy | 99.987 % | 100.000 % | 1 |" in page
+    assert "The same 21 images of tiny by other packages" in page and "| tiatoolbox | 2 % | 205 |" in page
+    assert "| ernet_fast, ns a pixel | 2 | 2 |" in page
     assert "unrelated" not in page and "Whole slides" not in page
     assert (docs / "macenko_speed.png").stat().st_size > 10_000
 
