@@ -85,8 +85,7 @@ def macenko_augment(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator.")
     collection = read_collection(images, layout)
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     known = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
     refuse_failures(known.status, on_degenerate)
     published = expand_fit(published_stains(), collection.count, "published")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ernet_fast.stain import _ops
-from ernet_fast.stain.collection import Collection, read_collection
+from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.network_output import read_output, reconstruct_scaled, scale
 from ernet_fast.stain.parameters import check_parameters, check_policy, is_number
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
@@ -64,8 +64,7 @@ def macenko_fit(
     """
     check_parameters(Io, alpha, beta, percentile)
     collection = read_collection(images, layout)
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     return fit_collection(collection, mask, Io, alpha, beta, percentile, range)
 
 
@@ -146,8 +145,7 @@ def macenko_normalize(
     check_policy(on_degenerate)
     network = read_output(output, mean, std)
     collection = read_collection(images, layout)
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     target = check_fit(target, collection.count, "target")
     if source is None and mask is None and network is None and on_degenerate != "raise":
         numbers = float(Io), float(alpha), float(beta), percentile == "nearest", on_degenerate == "identity"
@@ -267,35 +265,42 @@ def check_source(source: MacenkoFit) -> None:
         raise ValueError(f"source of image {i} {found}. Take it from macenko_fit, or leave source out.")
 
 
-def check_range(pixels: torch.Tensor, range: float, index: list[int] | None = None) -> None:
-    """Raise ValueError if `range` cannot be what was meant for these floating-point pixels [B, 3, H, W].
+def check_range(collection: Collection, range: float) -> None:
+    """Raise ValueError if `range` cannot be what was meant for floating-point images.
 
-    Values are looked at on the CPU only. Beyond the range they give images the status NON_FINITE, on every device.
-    `index` says which images these are, for the message.
+    Values are looked at on the CPU only. Beyond the range they give images the status NON_FINITE, on every device. Dark
+    images among brighter ones are dark images, in a list as in a batch.
     """
     if not is_number(range):
         raise TypeError(f"range is {range!r}; expected a number.")
     if not (math.isfinite(range) and range > 0):
         raise ValueError(f"range={range!r}; expected the positive value that stands for 255.")
-    if pixels.dtype == torch.uint8 or pixels.device.type != "cpu" or pixels.numel() == 0:
-        return
-    if range >= 2:
-        largest = float(pixels.detach().amax())
-        if 0 < largest <= 1:
-            whose = "images hold" if index is None or len(index) > 1 else f"image {index[0]} holds"
-            raise ValueError(
-                f"{whose} values up to {largest:.3g}, but range={range:g} was stated; "
-                "pass range=1 for images in [0, 1]."
-            )
-    else:
-        finite = pixels.detach().nan_to_num(0.0, 0.0, 0.0)
-        value, which = finite.flatten(1).amax(dim=1).max(dim=0)
-        if float(value) > 2 * range:
-            number = int(which) if index is None else index[int(which)]
-            raise ValueError(
-                f"image {number} holds values up to {float(value):.4g}, but range={range:g} was stated; "
-                "pass range=255 for images in [0, 255]."
-            )
+    largest = 0.0
+    for part in collection.parts:
+        pixels = part.pixels
+        if pixels.dtype == torch.uint8 or pixels.device.type != "cpu" or pixels.numel() == 0:
+            continue
+        if range < 2:
+            _check_unit_range(part, range)
+        else:
+            largest = max(largest, float(pixels.detach().amax()))  # a NaN, which is not larger, says nothing
+    if 0 < largest <= 1:
+        raise ValueError(
+            f"images hold values up to {largest:.3g}, but range={range:g} was stated; "
+            "pass range=1 for images in [0, 1]."
+        )
+
+
+def _check_unit_range(part: Part, range: float) -> None:
+    """Raise ValueError for an image that holds far more than `range`, below 2."""
+    finite = part.pixels.detach().nan_to_num(0.0, 0.0, 0.0)
+    value, which = finite.flatten(1).amax(dim=1).max(dim=0)
+    if float(value) > 2 * range:
+        number = int(which) if part.index is None else part.index[int(which)]
+        raise ValueError(
+            f"image {number} holds values up to {float(value):.4g}, but range={range:g} was stated; "
+            "pass range=255 for images in [0, 255]."
+        )
 
 
 def on_device(fit: MacenkoFit, device: torch.device) -> MacenkoFit:

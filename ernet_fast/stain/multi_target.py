@@ -47,8 +47,7 @@ def fit_targets(
     if collection.count == 0 or (collection.count > 1 and targets is None):
         hint = " Say how several make one: targets='concat' or targets='avg'." if collection.count else ""
         raise ValueError(f"fit takes one target image; got {collection.count}.{hint}")
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     numbers = Io, alpha, beta, percentile, range
     if targets == "concat":
         fit = fit_collection(_joined(collection, mask, range), None, *numbers)

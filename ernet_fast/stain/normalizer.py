@@ -179,8 +179,7 @@ class MacenkoNormalizer(torch.nn.Module):
         self, images: Any, source: MacenkoFit | None, mask: Any, layout: str | None, Io: float, **options: Any
     ) -> tuple[Any, Any, Any]:
         collection = read_collection(images, layout)
-        for part in collection.parts:
-            check_range(part.pixels, self.range, part.index)
+        check_range(collection, self.range)
         check_target(self.target)
         known = known_source(collection, source, mask, Io, **options)
         refuse_failures(known.status, self.on_degenerate)

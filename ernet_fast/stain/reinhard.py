@@ -57,8 +57,7 @@ def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None, 
         TypeError, ValueError: as in `macenko_fit`.
     """
     collection = read_collection(images, layout)
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     return _fit(collection, range, mask)
 
 
@@ -176,8 +175,7 @@ def reinhard_normalize(
     if method not in METHODS:
         raise ValueError(f"method={method!r}; expected None or 'modified'.")
     collection = read_collection(images, layout)
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     wanted = _expand(target, collection, "target")
     if wanted.mean.device.type == "cpu" and not bool(torch.isfinite(wanted.mean.sum() + wanted.std.sum())):
         raise ValueError("target is not finite; fit it on an image whose values are all grey levels.")

@@ -85,8 +85,7 @@ def separate(
             "stains."
         )
     collection = read_collection(images, layout)
-    for part in collection.parts:
-        check_range(part.pixels, range, part.index)
+    check_range(collection, range)
     if target is not None:
         check_target(check_fit(target, collection.count, "target"))
     known = known_source(collection, source, mask, Io, alpha, beta, percentile, range)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
+from ernet_fast import reference
 from ernet_fast.stain import (
     MacenkoNormalizer,
     MacenkoStatus,
@@ -214,3 +215,21 @@ def test_stated_range_is_held_against_the_values():
         macenko_normalize(image, TARGET, range=1)
     with pytest.raises(ValueError, match="pass range=1"):
         macenko_normalize(image / 255, TARGET)
+    with pytest.raises(ValueError, match="image 1 holds values up to .*pass range=255"):
+        macenko_normalize([image / 255, image[:20]], TARGET, range=1)
+    with pytest.raises(ValueError, match="pass range=1"):
+        macenko_normalize([image / 255, image[:20] / 255], TARGET)
+
+
+@pytest.mark.parametrize("height", [31, 20])
+def test_a_nearly_black_float_tile_stops_no_other(height):
+    """Its values alone would contradict the range; among others it is dark."""
+    image = IMAGE.astype(np.float32)
+    dark = np.random.default_rng(0).random((height, 43, 3), dtype=np.float32)
+    with pytest.raises(ValueError, match="pass range=1"):
+        macenko_normalize(dark, TARGET)
+    found = macenko_normalize([image, dark], TARGET)
+    np.testing.assert_array_equal(found[0], macenko_normalize(image, TARGET))
+    expected, status = reference.macenko_normalize(dark, TARGET, return_status=True)
+    assert macenko_fit([dark, image]).status.tolist() == [int(status[0]), 0]
+    np.testing.assert_allclose(found[1], expected, rtol=1e-4, atol=1e-30)
