@@ -1,5 +1,5 @@
 // Macenko kernels for CUDA: launchers, free of torch. They neither allocate nor wait, so they can be captured in a CUDA
-// graph.
+// graph. Every result is the same to the bit whatever the plan, the batch and the order of threads.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -38,14 +38,57 @@ struct Stains {
   bool shared;
 };
 
-// Images rebuilt with the stains of `target` in place of those of `source`, to `out` with strides in elements as in
-// `images`.
+struct Parameters {
+  double io;
+  double alpha;  // percent
+  double beta;
+  bool nearest;
+};
+
+// [count][3][2], [count][2] and [count]; NaN where the status is not 0.
+struct FitResult {
+  double* stain;
+  double* maximum;
+  int32_t* status;
+};
+
+// Where rebuilt images go: in the images' own type and layout, with strides in elements as in `images`, or as the input
+// of a network, [count][pixels][3] of (value / range - mean) / std.
+enum class OutputType : int { image = 0, f32 = 1, bf16 = 2, f16 = 3 };
 struct Output {
   void* data;
   int64_t image_stride;
   int64_t channel_stride;
+  OutputType type;
+  double range;
+  double mean[3];
+  double std[3];
 };
-cudaError_t macenko_reconstruct(const Images& images, const Stains& source, const Stains& target, double io,
-                                const Output& out, cudaStream_t stream);
+
+// How stains are replaced. Images with a status other than 0 (null: none) have the stains `target` in place of those of
+// `source`, or stay as they are under `identity`. With `gain` and `shift`, [count][2], the stains of an image stay, and
+// its concentrations C become gain C + shift.
+struct Recipe {
+  Stains source;
+  const int32_t* status;
+  Stains target;
+  bool identity;
+  const double* gain;
+  const double* shift;
+};
+
+cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
+                                cudaStream_t stream);
+
+// The streaming plan: kernels that read the images again and again, in groups of images that stay in a cache of
+// `cache_bytes`. The workspace is at a multiple of 16.
+int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes);
+cudaError_t macenko_fit_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes,
+                                  void* workspace, const FitResult& fit, cudaStream_t stream);
+
+// A fit and, in the same groups, the reconstruction. `recipe.source` and `recipe.status` are those of `fit`.
+cudaError_t macenko_normalize_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes,
+                                        void* workspace, const FitResult& fit, const Recipe& recipe, const Output& out,
+                                        cudaStream_t stream);
 
 }  // namespace ernet::cuda

@@ -71,5 +71,38 @@ ERNET_HOST_DEVICE double exp_clamped(double x) {
   return p * scale.real;
 }
 
+// cos(x) and sin(x) to about 1 ulp for |x| <= 4, the same bits on every processor.
+ERNET_HOST_DEVICE void cos_sin(double x, double& cosine, double& sine) {
+  const double quarters = rint(x * 0.636619772367581343076);  // of a turn
+  const double r = (x - quarters * 1.57079632673412561417) - quarters * 6.07710050650619224932e-11;
+  const double z = r * r;
+  // Taylor; |r| <= 0.7854, so the rest is below 2^-60.
+  double s = -1.0 / 121645100408832000.0;
+  s = s * z + 1.0 / 355687428096000.0;
+  s = s * z - 1.0 / 1307674368000.0;
+  s = s * z + 1.0 / 6227020800.0;
+  s = s * z - 1.0 / 39916800.0;
+  s = s * z + 1.0 / 362880.0;
+  s = s * z - 1.0 / 5040.0;
+  s = s * z + 1.0 / 120.0;
+  s = s * z - 1.0 / 6.0;
+  s = r + r * (z * s);
+  double c = 1.0 / 2432902008176640000.0;
+  c = c * z - 1.0 / 6402373705728000.0;
+  c = c * z + 1.0 / 20922789888000.0;
+  c = c * z - 1.0 / 87178291200.0;
+  c = c * z + 1.0 / 479001600.0;
+  c = c * z - 1.0 / 3628800.0;
+  c = c * z + 1.0 / 40320.0;
+  c = c * z - 1.0 / 720.0;
+  c = c * z + 1.0 / 24.0;
+  c = (1.0 - 0.5 * z) + z * (z * c);
+  const int quarter = int(quarters) & 3;
+  const double a = (quarter & 1) != 0 ? s : c;
+  const double b = (quarter & 1) != 0 ? c : s;
+  cosine = quarter == 1 || quarter == 2 ? -a : a;
+  sine = quarter >= 2 ? -b : b;
+}
+
 }  // namespace macenko
 }  // namespace ernet

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "macenko/eigen3.h"
+#include "macenko/elementary.h"
 #include "macenko/od.h"
 
 namespace ernet {
@@ -58,11 +59,14 @@ ERNET_HOST_DEVICE Status plane_of_moments(const double moments[kMomentCount], Pl
 
 // The stain matrix whose columns are the directions at the two extreme angles; haematoxylin absorbs more red.
 ERNET_HOST_DEVICE Status stain_of_angles(const Plane& plane, double min_angle, double max_angle, Stain& stain) {
+  double low_cos, low_sin, high_cos, high_sin;
+  cos_sin(min_angle, low_cos, low_sin);
+  cos_sin(max_angle, high_cos, high_sin);
   double low[3];
   double high[3];
   for (int i = 0; i < 3; ++i) {
-    low[i] = plane.first[i] * cos(min_angle) + plane.second[i] * sin(min_angle);
-    high[i] = plane.first[i] * cos(max_angle) + plane.second[i] * sin(max_angle);
+    low[i] = plane.first[i] * low_cos + plane.second[i] * low_sin;
+    high[i] = plane.first[i] * high_cos + plane.second[i] * high_sin;
   }
   const bool low_is_h = low[0] > high[0];
   for (int i = 0; i < 3; ++i) {

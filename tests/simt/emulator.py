@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,7 @@ ROOT = HERE.parents[1]
 SOURCES = [
     ROOT / "csrc" / "cuda" / "macenko_moments.cu",
     ROOT / "csrc" / "cuda" / "macenko_reconstruct.cu",
+    ROOT / "csrc" / "cuda" / "macenko_streaming.cu",
     HERE / "planted.cu",
     HERE / "simt.cpp",
     HERE / "macenko_entry.cpp",
@@ -34,8 +36,60 @@ class Stains(ctypes.Structure):
     _fields_ = (("stain", ctypes.c_void_p), ("maximum", ctypes.c_void_p), ("shared", ctypes.c_bool))
 
 
+class Parameters(ctypes.Structure):
+    _fields_ = (*[(name, ctypes.c_double) for name in ("io", "alpha", "beta")], ("nearest", ctypes.c_bool))
+
+
+class FitResult(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("stain", "maximum", "status"))
+
+
 class Output(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("image_stride", ctypes.c_int64), ("channel_stride", ctypes.c_int64))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("image_stride", ctypes.c_int64),
+        ("channel_stride", ctypes.c_int64),
+        ("type", ctypes.c_int),
+        ("range", ctypes.c_double),
+        ("mean", ctypes.c_double * 3),
+        ("std", ctypes.c_double * 3),
+    )
+
+
+class Recipe(ctypes.Structure):
+    _fields_ = (
+        ("source", Stains),
+        ("status", ctypes.c_void_p),
+        ("target", Stains),
+        ("identity", ctypes.c_bool),
+        ("gain", ctypes.c_void_p),
+        ("shift", ctypes.c_void_p),
+    )
+
+
+class Fit(NamedTuple):
+    """Arrays [B, 3, 2], [B, 2] and [B]."""
+
+    stain: np.ndarray
+    maximum: np.ndarray
+    status: np.ndarray
+
+    @classmethod
+    def empty(cls, count: int) -> Fit:
+        """Filled with what no fit returns."""
+        return cls(np.full((count, 3, 2), -7.0), np.full((count, 2), -7.0), np.full(count, -7, np.int32))
+
+    def pointers(self) -> FitResult:
+        return FitResult(*(part.ctypes.data for part in self))
+
+
+class Network(NamedTuple):
+    """Output for a network: dtype (float32, float16, or uint16 for the bits of bfloat16), mean and std."""
+
+    dtype: type
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    kind: int
 
 
 def missing_tools() -> str | None:
@@ -76,6 +130,7 @@ class Emulator:
     def __init__(self, library: Path, seed: int = 0) -> None:
         self.lib = ctypes.CDLL(str(library))
         self.lib.simt_moments_workspace.restype = ctypes.c_int64
+        self.lib.simt_streaming_workspace.restype = ctypes.c_int64
         self.lib.simt_seed(ctypes.c_uint64(seed))
 
     def moments(self, images: np.ndarray, io: float = 240, beta: float = 0.15, scale: float = 1) -> np.ndarray:
@@ -89,19 +144,92 @@ class Emulator:
         assert error == 0
         return result
 
-    def reconstruct(self, images, source, target, io: float = 240, scale: float = 1) -> np.ndarray:
+    def reconstruct(
+        self,
+        images,
+        source,
+        target,
+        io: float = 240,
+        scale: float = 1,
+        network: Network | None = None,
+        changes: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """Images rebuilt; source and target are pairs of float64 arrays [1 or B, 3, 2] and [1 or B, 2]."""
         what = describe(images, scale)
-        out = np.empty_like(images)
-        out.view(np.uint8).fill(0xA5) if out.flags.c_contiguous else out.fill(77)
-        placed = describe(out, scale)
-        to = Output(placed.data, placed.image_stride, placed.channel_stride)
-        stains = [Stains(pointer(s), pointer(m), len(s) == 1) for s, m in (source, target)]
+        out, to = output_for(images, scale, network)
+        gain, shift = (part.ctypes.data for part in changes) if changes else (None, None)
+        recipe = Recipe(stains(source), None, stains(target), False, gain, shift)
         error = self.lib.simt_reconstruct(
-            ctypes.byref(what), ctypes.byref(stains[0]), ctypes.byref(stains[1]), ctypes.c_double(io), ctypes.byref(to)
+            ctypes.byref(what), ctypes.byref(recipe), ctypes.c_double(io), ctypes.byref(to)
         )
         assert error == 0
         return out
+
+    def fit(self, images, parameters: tuple = (240, 1, 0.15, False), scale: float = 1, cache: int = 1 << 20) -> Fit:
+        """A fit by the streaming plan; parameters are Io, alpha, beta, nearest."""
+        what, fit = describe(images, scale), Fit.empty(len(images))
+        workspace = self._workspace(what, cache)
+        error = self.lib.simt_fit_streaming(
+            ctypes.byref(what),
+            ctypes.byref(Parameters(*parameters)),
+            ctypes.c_int64(cache),
+            pointer(workspace),
+            ctypes.byref(fit.pointers()),
+        )
+        assert error == 0
+        return fit
+
+    def normalize(
+        self,
+        images,
+        target,
+        parameters: tuple = (240, 1, 0.15, False),
+        scale: float = 1,
+        cache: int = 1 << 20,
+        identity: bool = False,
+        network: Network | None = None,
+    ) -> tuple[np.ndarray, Fit]:
+        """Fit and reconstruction by the streaming plan."""
+        what, fit = describe(images, scale), Fit.empty(len(images))
+        workspace = self._workspace(what, cache)
+        out, to = output_for(images, scale, network)
+        recipe = Recipe(stains(fit[:2]), fit.status.ctypes.data, stains(target), identity, None, None)
+        recipe.source.shared = False
+        error = self.lib.simt_normalize_streaming(
+            ctypes.byref(what),
+            ctypes.byref(Parameters(*parameters)),
+            ctypes.c_int64(cache),
+            pointer(workspace),
+            ctypes.byref(fit.pointers()),
+            ctypes.byref(recipe),
+            ctypes.byref(to),
+        )
+        assert error == 0
+        return out, fit
+
+    def _workspace(self, what: Images, cache: int) -> np.ndarray:
+        return np.full(self.lib.simt_streaming_workspace(ctypes.byref(what), ctypes.c_int64(cache)), 0xA5, np.uint8)
+
+
+def stains(pair) -> Stains:
+    stain, maximum = pair
+    assert stain.dtype == maximum.dtype == np.float64
+    return Stains(stain.ctypes.data, maximum.ctypes.data, len(stain) == 1)
+
+
+def output_for(images: np.ndarray, scale: float, network: Network | None) -> tuple[np.ndarray, Output]:
+    """An array filled with what no result holds everywhere, and its description."""
+    three = ctypes.c_double * 3
+    if network is None:
+        out = np.empty_like(images)
+        out.view(np.uint8).fill(0xA5) if out.flags.c_contiguous else out.fill(77)
+        placed = describe(out, scale)
+        return out, Output(placed.data, placed.image_stride, placed.channel_stride, 0, 1, three(), three())
+    count, _, height, width = images.shape
+    out = np.full((count, height, width, 3), 77, network.dtype)
+    value_range = 255 if images.dtype == np.uint8 else 255 / scale
+    mean, std = three(*network.mean), three(*network.std)
+    return out, Output(out.ctypes.data, 0, 0, network.kind, value_range, mean, std)
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:

@@ -5,6 +5,7 @@
 // the other, also in random order. Not covered: warps in lockstep, clusters, inline PTX, dynamic shared memory.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stddef.h>
@@ -36,16 +37,24 @@ void launch_kernel(dim3 grid, dim3 block, F kernel) {
   launch(as_index(grid), as_index(block), [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
 }
 
+// The value of lane `from` if there is one, else the lane's own.
 template <class T>
-T shuffle_down(T value, unsigned delta) {
+T shuffle(T value, unsigned from) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "one slot a lane");
-  const unsigned lane = thread_index.x % 32;
-  __builtin_memcpy(exchange_slot(lane), &value, sizeof(T));
+  __builtin_memcpy(exchange_slot(thread_index.x % 32), &value, sizeof(T));
   warp_barrier();
   T result = value;
-  if (lane + delta < 32) __builtin_memcpy(&result, exchange_slot(lane + delta), sizeof(T));
+  if (from < 32) __builtin_memcpy(&result, exchange_slot(from), sizeof(T));
   warp_barrier();
   return result;
+}
+
+// Fibers never switch inside these, and kernels run on one thread of the host.
+template <class T>
+T exchange_with(T* address, T value) {
+  const T old = *address;
+  *address = value;
+  return old;
 }
 
 }  // namespace simt
@@ -56,11 +65,13 @@ T shuffle_down(T value, unsigned delta) {
 #undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Blocks run one at a time, so one copy serves them all. The linker gathers it, so that each block can be given
 // garbage.
 #define __shared__ static __attribute__((section("simt_shared")))
@@ -71,9 +82,28 @@ T shuffle_down(T value, unsigned delta) {
 #define gridDim (simt::grid_size)
 #define __syncthreads() simt::barrier()
 #define __syncwarp(...) simt::warp_barrier()
-#define __shfl_down_sync(mask, value, delta) simt::shuffle_down(value, delta)
+#define __shfl_down_sync(mask, value, delta) simt::shuffle(value, simt::thread_index.x % 32 + (delta))
+#define __shfl_up_sync(mask, value, delta) simt::shuffle(value, simt::thread_index.x % 32 - (delta))
+#define __threadfence()
+#define __ffs(bits) __builtin_ffs(bits)
+#define __fdividef(x, y) ((x) / (y))
 
 #define ERNET_LAUNCH(kernel, grid, block, stream, ...) simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  return simt::exchange_with(address, T(*address + value));
+}
+
+template <class T>
+T atomicMin(T* address, T value) {
+  return simt::exchange_with(address, value < *address ? value : *address);
+}
+
+template <class T>
+T atomicMax(T* address, T value) {
+  return simt::exchange_with(address, value > *address ? value : *address);
+}
 
 static inline double __longlong_as_double(long long bits) {
   double value;

@@ -1,0 +1,269 @@
+// The passes over pixels that a fit consists of, whoever shares the pixels: moments, and counts of keys. Pixels that
+// float32 cannot place are evaluated again in double precision, one by one: they are few.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/moment_sums.h"
+#include "cuda/pixel_group.h"
+#include "cuda/readers.h"
+#include "macenko/fit_state.h"
+
+namespace ernet::cuda {
+
+using macenko::FitState;
+using macenko::kBins;
+using macenko::kKeptKeys;
+using macenko::PassKeys;
+using macenko::Phase;
+using macenko::Selection;
+using macenko::Stage;
+
+// Pixels in memory and the threads that share them.
+template <class T>
+struct SharedPixels {
+  Planes<const T> planes;
+  int64_t pixels;
+  int64_t thread;
+  int64_t threads;
+};
+
+// Calls f(group, first, count) for this thread's groups.
+template <class T, bool kInterleaved, class F>
+__device__ __forceinline__ void for_each_group(const SharedPixels<T>& shared, const F& f) {
+  constexpr int kPixels = GroupSize<T>::value;
+  const bool aligned = is_aligned<const T, kInterleaved>(shared.planes);
+  for (int64_t first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
+    const int count = shared.pixels - first < kPixels ? int(shared.pixels - first) : kPixels;
+    PixelGroup<T, kInterleaved> group;
+    load_group<T, kInterleaved>(shared.planes, first, count, aligned, group);
+    f(group, first, count);
+  }
+}
+
+template <class T, bool kInterleaved, class ToFixed>
+__device__ __forceinline__ void add_group(const PixelGroup<T, kInterleaved>& group, int count, const ToFixed& to_fixed,
+                                          Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < GroupSize<T>::value; ++i) {
+    if (i < count) {
+      bool invalid = false;
+      const int32_t r = to_fixed(group.get(i, 0), invalid);
+      const int32_t g = to_fixed(group.get(i, 1), invalid);
+      const int32_t b = to_fixed(group.get(i, 2), invalid);
+      sums.invalid += invalid;
+      add_pixel(r, g, b, sums);
+    }
+  }
+}
+
+// Approximate keys of a pixel.
+struct FloatKeys {
+  float key[2];
+  bool certain;  // the error is within the margin of the selections
+};
+
+__device__ __forceinline__ float dot(const float row[3], float r, float g, float b) {
+  return fmaf(row[0], r, fmaf(row[1], g, row[2] * b));
+}
+
+__device__ __forceinline__ FloatKeys float_keys(const float rows[2][3], bool angles, float r, float g, float b) {
+  const float x = dot(rows[0], r, g, b);
+  const float y = dot(rows[1], r, g, b);
+  if (!angles) return {{x, y}, true};
+  const float total = -(r + g + b);
+  const float norm = fabsf(x) + fabsf(y);
+  const float turn = 1.0f - __fdividef(x, norm);
+  const float key = y < 0.0f ? -turn : turn;
+  const bool on_cut = x < 0.0f && fabsf(y) <= macenko::kCutDistance * total;
+  return {{key, key}, norm > macenko::kSmallestNorm * total && !on_cut};
+}
+
+struct ExactKeys {
+  double key[2];
+};
+
+template <class Reader, bool kInterleaved>
+__device__ __forceinline__ ExactKeys exact_keys(const SharedPixels<typename Reader::Value>& shared, int64_t pixel,
+                                                const Reader& reader, const PassKeys& keys, bool angles) {
+  const int64_t at = pixel * (kInterleaved ? 3 : 1);
+  const double r = reader.od(shared.planes.plane[0][at]);
+  const double g = reader.od(shared.planes.plane[1][at]);
+  const double b = reader.od(shared.planes.plane[2][at]);
+  const double x = keys.row[0][0] * r + keys.row[0][1] * g + keys.row[0][2] * b;
+  const double y = keys.row[1][0] * r + keys.row[1][1] * g + keys.row[1][2] * b;
+  if (!angles) return {{x, y}};
+  const double key = macenko::pseudo_angle(x, y);
+  return {{key, key}};
+}
+
+__device__ __forceinline__ int coarse_bin(float key, float bins_per_unit) {
+  const float place = key * bins_per_unit;
+  return int(fminf(fmaxf(place, 0.0f), float(kBins - 1)));
+}
+
+// Whether pixel i of a group has a key in this phase.
+template <class Reader, bool kInterleaved>
+__device__ __forceinline__ bool has_key(const PixelGroup<typename Reader::Value, kInterleaved>& group, int i, int count,
+                                        const Reader& reader, bool angles) {
+  return i < count && (!angles || reader.is_tissue(group.get(i, 0), group.get(i, 1), group.get(i, 2)));
+}
+
+template <class Reader, bool kInterleaved>
+__device__ __forceinline__ FloatKeys keys_of_group(const PixelGroup<typename Reader::Value, kInterleaved>& group, int i,
+                                                   const Reader& reader, const float rows[2][3], bool angles) {
+  if (Reader::kExactOnly) return {{0, 0}, false};
+  return float_keys(rows, angles, reader.light(group.get(i, 0)), reader.light(group.get(i, 1)),
+                    reader.light(group.get(i, 2)));
+}
+
+__device__ __forceinline__ void copy_rows(const PassKeys& keys, float rows[2][3]) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) rows[t][k] = keys.light_row[t][k];
+  }
+}
+
+// Counts approximate keys: one histogram of angles, two of concentrations. `bins` is in shared memory.
+template <class Reader, bool kInterleaved, bool kAngles>
+__device__ __forceinline__ void coarse_pass(const SharedPixels<typename Reader::Value>& shared, const Reader& reader,
+                                            const PassKeys& keys, uint32_t (*bins)[kBins]) {
+  using T = typename Reader::Value;
+  float rows[2][3];
+  copy_rows(keys, rows);
+  const float scale[2] = {keys.bins_per_unit[0], keys.bins_per_unit[1]};
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+    unsigned doubtful = 0;
+#pragma unroll
+    for (int i = 0; i < GroupSize<T>::value; ++i) {
+      if (has_key<Reader, kInterleaved>(group, i, count, reader, kAngles)) {
+        const FloatKeys found = keys_of_group<Reader, kInterleaved>(group, i, reader, rows, kAngles);
+        if (found.certain) {
+          atomicAdd(&bins[0][coarse_bin(found.key[0], scale[0])], 1u);
+          if (!kAngles) atomicAdd(&bins[1][coarse_bin(found.key[1], scale[1])], 1u);
+        } else {
+          doubtful |= 1u << i;
+        }
+      }
+    }
+    while (doubtful != 0) {
+      const int i = __ffs(int(doubtful)) - 1;
+      doubtful &= doubtful - 1;
+      const ExactKeys found = exact_keys<Reader, kInterleaved>(shared, first + i, reader, keys, kAngles);
+      atomicAdd(&bins[0][coarse_bin(float(found.key[0]), scale[0])], 1u);
+      if (!kAngles) atomicAdd(&bins[1][coarse_bin(float(found.key[1]), scale[1])], 1u);
+    }
+  });
+}
+
+// What an exact pass finds, for the two selections of an image; shared by all threads of the image.
+struct Counters {
+  unsigned long long below[2];     // keys below the interval
+  unsigned long long largest[2];   // key below the edge, and
+  unsigned long long smallest[2];  // key from the edge on, as ordered bits
+  unsigned inside[2];              // keys in the interval, or more than kKeptKeys
+};
+using Kept = unsigned long long[kKeptKeys];
+
+__device__ __forceinline__ void reset_counters(Counters& counters) {
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    counters.below[t] = 0;
+    counters.largest[t] = 0;
+    counters.smallest[t] = ~0ull;
+    counters.inside[t] = 0;
+  }
+}
+
+__device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned long long edge, int t,
+                                               Counters& counters) {
+  // Looking first keeps threads from queueing for an address that they would not change.
+  if (bits < edge) {
+    if (bits > *const_cast<const volatile unsigned long long*>(&counters.largest[t]))
+      atomicMax(&counters.largest[t], bits);
+  } else if (bits < *const_cast<const volatile unsigned long long*>(&counters.smallest[t])) {
+    atomicMin(&counters.smallest[t], bits);
+  }
+}
+
+// One exact key of selection t.
+__device__ __forceinline__ void take_key(double key, int t, const Selection& s, uint32_t* bins, Counters& counters,
+                                         Kept* kept, int& below) {
+  if (s.stage == Stage::done) return;
+  const uint64_t bits = macenko::ordered_bits(key);
+  if (s.stage == Stage::split) return take_split_key(bits, s.edge, t, counters);
+  if (bits < s.low) {
+    ++below;
+    return;
+  }
+  if (bits > s.high) return;
+  atomicAdd(&bins[(bits - s.low) >> s.shift], 1u);
+  if (*const_cast<const volatile unsigned*>(&counters.inside[t]) <= unsigned(kKeptKeys)) {
+    const unsigned slot = atomicAdd(&counters.inside[t], 1u);
+    if (slot < unsigned(kKeptKeys)) kept[t][slot] = bits;
+  }
+}
+
+// Counts exact keys in the intervals of both selections. Float32 tells which pixels need an exact key.
+template <class Reader, bool kInterleaved, bool kAngles>
+__device__ __forceinline__ void exact_pass(const SharedPixels<typename Reader::Value>& shared, const Reader& reader,
+                                           const FitState& state, uint32_t (*bins)[kBins], Counters& counters,
+                                           Kept* kept) {
+  using T = typename Reader::Value;
+  const PassKeys& keys = state.keys;
+  float rows[2][3];
+  copy_rows(keys, rows);
+  const macenko::Window window[2] = {keys.window[0], keys.window[1]};
+  int below[2] = {0, 0};
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+    unsigned wanted = 0;
+#pragma unroll
+    for (int i = 0; i < GroupSize<T>::value; ++i) {
+      if (has_key<Reader, kInterleaved>(group, i, count, reader, kAngles)) {
+        const FloatKeys found = keys_of_group<Reader, kInterleaved>(group, i, reader, rows, kAngles);
+        const bool near = (found.key[0] >= window[0].low && found.key[0] <= window[0].high) ||
+                          (found.key[1] >= window[1].low && found.key[1] <= window[1].high);
+        if (near || !found.certain) {
+          wanted |= 1u << i;
+        } else {
+          below[0] += found.key[0] < window[0].low;
+          below[1] += found.key[1] < window[1].low;
+        }
+      }
+    }
+    while (wanted != 0) {
+      const int i = __ffs(int(wanted)) - 1;
+      wanted &= wanted - 1;
+      const ExactKeys found = exact_keys<Reader, kInterleaved>(shared, first + i, reader, keys, kAngles);
+      take_key(found.key[0], 0, state.selection[0], bins[0], counters, kept, below[0]);
+      take_key(found.key[1], 1, state.selection[1], bins[1], counters, kept, below[1]);
+    }
+  });
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const int64_t total = sum_of_warp(below[t]);
+    if (threadIdx.x % 32 == 0 && total != 0) atomicAdd(&counters.below[t], static_cast<unsigned long long>(total));
+  }
+}
+
+// The pass of the image's phase.
+template <class Reader, bool kInterleaved>
+__device__ __forceinline__ void count_keys(const SharedPixels<typename Reader::Value>& shared, const Reader& reader,
+                                           const FitState& state, uint32_t (*bins)[kBins], Counters& counters,
+                                           Kept* kept) {
+  switch (state.phase) {
+    case Phase::angle_coarse:
+      return coarse_pass<Reader, kInterleaved, true>(shared, reader, state.keys, bins);
+    case Phase::angle_exact:
+      return exact_pass<Reader, kInterleaved, true>(shared, reader, state, bins, counters, kept);
+    case Phase::concentration_coarse:
+      return coarse_pass<Reader, kInterleaved, false>(shared, reader, state.keys, bins);
+    case Phase::concentration_exact:
+      return exact_pass<Reader, kInterleaved, false>(shared, reader, state, bins, counters, kept);
+    default:
+      return;
+  }
+}
+
+}  // namespace ernet::cuda
