@@ -8,14 +8,28 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <tuple>
+
 #include "cuda/macenko.h"
+#include "cuda/plan.h"
 #include "macenko_checks.h"
 
 namespace {
 
 using ernet::DenseImages;
+using ernet::cuda::Device;
+using ernet::cuda::FitResult;
 using ernet::cuda::Images;
+using ernet::cuda::Output;
+using ernet::cuda::OutputType;
+using ernet::cuda::Parameters;
 using ernet::cuda::Pixel;
+using ernet::cuda::Plan;
+using ernet::cuda::PlanKind;
+using ernet::cuda::Recipe;
 using ernet::cuda::Stains;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -73,24 +87,165 @@ Stains cuda_stains(const Tensor& stain, const Tensor& maximum, const Tensor& ima
           stain.size(0) == 1};
 }
 
+// An image of the input's own layout.
+Output image_output(Tensor& result, const Tensor& images) {
+  const DenseImages out = ernet::output_images(result, ernet::dense_images(images, "images"));
+  return {out.data, out.image_stride, out.channel_stride, OutputType::image, 1, {}, {}};
+}
+
+Recipe given_stains(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                    const Tensor& target_stain, const Tensor& target_max) {
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  return {source, nullptr, target, false, nullptr, nullptr};
+}
+
 Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
                            const Tensor& target_stain, const Tensor& target_max, double io, double range) {
   ernet::check_fit_parameters(io, 1.0, 0.0, range);
   const Images in = cuda_images(images, range);
-  const Stains source = cuda_stains(source_stain, source_max, images, "source");
-  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   Tensor result = torch::stable::empty_like(images);
-  const DenseImages out = ernet::output_images(result, ernet::dense_images(images, "images"));
-  check(ernet::cuda::macenko_reconstruct(in, source, target, io, {out.data, out.image_stride, out.channel_stride},
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, image_output(result, images),
                                          current_stream(images.get_device_index())),
         "macenko_reconstruct");
   return result;
+}
+
+// mean and std: [3] float64, contiguous, on the CPU.
+void set_scale(const Tensor& mean, const Tensor& std, Output& out) {
+  for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == 3 && tensor->is_contiguous() &&
+                        tensor->scalar_type() == ScalarType::Double,
+                    "ernet: ", name, " must be [3] float64 on the CPU; got ", ernet::shape_of(*tensor));
+    std::memcpy(values, tensor->const_data_ptr(), 3 * sizeof(double));
+  }
+  for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
+}
+
+Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                                  const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
+                                  const Tensor& std, double io, bool bfloat16, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::new_empty(images, {in.count, images.size(2), images.size(3), 3},
+                                           bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+  const OutputType type = bfloat16 ? OutputType::bf16 : OutputType::f32;
+  Output out = {result.mutable_data_ptr(), 0, 0, type, in.type == Pixel::u8 ? 255.0 : range, {}, {}};
+  set_scale(mean, std, out);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, out, current_stream(images.get_device_index())),
+        "macenko_reconstruct_scaled");
+  return result;
+}
+
+int attribute(cudaDeviceAttr which, int32_t device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "reading an attribute of the device");
+  return value;
+}
+
+Device device_limits(int32_t device) {
+  return {attribute(cudaDevAttrComputeCapabilityMajor, device), attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), attribute(cudaDevAttrL2CacheSize, device)};
+}
+
+// The plan for these images, or the one that ERNET_MACENKO_PLAN asks for: streaming, resident, cluster, or cluster2 to
+// cluster16.
+Plan plan_of(const Device& device, const Images& images, bool network) {
+  const char* text = std::getenv("ERNET_MACENKO_PLAN");
+  const std::string asked = text == nullptr ? "" : text;
+  PlanKind wanted = PlanKind::automatic;
+  int blocks = 0;
+  if (asked == "streaming") wanted = PlanKind::streaming;
+  if (asked == "resident") wanted = PlanKind::resident;
+  if (asked.rfind("cluster", 0) == 0) {
+    wanted = PlanKind::cluster;
+    blocks = std::atoi(asked.c_str() + 7);
+  }
+  STD_TORCH_CHECK(asked.empty() || asked == "auto" || wanted != PlanKind::automatic,
+                  "ernet: ERNET_MACENKO_PLAN=", asked,
+                  "; expected auto, streaming, resident, cluster, or cluster2 to cluster16");
+  const Plan plan = ernet::cuda::choose_plan(device, images, network, wanted, blocks);
+  STD_TORCH_CHECK(plan.kind != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
+                  " does not serve these images on this device. Unset it");
+  return plan;
+}
+
+// The tensors of a fit, and the kernels that fill them.
+class FitCall {
+ public:
+  FitCall(const Tensor& images, const Images& in)
+      : stain(torch::stable::new_empty(images, {in.count, 3, 2}, ScalarType::Double)),
+        maximum(torch::stable::new_empty(images, {in.count, 2}, ScalarType::Double)),
+        status(torch::stable::new_empty(images, {in.count}, ScalarType::Int)),
+        in_(in),
+        images_(images) {}
+
+  FitResult result() {
+    return {static_cast<double*>(stain.mutable_data_ptr()), static_cast<double*>(maximum.mutable_data_ptr()),
+            static_cast<int32_t*>(status.mutable_data_ptr())};
+  }
+
+  // A fit and, if there is a recipe and an output, the reconstruction. Images without pixels are not launched for.
+  void run(const Parameters& parameters, const Recipe* recipe, const Output* out) {
+    if (in_.count == 0) return;
+    const int32_t index = images_.get_device_index();
+    const Device device = device_limits(index);
+    const Plan plan = plan_of(device, in_, out != nullptr && out->type != OutputType::image);
+    const cudaStream_t stream = current_stream(index);
+    if (plan.kind == PlanKind::streaming) {
+      const int64_t bytes = ernet::cuda::macenko_streaming_workspace(in_, device.cache_bytes);
+      Tensor workspace = torch::stable::new_empty(images_, {bytes}, ScalarType::Byte);
+      check(ernet::cuda::macenko_streaming(in_, parameters, device.cache_bytes, workspace.mutable_data_ptr(), result(),
+                                           recipe, out, stream),
+            "the streaming Macenko kernels");
+    } else {
+      check(ernet::cuda::macenko_team(in_, parameters, plan, device, result(), recipe, out, stream),
+            "the Macenko kernel");
+    }
+  }
+
+  Tensor stain, maximum, status;
+
+ private:
+  Images in_;
+  const Tensor& images_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, double alpha, double beta, bool nearest,
+                                               double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  FitCall fit(images, in);
+  fit.run({io, alpha, beta, nearest}, nullptr, nullptr);
+  return {fit.stain, fit.maximum, fit.status};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
+                                                             const Tensor& target_max, double io, double alpha,
+                                                             double beta, bool nearest, bool identity, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  FitCall fit(images, in);
+  const Recipe recipe = {{}, nullptr, target, identity, nullptr, nullptr};
+  const Output out = image_output(result, images);
+  fit.run({io, alpha, beta, nearest}, &recipe, &out);
+  return {result, fit.stain, fit.maximum, fit.status};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
   m.impl("macenko_moments", TORCH_BOX(&macenko_moments));
+  m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
+  m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
 }

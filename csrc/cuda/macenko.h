@@ -80,15 +80,18 @@ struct Recipe {
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream);
 
-// The streaming plan: kernels that read the images again and again, in groups of images that stay in a cache of
-// `cache_bytes`. The workspace is at a multiple of 16.
+// The streaming plan: a fit by kernels that read the images again and again, in groups of images that stay in a cache
+// of `cache_bytes`, and, if `recipe` and `out` are not null, the reconstruction of each group from the stains found;
+// `recipe->source` and `recipe->status` are not looked at. The workspace is at a multiple of 16.
 int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes);
-cudaError_t macenko_fit_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes,
-                                  void* workspace, const FitResult& fit, cudaStream_t stream);
+cudaError_t macenko_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
+                              const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
 
-// A fit and, in the same groups, the reconstruction. `recipe.source` and `recipe.status` are those of `fit`.
-cudaError_t macenko_normalize_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes,
-                                        void* workspace, const FitResult& fit, const Recipe& recipe, const Output& out,
-                                        cudaStream_t stream);
+struct Device;
+struct Plan;
+
+// The resident or the cluster plan (cuda/plan.h), to the same effect. One launch.
+cudaError_t macenko_team(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
+                         const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
 
 }  // namespace ernet::cuda

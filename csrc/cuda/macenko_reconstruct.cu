@@ -64,11 +64,10 @@ __global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_c
   const int64_t image = blockIdx.x / job.blocks_an_image;
   const int64_t part = blockIdx.x % job.blocks_an_image;
   const T* base = static_cast<const T*>(job.images.data) + image * job.images.image_stride;
-  const SharedPixels<T> shared = {
-      {{base, base + job.images.channel_stride, base + 2 * job.images.channel_stride}},
-      job.images.pixels,
-      part * kThreads + threadIdx.x,
-      job.blocks_an_image * kThreads};
+  const SharedPixels<T> shared = {{{base, base + job.images.channel_stride, base + 2 * job.images.channel_stride}},
+                                  job.images.pixels,
+                                  part * kThreads + threadIdx.x,
+                                  job.blocks_an_image * kThreads};
   if (threadIdx.x == 0) transform_of_image(job.recipe, job.od_magnitude, image, block.transform);
   if constexpr (sizeof(T) == 1) {
     fill_light_table(job.od, 0, block.light);

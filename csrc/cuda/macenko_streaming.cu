@@ -21,6 +21,15 @@ constexpr int64_t kMostBlockPixels = int64_t(kThreads) * macenko::kMaxFixedProdu
 constexpr int64_t kSmallPixels = 1 << 16;
 constexpr int64_t kMediumPixels = 1 << 24;
 
+// Blocks that a multiprocessor is to hold side by side while they count the keys of 8-bit images: as many as there are
+// registers for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kByteBlocks = 2;
+#else
+constexpr int kByteBlocks = 3;
+#endif
+constexpr int kFloatBlocks = 2;
+
 // An image's part of the workspace.
 struct ImageWork {
   FitState state;
@@ -146,13 +155,6 @@ __device__ __forceinline__ AdvanceShared& advance_shared() {
   return block;
 }
 
-__device__ __forceinline__ void copy_state(const FitState& from, FitState& to) {
-  static_assert(sizeof(FitState) % 8 == 0, "copied by words");
-  const auto* source = reinterpret_cast<const unsigned long long*>(&from);
-  auto* target = reinterpret_cast<unsigned long long*>(&to);
-  for (unsigned i = threadIdx.x; i < sizeof(FitState) / 8; i += blockDim.x) target[i] = source[i];
-}
-
 __device__ __forceinline__ void add_bins(const uint32_t (*bins)[kBins], ImageWork& work) {
   for (int i = int(threadIdx.x); i < 2 * kBins; i += kThreads) {
     const uint32_t count = bins[i / kBins][i % kBins];
@@ -175,7 +177,8 @@ __device__ __forceinline__ void move_on(const StreamingJob& s, int64_t image, Ad
 }
 
 template <class T, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? 3 : 2) advance_kernel(const __grid_constant__ StreamingJob s) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloatBlocks)
+    advance_kernel(const __grid_constant__ StreamingJob s) {
   using Reader = std::conditional_t<sizeof(T) == 1, ByteReader, FloatReader>;
   AdvanceShared& block = advance_shared();
   const int64_t image = blockIdx.x / s.blocks_an_image;
@@ -292,8 +295,14 @@ Output part_of(Output out, const Images& images, int64_t first) {
   return out;
 }
 
-cudaError_t run(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
-                const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream) {
+}  // namespace
+
+int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes) {
+  return images_at_a_time(images, cache_bytes) * int64_t(sizeof(ImageWork));
+}
+
+cudaError_t macenko_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
+                              const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
   StreamingJob s = {make_fit_job(images, parameters, fit), static_cast<ImageWork*>(workspace), 0, 1, false};
   const int64_t group = images_at_a_time(images, cache_bytes);
@@ -302,29 +311,15 @@ cudaError_t run(const Images& images, const Parameters& parameters, int64_t cach
     s.first_image = first;
     cudaError_t error = fit_group(s, count, stream);
     if (error == cudaSuccess && recipe != nullptr) {
-      error = macenko_reconstruct(part_of(images, first, count), part_of(*recipe, first), parameters.io,
+      Recipe fitted = *recipe;
+      fitted.source = {fit.stain, fit.maximum, false};
+      fitted.status = fit.status;
+      error = macenko_reconstruct(part_of(images, first, count), part_of(fitted, first), parameters.io,
                                   part_of(*out, images, first), stream);
     }
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
-}
-
-}  // namespace
-
-int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes) {
-  return images_at_a_time(images, cache_bytes) * int64_t(sizeof(ImageWork));
-}
-
-cudaError_t macenko_fit_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes,
-                                  void* workspace, const FitResult& fit, cudaStream_t stream) {
-  return run(images, parameters, cache_bytes, workspace, fit, nullptr, nullptr, stream);
-}
-
-cudaError_t macenko_normalize_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes,
-                                        void* workspace, const FitResult& fit, const Recipe& recipe, const Output& out,
-                                        cudaStream_t stream) {
-  return run(images, parameters, cache_bytes, workspace, fit, &recipe, &out, stream);
 }
 
 }  // namespace ernet::cuda

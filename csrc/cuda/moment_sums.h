@@ -1,5 +1,5 @@
-// Exact sums over the tissue pixels of a thread, a warp, a block: fixed-point ODs of macenko/od.h. Integer addition makes
-// the order irrelevant.
+// Exact sums over the tissue pixels of a thread, a warp, a block: fixed-point ODs of macenko/od.h. Integer addition
+// makes the order irrelevant.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -78,7 +78,8 @@ __device__ __forceinline__ void moments_of_totals(const int64_t* totals, double 
   for (int k = 0; k < 3; ++k) moments[1 + k] = double(totals[2 + k]) * unit;
 #pragma unroll
   for (int k = 0; k < 6; ++k) {
-    const unsigned __int128 product = ((unsigned __int128)(uint64_t(totals[6 + 2 * k])) << 32) + uint64_t(totals[5 + 2 * k]);
+    const unsigned __int128 product =
+        ((unsigned __int128)(uint64_t(totals[6 + 2 * k])) << 32) + uint64_t(totals[5 + 2 * k]);
     moments[4 + k] = double(product) * (unit * unit);
   }
 }

@@ -1,5 +1,5 @@
-// Reconstruction of pixels in registers: I' = Io 2^(sum_k M_ck log2((I_k + 1) / Io) + shift_c), clipped at 255, written as
-// an image or as the scaled input of a network.
+// Reconstruction of pixels in registers: I' = Io 2^(sum_k M_ck log2((I_k + 1) / Io) + shift_c), clipped at 255, written
+// as an image or as the scaled input of a network.
 #pragma once
 
 #include <cuda_fp16.h>

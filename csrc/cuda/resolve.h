@@ -1,5 +1,5 @@
-// Between two passes: a block finds the bins that hold the ranks sought, or picks the order statistics out of a few kept
-// keys, and moves the fit of its image on.
+// Between two passes: a block finds the bins that hold the ranks sought, or picks the order statistics out of a few
+// kept keys, and moves the fit of its image on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,14 @@
 #include "cuda/passes.h"
 
 namespace ernet::cuda {
+
+// By all threads of a block.
+__device__ __forceinline__ void copy_state(const FitState& from, FitState& to) {
+  static_assert(sizeof(FitState) % 8 == 0, "copied by words");
+  const auto* source = reinterpret_cast<const unsigned long long*>(&from);
+  auto* target = reinterpret_cast<unsigned long long*>(&to);
+  for (unsigned i = threadIdx.x; i < sizeof(FitState) / 8; i += blockDim.x) target[i] = source[i];
+}
 
 struct ResolveScratch {
   long long of_warp[kMaxWarps];

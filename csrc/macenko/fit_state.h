@@ -1,5 +1,5 @@
-// A Macenko fit as a machine: passes over the pixels count keys, and between two passes one thread decides here what the
-// next one counts. The GPU's plans differ only in how they count.
+// A Macenko fit as a machine: passes over the pixels count keys, and between two passes one thread decides here what
+// the next one counts. The GPU's plans differ only in how they count.
 #pragma once
 
 #include "macenko/selection.h"
@@ -27,8 +27,8 @@ struct FitParameters {
   bool nearest;
 };
 
-// What a pass needs to know of an image. Keys are row[0] . OD and row[1] . OD: the coordinates (x, y) of a pseudo-angle,
-// or the two concentrations.
+// What a pass needs to know of an image. Keys are row[0] . OD and row[1] . OD: the coordinates (x, y) of a
+// pseudo-angle, or the two concentrations.
 struct PassKeys {
   double row[2][3];
   float light_row[2][3];  // for log2((I + 1) / Io) in place of OD
@@ -53,8 +53,8 @@ constexpr double kFloatUnit = 0x1p-24;  // half an ulp of 1
 // kFloatUnit: by at most 172 u where n > S / (16 ln 2). Pixels beyond that, and those near the cut of the angle, get
 // exact keys.
 constexpr double kAngleMargin = 512 * kFloatUnit;
-constexpr float kSmallestNorm = 1.0f / 16;      // of n, in units of the summed |log2 light|
-constexpr float kCutDistance = 1.0f / 65536;    // of |y| where x < 0, in the same units
+constexpr float kSmallestNorm = 1.0f / 16;         // of n, in units of the summed |log2 light|
+constexpr float kCutDistance = 1.0f / 65536;       // of |y| where x < 0, in the same units
 constexpr double kAngleBinsPerUnit = kBins / 2.0;  // pseudo-angles in [0, 2]; others share the first bin
 
 ERNET_HOST_DEVICE void set_rows(const double a[3], const double b[3], PassKeys& keys) {
@@ -113,8 +113,7 @@ ERNET_HOST_DEVICE void end_angles(const FitParameters& p, FitState& s) {
   for (int t = 0; t < 2; ++t) {
     const Selection& found = s.selection[t];
     const double lower = angle_of_key(value_of_ordered_bits(found.lower));
-    const double upper =
-        found.upper == found.lower ? lower : angle_of_key(value_of_ordered_bits(found.upper));
+    const double upper = found.upper == found.lower ? lower : angle_of_key(value_of_ordered_bits(found.upper));
     angle[t] = interpolate(lower, upper, found.weight);
   }
   const Status status = stain_of_angles(s.plane, angle[0], angle[1], s.stain);
@@ -125,8 +124,7 @@ ERNET_HOST_DEVICE void end_angles(const FitParameters& p, FitState& s) {
 ERNET_HOST_DEVICE void end_concentrations(FitState& s) {
   for (int t = 0; t < 2; ++t) {
     const Selection& found = s.selection[t];
-    s.maximum[t] =
-        interpolate(value_of_ordered_bits(found.lower), value_of_ordered_bits(found.upper), found.weight);
+    s.maximum[t] = interpolate(value_of_ordered_bits(found.lower), value_of_ordered_bits(found.upper), found.weight);
   }
   const bool usable = s.maximum[0] > kMinConcentration && s.maximum[1] > kMinConcentration;
   s.status = usable ? kOk : kZeroConcentration;

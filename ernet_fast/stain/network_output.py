@@ -72,10 +72,10 @@ def scale(images: torch.Tensor, output: NetworkOutput, range: float) -> torch.Te
 def reconstruct_scaled(
     images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io: float, range: float, output: NetworkOutput
 ) -> torch.Tensor:
-    """`scale` of the reconstruction [B, 3, H, W] in channels-last memory: on the CPU in one pass, else in two."""
+    """`scale` of the reconstruction [B, 3, H, W] in channels-last memory, in one pass where there is an operator."""
     differentiable = images.is_floating_point() and torch.is_grad_enabled()
     wanted = images.requires_grad or any(part.requires_grad for part in (*source[:2], *target[:2]))
-    if images.device.type == "cpu" and not (differentiable and wanted):
+    if not (differentiable and wanted):
         out = _ops.reconstruct_scaled(images, source, target, output.mean, output.std, Io, range, output.dtype)
         if out is not None:
             return out

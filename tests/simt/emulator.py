@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ SOURCES = [
     ROOT / "csrc" / "cuda" / "macenko_moments.cu",
     ROOT / "csrc" / "cuda" / "macenko_reconstruct.cu",
     ROOT / "csrc" / "cuda" / "macenko_streaming.cu",
+    ROOT / "csrc" / "cuda" / "macenko_team.cu",
+    ROOT / "csrc" / "cuda" / "plan.cpp",
     HERE / "planted.cu",
     HERE / "simt.cpp",
     HERE / "macenko_entry.cpp",
@@ -67,6 +70,29 @@ class Recipe(ctypes.Structure):
     )
 
 
+class Device(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_int),
+        ("multiprocessors", ctypes.c_int),
+        ("block_shared_bytes", ctypes.c_int64),
+        ("cache_bytes", ctypes.c_int64),
+    )
+
+
+class Plan(NamedTuple):
+    """As in csrc/cuda/plan.h; kind is a number of PLANS."""
+
+    kind: int
+    blocks: int
+    threads: int
+    light_shift: int
+    shared_bytes: int
+
+
+PLANS = {"automatic": 0, "streaming": 1, "resident": 2, "cluster": 3}
+H200 = Device(9, 132, 232448, 50 << 20)
+
+
 class Fit(NamedTuple):
     """Arrays [B, 3, 2], [B, 2] and [B]."""
 
@@ -112,16 +138,29 @@ def cuda_include() -> Path | None:
 
 def build(folder: Path, sanitize: str | None = None) -> Path:
     """Compile the same .cu files that nvcc compiles, with g++."""
-    library = folder / "libernet_simt.so"
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-Wall", "-Wno-unknown-pragmas"]
     if sanitize:
         flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", "-isystem", str(cuda_include()), "-include", str(HERE / "simt.h")]
-    command = ["g++", *flags, *includes, "-x", "c++", *map(str, SOURCES), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(lambda source: compile_with([*flags, *includes, "-x", "c++", "-c"], source, folder), SOURCES)
+        )
+    library = folder / "libernet_simt.so"
+    run_compiler(["-shared", *flags, *map(str, objects), "-o", str(library)])
+    return library
+
+
+def compile_with(arguments: list[str], source: Path, folder: Path) -> Path:
+    target = folder / f"{source.name}.o"
+    run_compiler([*arguments, str(source), "-o", str(target)])
+    return target
+
+
+def run_compiler(arguments: list[str]) -> None:
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the kernels do not compile for the emulator:\n{done.stderr}")
-    return library
 
 
 class Emulator:
@@ -165,47 +204,52 @@ class Emulator:
         assert error == 0
         return out
 
-    def fit(self, images, parameters: tuple = (240, 1, 0.15, False), scale: float = 1, cache: int = 1 << 20) -> Fit:
-        """A fit by the streaming plan; parameters are Io, alpha, beta, nearest."""
-        what, fit = describe(images, scale), Fit.empty(len(images))
-        workspace = self._workspace(what, cache)
-        error = self.lib.simt_fit_streaming(
-            ctypes.byref(what),
-            ctypes.byref(Parameters(*parameters)),
-            ctypes.c_int64(cache),
-            pointer(workspace),
-            ctypes.byref(fit.pointers()),
+    def choose_plan(
+        self, images, wanted: str = "automatic", blocks: int = 0, network: bool = False, device: Device = H200
+    ) -> Plan:
+        """The plan for images like these."""
+        numbers = (ctypes.c_int64 * 5)()
+        self.lib.simt_choose_plan(
+            ctypes.byref(device), ctypes.byref(describe(images, 1)), network, PLANS[wanted], blocks, numbers
         )
-        assert error == 0
-        return fit
+        return Plan(*numbers)
 
     def normalize(
         self,
         images,
-        target,
+        plan: Plan | None = None,
+        target=None,
         parameters: tuple = (240, 1, 0.15, False),
         scale: float = 1,
         cache: int = 1 << 20,
         identity: bool = False,
         network: Network | None = None,
-    ) -> tuple[np.ndarray, Fit]:
-        """Fit and reconstruction by the streaming plan."""
+        multiprocessors: int = 2,
+    ) -> tuple[np.ndarray | None, Fit]:
+        """Fit, by the streaming plan if none is given, and reconstruction if there is a target.
+
+        Parameters are Io, alpha, beta, nearest.
+        """
         what, fit = describe(images, scale), Fit.empty(len(images))
-        workspace = self._workspace(what, cache)
-        out, to = output_for(images, scale, network)
-        recipe = Recipe(stains(fit[:2]), fit.status.ctypes.data, stains(target), identity, None, None)
-        recipe.source.shared = False
-        error = self.lib.simt_normalize_streaming(
-            ctypes.byref(what),
-            ctypes.byref(Parameters(*parameters)),
-            ctypes.c_int64(cache),
-            pointer(workspace),
-            ctypes.byref(fit.pointers()),
-            ctypes.byref(recipe),
-            ctypes.byref(to),
-        )
-        assert error == 0
-        return out, fit
+        result, to, recipe = None, None, None
+        if target is not None:
+            result, out = output_for(images, scale, network)
+            to, how = ctypes.byref(out), Recipe(Stains(), None, stains(target), identity, None, None)
+            recipe = ctypes.byref(how)
+        common = ctypes.byref(what), ctypes.byref(Parameters(*parameters))
+        if plan is None or plan.kind == PLANS["streaming"]:
+            workspace = self._workspace(what, cache)
+            before = ctypes.c_int64(cache), pointer(workspace)
+            call = self.lib.simt_streaming
+        else:
+            before = (ctypes.c_int64 * 5)(*plan), multiprocessors
+            call = self.lib.simt_team
+        assert call(*common, *before, ctypes.byref(fit.pointers()), recipe, to) == 0
+        return result, fit
+
+    def fit(self, images, parameters: tuple = (240, 1, 0.15, False), **options) -> Fit:
+        """A fit alone; options as in `normalize`."""
+        return self.normalize(images, parameters=parameters, **options)[1]
 
     def _workspace(self, what: Images, cache: int) -> np.ndarray:
         return np.full(self.lib.simt_streaming_workspace(ctypes.byref(what), ctypes.c_int64(cache)), 0xA5, np.uint8)

@@ -1,5 +1,6 @@
 // C functions over the Macenko launchers, for ctypes.
 #include "cuda/macenko.h"
+#include "cuda/plan.h"
 #include "simt.h"
 
 using namespace ernet::cuda;
@@ -22,13 +23,26 @@ int64_t simt_streaming_workspace(const Images* images, int64_t cache_bytes) {
   return macenko_streaming_workspace(*images, cache_bytes);
 }
 
-int simt_fit_streaming(const Images* images, const Parameters* parameters, int64_t cache_bytes, void* workspace,
-                       const FitResult* fit) {
-  return macenko_fit_streaming(*images, *parameters, cache_bytes, workspace, *fit, nullptr);
+int simt_streaming(const Images* images, const Parameters* parameters, int64_t cache_bytes, void* workspace,
+                   const FitResult* fit, const Recipe* recipe, const Output* out) {
+  return macenko_streaming(*images, *parameters, cache_bytes, workspace, *fit, recipe, out, nullptr);
 }
 
-int simt_normalize_streaming(const Images* images, const Parameters* parameters, int64_t cache_bytes, void* workspace,
-                             const FitResult* fit, const Recipe* recipe, const Output* out) {
-  return macenko_normalize_streaming(*images, *parameters, cache_bytes, workspace, *fit, *recipe, *out, nullptr);
+// kind, blocks, threads, light_shift and shared_bytes of the plan.
+void simt_choose_plan(const Device* device, const Images* images, bool network, int wanted, int blocks,
+                      int64_t plan[5]) {
+  const Plan chosen = choose_plan(*device, *images, network, PlanKind(wanted), blocks);
+  plan[0] = int(chosen.kind);
+  plan[1] = chosen.blocks;
+  plan[2] = chosen.threads;
+  plan[3] = chosen.light_shift;
+  plan[4] = chosen.shared_bytes;
+}
+
+int simt_team(const Images* images, const Parameters* parameters, const int64_t numbers[5], int multiprocessors,
+              const FitResult* fit, const Recipe* recipe, const Output* out) {
+  const Plan plan = {PlanKind(numbers[0]), int(numbers[1]), int(numbers[2]), int(numbers[3]), numbers[4]};
+  const Device device = {9, multiprocessors, 0, 0};
+  return macenko_team(*images, *parameters, plan, device, *fit, recipe, out, nullptr);
 }
 }

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from emulator import Emulator, pointer
+from emulator import Emulator, Network, pointer
 
 
 def run_kernels(library: Path) -> None:
@@ -26,6 +26,18 @@ def run_kernels(library: Path) -> None:
                 for images in (planar, interleaved):
                     emulator.moments(images)
                     emulator.reconstruct(images, stains, stains)
+                    if height < 60:
+                        run_plans(emulator, images, stains)
+
+
+def run_plans(emulator: Emulator, images: np.ndarray, stains: tuple[np.ndarray, np.ndarray]) -> None:
+    """Fit and reconstruction by every plan, to images and to the input of a network."""
+    wanted = [("streaming", 1)]
+    wanted += [("resident", 1), ("cluster", 2)] if images.dtype == np.uint8 else []
+    for network in (None, Network(np.float16, (0.7, 0.5, 0.6), (0.2, 0.25, 0.3), 3)):
+        for kind, blocks in wanted:
+            plan = emulator.choose_plan(images, kind, blocks, network is not None)
+            emulator.normalize(images, plan, stains, network=network)
 
 
 def run_overread(library: Path) -> None:

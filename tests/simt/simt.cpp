@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -25,18 +26,21 @@ extern "C" char __stop_simt_shared[] __attribute__((weak));
 namespace simt {
 
 thread_local Index thread_index, block_index, block_size, grid_size;
+thread_local unsigned block_rank, cluster_blocks;
 
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024;  // of a block
+constexpr unsigned kMaxCluster = 16;
 
-enum class State { ready, at_barrier, at_warp_barrier, done };
+enum class State { ready, at_barrier, at_warp_barrier, at_cluster_barrier, done };
 
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   Index index;
+  unsigned rank;  // of its block in the cluster
   State state;
   void* fake_stack = nullptr;
 };
@@ -48,10 +52,14 @@ struct Machine {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   unsigned running = 0;
-  unsigned count = 0;
+  unsigned count = 0;    // threads of a block
+  unsigned cluster = 1;  // blocks that run together
+  uint64_t first_block = 0;
+  size_t shared_bytes = 0;
+  std::vector<std::unique_ptr<unsigned char[]>> shared;  // one for each of those blocks
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
-  uint64_t slots[kMaxThreads / 32][32];
+  uint64_t slots[kMaxCluster * kMaxThreads / 32][32];
   std::mt19937_64 random{1};
 };
 
@@ -89,10 +97,16 @@ void fiber_main() {
   yield_as(State::done);
 }
 
+Index index_of(uint64_t i, Index size) {
+  return {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / (uint64_t(size.x) * size.y))};
+}
+
 void resume(unsigned i) {
   Fiber& fiber = machine.fibers[i];
   machine.running = i;
   thread_index = fiber.index;
+  block_rank = fiber.rank;
+  block_index = index_of(machine.first_block + fiber.rank, grid_size);
   announce_switch(&machine.scheduler_fake_stack, fiber.stack.data(), fiber.stack.size());
   swapcontext(&machine.scheduler, &fiber.context);
   finish_switch(machine.scheduler_fake_stack, nullptr, nullptr);
@@ -100,7 +114,8 @@ void resume(unsigned i) {
 
 void prepare(unsigned i, Index block) {
   Fiber& fiber = machine.fibers[i];
-  fiber.index = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+  fiber.index = index_of(i % machine.count, block);
+  fiber.rank = i / machine.count;
   fiber.state = State::ready;
   fiber.fake_stack = nullptr;
   getcontext(&fiber.context);
@@ -131,9 +146,20 @@ __attribute__((no_sanitize("address"))) void poison_shared() {
   for (volatile char* p = __start_simt_shared; p < __stop_simt_shared; ++p) *p = char(0xA5);
 }
 
-void run_block() {
-  std::vector<unsigned> order(machine.count);
-  for (unsigned i = 0; i < machine.count; ++i) order[i] = i;
+// Dynamic shared memory of its own for each block of a cluster, and no byte more than was asked for.
+void allocate_shared() {
+  machine.shared.clear();
+  for (unsigned rank = 0; rank < machine.cluster; ++rank) {
+    machine.shared.emplace_back(new unsigned char[machine.shared_bytes]);
+    memset(machine.shared.back().get(), 0xA5, machine.shared_bytes);
+  }
+}
+
+// The blocks of one cluster.
+void run_cluster() {
+  const unsigned threads = machine.count * machine.cluster;
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) order[i] = i;
   for (;;) {
     std::shuffle(order.begin(), order.end(), machine.random);
     bool progress = false;
@@ -144,16 +170,30 @@ void run_block() {
         progress = true;
       }
     }
-    for (unsigned warp = 0; warp < machine.count; warp += 32) {
-      progress |= release(warp, std::min(warp + 32, machine.count), State::at_warp_barrier);
+    for (unsigned first = 0; first < threads; first += machine.count) {
+      const unsigned last = first + machine.count;
+      for (unsigned warp = first; warp < last; warp += 32) {
+        progress |= release(warp, std::min(warp + 32, last), State::at_warp_barrier);
+      }
+      progress |= release(first, last, State::at_barrier);
     }
-    progress |= release(0, machine.count, State::at_barrier);
-    for (unsigned i = 0; i < machine.count; ++i) finished &= machine.fibers[i].state == State::done;
+    progress |= release(0, threads, State::at_cluster_barrier);
+    for (unsigned i = 0; i < threads; ++i) finished &= machine.fibers[i].state == State::done;
     if (finished) return;
     if (!progress) {
-      fprintf(stderr, "simt: deadlock: threads of a block wait at different barriers\n");
+      fprintf(stderr, "simt: deadlock: threads wait at different barriers\n");
       abort();
     }
+  }
+}
+
+void check_shape(const Shape& shape, uint64_t threads, uint64_t blocks) {
+  const bool clusters = shape.cluster >= 1 && shape.cluster <= kMaxCluster && blocks % shape.cluster == 0;
+  if (threads == 0 || threads > kMaxThreads || blocks == 0 || shape.grid.y > 65535 || shape.grid.z > 65535 ||
+      !clusters || (shape.cluster > 1 && threads % 32 != 0)) {
+    fprintf(stderr, "simt: impossible launch of %llu blocks of %llu threads in clusters of %u\n",
+            (unsigned long long)blocks, (unsigned long long)threads, shape.cluster);
+    abort();
   }
 }
 
@@ -162,31 +202,44 @@ void run_block() {
 void barrier() { yield_as(State::at_barrier); }
 void warp_barrier() { yield_as(State::at_warp_barrier); }
 uint64_t* exchange_slot(unsigned lane) { return &machine.slots[machine.running / 32][lane]; }
-void set_seed(uint64_t seed) { machine.random.seed(seed); }
+void cluster_barrier() { yield_as(State::at_cluster_barrier); }
+unsigned char* dynamic_shared() { return machine.shared[block_rank].get(); }
 
-void launch(Index grid, Index block, void (*body)(void*), void* argument) {
-  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > kMaxThreads || blocks == 0 || grid.y > 65535 || grid.z > 65535) {
-    fprintf(stderr, "simt: impossible launch of %llu blocks of %llu threads\n", (unsigned long long)blocks,
-            (unsigned long long)threads);
+void* map_shared(const void* p, unsigned rank) {
+  const size_t offset = size_t(static_cast<const unsigned char*>(p) - dynamic_shared());
+  if (offset >= machine.shared_bytes || rank >= machine.cluster) {
+    fprintf(stderr, "simt: no shared memory of the cluster at this address or of rank %u\n", rank);
     abort();
   }
+  return machine.shared[rank].get() + offset;
+}
+
+void set_seed(uint64_t seed) { machine.random.seed(seed); }
+
+void launch(const Shape& shape, void (*body)(void*), void* argument) {
+  const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z;
+  const uint64_t blocks = uint64_t(shape.grid.x) * shape.grid.y * shape.grid.z;
+  check_shape(shape, threads, blocks);
   machine.count = unsigned(threads);
-  if (machine.fibers.size() < threads) machine.fibers.resize(threads);
+  machine.cluster = cluster_blocks = shape.cluster;
+  machine.shared_bytes = shape.shared_bytes;
+  const unsigned together = machine.count * machine.cluster;
+  if (machine.fibers.size() < together) machine.fibers.resize(together);
   machine.body = body;
   machine.argument = argument;
-  block_size = block;
-  grid_size = grid;
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t b = 0; b < blocks; ++b) order[b] = b;
+  block_size = shape.block;
+  grid_size = shape.grid;
+  std::vector<uint64_t> order(blocks / shape.cluster);
+  for (uint64_t c = 0; c < order.size(); ++c) order[c] = c;
   std::shuffle(order.begin(), order.end(), machine.random);
-  for (uint64_t b : order) {
-    block_index = {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / (uint64_t(grid.x) * grid.y))};
-    for (unsigned i = 0; i < machine.count; ++i) prepare(i, block);
+  for (uint64_t c : order) {
+    machine.first_block = c * shape.cluster;
+    for (unsigned i = 0; i < together; ++i) prepare(i, shape.block);
     poison_shared();
-    run_block();
+    allocate_shared();
+    run_cluster();
   }
+  machine.shared.clear();
 }
 
 }  // namespace simt
@@ -195,5 +248,10 @@ void launch(Index grid, Index block, void (*body)(void*), void* argument) {
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
 extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   memset(to, value, bytes);
+  return cudaSuccess;
+}
+extern "C" cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+extern "C" cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }

@@ -2,7 +2,8 @@
 //
 // Each thread of a block is a fiber; fibers switch at __syncthreads, __syncwarp and shuffles, and are resumed in an
 // order drawn from a seed, so that code that leans on a missing barrier gives different results. Blocks run one after
-// the other, also in random order. Not covered: warps in lockstep, clusters, inline PTX, dynamic shared memory.
+// the other, also in random order; those of a cluster run together, each with dynamic shared memory of its own. Not
+// covered: warps in lockstep, inline PTX, and static shared memory in clusters.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -19,14 +20,26 @@ struct Index {
 
 // What the running fiber sees.
 extern thread_local Index thread_index, block_index, block_size, grid_size;
+extern thread_local unsigned block_rank, cluster_blocks;  // of the cluster that the block is in
 
-void barrier();                          // all threads of the block that have not returned
-void warp_barrier();                     // all threads of the warp that have not returned
+void barrier();                   // all threads of the block that have not returned
+void warp_barrier();              // all threads of the warp that have not returned
+void cluster_barrier();           // all threads of the cluster that have not returned
+unsigned char* dynamic_shared();  // of the running block
+// Where the block of this rank has what the running block has at `p`. Aborts if `p` is not in dynamic shared memory.
+void* map_shared(const void* p, unsigned rank);
 uint64_t* exchange_slot(unsigned lane);  // of the running thread's warp
+
+struct Shape {
+  Index grid;
+  Index block;
+  unsigned cluster;  // blocks, neighbours along x
+  size_t shared_bytes;
+};
 
 // Runs `body(argument)` once for each thread of each block. Aborts with a message on a deadlock or an impossible
 // launch.
-void launch(Index grid, Index block, void (*body)(void*), void* argument);
+void launch(const Shape& shape, void (*body)(void*), void* argument);
 
 void set_seed(uint64_t seed);
 
@@ -34,7 +47,15 @@ inline Index as_index(dim3 d) { return {d.x, d.y, d.z}; }
 
 template <class F>
 void launch_kernel(dim3 grid, dim3 block, F kernel) {
-  launch(as_index(grid), as_index(block), [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
+  launch({as_index(grid), as_index(block), 1, 0}, [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
+}
+
+template <class F>
+cudaError_t launch_configured(const cudaLaunchConfig_t& config, F kernel) {
+  const unsigned cluster = config.numAttrs > 0 ? config.attrs[0].val.clusterDim.x : 1;
+  const Shape shape = {as_index(config.gridDim), as_index(config.blockDim), cluster, config.dynamicSmemBytes};
+  launch(shape, [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
+  return cudaSuccess;
 }
 
 // The value of lane `from` if there is one, else the lane's own.
@@ -88,6 +109,13 @@ T exchange_with(T* address, T value) {
 #define __ffs(bits) __builtin_ffs(bits)
 #define __fdividef(x, y) ((x) / (y))
 
+#define __clusterRelativeBlockRank() (simt::block_rank)
+#define __clusterSizeInBlocks() (simt::cluster_blocks)
+#define __cluster_barrier_arrive()
+#define __cluster_barrier_wait() simt::cluster_barrier()
+#define __cluster_map_shared_rank(p, rank) simt::map_shared(p, rank)
+#define ERNET_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
+#define ERNET_LAUNCH_CONFIGURED(config, kernel, ...) simt::launch_configured(config, [=] { kernel(__VA_ARGS__); })
 #define ERNET_LAUNCH(kernel, grid, block, stream, ...) simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
 
 template <class T>

@@ -1,0 +1,273 @@
+// The resident and the cluster plan: an image's pixels are read once into the shared memory of a block, or of the
+// blocks of a cluster, and everything from the moments to the reconstruction happens there.
+#include <cuda_runtime.h>
+
+#include "cuda/fit_job.h"
+#include "cuda/launch.h"
+#include "cuda/macenko.h"
+#include "cuda/plan.h"
+#include "cuda/rebuild.h"
+#include "cuda/resolve.h"
+#include "cuda/team.h"
+#include "cuda/team_launch.h"
+
+namespace ernet::cuda {
+
+namespace {
+
+// Beside the pixels. What is not used at the same time shares its place.
+struct TeamShared {
+  union {
+    SumScratch sums;
+    uint32_t bins[2][kBins];
+  };
+  union {
+    int32_t fixed[256];
+    Kept kept[2];
+  };
+  FitState state;  // of the first block; the others have copies
+  Counters counters;
+  ResolveScratch scratch;
+  int64_t totals[kPartials];
+  int64_t team_totals[kPartials];
+  Transform transform;
+};
+constexpr int64_t kTeamSharedBytes = (int64_t(sizeof(TeamShared)) + 15) / 16 * 16;
+constexpr int64_t kScaledBytes = 3 * 256 * int64_t(sizeof(float));
+
+struct TeamJob {
+  FitJob job;
+  Recipe recipe;
+  Output out;  // no data: a fit alone
+  double od_magnitude;
+  int64_t share;  // pixels of a block
+  unsigned light_shift;
+};
+
+// Pointers into a block's shared memory.
+struct Memory {
+  TeamShared* shared;
+  float* light;
+  float (*scaled)[256];
+  uint8_t* pixels;
+};
+
+__device__ __forceinline__ Memory divide(unsigned char* memory, const TeamJob& t) {
+  unsigned char* light = memory + kTeamSharedBytes;
+  unsigned char* scaled = light + (int64_t(1024) << t.light_shift);
+  unsigned char* pixels = scaled + (t.out.type == OutputType::image ? 0 : kScaledBytes);
+  return {reinterpret_cast<TeamShared*>(memory), reinterpret_cast<float*>(light),
+          reinterpret_cast<float (*)[256]>(scaled), pixels};
+}
+
+// This block's pixels of an image: `count` from `begin`.
+struct Share {
+  int64_t begin;
+  int64_t count;
+};
+
+template <class Team>
+__device__ __forceinline__ Share share_of_block(const TeamJob& t) {
+  const int64_t begin = t.share * Team::rank();
+  const int64_t left = t.job.images.pixels - begin;
+  return {begin, left < 0 ? 0 : (left < t.share ? left : t.share)};
+}
+
+template <bool kInterleaved>
+__device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int64_t share) {
+  const int64_t distance = kInterleaved ? 1 : share;
+  return {{pixels, pixels + distance, pixels + 2 * distance}};
+}
+
+template <bool kInterleaved>
+__device__ __forceinline__ Planes<const uint8_t> global_planes(const Images& images, int64_t image, int64_t begin) {
+  const auto* base =
+      static_cast<const uint8_t*>(images.data) + image * images.image_stride + begin * (kInterleaved ? 3 : 1);
+  return {{base, base + images.channel_stride, base + 2 * images.channel_stride}};
+}
+
+// Asks for an image's pixels ahead of their use, so that they come from the cache when its turn comes.
+template <bool kInterleaved>
+__device__ __forceinline__ void prefetch(const Images& images, int64_t image, const Share& share) {
+#ifdef __CUDA_ARCH__
+  if (image >= images.count) return;
+  const Planes<const uint8_t> planes = global_planes<kInterleaved>(images, image, share.begin);
+  const int64_t bytes = kInterleaved ? 3 * share.count : share.count;
+  for (int plane = 0; plane < (kInterleaved ? 1 : 3); ++plane) {
+    const uint8_t* from = plane == 0 ? planes.plane[0] : (plane == 1 ? planes.plane[1] : planes.plane[2]);
+    for (int64_t at = int64_t(threadIdx.x) * 128; at < bytes; at += int64_t(blockDim.x) * 128)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+  }
+#else
+  (void)images, (void)image, (void)share;
+#endif
+}
+
+// Copies this block's pixels to shared memory and sums their moments on the way. Ends with the warps' sums stored.
+template <bool kInterleaved>
+__device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, const Share& share, const Memory& m) {
+  const SharedPixels<uint8_t> from = {global_planes<kInterleaved>(t.job.images, image, share.begin), share.count,
+                                      threadIdx.x, blockDim.x};
+  const Planes<uint8_t> to = local_planes<kInterleaved>(m.pixels, t.share);
+  Sums sums;
+  const FixedOfByte to_fixed = {m.shared->fixed};
+  for_each_group<uint8_t, kInterleaved>(
+      from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int64_t first, int count) {
+        store_group<uint8_t, kInterleaved>(to, first, GroupSize<uint8_t>::value, true, group);
+        add_group<uint8_t, kInterleaved>(group, count, to_fixed, sums);
+      });
+  store_sums(sums, m.shared->sums);
+}
+
+// The first block adds up the team's moments and starts the fit.
+template <class Team>
+__device__ __forceinline__ void begin_fit(const TeamJob& t, TeamShared& s) {
+  __syncthreads();
+  if (threadIdx.x < kPartials) s.totals[threadIdx.x] = total_of_block(int(threadIdx.x), s.sums);
+  Team::sync();
+  if (Team::rank() != 0) return;
+  if (threadIdx.x < kPartials) {
+    int64_t total = 0;
+    for (unsigned r = 0; r < Team::size(); ++r) total += *Team::at_rank(&s.totals[threadIdx.x], r);
+    s.team_totals[threadIdx.x] = total;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double moments[macenko::kMomentCount];
+  moments_of_totals(s.team_totals, moments);
+  reset_counters(s.counters);
+  macenko::begin_fit(moments, s.team_totals[1], t.job.p, s.state);
+}
+
+// Counts of all blocks of the team.
+template <class Team>
+struct TeamCounts {
+  TeamShared* s;
+  __device__ __forceinline__ uint64_t count(int t, int bin) const {
+    uint64_t total = 0;
+    for (unsigned r = 0; r < Team::size(); ++r) total += *Team::at_rank(&s->bins[t][bin], r);
+    return total;
+  }
+  __device__ __forceinline__ unsigned long long key(int t, int i) const { return s->kept[t][i]; }
+  __device__ __forceinline__ int64_t below(int t) const { return int64_t(s->counters.below[t]); }
+  __device__ __forceinline__ uint64_t largest(int t) const { return s->counters.largest[t]; }
+  __device__ __forceinline__ uint64_t smallest(int t) const { return s->counters.smallest[t]; }
+  __device__ __forceinline__ unsigned inside(int t) const { return s->counters.inside[t]; }
+};
+
+// From the moments to the stains, pass by pass. Ends with the finished state in every block.
+template <class Team, bool kInterleaved>
+__device__ __forceinline__ void fit_pixels(const TeamJob& t, const SharedPixels<uint8_t>& local,
+                                           const ByteReader& reader, TeamShared& s) {
+  for (;;) {
+    Team::sync();
+    if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
+    for (int i = int(threadIdx.x); i < 2 * kBins; i += int(blockDim.x)) s.bins[i / kBins][i % kBins] = 0;
+    __syncthreads();
+    if (s.state.phase == Phase::finished) return;
+    count_keys<ByteReader, kInterleaved>(local, reader, s.state, s.bins, *Team::at_rank(&s.counters, 0),
+                                         Team::at_rank(s.kept, 0));
+    Team::sync();
+    if (Team::rank() == 0) {
+      resolve(TeamCounts<Team>{&s}, t.job.p, s.state, s.scratch);
+      if (threadIdx.x == 0) reset_counters(s.counters);
+    }
+  }
+}
+
+template <bool kInterleaved>
+__device__ __forceinline__ void rebuild_share(const TeamJob& t, int64_t image, const Share& share,
+                                              const SharedPixels<uint8_t>& local, const ByteReader& reader,
+                                              const Memory& m) {
+  const ByteValues values = {reader, m.scaled};
+  const Transform& transform = m.shared->transform;
+  const double io = t.job.p.io;
+  const int64_t network = 3 * (t.job.images.pixels * image + share.begin);
+  switch (t.out.type) {
+    case OutputType::image: {
+      auto* base =
+          static_cast<uint8_t*>(t.out.data) + image * t.out.image_stride + share.begin * (kInterleaved ? 3 : 1);
+      const Planes<uint8_t> out = {{base, base + t.out.channel_stride, base + 2 * t.out.channel_stride}};
+      return rebuild_image<ByteValues, kInterleaved>(local, values, transform, io, out);
+    }
+    case OutputType::f32:
+      return rebuild_network<ByteValues, kInterleaved>(local, values, transform, io,
+                                                       static_cast<float*>(t.out.data) + network);
+    case OutputType::bf16:
+      return rebuild_network<ByteValues, kInterleaved>(local, values, transform, io,
+                                                       static_cast<Bfloat16*>(t.out.data) + network);
+    case OutputType::f16:
+      return rebuild_network<ByteValues, kInterleaved>(local, values, transform, io,
+                                                       static_cast<Half*>(t.out.data) + network);
+  }
+}
+
+template <class Team, bool kInterleaved>
+__device__ __forceinline__ void normalize_image(const TeamJob& t, int64_t image, const Share& share,
+                                                const ByteReader& reader, const Memory& m) {
+  TeamShared& s = *m.shared;
+  fill_fixed_table(t.job.fixed_offset, t.job.p.tissue_limit, s.fixed);
+  __syncthreads();
+  load_pixels<kInterleaved>(t, image, share, m);
+  prefetch<kInterleaved>(t.job.images, image + Team::teams(), share);
+  begin_fit<Team>(t, s);
+  const Planes<uint8_t> planes = local_planes<kInterleaved>(m.pixels, t.share);
+  const SharedPixels<uint8_t> local = {
+      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, share.count, threadIdx.x, blockDim.x};
+  fit_pixels<Team, kInterleaved>(t, local, reader, s);
+  if (threadIdx.x == 0) {
+    if (Team::rank() == 0) write_fit(t.job.fit, image, s.state);
+    if (t.out.data != nullptr) {
+      make_transform(t.recipe, s.state.status == macenko::kOk, s.state.stain, s.state.maximum, t.od_magnitude, image,
+                     s.transform);
+    }
+  }
+  __syncthreads();
+  if (t.out.data != nullptr) rebuild_share<kInterleaved>(t, image, share, local, reader, m);
+  Team::sync();  // the others may still look at this block's memory
+}
+
+template <class Team, bool kInterleaved>
+__device__ __forceinline__ void serve_images(const TeamJob& t) {
+  ERNET_DYNAMIC_SHARED(memory);
+  const Memory m = divide(memory, t);
+  fill_light_table(t.job.od, t.light_shift, m.light);
+  if (t.out.type != OutputType::image) fill_scaled_table(t.out, m.scaled);
+  const ByteReader reader = {m.light, t.light_shift, threadIdx.x & ((1u << t.light_shift) - 1), t.job.od,
+                             t.job.p.tissue_limit};
+  const Share share = share_of_block<Team>(t);
+  for (int64_t image = Team::index(); image < t.job.images.count; image += Team::teams())
+    normalize_image<Team, kInterleaved>(t, image, share, reader, m);
+}
+
+template <class Team, bool kInterleaved>
+__global__ void __launch_bounds__(kMostThreads, 1) team_kernel(const __grid_constant__ TeamJob t) {
+  if constexpr (Team::kExists) serve_images<Team, kInterleaved>(t);
+}
+
+template <bool kInterleaved>
+cudaError_t launch(const Plan& plan, const Device& device, const TeamJob& t, cudaStream_t stream) {
+  const auto kernel = plan.blocks == 1 ? team_kernel<BlockTeam, kInterleaved> : team_kernel<ClusterTeam, kInterleaved>;
+  return launch_team(kernel, plan, device, t, t.job.images.count, stream);
+}
+
+}  // namespace
+
+int64_t team_shared_bytes(bool network) { return kTeamSharedBytes + (network ? kScaledBytes : 0); }
+
+cudaError_t macenko_team(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
+                         const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream) {
+  if (images.count == 0) return cudaSuccess;
+  TeamJob t = {make_fit_job(images, parameters, fit),
+               {},
+               {},
+               0,
+               pixels_of_share(images.pixels, plan.blocks),
+               unsigned(plan.light_shift)};
+  if (recipe != nullptr) t.recipe = *recipe;
+  if (out != nullptr) t.out = *out;
+  t.od_magnitude = fmax(fabs(t.job.od[0]), fabs(t.job.od[255]));
+  return images.pixel_stride == 3 ? launch<true>(plan, device, t, stream) : launch<false>(plan, device, t, stream);
+}
+
+}  // namespace ernet::cuda

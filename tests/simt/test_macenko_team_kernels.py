@@ -1,0 +1,150 @@
+"""The resident and the cluster plan of CUDA, run on the CPU in several schedules, against the streaming plan."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from emulator import H200, PLANS, Device, Emulator, Network, Plan
+from kernel_images import channels_last, degenerate, tissue
+
+from ernet_fast.stain import MacenkoNormalizer
+
+TARGET = MacenkoNormalizer().target
+STAINS = TARGET.stain_matrix.numpy(), TARGET.max_concentration.numpy()
+TEAMS = [("resident", 1), ("cluster", 2), ("cluster", 8), ("cluster", 16)]
+
+
+def assert_same(found, expected):
+    for part, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        np.testing.assert_array_equal(part, other)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 3), (1, 15, 2), (7, 11, 3), (17, 16, 2), (33, 65, 3)])
+def test_every_plan_gives_the_same_bits(simt_library, size):
+    images = tissue(*size)
+    for laid_out in (images, channels_last(images)):
+        expected = Emulator(simt_library, 1).normalize(laid_out, target=STAINS)
+        for seed, (kind, blocks) in enumerate(TEAMS[:3]):
+            emulator = Emulator(simt_library, seed)
+            plan = emulator.choose_plan(laid_out, kind, blocks)
+            assert (plan.kind, plan.blocks) == (PLANS[kind], blocks)
+            assert_same(emulator.normalize(laid_out, plan, STAINS), expected)
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [TEAMS[0], TEAMS[1], TEAMS[3]])
+@pytest.mark.parametrize("identity", [False, True])
+def test_degenerate_images_give_the_same_bits(simt_library, kind, blocks, identity):
+    images = degenerate()
+    expected = Emulator(simt_library, 1).normalize(images, target=STAINS, identity=identity)
+    emulator = Emulator(simt_library, 7)
+    plan = emulator.choose_plan(images, kind, blocks)
+    assert_same(emulator.normalize(images, plan, STAINS, identity=identity), expected)
+    assert set(expected[1].status.tolist()) == {0, 1, 2}
+
+
+def test_a_persistent_grid_serves_every_image(simt_library):
+    """Fewer blocks than images, and blocks that take several."""
+    images = np.concatenate([tissue(9, 14, 3), tissue(9, 14, 2)[::-1]])
+    expected = Emulator(simt_library, 1).normalize(images, target=STAINS)
+    for multiprocessors in (1, 2, 4):
+        emulator = Emulator(simt_library, multiprocessors)
+        for kind, blocks in TEAMS[:2]:
+            plan = emulator.choose_plan(images, kind, blocks)
+            found = emulator.normalize(images, plan, STAINS, multiprocessors=multiprocessors)
+            assert_same(found, expected)
+
+
+def test_a_repeated_table_changes_nothing(simt_library):
+    images = tissue(40, 50, 1)
+    emulator = Emulator(simt_library, 2)
+    plan = emulator.choose_plan(images, "resident")
+    expected = emulator.normalize(images, plan, STAINS)
+    for shift in (1, 3, 5):
+        wider = plan._replace(light_shift=shift, shared_bytes=plan.shared_bytes + (1024 << shift) - 1024)
+        assert_same(emulator.normalize(images, wider, STAINS), expected)
+
+
+def test_a_fit_alone_writes_no_image(simt_library):
+    images = tissue(12, 18, 2)
+    emulator = Emulator(simt_library, 1)
+    expected = emulator.fit(images)
+    for kind, blocks in TEAMS[:2]:
+        found = emulator.fit(images, plan=emulator.choose_plan(images, kind, blocks))
+        for part, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(part, other)
+
+
+KINDS = [(np.float32, 1, 4), (np.uint16, 2, 2), (np.float16, 3, 2)]  # dtype (uint16: bits of bfloat16), number, bytes
+
+
+@pytest.mark.parametrize(("dtype", "kind", "size"), KINDS)
+def test_network_input_is_the_scaled_image(simt_library, dtype, kind, size):
+    import torch
+
+    mean, std = (0.7, 0.5, 0.6), (0.2, 0.25, 0.3)
+    network = Network(dtype, mean, std, kind)
+    images = tissue(7, 23, 3)
+    images[1] = 255
+    for laid_out in (images, channels_last(images)):
+        emulator = Emulator(simt_library, 3)
+        levels, _ = emulator.normalize(laid_out, target=STAINS)
+        scaled = (levels.transpose(0, 2, 3, 1) / 255 - np.array(mean)) / np.array(std)
+        torch_dtype = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}[kind]
+        expected = torch.from_numpy(scaled).float().to(torch_dtype)
+        for plan in (None, emulator.choose_plan(images, "resident", network=True)):
+            found, _ = emulator.normalize(laid_out, plan, STAINS, network=network)
+            as_torch = torch.from_numpy(found).view(torch_dtype) if kind == 2 else torch.from_numpy(found)
+            assert torch.equal(as_torch, expected)
+
+
+def sized(count, height, width, dtype=np.uint8):
+    return np.broadcast_to(np.zeros((), dtype), (count, 3, height, width)).copy()
+
+
+A100 = Device(8, 108, 166912, 40 << 20)
+A6000 = Device(8, 84, 101376, 6 << 20)
+T4 = Device(7, 40, 65536, 4 << 20)
+RTX_5090 = Device(12, 170, 101376, 96 << 20)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "expected"),
+    [
+        (H200, (256, 224, 224), ("resident", 1)),
+        (H200, (256, 256, 256), ("resident", 1)),
+        (H200, (64, 299, 299), ("cluster", 2)),
+        (H200, (64, 460, 700), ("cluster", 8)),
+        (H200, (64, 512, 512), ("cluster", 4)),
+        (H200, (16, 512, 512), ("cluster", 8)),
+        (H200, (1, 224, 224), ("cluster", 8)),
+        (H200, (1, 1100, 1100), ("streaming", 1)),
+        (A100, (256, 224, 224), ("resident", 1)),
+        (A100, (1, 224, 224), ("streaming", 1)),
+        (A100, (256, 256, 256), ("streaming", 1)),
+        (A6000, (256, 128, 128), ("resident", 1)),
+        (A6000, (256, 224, 224), ("streaming", 1)),
+        (T4, (256, 96, 96), ("resident", 1)),
+        (T4, (256, 224, 224), ("streaming", 1)),
+        (RTX_5090, (256, 224, 224), ("cluster", 2)),
+        (RTX_5090, (64, 460, 700), ("streaming", 1)),
+    ],
+)
+def test_the_plan_follows_size_and_device(simt_library, device, size, expected):
+    images = sized(*size)
+    emulator = Emulator(simt_library)
+    for network in (False, True):
+        plan = emulator.choose_plan(images, device=device, network=network)
+        assert plan.shared_bytes <= device.block_shared_bytes
+        if not network:
+            assert (plan.kind, plan.blocks) == (PLANS[expected[0]], expected[1])
+
+
+def test_plans_that_cannot_serve_are_refused(simt_library):
+    emulator = Emulator(simt_library)
+    refused = Plan(PLANS["automatic"], 0, 0, 0, 0)
+    assert emulator.choose_plan(sized(1, 8, 8), "cluster", 3) == refused
+    assert emulator.choose_plan(sized(1, 8, 8), "cluster", 32) == refused
+    assert emulator.choose_plan(sized(1, 8, 8), "cluster", 2, device=A100) == refused
+    assert emulator.choose_plan(sized(1, 400, 400), "resident") == refused
+    assert emulator.choose_plan(sized(1, 8, 8, np.float32), "resident") == refused
+    assert emulator.choose_plan(sized(1, 8, 8, np.float32)).kind == PLANS["streaming"]
