@@ -208,9 +208,23 @@ Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, con
   return result;
 }
 
+ernet::cpu::NetworkType network_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return ernet::cpu::NetworkType::f32;
+    case ScalarType::BFloat16:
+      return ernet::cpu::NetworkType::bf16;
+    case ScalarType::Half:
+      return ernet::cpu::NetworkType::f16;
+    default:
+      STD_TORCH_CHECK(false, "ernet: a network's input must be float32, bfloat16 or float16");
+  }
+  return ernet::cpu::NetworkType::f32;
+}
+
 // mean and std: [3] float64, contiguous, on the CPU.
-ernet::cpu::NetworkInput network_input(const Tensor& mean, const Tensor& std, bool bfloat16, double range) {
-  ernet::cpu::NetworkInput out = {nullptr, bfloat16, range, {}, {}};
+ernet::cpu::NetworkInput network_input(const Tensor& mean, const Tensor& std, ScalarType dtype, double range) {
+  ernet::cpu::NetworkInput out = {nullptr, network_type(dtype), range, {}, {}};
   for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
     STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == 3 && tensor->is_contiguous() &&
                         tensor->scalar_type() == ScalarType::Double,
@@ -221,20 +235,36 @@ ernet::cpu::NetworkInput network_input(const Tensor& mean, const Tensor& std, bo
   return out;
 }
 
+// A network's input [B, H, W, 3] and where each image of it goes.
+struct ScaledImages {
+  Tensor tensor;
+  ernet::cpu::NetworkInput first;
+  int64_t image_bytes;
+
+  ScaledImages(const Tensor& images, const Tensor& mean, const Tensor& std, ScalarType dtype, double range)
+      : first(network_input(mean, std, dtype, images.element_size() == 1 ? 255.0 : range)) {
+    const int64_t element_size = dtype == ScalarType::Float ? 4 : 2;
+    tensor = ernet::cpu_output({images.size(0), images.size(2), images.size(3), 3}, dtype, size_t(element_size));
+    first.data = tensor.mutable_data_ptr();
+    image_bytes = 3 * images.size(2) * images.size(3) * element_size;
+  }
+
+  ernet::cpu::NetworkInput image(int64_t index) const {
+    ernet::cpu::NetworkInput out = first;
+    out.data = static_cast<unsigned char*>(first.data) + index * image_bytes;
+    return out;
+  }
+};
+
 Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
                                   const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
-                                  const Tensor& std, double io, bool bfloat16, double range) {
+                                  const Tensor& std, double io, ScalarType dtype, double range) {
   ernet::check_fit_parameters(io, 1.0, 0.0, range);
   const Pixel type = pixel_type(images);
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages sources(source_stain, source_max, in.count, "source");
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const ernet::cpu::NetworkInput whole = network_input(mean, std, bfloat16, type == Pixel::u8 ? 255.0 : range);
-  const int64_t element_size = bfloat16 ? 2 : 4;
-  Tensor result = ernet::cpu_output({in.count, images.size(2), images.size(3), 3},
-                                    bfloat16 ? ScalarType::BFloat16 : ScalarType::Float, size_t(element_size));
-  auto* data = static_cast<unsigned char*>(result.mutable_data_ptr());
-  const int64_t image_bytes = 3 * in.pixels * element_size;
+  const ScaledImages result(images, mean, std, dtype, range);
   const OdTable& table = od_table(io, 0.0);
   for_each_image(in, [&](int64_t i, const Strips& strips) {
     ernet::macenko::Stain source, target;
@@ -242,12 +272,10 @@ Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_sta
     sources.get(i, source, source_maxima);
     targets.get(i, target, target_maxima);
     ernet::macenko::reconstruction_matrix(source, source_maxima, target, target_maxima, matrix);
-    ernet::cpu::NetworkInput out = whole;
-    out.data = data + i * image_bytes;
     ernet::cpu::macenko_reconstruct_scaled(type, view_of(in, i, images.element_size(), range), matrix, table, io,
-                                           strips, out);
+                                           strips, result.image(i));
   });
-  return result;
+  return result.tensor;
 }
 
 void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, size_t element_size) {
@@ -261,6 +289,16 @@ void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, si
     std::memcpy(to + size_t(k * out.channel_stride) * element_size, from + size_t(k * in.channel_stride) * element_size,
                 size_t(in.pixels) * element_size);
   }
+}
+
+// From an image's own stains, or, where it has no fit, from the target's, to the target's.
+void matrix_of_fit(const MacenkoImageFit& fit, const StainsOfImages& targets, int64_t index, double matrix[3][3]) {
+  ernet::macenko::Stain target;
+  double target_maxima[2];
+  targets.get(index, target, target_maxima);
+  const bool ok = fit.status == ernet::macenko::kOk;
+  ernet::macenko::reconstruction_matrix(ok ? fit.stain : target, ok ? fit.max_concentration : target_maxima, target,
+                                        target_maxima, matrix);
 }
 
 // Fit and reconstruction of each image one after the other, while it is in the cache.
@@ -286,15 +324,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& image
       copy_image(in, out, i, element_size);
       return;
     }
-    ernet::macenko::Stain target;
-    double target_maxima[2], matrix[3][3];
-    targets.get(i, target, target_maxima);
-    const bool ok = fit.status == ernet::macenko::kOk;
-    ernet::macenko::reconstruction_matrix(ok ? fit.stain : target, ok ? fit.max_concentration : target_maxima, target,
-                                          target_maxima, matrix);
+    double matrix[3][3];
+    matrix_of_fit(fit, targets, i, matrix);
     ernet::cpu::macenko_reconstruct(type, view, matrix, table, io, strips, output_of(out, i, element_size));
   });
   return {result, fits.stain, fits.maximum, fits.status};
+}
+
+// The same into a network's input.
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize_scaled(const Tensor& images, const Tensor& target_stain,
+                                                                    const Tensor& target_max, const Tensor& mean,
+                                                                    const Tensor& std, double io, double alpha,
+                                                                    double beta, bool nearest, bool identity,
+                                                                    ScalarType dtype, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Pixel type = pixel_type(images);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  const ScaledImages result(images, mean, std, dtype, range);
+  const FitTensors fits(in.count);
+  const OdTable& table = od_table(io, beta);
+  const MacenkoParameters p = {io, alpha, beta, nearest};
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    const ImageView view = view_of(in, i, images.element_size(), range);
+    const MacenkoImageFit fit = ernet::cpu::macenko_fit(type, view, p, table, strips);
+    fits.set(i, fit);
+    if (fit.status != ernet::macenko::kOk && identity) {
+      ernet::cpu::macenko_scaled(type, view, strips, result.image(i));
+      return;
+    }
+    double matrix[3][3];
+    matrix_of_fit(fit, targets, i, matrix);
+    ernet::cpu::macenko_reconstruct_scaled(type, view, matrix, table, io, strips, result.image(i));
+  });
+  return {result.tensor, fits.stain, fits.maximum, fits.status};
 }
 
 }  // namespace
@@ -309,12 +372,24 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "target_max, float Io, float range=255.) -> Tensor");
   m.def(
       "macenko_reconstruct_scaled(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
-      "target_max, Tensor mean, Tensor std, float Io, bool bfloat16, float range=255.) -> Tensor");
+      "target_max, Tensor mean, Tensor std, float Io, ScalarType dtype, float range=255.) -> Tensor");
   m.def(
       "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, "
       "bool "
       "nearest, bool identity, float range=255.) -> (Tensor images, Tensor stain_matrix, Tensor max_concentration, "
       "Tensor status)");
+  m.def(
+      "macenko_normalize_scaled(Tensor images, Tensor target_stain, Tensor target_max, Tensor mean, Tensor std, float "
+      "Io, float alpha, float beta, bool nearest, bool identity, ScalarType dtype, float range=255.) -> (Tensor "
+      "images, Tensor stain_matrix, Tensor max_concentration, Tensor status)");
+  // Augmentation, with stains that are known and with stains that are estimated: on CUDA only.
+  m.def(
+      "macenko_change(Tensor images, Tensor source_stain, Tensor source_max, Tensor gain, Tensor shift, float Io, "
+      "float range=255.) -> Tensor");
+  m.def(
+      "macenko_augment(Tensor images, Tensor reference_stain, Tensor reference_max, Tensor gain, Tensor shift, float "
+      "Io, float alpha, float beta, bool nearest, bool identity, float range=255.) -> (Tensor images, Tensor "
+      "stain_matrix, Tensor max_concentration, Tensor status)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
@@ -323,4 +398,5 @@ STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
   m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
+  m.impl("macenko_normalize_scaled", TORCH_BOX(&macenko_normalize_scaled));
 }

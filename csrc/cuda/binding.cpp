@@ -124,19 +124,33 @@ void set_scale(const Tensor& mean, const Tensor& std, Output& out) {
   for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
 }
 
+Tensor new_network_input(const Tensor& images, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "ernet: a network's input must be float32, bfloat16 or float16");
+  return torch::stable::new_empty(images, {images.size(0), images.size(2), images.size(3), 3}, dtype);
+}
+
+Output network_output(Tensor& result, const Tensor& images, const Tensor& mean, const Tensor& std, double range) {
+  const ScalarType dtype = result.scalar_type();
+  const OutputType type = dtype == ScalarType::Float      ? OutputType::f32
+                          : dtype == ScalarType::BFloat16 ? OutputType::bf16
+                                                          : OutputType::f16;
+  const double unit = images.scalar_type() == ScalarType::Byte ? 255.0 : range;
+  Output out = {result.mutable_data_ptr(), 0, 0, type, unit, {}, {}};
+  set_scale(mean, std, out);
+  return out;
+}
+
 Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
                                   const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
-                                  const Tensor& std, double io, bool bfloat16, double range) {
+                                  const Tensor& std, double io, ScalarType dtype, double range) {
   ernet::check_fit_parameters(io, 1.0, 0.0, range);
   const Images in = cuda_images(images, range);
   const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor result = torch::stable::new_empty(images, {in.count, images.size(2), images.size(3), 3},
-                                           bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
-  const OutputType type = bfloat16 ? OutputType::bf16 : OutputType::f32;
-  Output out = {result.mutable_data_ptr(), 0, 0, type, in.type == Pixel::u8 ? 255.0 : range, {}, {}};
-  set_scale(mean, std, out);
-  check(ernet::cuda::macenko_reconstruct(in, recipe, io, out, current_stream(images.get_device_index())),
+  Tensor result = new_network_input(images, dtype);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, network_output(result, images, mean, std, range),
+                                         current_stream(images.get_device_index())),
         "macenko_reconstruct_scaled");
   return result;
 }
@@ -240,6 +254,65 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& image
   return {result, fit.stain, fit.maximum, fit.status};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize_scaled(const Tensor& images, const Tensor& target_stain,
+                                                                    const Tensor& target_max, const Tensor& mean,
+                                                                    const Tensor& std, double io, double alpha,
+                                                                    double beta, bool nearest, bool identity,
+                                                                    ScalarType dtype, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = new_network_input(images, dtype);
+  FitCall fit(images, in);
+  const Recipe recipe = {{}, nullptr, target, identity, nullptr, nullptr};
+  const Output out = network_output(result, images, mean, std, range);
+  fit.run({io, alpha, beta, nearest}, &recipe, &out);
+  return {result, fit.stain, fit.maximum, fit.status};
+}
+
+// Gain or shift of the two stains of every image, [B, 2] float64.
+const double* change_of(const Tensor& change, const Tensor& images, const char* name) {
+  STD_TORCH_CHECK(change.is_cuda() && change.get_device_index() == images.get_device_index() && change.dim() == 2 &&
+                      change.size(0) == images.size(0) && change.size(1) == 2 && change.is_contiguous() &&
+                      change.scalar_type() == ScalarType::Double,
+                  "ernet: ", name, " must be [", images.size(0),
+                  ", 2] float64, contiguous, on the device of the images; got ", ernet::shape_of(change));
+  return static_cast<const double*>(change.const_data_ptr());
+}
+
+Tensor macenko_change(const Tensor& images, const Tensor& source_stain, const Tensor& source_max, const Tensor& gain,
+                      const Tensor& shift, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Recipe recipe = {
+      source, nullptr, source, false, change_of(gain, images, "gain"), change_of(shift, images, "shift")};
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, image_output(result, images),
+                                         current_stream(images.get_device_index())),
+        "macenko_change");
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images, const Tensor& reference_stain,
+                                                           const Tensor& reference_max, const Tensor& gain,
+                                                           const Tensor& shift, double io, double alpha, double beta,
+                                                           bool nearest, bool identity, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const Stains reference = cuda_stains(reference_stain, reference_max, images, "reference");
+  const Recipe recipe = {
+      {}, nullptr, reference, identity, change_of(gain, images, "gain"), change_of(shift, images, "shift")};
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  FitCall fit(images, in);
+  const Output out = image_output(result, images);
+  fit.run({io, alpha, beta, nearest}, &recipe, &out);
+  return {result, fit.stain, fit.maximum, fit.status};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
@@ -248,4 +321,7 @@ STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
   m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
+  m.impl("macenko_normalize_scaled", TORCH_BOX(&macenko_normalize_scaled));
+  m.impl("macenko_change", TORCH_BOX(&macenko_change));
+  m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
 }

@@ -33,7 +33,9 @@ template <class T, bool kInterleaved, class F>
 __device__ __forceinline__ void for_each_group(const SharedPixels<T>& shared, const F& f) {
   constexpr int kPixels = GroupSize<T>::value;
   const bool aligned = is_aligned<const T, kInterleaved>(shared.planes);
-  for (int64_t first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
+  const int64_t begin = shared.thread * kPixels;
+  const int64_t step = shared.threads * kPixels;
+  for (int64_t first = begin; first < shared.pixels; first += step) {  // 48 bytes of pixels an iteration
     const int count = shared.pixels - first < kPixels ? int(shared.pixels - first) : kPixels;
     PixelGroup<T, kInterleaved> group;
     load_group<T, kInterleaved>(shared.planes, first, count, aligned, group);

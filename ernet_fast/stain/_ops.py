@@ -32,6 +32,11 @@ def _fit_like(images: torch.Tensor) -> Fit:
     )
 
 
+def _network_input_like(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    count, _, height, width = images.shape
+    return images.new_empty((count, height, width, 3), dtype=dtype)
+
+
 def _register() -> None:
     """Fake kernels, and the CUDA implementation of the fit as a composition."""
 
@@ -65,11 +70,10 @@ def _register() -> None:
         mean: torch.Tensor,
         std: torch.Tensor,
         Io: float,
-        bfloat16: bool,
+        dtype: torch.dtype,
         range: float = 255.0,
     ) -> torch.Tensor:
-        count, _, height, width = images.shape
-        return images.new_empty((count, height, width, 3), dtype=torch.bfloat16 if bfloat16 else torch.float32)
+        return _network_input_like(images, dtype)
 
     @torch.library.register_fake("ernet::macenko_normalize")
     def _normalize(
@@ -85,6 +89,24 @@ def _register() -> None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return (torch.empty_like(images), *_fit_like(images))
 
+    @torch.library.register_fake("ernet::macenko_normalize_scaled")
+    def _normalize_scaled(
+        images: torch.Tensor,
+        target_stain: torch.Tensor,
+        target_max: torch.Tensor,
+        mean: torch.Tensor,
+        std: torch.Tensor,
+        Io: float,
+        alpha: float,
+        beta: float,
+        nearest: bool,
+        identity: bool,
+        dtype: torch.dtype,
+        range: float = 255.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (_network_input_like(images, dtype), *_fit_like(images))
+
+    _register_augmentation()
     compositions: dict[str, Callable[..., Any]] = {
         "macenko_fit": batched.macenko_fit,
         "macenko_normalize": batched.macenko_normalize,
@@ -93,6 +115,38 @@ def _register() -> None:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA"):
             torch.library.impl(f"ernet::{name}", "CUDA", composition)
             COMPOSED.add(name)
+
+
+def _register_augmentation() -> None:
+    """Fake kernels of the operators that only CUDA has."""
+
+    @torch.library.register_fake("ernet::macenko_change")
+    def _change(
+        images: torch.Tensor,
+        source_stain: torch.Tensor,
+        source_max: torch.Tensor,
+        gain: torch.Tensor,
+        shift: torch.Tensor,
+        Io: float,
+        range: float = 255.0,
+    ) -> torch.Tensor:
+        return torch.empty_like(images)
+
+    @torch.library.register_fake("ernet::macenko_augment")
+    def _augment(
+        images: torch.Tensor,
+        reference_stain: torch.Tensor,
+        reference_max: torch.Tensor,
+        gain: torch.Tensor,
+        shift: torch.Tensor,
+        Io: float,
+        alpha: float,
+        beta: float,
+        nearest: bool,
+        identity: bool,
+        range: float = 255.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (torch.empty_like(images), *_fit_like(images))
 
 
 if _backend.extension_available():
@@ -213,9 +267,7 @@ def reconstruct_scaled(
     if images.dtype in (torch.float16, torch.bfloat16) or not _compiled_for(images):
         return None  # half-precision images are reconstructed in float32, but rounded before they are scaled
     stains = [_as_argument(part, images).detach() for fit in (source, target) for part in fit[:2]]
-    out = torch.ops.ernet.macenko_reconstruct_scaled(
-        supported(images.detach()), *stains, mean, std, Io, dtype == torch.bfloat16, range
-    )
+    out = torch.ops.ernet.macenko_reconstruct_scaled(supported(images.detach()), *stains, mean, std, Io, dtype, range)
     return out.permute(0, 3, 1, 2)
 
 
@@ -275,3 +327,62 @@ def normalize(
     pixels = supported(images, like_result=True)
     out, *fitted = torch.ops.ernet.macenko_normalize(pixels, *stains, Io, alpha, beta, nearest, identity, range)
     return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)
+
+
+def normalize_scaled(
+    images: torch.Tensor,
+    target: MacenkoFit,
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    Io: float,
+    alpha: float,
+    beta: float,
+    nearest: bool,
+    identity: bool,
+    range: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, MacenkoFit] | None:
+    """Fit and `reconstruct_scaled` in one operator; None where that operator does not serve."""
+    stains_grad = target.stain_matrix.requires_grad or target.max_concentration.requires_grad
+    half = images.dtype in (torch.float16, torch.bfloat16)  # rounded before they are scaled
+    if images.requires_grad or stains_grad or half or not _compiled_for(images):
+        return None
+    stains = (_as_argument(part, images).detach() for part in target[:2])
+    out, *fitted = torch.ops.ernet.macenko_normalize_scaled(
+        supported(images), *stains, mean, std, Io, alpha, beta, nearest, identity, dtype, range
+    )
+    return out.permute(0, 3, 1, 2), MacenkoFit(*fitted)
+
+
+def kernel_augments(images: torch.Tensor) -> bool:
+    """True if `change` and `augment` serve these images."""
+    exact = images.dtype in (torch.uint8, torch.float32) and not images.requires_grad
+    return exact and images.is_cuda and _compiled_for(images)
+
+
+def change(
+    images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
+) -> torch.Tensor:
+    """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; where `kernel_augments`."""
+    arguments = (_as_argument(part, images).detach() for part in (*source[:2], gain, shift))
+    return torch.ops.ernet.macenko_change(supported(images), *arguments, Io, range)
+
+
+def augment(
+    images: torch.Tensor,
+    reference: MacenkoFit,
+    gain: torch.Tensor,
+    shift: torch.Tensor,
+    Io: float,
+    alpha: float,
+    beta: float,
+    nearest: bool,
+    identity: bool,
+    range: float,
+) -> tuple[torch.Tensor, MacenkoFit]:
+    """Fit and `change` in one operator, with the stains of `reference` where there is no fit."""
+    arguments = (_as_argument(part, images).detach() for part in (*reference[:2], gain, shift))
+    out, *fitted = torch.ops.ernet.macenko_augment(
+        supported(images), *arguments, Io, alpha, beta, nearest, identity, range
+    )
+    return out, MacenkoFit(*fitted)

@@ -13,7 +13,7 @@ import torch
 
 from ernet_fast.stain import _ops
 from ernet_fast.stain.batched import PIXELS_AT_A_TIME
-from ernet_fast.stain.collection import read_collection
+from ernet_fast.stain.collection import Collection, read_collection
 from ernet_fast.stain.functional import (
     check_range,
     keep_degenerate,
@@ -86,12 +86,21 @@ def macenko_augment(
         raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator.")
     collection = read_collection(images, layout)
     check_range(collection, range)
+    if source is None and mask is None and on_degenerate != "raise" and _kernels_serve(collection):
+        gains, shifts = _changes_of(collection, gain, shift, generator)
+        choices = percentile == "nearest", on_degenerate == "identity"
+        numbers = float(Io), float(alpha), float(beta), *choices, float(range)
+        done = [
+            _ops.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), *numbers)
+            for part in collection.parts
+        ]
+        restored = collection.restore([out for out, _ in done])
+        return (restored, collection.gather_fit([fit for _, fit in done]).status) if return_status else restored
     known = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
     refuse_failures(known.status, on_degenerate)
     published = expand_fit(published_stains(), collection.count, "published")
     usable = usable_source(known, on_device(published, collection.device))
-    gains, shifts = draw_changes(collection.count, gain, shift, generator)
-    gains, shifts = to_device(gains, collection.device), to_device(shifts, collection.device)
+    gains, shifts = _changes_of(collection, gain, shift, generator)
     results = []
     for part in collection.parts:
         out = _change(part.pixels, part.take_fit(usable), part.take(gains), part.take(shifts), float(Io), float(range))
@@ -100,6 +109,18 @@ def macenko_augment(
         results.append(out)
     restored = collection.restore(results)
     return (restored, known.status) if return_status else restored
+
+
+def _kernels_serve(collection: Collection) -> bool:
+    return collection.count > 0 and all(_ops.kernel_augments(part.pixels) for part in collection.parts)
+
+
+def _changes_of(
+    collection: Collection, gain: float, shift: float, generator: torch.Generator | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw_changes` on the device of the images."""
+    gains, shifts = draw_changes(collection.count, gain, shift, generator)
+    return to_device(gains, collection.device), to_device(shifts, collection.device)
 
 
 def _check_widths(gain: float, shift: float) -> None:
@@ -125,6 +146,8 @@ def _change(
     images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
 ) -> torch.Tensor:
     """I' of images [b, 3, H, W]. HE (g C + s) are the changed concentrations of the light (I + 1) exp(-HE (s / g))."""
+    if _ops.kernel_augments(images) and not any(part.requires_grad for part in source[:2]):
+        return _ops.change(images, source, gain, shift, Io, range)
     tint = torch.exp(-(source.stain_matrix @ (shift / gain)[:, :, None]))[..., None]
     stronger = source._replace(max_concentration=source.max_concentration * gain)
     group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))

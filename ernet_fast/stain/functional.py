@@ -18,7 +18,7 @@ import torch
 
 from ernet_fast.stain import _ops
 from ernet_fast.stain.collection import Collection, Part, read_collection
-from ernet_fast.stain.network_output import read_output, reconstruct_scaled, scale
+from ernet_fast.stain.network_output import NetworkOutput, normalize_scaled, read_output, reconstruct_scaled, scale
 from ernet_fast.stain.parameters import check_parameters, check_policy, is_number
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
@@ -122,9 +122,9 @@ def macenko_normalize(
         mask: as in `macenko_fit`: where to look for the source stains. Every pixel is normalised.
         on_degenerate: what to do with an image whose stains cannot be estimated: "reference" takes it to be stained as
             the target, "identity" returns it as it is, "raise" raises.
-        output: "image" for images as they came, or torch.float32 or torch.bfloat16 for the input of a network,
-            (I' / range - mean) / std, written in the same pass on the CPU. 8-bit values are truncated first, so that
-            images normalised beforehand and stored give the same.
+        output: "image" for images as they came, or torch.float32, bfloat16 or float16 for the input of a network,
+            (I' / range - mean) / std, written in the same pass. 8-bit values are truncated first, so that images
+            normalised beforehand and stored give the same.
         mean: red, green and blue mean of a network's input, of values in [0, 1]; 0 by default.
         std: its standard deviations; 1 by default.
         return_status: also return the status [B] int32 of the source fit.
@@ -147,11 +147,12 @@ def macenko_normalize(
     collection = read_collection(images, layout)
     check_range(collection, range)
     target = check_fit(target, collection.count, "target")
-    if source is None and mask is None and network is None and on_degenerate != "raise":
-        numbers = float(Io), float(alpha), float(beta), percentile == "nearest", on_degenerate == "identity"
-        served = _fit_and_reconstruct(collection, target, (*numbers, float(range)))
+    if source is None and mask is None and on_degenerate != "raise":
+        choices = percentile == "nearest", on_degenerate == "identity"
+        numbers = float(Io), float(alpha), float(beta), *choices, float(range)
+        served = _fit_and_reconstruct(collection, target, network, numbers)
         if served is not None:
-            return _result(collection, *served, return_status)
+            return _result(collection, *served, return_status, network)
     check_target(target)
     source = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
     refuse_failures(source.status, on_degenerate)
@@ -165,20 +166,23 @@ def macenko_normalize(
             unchanged = part.pixels if network is None else scale(part.pixels, network, float(range))
             out = keep_degenerate(out, unchanged, part.take(source.status))
         results.append(out)
-    if network is None:
-        return _result(collection, results, source.status, return_status)
-    tensors = collection.as_tensors(results)
-    return (tensors, source.status) if return_status else tensors
+    return _result(collection, results, source.status, return_status, network)
 
 
 def _fit_and_reconstruct(
-    collection: Collection, target: MacenkoFit, numbers: tuple[Any, ...]
+    collection: Collection, target: MacenkoFit, network: NetworkOutput | None, numbers: tuple[Any, ...]
 ) -> tuple[list[torch.Tensor], torch.Tensor] | None:
     """Results of every part and the status of all, by one operator a part; None where that operator does not serve."""
+    if collection.device.type != "cpu":
+        check_target(target)  # before it is on the device, where nobody looks
     results, fits = [], []
     for part in collection.parts:
+        theirs = part.take_fit(target)
         try:
-            done = _ops.normalize(part.pixels, part.take_fit(target), *numbers)
+            if network is None:
+                done = _ops.normalize(part.pixels, theirs, *numbers)
+            else:
+                done = normalize_scaled(part.pixels, theirs, network, *numbers)
         except RuntimeError:
             check_target(target)  # the operator looks before it starts, at less cost, but knows no reason
             raise
@@ -308,6 +312,12 @@ def on_device(fit: MacenkoFit, device: torch.device) -> MacenkoFit:
     return MacenkoFit(*(to_device(part, device) for part in fit))
 
 
-def _result(collection: Collection, images: list[torch.Tensor], status: torch.Tensor, return_status: bool) -> Any:
-    restored = collection.restore(images)
+def _result(
+    collection: Collection,
+    images: list[torch.Tensor],
+    status: torch.Tensor,
+    return_status: bool,
+    network: NetworkOutput | None,
+) -> Any:
+    restored = collection.restore(images) if network is None else collection.as_tensors(images)
     return (restored, status) if return_status else restored

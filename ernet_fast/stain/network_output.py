@@ -1,4 +1,4 @@
-"""Normalised images as a network takes them: (I' / range - mean) / std, channels last, in float32 or bfloat16."""
+"""Normalised images as a network takes them: (I' / range - mean) / std, channels last, in float32 or 16 bits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ernet_fast.stain import _ops
 from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.upload import to_device
 
-OUTPUT_DTYPES = (torch.float32, torch.bfloat16)
+OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NetworkOutput(NamedTuple):
     """The scale of a network's input.
 
     Attributes:
-        dtype: torch.float32 or torch.bfloat16.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
         mean: [3] float64 on the CPU, of values in [0, 1].
         std: [3] float64 on the CPU.
     """
@@ -40,11 +40,11 @@ def read_output(
     if isinstance(output, str) and output == "image":
         if mean is not None or std is not None:
             raise ValueError(
-                "mean and std scale a network's input; pass output=torch.float32 or torch.bfloat16 with them."
+                "mean and std scale a network's input; pass output=torch.float32, torch.bfloat16 or torch.float16."
             )
         return None
     if output not in OUTPUT_DTYPES:
-        raise ValueError(f"output={output!r}; expected 'image', torch.float32 or torch.bfloat16.")
+        raise ValueError(f"output={output!r}; expected 'image', torch.float32, torch.bfloat16 or torch.float16.")
     means = _three("mean", (0.0, 0.0, 0.0) if mean is None else mean)
     deviations = _three("std", (1.0, 1.0, 1.0) if std is None else std)
     if min(deviations) <= 0:
@@ -80,3 +80,19 @@ def reconstruct_scaled(
         if out is not None:
             return out
     return scale(_ops.reconstruct(images, source, target, Io, range), output, range)
+
+
+def normalize_scaled(
+    images: torch.Tensor,
+    target: MacenkoFit,
+    output: NetworkOutput,
+    Io: float,
+    alpha: float,
+    beta: float,
+    nearest: bool,
+    identity: bool,
+    range: float,
+) -> tuple[torch.Tensor, MacenkoFit] | None:
+    """Fit and `reconstruct_scaled` in one operator; None where that operator does not serve."""
+    numbers = Io, alpha, beta, nearest, identity, range
+    return _ops.normalize_scaled(images, target, output.mean, output.std, *numbers, output.dtype)

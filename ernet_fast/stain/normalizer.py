@@ -47,7 +47,7 @@ class MacenkoNormalizer(torch.nn.Module):
             [3, H, W], use the nearest percentile and come back as int32 [H, W, 3] (its torch backend); NumPy arrays
             are [H, W, 3], use the linear percentile and come back as uint8 (its NumPy backend). `forward` is not
             affected but for the percentile.
-        output: what `forward` returns: "image", or torch.float32 or torch.bfloat16 for a network's input, see
+        output: what `forward` returns: "image", or torch.float32, bfloat16 or float16 for a network's input, see
             `macenko_normalize`.
         mean: of a network's input.
         std: of a network's input.

@@ -225,16 +225,18 @@ class Emulator:
         identity: bool = False,
         network: Network | None = None,
         multiprocessors: int = 2,
+        changes: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray | None, Fit]:
         """Fit, by the streaming plan if none is given, and reconstruction if there is a target.
 
-        Parameters are Io, alpha, beta, nearest.
+        Parameters are Io, alpha, beta, nearest; changes the gain and the shift of an augmentation, [B, 2] both.
         """
         what, fit = describe(images, scale), Fit.empty(len(images))
         result, to, recipe = None, None, None
         if target is not None:
             result, out = output_for(images, scale, network)
-            to, how = ctypes.byref(out), Recipe(Stains(), None, stains(target), identity, None, None)
+            gain, shift = (part.ctypes.data for part in changes) if changes else (None, None)
+            to, how = ctypes.byref(out), Recipe(Stains(), None, stains(target), identity, gain, shift)
             recipe = ctypes.byref(how)
         common = ctypes.byref(what), ctypes.byref(Parameters(*parameters))
         if plan is None or plan.kind == PLANS["streaming"]:

@@ -8,6 +8,7 @@ from emulator import H200, PLANS, Device, Emulator, Network, Plan
 from kernel_images import channels_last, degenerate, tissue
 
 from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.stain.augment import draw_changes
 
 TARGET = MacenkoNormalizer().target
 STAINS = TARGET.stain_matrix.numpy(), TARGET.max_concentration.numpy()
@@ -95,6 +96,36 @@ def test_network_input_is_the_scaled_image(simt_library, dtype, kind, size):
             found, _ = emulator.normalize(laid_out, plan, STAINS, network=network)
             as_torch = torch.from_numpy(found).view(torch_dtype) if kind == 2 else torch.from_numpy(found)
             assert torch.equal(as_torch, expected)
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_augmentation_equals_the_cpu(simt_library, identity):
+    """In every plan, with stains that are found and with stains that are known."""
+    import torch
+
+    from ernet_fast.stain import macenko_augment
+
+    images = np.concatenate([tissue(24, 20, 3), degenerate()[:2]])
+    policy = "identity" if identity else "reference"
+    expected, status = macenko_augment(
+        torch.from_numpy(images), generator=torch.Generator().manual_seed(3), on_degenerate=policy, return_status=True
+    )
+    gain, shift = draw_changes(len(images), 0.2, 0.2, torch.Generator().manual_seed(3))
+    changes = gain.numpy(), shift.numpy()
+    for laid_out in (images, channels_last(images)):
+        emulator = Emulator(simt_library, 2)
+        first = emulator.normalize(laid_out, target=STAINS, changes=changes, identity=identity)
+        np.testing.assert_array_equal(first[1].status, status.numpy())
+        # Light and tint are rounded to float32 on the CPU: at a whole level either of two may come out.
+        difference = np.abs(first[0].astype(int) - expected.numpy())
+        assert difference.max() <= 1 and (difference != 0).sum() <= 5e-4 * difference.size
+        for kind, blocks in TEAMS[:3]:
+            plan = emulator.choose_plan(laid_out, kind, blocks)
+            found = emulator.normalize(laid_out, plan, STAINS, changes=changes, identity=identity)
+            assert_same(found, first)
+        known = first[1].stain[:3].copy(), first[1].maximum[:3].copy()
+        again = emulator.reconstruct(laid_out[:3], known, known, changes=(changes[0][:3], changes[1][:3]))
+        np.testing.assert_array_equal(again, first[0][:3])
 
 
 def sized(count, height, width, dtype=np.uint8):

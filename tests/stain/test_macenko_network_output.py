@@ -24,11 +24,13 @@ def scaled(images, dtype, mean=MEAN, std=STD, unit=255.0):
     return ((images.double() / unit - mean) / std).float().to(dtype)
 
 
-@pytest.mark.parametrize("path", ["compiled", "composed"])
+@pytest.mark.parametrize("path", ["one operator", "two operators", "composed"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("given", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_normalisation_then_scaling(dtype, given, channels_last, path, monkeypatch):
+    if path != "one operator":
+        monkeypatch.setattr(_ops, "normalize_scaled", lambda *arguments: None)
     if path == "composed":
         monkeypatch.setattr(_ops, "reconstruct_scaled", lambda *arguments: None)
     images = batch(*IMAGES, WHITE).to(given)
@@ -105,21 +107,25 @@ def test_opcheck_and_argument_checks(given):
     stains = TARGET.stain_matrix, TARGET.max_concentration
     numbers = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
     operator = torch.ops.ernet.macenko_reconstruct_scaled
-    for bfloat16 in (False, True):
-        torch.library.opcheck(operator.default, (images, *stains, *stains, *numbers, 240.0, bfloat16))
+    whole = torch.ops.ernet.macenko_normalize_scaled
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.library.opcheck(operator.default, (images, *stains, *stains, *numbers, 240.0, dtype))
+        torch.library.opcheck(whole.default, (images, *stains, *numbers, 240.0, 1.0, 0.15, False, True, dtype))
+    with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
+        operator(images, *stains, *stains, *numbers, 240.0, torch.float64)
     with pytest.raises(RuntimeError, match=r"std must be \[3\] float64 on the CPU; got \[2\]"):
-        operator(images, *stains, *stains, numbers[0], numbers[1][:2], 240.0, False)
+        operator(images, *stains, *stains, numbers[0], numbers[1][:2], 240.0, torch.float32)
     with pytest.raises(RuntimeError, match="mean must be"):
-        operator(images, *stains, *stains, numbers[0].float(), numbers[1], 240.0, False)
+        operator(images, *stains, *stains, numbers[0].float(), numbers[1], 240.0, torch.float32)
     with pytest.raises(RuntimeError, match="std must be positive"):
-        operator(images, *stains, *stains, numbers[0], -numbers[1], 240.0, False)
+        operator(images, *stains, *stains, numbers[0], -numbers[1], 240.0, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"output": "tensor"}, "output='tensor'"),
-        ({"output": torch.float16}, "output=torch.float16"),
+        ({"output": torch.float64}, "output=torch.float64"),
         ({"mean": MEAN}, "pass output=torch.float32"),
         ({"output": torch.float32, "mean": (0.5,)}, "mean="),
         ({"output": torch.float32, "mean": (0.5, 0.5, math.nan)}, "mean="),

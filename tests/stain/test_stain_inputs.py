@@ -157,7 +157,8 @@ def test_shapes_beyond_two_to_the_31():
         assert out.shape == images.shape and out.numel() > 2**31
         assert (stain.shape, maximum.shape, status.shape) == ((1, 3, 2), (1, 2), (1,))
         mean = torch.empty(3, dtype=torch.float64)
-        network = torch.ops.ernet.macenko_reconstruct_scaled(images, *stains, *stains, mean, mean, 240.0, True)
+        numbers = mean, mean, 240.0, torch.bfloat16
+        network = torch.ops.ernet.macenko_reconstruct_scaled(images, *stains, *stains, *numbers)
         assert network.shape == (1, 50000, 50000, 3)
     tile = torch.from_numpy(np.tile(TISSUE, (40, 30, 1))).permute(2, 0, 1)[None]
     many = tile.expand(2**31 // tile.numel() + 1, -1, -1, -1)
