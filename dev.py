@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
         script = {"gpu": "bench/gpu_check.py", "report": "bench/report.py"}[command]
         return subprocess.run([python, script, *rest], cwd=ROOT, env=environment, check=False).returncode
     if command == "kernels":
-        environment |= {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "80;90a;100;120")}
+        environment |= {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "75;80;86;90a;100;120")}
     build(python, environment)
     if command == "build":
         return 0

@@ -2,7 +2,7 @@
 
 Environment variables
     ERNET_CUDA        auto (default: build the CUDA code if nvcc is found) | 0 (never) | 1 (fail without nvcc)
-    ERNET_CUDA_ARCHS  e.g. "80;90a". Default: the architecture of the GPU at hand, else 80;90a;100;120
+    ERNET_CUDA_ARCHS  e.g. "80;90a". Default: the architecture of the GPU at hand, else 75;80;86;90a;100;120
     MAX_JOBS          compilers at a time (default: the number of cores)
     CXX, CUDA_HOME    the C++ compiler, the CUDA toolkit
     ERNET_SANITIZE    e.g. "address,undefined": build with these sanitizers (for tests of the library itself)
@@ -28,7 +28,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHS = "80;90a;100;120"
+DEFAULT_ARCHS = "75;80;86;90a;100;120"
 TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: one binary for this and every later version
 
 # One torch-free source, csrc/cpu/*_loops.cpp, is compiled once for each of these.

@@ -1,7 +1,8 @@
 """Registers, stack and local memory of every CUDA kernel of the last build, and what each does for a pixel.
 
-A kernel with a stack frame or local memory spills; one over its register budget runs with too few warps. Either ends
-with exit code 1, as do tables in docs/macenko-gpu.md that are not in step (`--write` brings them there).
+A kernel with a stack frame or local memory spills; one over its register budget runs with too few warps; one that does
+not load or store pixels by 16 bytes moves them slowly. Each ends with exit code 1, as do tables in docs/macenko-gpu.md
+that are not in step (`--write` brings them there).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from sass import Kernel, read_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER_BUDGET = 128  # at least 512 threads a multiprocessor
+WITHOUT_PIXELS = ("total_kernel",)
+WRITERS = ("reconstruct_kernel", "team_kernel")  # of pixels; the others only read them
 
 
 def check(kernels: list[Kernel]) -> int:
@@ -32,6 +35,22 @@ def check(kernels: list[Kernel]) -> int:
     return 0
 
 
+def check_accesses(kernels: list[Kernel]) -> int:
+    """Look for 16-byte loads and stores in the machine code; returns the exit code."""
+    missing = []
+    for one in kernels:
+        if not one.instructions or one.name.startswith(WITHOUT_PIXELS):
+            continue
+        wide = {each.opcode[:3] for each in one.instructions if kernel_counts.is_wide_global(each)}
+        wanted = {"LDG", "STG"} if one.name.startswith(WRITERS) else {"LDG"}
+        missing += [f"{one.name} for {one.arch}: {kind}" for kind in sorted(wanted - wide)]
+    if missing:
+        print("\n".join(["no 16-byte accesses of this kind in", *missing]))
+        return 1
+    print("Pixels are loaded and stored by 16 bytes in every kernel.\n")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Check the resources, then the counts; returns the exit code."""
     if arguments not in ([], ["--write"]):
@@ -45,7 +64,7 @@ def main(arguments: list[str]) -> int:
     if not kernels:
         print("check_kernels: the objects hold no kernels.")
         return 1
-    return check(kernels) or kernel_counts.report(kernels, into_page=bool(arguments))
+    return check(kernels) or check_accesses(kernels) or kernel_counts.report(kernels, into_page=bool(arguments))
 
 
 if __name__ == "__main__":

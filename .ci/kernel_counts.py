@@ -115,6 +115,11 @@ def width_of(one: Instruction) -> int:
     return 4
 
 
+def is_wide_global(one: Instruction) -> bool:
+    """True if an instruction moves 16 bytes to or from device memory."""
+    return kind_of(one) == "global" and width_of(one) == 16
+
+
 def count(instructions: list[Instruction]) -> Counter[str]:
     """Instructions by unit, and bytes and words moved."""
     found: Counter[str] = Counter()

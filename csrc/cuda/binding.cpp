@@ -166,11 +166,14 @@ Device device_limits(int32_t device) {
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), attribute(cudaDevAttrL2CacheSize, device)};
 }
 
-// The plan for these images, or the one that ERNET_MACENKO_PLAN asks for: streaming, resident, cluster, or cluster2 to
-// cluster16.
-Plan plan_of(const Device& device, const Images& images, bool network) {
+// What ERNET_MACENKO_PLAN asks for: streaming, resident, cluster, or cluster2 to cluster16. Empty: any.
+std::string asked_plan() {
   const char* text = std::getenv("ERNET_MACENKO_PLAN");
   const std::string asked = text == nullptr ? "" : text;
+  return asked == "auto" ? "" : asked;
+}
+
+Plan plan_of(const Device& device, const Images& images, bool network, const std::string& asked) {
   PlanKind wanted = PlanKind::automatic;
   int blocks = 0;
   if (asked == "streaming") wanted = PlanKind::streaming;
@@ -179,8 +182,7 @@ Plan plan_of(const Device& device, const Images& images, bool network) {
     wanted = PlanKind::cluster;
     blocks = std::atoi(asked.c_str() + 7);
   }
-  STD_TORCH_CHECK(asked.empty() || asked == "auto" || wanted != PlanKind::automatic,
-                  "ernet: ERNET_MACENKO_PLAN=", asked,
+  STD_TORCH_CHECK(asked.empty() || wanted != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
                   "; expected auto, streaming, resident, cluster, or cluster2 to cluster16");
   const Plan plan = ernet::cuda::choose_plan(device, images, network, wanted, blocks);
   STD_TORCH_CHECK(plan.kind != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
@@ -208,18 +210,21 @@ class FitCall {
     if (in_.count == 0) return;
     const int32_t index = images_.get_device_index();
     const Device device = device_limits(index);
-    const Plan plan = plan_of(device, in_, out != nullptr && out->type != OutputType::image);
+    const std::string asked = asked_plan();
+    const Plan plan = plan_of(device, in_, out != nullptr && out->type != OutputType::image, asked);
     const cudaStream_t stream = current_stream(index);
-    if (plan.kind == PlanKind::streaming) {
-      const int64_t bytes = ernet::cuda::macenko_streaming_workspace(in_, device.cache_bytes);
-      Tensor workspace = torch::stable::new_empty(images_, {bytes}, ScalarType::Byte);
-      check(ernet::cuda::macenko_streaming(in_, parameters, device.cache_bytes, workspace.mutable_data_ptr(), result(),
-                                           recipe, out, stream),
-            "the streaming Macenko kernels");
-    } else {
-      check(ernet::cuda::macenko_team(in_, parameters, plan, device, result(), recipe, out, stream),
-            "the Macenko kernel");
+    if (plan.kind != PlanKind::streaming) {
+      const cudaError_t error = ernet::cuda::macenko_team(in_, parameters, plan, device, result(), recipe, out, stream);
+      // A part of a device may hold no cluster of this size.
+      const bool elsewhere = error == cudaErrorInvalidConfiguration && plan.kind == PlanKind::cluster && asked.empty();
+      if (!elsewhere) return check(error, "the Macenko kernel");
+      cudaGetLastError();  // not for the next one to find
     }
+    const int64_t bytes = ernet::cuda::macenko_streaming_workspace(in_, device.cache_bytes);
+    Tensor workspace = torch::stable::new_empty(images_, {bytes}, ScalarType::Byte);
+    check(ernet::cuda::macenko_streaming(in_, parameters, device.cache_bytes, workspace.mutable_data_ptr(), result(),
+                                         recipe, out, stream),
+          "the streaming Macenko kernels");
   }
 
   Tensor stain, maximum, status;

@@ -90,7 +90,8 @@ cudaError_t macenko_streaming(const Images& images, const Parameters& parameters
 struct Device;
 struct Plan;
 
-// The resident or the cluster plan (cuda/plan.h), to the same effect. One launch.
+// The resident or the cluster plan (cuda/plan.h), to the same effect. One launch; cudaErrorInvalidConfiguration if the
+// device, or the part of it that this process has, holds not a single cluster of this size.
 cudaError_t macenko_team(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
                          const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
 

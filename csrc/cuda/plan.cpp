@@ -6,8 +6,6 @@ namespace {
 
 // A smaller share leaves most of a block's threads without pixels.
 constexpr int64_t kLeastShare = 2048;
-// Larger clusters are not portable; compute capability 9.0 and 10.0 have room for them.
-constexpr int kPortableCluster = 8;
 
 int64_t largest(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -18,6 +16,7 @@ bool fits(const Device& device, int64_t pixels, int blocks, bool network) {
 
 int most_blocks(const Device& device) {
   if (device.major < 9) return 1;
+  // Compute capability 9.0 and 10.0 have room for clusters that are not portable.
   return device.major <= 10 ? 2 * kPortableCluster : kPortableCluster;
 }
 

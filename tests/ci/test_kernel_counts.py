@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import check_kernels
 import kernel_counts
 import pytest
 import sass
@@ -191,3 +192,12 @@ def test_the_page_has_a_place_for_the_tables(kernel, monkeypatch, tmp_path):
     assert kernel_counts.stored() == "| `new` |"
     kernel_counts.write("| `newer` |")
     assert "`new`" not in page.read_text() and page.read_text().count(kernel_counts.END) == 1
+
+
+def test_kernels_without_16_byte_accesses_are_refused(kernel, capsys):
+    kernel.name = "team_kernel<BlockTeam, false>"
+    assert check_kernels.check_accesses([kernel]) == 0
+    kernel.instructions = [one for one in kernel.instructions if one.opcode != "STG.E.128"]
+    assert check_kernels.check_accesses([kernel]) == 1 and "sm_90a: STG" in capsys.readouterr().out
+    kernel.name = "begin_kernel<float, true>"  # writes no pixels
+    assert check_kernels.check_accesses([kernel]) == 0

@@ -224,7 +224,7 @@ class Emulator:
         cache: int = 1 << 20,
         identity: bool = False,
         network: Network | None = None,
-        multiprocessors: int = 2,
+        multiprocessors: int = 32,
         changes: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray | None, Fit]:
         """Fit, by the streaming plan if none is given, and reconstruction if there is a target.
@@ -246,7 +246,9 @@ class Emulator:
         else:
             before = (ctypes.c_int64 * 5)(*plan), multiprocessors
             call = self.lib.simt_team
-        assert call(*common, *before, ctypes.byref(fit.pointers()), recipe, to) == 0
+        error = call(*common, *before, ctypes.byref(fit.pointers()), recipe, to)
+        if error:
+            raise RuntimeError(f"CUDA error {error}")
         return result, fit
 
     def fit(self, images, parameters: tuple = (240, 1, 0.15, False), **options) -> Fit:

@@ -43,6 +43,7 @@ int simt_team(const Images* images, const Parameters* parameters, const int64_t 
               const FitResult* fit, const Recipe* recipe, const Output* out) {
   const Plan plan = {PlanKind(numbers[0]), int(numbers[1]), int(numbers[2]), int(numbers[3]), numbers[4]};
   const Device device = {9, multiprocessors, 0, 0};
+  simt::clusters_at_a_time = multiprocessors / plan.blocks;
   return macenko_team(*images, *parameters, plan, device, *fit, recipe, out, nullptr);
 }
 }

@@ -214,6 +214,8 @@ void* map_shared(const void* p, unsigned rank) {
   return machine.shared[rank].get() + offset;
 }
 
+int clusters_at_a_time = 1;
+
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
 
 void launch(const Shape& shape, void (*body)(void*), void* argument) {
@@ -251,6 +253,10 @@ extern "C" cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaSt
   return cudaSuccess;
 }
 extern "C" cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+extern "C" cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
+  *clusters = simt::clusters_at_a_time;
+  return cudaSuccess;
+}
 extern "C" cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
   *blocks = 1;
   return cudaSuccess;

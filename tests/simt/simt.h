@@ -43,6 +43,8 @@ void launch(const Shape& shape, void (*body)(void*), void* argument);
 
 void set_seed(uint64_t seed);
 
+extern int clusters_at_a_time;  // what the device says that it holds
+
 inline Index as_index(dim3 d) { return {d.x, d.y, d.z}; }
 
 template <class F>

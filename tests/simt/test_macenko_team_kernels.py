@@ -51,8 +51,17 @@ def test_a_persistent_grid_serves_every_image(simt_library):
         emulator = Emulator(simt_library, multiprocessors)
         for kind, blocks in TEAMS[:2]:
             plan = emulator.choose_plan(images, kind, blocks)
-            found = emulator.normalize(images, plan, STAINS, multiprocessors=multiprocessors)
+            found = emulator.normalize(images, plan, STAINS, multiprocessors=multiprocessors * blocks)
             assert_same(found, expected)
+
+
+def test_clusters_that_the_device_cannot_hold_are_refused(simt_library):
+    images = tissue(9, 14, 1)
+    emulator = Emulator(simt_library, 1)
+    plan = emulator.choose_plan(images, "cluster", 4)
+    with pytest.raises(RuntimeError, match="CUDA error 9"):  # cudaErrorInvalidConfiguration
+        emulator.normalize(images, plan, STAINS, multiprocessors=3)
+    assert emulator.normalize(images, plan, STAINS, multiprocessors=4)[1].status.tolist() == [0]
 
 
 def test_a_repeated_table_changes_nothing(simt_library):
