@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulator import H200, PLANS, Device, Emulator, Network, Plan
-from kernel_images import channels_last, degenerate, tissue
+from kernel_images import channels_last, degenerate, stack, tissue
+from stain_images import load, real_parameters
 
 from ernet_fast.stain import MacenkoNormalizer
 from ernet_fast.stain.augment import draw_changes
@@ -30,6 +31,16 @@ def test_every_plan_gives_the_same_bits(simt_library, size):
             plan = emulator.choose_plan(laid_out, kind, blocks)
             assert (plan.kind, plan.blocks) == (PLANS[kind], blocks)
             assert_same(emulator.normalize(laid_out, plan, STAINS), expected)
+
+
+@pytest.mark.parametrize("parameter", real_parameters()[:4])
+def test_real_crops_give_the_same_bits(simt_library, parameter):
+    image = load(parameter)
+    images = stack(image[:60, :71], image[-60:, -71:])
+    expected = Emulator(simt_library, 1).normalize(images, target=STAINS)
+    for seed, (kind, blocks) in enumerate(TEAMS[:3]):
+        emulator = Emulator(simt_library, 20 + seed)
+        assert_same(emulator.normalize(images, emulator.choose_plan(images, kind, blocks), STAINS), expected)
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [TEAMS[0], TEAMS[1], TEAMS[3]])
