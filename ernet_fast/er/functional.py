@@ -42,8 +42,8 @@ def er_shortcut_sum(
         weight: [l, C], float32 or the dtype of the maps.
         norm: "batch" (per channel, over N, H and W) or "group" (per sample and group of channels).
         num_groups: for norm="group" (1 is layer norm, C instance norm).
-        running_mean: for norm="batch", l tensors [C] or one [l, C], or None. In training they are moved in place towards the means of
-            the batch; otherwise they are what N uses.
+        running_mean: for norm="batch", l tensors [C] or one [l, C], or None. In training they are moved in place
+            towards the means of the batch; otherwise they are what N uses.
         running_var: likewise, the variances (in training, towards the unbiased ones).
         training: with norm="batch", normalise with the statistics of the batch.
         momentum: of the running statistics, from 0 to 1.
@@ -51,7 +51,9 @@ def er_shortcut_sum(
         relu: apply the ReLU.
 
     Returns:
-        [N, C, H, W] in the dtype and layout of `xs[-1]`. NaN and infinity propagate as in the plain composition.
+        [N, C, H, W] in the dtype and layout of `xs[-1]`. NaN and infinity propagate as in the plain composition: those
+        of an earlier map make its mean and variance NaN, and so the whole channel (with norm="group" the sample's
+        group) of the result, and the running statistics; those of `xs[-1]` stay where they are.
         Differentiable once in the maps and the weight; for second derivatives use
         `ernet_fast.reference.er_shortcut_sum`.
 

@@ -116,25 +116,39 @@ def check(launch: Launch, machine: Machine, channels_last: bool) -> None:
     assert max(machine.positions("LDG")) < min(machine.positions("BAR")), name
 
 
-def algebra(index: int, num_maps: int, *, running: bool = False, elements: int = 256 * 56 * 56) -> Callable[[], Any]:
-    """The algebra of block `index` of a stage of `num_maps` maps of 256 channels, in training or evaluation."""
-    x = torch.empty((1, 256, 1, 1), device="meta")
+def algebra(
+    index: int,
+    num_maps: int,
+    *,
+    running: bool = False,
+    elements: int = 256 * 56 * 56,
+    dtype: torch.dtype = torch.float32,
+    spread: bool = False,
+) -> Callable[[], Any]:
+    """The algebra of block `index` of a stage of `num_maps` maps of 256 channels, in training or evaluation.
+
+    `dtype`: of parameters and running statistics. `spread`: over processes, with cumulative averages.
+    """
+    x = torch.empty((1, 256, 1, 1), dtype=dtype, device="meta")
     table, one, rows = new_table(x, num_maps), x.new_empty(256), x.new_empty(index, 256)
     norm, number = (
         (BranchNorm.RUNNING if running else BranchNorm.BATCH),
         torch.empty((), dtype=torch.int64, device="meta"),
     )
     counted = (None, None) if running else (number, number)
-    measured = (None, None) if running else (one, one)
+    doubles, momentum = dtype == torch.float64, None if spread else 0.1
+    a = torch.empty((num_maps, 256), dtype=torch.float64 if doubles else torch.float32, device="meta")
+    measured = (None, None) if running else (a[0], a[0])
+    count = table.new_empty(1) if spread else None
 
     def call() -> None:
         triton_coefficients_launch.block_coefficients(
-            table, index, False, *measured, None, elements, norm, one, one, one, one, counted[0], 0.1, 1e-5,
-            rows, rows, rows, counted[1], running, 0.1, 1e-5,
+            table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum, 1e-5,
+            rows, rows, rows, counted[1], running, momentum, 1e-5,
         )  # fmt: skip
-        readers = [x.new_empty(reader + 1, 256) for reader in range(index, num_maps)]
+        readers = [a.new_empty(reader + 1, 256) for reader in range(index, num_maps)]
         triton_coefficients_launch.block_coefficients_backward(
-            table, index, False, new_totals(table), x.new_empty(index + 1, 256), one, None, elements, norm, rows,
+            table, index, doubles, new_totals(table), a[: index + 1], a[0], count, elements, norm, rows,
             rows, rows, running, 1e-5, readers, not running, False,
         )  # fmt: skip
 
@@ -159,18 +173,33 @@ def test_machine_code(dtype, layout, architecture, monkeypatch, tmp_path):
         check(launch, compile_for(launch, architecture, tmp_path), layout == torch.channels_last)
 
 
+def check_algebra(launches: list[Launch], architecture: int, folder: Path) -> None:
+    """One launch each way, nothing spilled, no barrier: channels are independent.
+
+    Loads are of one value a thread, its channel's, and of 4 or 8 bytes: neighbouring threads read neighbouring
+    channels, so a warp reads whole lines. Wider loads would leave a map of 256 channels to a single warp.
+    """
+    assert [launch.kernel for launch in launches] == ["block_coefficients_kernel", "block_coefficients_backward_kernel"]
+    for launch in launches:
+        machine = compile_for(launch, architecture, folder)
+        assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), launch.kernel
+        assert machine.registers <= REGISTERS[launch.kernel], (launch.kernel, machine.registers)
+        assert machine.shared == 0 and not machine.positions("BAR"), launch.kernel
+        assert machine.widths("LDG") <= {"32", "64", "U16"} and machine.widths("STG") <= {"32", "64", "U16"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_machine_code_of_the_algebra(architecture, running, monkeypatch, tmp_path):
-    """One launch each way, nothing spilled, no barrier: channels are independent."""
-    launches = record(monkeypatch, algebra(3, 6, running=running))
-    assert [launch.kernel for launch in launches] == ["block_coefficients_kernel", "block_coefficients_backward_kernel"]
-    for launch in launches:
-        machine = compile_for(launch, architecture, tmp_path)
-        assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), launch.kernel
-        assert machine.registers <= REGISTERS[launch.kernel], (launch.kernel, machine.registers)
-        assert machine.shared == 0 and not machine.positions("BAR"), launch.kernel
+    check_algebra(record(monkeypatch, algebra(3, 6, running=running)), architecture, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_machine_code_of_the_algebra_in_other_dtypes(dtype, monkeypatch, tmp_path):
+    """Also with statistics over processes, whose count is on the device, and cumulative averages."""
+    check_algebra(record(monkeypatch, algebra(3, 6, dtype=dtype, spread=True)), 90, tmp_path)
 
 
 @pytest.mark.slow
@@ -284,7 +313,18 @@ def test_calls_reach_the_driver(monkeypatch):
         assert (name, programs) == ("weighted_sum_kernel", 1)  # 32 pixels of 64 channels
         assert pointers(arguments) == [x.data_ptr() for x in maps[:count]] + [maps[0].data_ptr()] * (padded - count)
         assert arguments[3].data_ptr() == y.data_ptr() and arguments[4] == count
-    assert len(triton_kernels.weighted_sum_kernel.device_caches[1000][0]) == 2
+    compiled = triton_kernels.weighted_sum_kernel.device_caches[1000][0]
+    assert len(compiled) == 2
+
+    def wide_loads() -> int:
+        return list(compiled.values())[-1].asm["ptx"].count("ld.global.v4.b32")
+
+    # a map that starts between two multiples of 16 bytes: its two loads, and only its, are narrow
+    aligned = wide_loads()
+    odd = torch.zeros(2 * 4 * 4 * 64 + 1)[1:].view(2, 4, 4, 64).permute(0, 3, 1, 2)
+    triton_launch.weighted_sum([*maps[:7], odd], torch.ones(8, 64), torch.ones(64), True)
+    assert len(compiled) == 3 and wide_loads() == aligned - 2
+    driver.launched.clear()
     triton_launch.weighted_dot(maps[0], maps, maps[1], False)
     triton_launch.channel_moments(maps[0], True)
     names = [name for name, _, _ in driver.launched]
