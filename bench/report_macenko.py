@@ -1,5 +1,7 @@
 """Tables and a picture from a record of the Macenko benches.
 
+`python3 dev.py report` calls it; alone,
+
     python bench/report_macenko.py RECORD [DOCS]
 
 writes DOCS/macenko-benchmarks.md and DOCS/macenko_speed.png (docs/ by default). Every figure comes from the record.
@@ -124,7 +126,7 @@ def bars_table(rows: Sequence[Row]) -> str:
                 [
                     str(row.extra_info.get("title", row.name)),
                     f"{bar.key} {bar.sense} {bar.limit:g}",
-                    "" if value is None else number(value),
+                    "" if value is None else f"{value:.5g}",
                     met,
                 ]
             )
@@ -158,7 +160,7 @@ def other_tables(rows: Sequence[Row]) -> list[str]:
         head = ["images", "percentile: held against", "identical values, worst image", "median", "largest difference"]
         parts += ["## Parity with torchstain on real images", table(head, lines)]
     if others:
-        lines = [[row.params["other"], f"{row.p50:.3g} %", str(row.extra_info["largest_difference"])] for row in others]
+        lines = [[row.params["other"], f"{row.p50:.3f} %", str(row.extra_info["largest_difference"])] for row in others]
         head = ["package", "identical values, median image", "largest difference, grey levels"]
         parts += [
             f"## The same {others[0].repeats} images of {others[0].params['images']} by other packages",
@@ -178,7 +180,7 @@ def report(machine: dict[str, Any], rows: Sequence[Row]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     parts = [
         "# Macenko on the CPU: benchmarks",
-        f"Written by `python bench/report_macenko.py RECORD` from a record of {machine['time'][:10]}, commit "
+        f"Written by `python3 dev.py report` from a record of {machine['time'][:10]}, commit "
         f"`{machine['commit']}`: {machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python "
         f"{machine['python']}, {packages}. `bench/bench_macenko*.py` say what each row is, "
         "`bench/macenko_peers.py` how the peers are installed.",

@@ -56,7 +56,7 @@ def test_page_and_picture(record, tmp_path):
     assert "| tiatoolbox | not installed | not installed |" in page
     assert "| normalize 224x224 ernet_fast | ratio_torchstain_torch >= 30 | 25 | **no** |" in page
     assert "| tiny, 21 images | linear: torchstain numpy | 99.987 % | 100.000 % | 1 |" in page
-    assert "The same 21 images of tiny by other packages" in page and "| tiatoolbox | 2 % | 205 |" in page
+    assert "The same 21 images of tiny by other packages" in page and "| tiatoolbox | 2.000 % | 205 |" in page
     assert "| ernet_fast, ns a pixel | 2 | 2 |" in page
     assert "unrelated" not in page and "Whole slides" not in page
     assert (docs / "macenko_speed.png").stat().st_size > 10_000
