@@ -3,19 +3,17 @@
     python3 dev.py kernels            print the tables; fail if docs/macenko-gpu.md is not in step with the build
     python3 dev.py kernels --write    put them into that page
 
-A loop over pixels says in its source how much it takes, in a comment behind the `for`:
-
-    for (...) {  // 48 bytes of pixels an iteration
-    for (...) {  // 16 pixels an iteration, 3 times
-
-"3 times" is how often the kernel goes over all pixels in this loop. Where a loop loads its pixels by 16 bytes the
-number is checked against those loads (a loop that the compiler unrolled takes a multiple). Counts are of the way
-through one iteration with the most instructions and, in brackets, with the fewest, in the middle of an aligned image.
-Both are bounds of what a warp executes. Prologues and what is done once an image are left out.
+Where a loop loads its pixels by 16 bytes, the number that its source states (pixel_passes.py) is checked against those
+loads (a loop that the compiler unrolled takes a multiple). Counts are of the way through one iteration with the most
+instructions and, in brackets, with the fewest, in the middle of an aligned image: bounds of what a warp executes.
+Single pixels that are evaluated again in double precision are an inner loop: of 8-bit images it is gone through once an
+iteration in passes that look for exact keys and not at all in others, of float32 images once for every pixel.
+Prologues and what is done once an image are left out.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -27,25 +25,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_limits import H200, RATES, resident_blocks
+from gpu_limits import resident_blocks
+from kernel_prediction import ISSUED, ONCE_AN_IMAGE, RANDOM_BANKS, kernels_table, plans_table
+from pixel_passes import Statement, below_csrc, inner_loops, loops_at, statements
 from sass import Instruction, Kernel, Loop, Place, output
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "macenko-gpu.md"
 BEGIN, END = "<!-- kernel counts: begin -->", "<!-- kernel counts: end -->"
 DETAILED = "sm_90a"
-SIZES = {"224²": 224 * 224, "700x460": 700 * 460}
-RANDOM_BANKS = 3.5  # largest number of 32 random words in one of 32 banks, on average
-STATED = re.compile(r"//.*?\b(\d+) (bytes of pixels|pixels) an iteration(?:, (\d+) times)?")
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What the source says of a loop over pixels."""
-
-    amount: int
-    in_bytes: bool
-    times: int
+WIDE = 8  # bytes; accesses of single elements, which may be left out thread by thread, are narrower
 
 
 @dataclass
@@ -53,7 +42,7 @@ class PixelLoop:
     """One loop over pixels: instructions an iteration by class, and what it moves."""
 
     kernel: Kernel
-    line: str
+    work: str  # the name of the pass, or where the loop stands
     pixels: float
     times: int
     most: Counter[str]
@@ -62,23 +51,6 @@ class PixelLoop:
     def per_pixel(self, kind: str) -> float:
         """Of `kind`, for a pixel, over all times."""
         return self.most[kind] / self.pixels * self.times
-
-
-def statements() -> dict[Place, Statement]:
-    """The loops over pixels of csrc/cuda and csrc/macenko, by file below csrc and line."""
-    found = {}
-    for folder in ("cuda", "macenko"):
-        for path in sorted((ROOT / "csrc" / folder).glob("*.*")):
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                if match := STATED.search(line):
-                    said = Statement(int(match[1]), match[2].startswith("bytes"), int(match[3] or 1))
-                    found[(f"{folder}/{path.name}", number)] = said
-    return found
-
-
-def below_csrc(place: Place) -> Place:
-    """A place as `statements` names it."""
-    return place[0].rpartition("/csrc/")[2], place[1]
 
 
 def kind_of(one: Instruction) -> str:
@@ -123,11 +95,14 @@ def is_wide_global(one: Instruction) -> bool:
 def count(instructions: list[Instruction]) -> Counter[str]:
     """Instructions by unit, and bytes and words moved."""
     found: Counter[str] = Counter()
+    whole = {one.opcode[:2] for one in instructions if kind_of(one) == "global" and width_of(one) >= WIDE}
     for one in instructions:
         kind = kind_of(one)
         found["all"] += 1
         found[kind] += 1
         name, width = one.opcode.split(".")[0], width_of(one)
+        if kind == "global" and name[:2] in whole and one.predicate and width < WIDE:
+            continue  # on the way of whole groups nothing is moved by it
         if kind == "global":
             found["bytes written" if name.startswith("ST") else "bytes read"] += width
             found["wide stores" if name.startswith("ST") else "wide loads"] += width == 16
@@ -144,48 +119,63 @@ def element_size(kernel: Kernel) -> int:
     return 4 if re.search(r"f32|<float", kernel.name) else 1
 
 
-def own_blocks(kernel: Kernel, loop: Loop) -> frozenset[int]:
-    """The blocks of a loop that are in no inner loop."""
-    inner = [other.blocks for other in kernel.loops if other.blocks < loop.blocks]
-    return loop.blocks - frozenset().union(*inner)
+def worth(kernel: Kernel, block: int, longest: bool) -> tuple[float, ...]:
+    """What makes a way through a loop that of whole groups of aligned pixels: wide accesses, no single elements.
+
+    Among those ways the one with the most instructions is wanted, or with the fewest.
+    """
+    instructions = kernel.of_block(block)
+    wide = sum(width_of(one) for one in instructions if kind_of(one) in ("global", "shared") and width_of(one) >= WIDE)
+    narrow = sum(kind_of(one) == "global" and width_of(one) < WIDE for one in instructions)
+    return wide, -narrow, len(instructions) if longest else -len(instructions)
 
 
-def loop_of(kernel: Kernel, place: Place) -> Loop | None:
-    """The innermost loop whose own instructions come from a source line."""
-    found = None
-    for loop in kernel.loops:
-        instructions = (one for block in own_blocks(kernel, loop) for one in kernel.of_block(block))
-        if any(place in map(below_csrc, one.places) for one in instructions):
-            found = loop
-    return found
+def is_exact(kernel: Kernel, loop: Loop) -> bool:
+    """True if a loop works in double precision: the one over the single pixels that float32 cannot place."""
+    return any(kind_of(one) == "fp64" for block in loop.blocks for one in kernel.of_block(block))
 
 
-def is_narrow(kernel: Kernel, block: int) -> bool:
-    """True if a block asks of each element whether it is there: the way of unaligned images and their ends."""
-    return any(one.predicate and kind_of(one) == "global" and width_of(one) < 16 for one in kernel.of_block(block))
+def times_exact(kernel: Kernel, work: str, pixels: float) -> float:
+    """How often an iteration goes through the loop over single pixels."""
+    if element_size(kernel) == 4:
+        return pixels
+    return 1.0 if "exact" in work else 0.0
 
 
-def measure(kernel: Kernel, loop: Loop, place: Place, said: Statement) -> PixelLoop:
+def measure(kernel: Kernel, loop: Loop, place: Place, work: str, said: Statement) -> PixelLoop:
     """Count one loop; raises where what its source says contradicts its loads."""
-    blocks = kernel.way_through(loop, lambda block: not is_narrow(kernel, block))
-    narrow = not blocks
-    blocks = blocks or kernel.way_through(loop, lambda block: True)
-    least = kernel.way_through(loop, lambda block: narrow or not is_narrow(kernel, block), longest=False)
+    again = [inner for inner in inner_loops(kernel, loop) if is_exact(kernel, inner)]
+    single = frozenset().union(*(inner.blocks for inner in again))
+
+    def way(longest: bool) -> list[int]:
+        value = functools.partial(worth, kernel, longest=longest)
+        return kernel.way_through(loop, lambda block: block not in single, value) or kernel.way_through(
+            loop, lambda block: True, value
+        )
+
+    blocks, least = way(True), way(False)
     most = count([one for block in blocks for one in kernel.of_block(block)])
     size = 3 * element_size(kernel)
     pixels = said.amount / size if said.in_bytes else said.amount
-    loads = [one for b in blocks for one in kernel.of_block(b) if one.opcode.startswith(("LDG", "LDS"))]
-    wide = [one for one in loads if width_of(one) == 16 and one.opcode.startswith("LDG")]
-    wide = wide or [one for one in loads if width_of(one) == 16]
-    if wide:
-        loaded = 16 * len(wide) / size
+    loads = [one for b in blocks for one in kernel.of_block(b) if one.opcode.startswith("LDG") and width_of(one) == 16]
+    if loads:
+        loaded = 16 * len(loads) / size
         if loaded % pixels:
             raise SystemExit(
                 f"{kernel.name}: {place[0]}:{place[1]} says {pixels:g} pixels an iteration, the loop loads {loaded:g}."
             )
         pixels = loaded
+    for inner in again:
+        single_pixel = [one for b in kernel.way_through(inner, lambda _: True) for one in kernel.of_block(b)]
+        times = times_exact(kernel, work, pixels)
+        for kind, number in count(single_pixel).items():
+            if not kind.startswith("bytes"):
+                most[kind] += number * times
+        if not loads:  # else they are in the cache, and in any case what the threads share is no pixel
+            values = [one for one in single_pixel if one.opcode.startswith("LDG") and "STRONG" not in one.opcode]
+            most["bytes read"] += times * sum(width_of(one) for one in values if width_of(one) < WIDE)
     fewest = sum(len(kernel.of_block(block)) for block in least)
-    return PixelLoop(kernel, f"{Path(place[0]).name}:{place[1]}", pixels, said.times, most, fewest)
+    return PixelLoop(kernel, work or f"{Path(place[0]).name}:{place[1]}", pixels, said.times, most, fewest)
 
 
 def pixel_loops(kernels: list[Kernel]) -> Iterator[PixelLoop]:
@@ -195,33 +185,13 @@ def pixel_loops(kernels: list[Kernel]) -> Iterator[PixelLoop]:
             continue
         here = {below_csrc(place) for one in kernel.instructions for place in one.places}
         for place, said in statements().items():
-            if place in here:
-                loop = loop_of(kernel, place)
-                if loop is None:
-                    raise SystemExit(f"{kernel.name}: {place[0]}:{place[1]} is no loop in the machine code.")
-                yield measure(kernel, loop, place, said)
-
-
-def clocks_a_pixel(loop: PixelLoop, conflicts: float = 1) -> dict[str, float]:
-    """Clocks of one multiprocessor that each of its units is busy for a pixel, and that memory takes."""
-    get = loop.per_pixel
-    words = get("words") + (conflicts - 1) * (get("look-ups") + 2 * get("atomic"))
-    memory = (get("bytes read") + get("bytes written")) / H200.bytes_a_second
-    return {
-        "issue": get("all") / RATES["issue"],
-        "FMA": (get("fma") + get("imad")) / RATES["fma"],
-        "multiply-add": get("imad") / RATES["imad"],
-        "ALU": get("alu") / RATES["alu"],
-        "float64": get("fp64") / RATES["fp64"],
-        "special functions": get("xu") / RATES["xu"],
-        "shared memory": words / RATES["shared"],
-        "device memory": memory * H200.multiprocessors * H200.gigahertz * 1e9,
-    }
-
-
-def pixels_a_second(clocks: float) -> float:
-    """Of a whole H200."""
-    return H200.multiprocessors * H200.gigahertz * 1e9 / clocks
+            if place not in here:
+                continue
+            loops = list(loops_at(kernel, place))
+            if not loops:
+                raise SystemExit(f"{kernel.name}: {place[0]}:{place[1]} is no loop in the machine code.")
+            for work, loop in loops:
+                yield measure(kernel, loop, place, work, said)
 
 
 def nvcc_version() -> str:
@@ -265,35 +235,16 @@ def work(loops: list[PixelLoop]) -> list[str]:
         rows.append(
             [
                 f"`{loop.kernel.name}`",
-                loop.line,
+                loop.work,
                 f"{loop.pixels:g}" + (f" x {loop.times}" if loop.times > 1 else ""),
                 f"{per('bytes read'):.3g} / {per('bytes written'):.3g}",
-                f"{loop.most['wide loads']} / {loop.most['wide stores']}",
+                f"{loop.most['wide loads']:g} / {loop.most['wide stores']:g}",
                 f"{per('all'):.1f} ({loop.fewest / loop.pixels * loop.times:.1f})",
                 *(f"{per(kind):.1f}" for kind in ("fma", "imad", "alu", "fp64", "xu", "shared", "atomic", "branch")),
             ]
         )
     names = ["float32", "multiply-add", "other integer", "float64", "special", "shared", "atomics", "branches"]
     return markdown(["kernel", "loop", "pixels", "bytes read / written", "by 16 bytes", "instructions", *names], rows)
-
-
-def prediction(loops: list[PixelLoop]) -> list[str]:
-    """Images a second of every kernel on its own, from its loops over pixels."""
-    rows = []
-    for name in dict.fromkeys(loop.kernel.name for loop in loops):
-        cells = [f"`{name}`"]
-        for conflicts in (1.0, RANDOM_BANKS):
-            total: Counter[str] = Counter()
-            for loop in loops:
-                if loop.kernel.name == name:
-                    total.update(clocks_a_pixel(loop, conflicts))
-            unit, clocks = max(total.items(), key=lambda item: item[1])
-            rate = pixels_a_second(clocks)
-            cells += [unit, f"{rate / 1e9:.0f}", *(f"{rate / size / 1e3:,.0f}" for size in SIZES.values())]
-        rows.append(cells)
-    sizes = [f"{size}, thousand images/s" for size in SIZES]
-    header = ["kernel", "bound by", "Gpixel/s", *sizes, "at random: bound by", "Gpixel/s", *sizes]
-    return markdown(header, rows)
 
 
 def section(kernels: list[Kernel]) -> str:
@@ -313,11 +264,18 @@ def section(kernels: list[Kernel]) -> str:
             "",
             *work(loops),
             "",
-            "**Prediction** for an H200, each kernel on its own: the busiest of its units, all else hidden behind it.",
-            "Left without bank conflicts, right with the look-ups and atomics of a warp at random banks",
-            f"({RANDOM_BANKS} times the clocks).",
+            "**Prediction** for an H200, each planar loop on its own: the busiest of its units, all else hidden behind",
+            "it. Left without bank conflicts, right with the look-ups and atomics of a warp at random banks",
+            f"({RANDOM_BANKS} times the clocks; tables that are repeated for every bank have none).",
             "",
-            *prediction(loops),
+            *markdown(*kernels_table(loops)),
+            "",
+            "**Whole calls**, 8-bit, planar, enough images to fill the device: the passes of a call after each other,",
+            "each at the speed of its busiest unit. At best: no bank conflicts, nothing beside the passes. Expected:",
+            f"random banks, an instruction issued in {100 * ISSUED:.0f} % of the clocks, and {ONCE_AN_IMAGE:g} us",
+            "an image for what its team does between the passes (barriers, histograms, the algebra of one thread).",
+            "",
+            *markdown(*plans_table(loops)),
         ]
     )
 

@@ -37,10 +37,13 @@ class Instruction:
     places: tuple[Place, ...]
 
     @property
-    def target(self) -> str | None:
-        """The label that a branch goes to."""
+    def targets(self) -> list[str]:
+        """The labels that a branch goes to; of a switch all of them."""
+        if self.opcode.startswith(("BRX", "JMX")):
+            found = re.search(r'BRANCH_TARGETS ([^"]*)"', self.operands)
+            return found.group(1).split(",") if found else []
         found = re.search(r"`\((\.L_\S+?)\)", self.operands)
-        return found.group(1) if found and self.opcode.startswith(("BRA", "JMP")) else None
+        return [found.group(1)] if found and self.opcode.startswith(("BRA", "JMP")) else []
 
     @property
     def conditional(self) -> bool:
@@ -75,13 +78,13 @@ class Kernel:
         """Basic blocks by their first instruction: the number behind the last one, and the blocks that may follow."""
         count = len(self.instructions)
         starts = {0, count} | {place for place in self.labels.values() if place < count}
-        starts |= {i + 1 for i, one in enumerate(self.instructions) if one.target or _ends(one)}
+        starts |= {i + 1 for i, one in enumerate(self.instructions) if one.targets or _ends(one)}
         ordered = sorted(starts)
         found = {}
         for begin, end in pairwise(ordered):
             last = self.instructions[end - 1]
-            follow = [self.labels[last.target]] if last.target in self.labels else []
-            if end < count and (last.conditional or not (last.target or _ends(last))):
+            follow = [self.labels[label] for label in last.targets if label in self.labels]
+            if end < count and (last.conditional or not (last.targets or _ends(last))):
                 follow.append(end)
             found[begin] = (end, follow)
         return found
@@ -107,31 +110,52 @@ class Kernel:
                             waiting += [b for b in before.get(one, ()) if b in above]
         return sorted((Loop(h, frozenset(b)) for h, b in found.items()), key=lambda loop: -len(loop.blocks))
 
+    @cached_property
+    def reachable(self) -> set[int]:
+        """The blocks that some way from the start leads to."""
+        found: set[int] = set()
+        waiting = [0] if self.blocks else []
+        while waiting:
+            block = waiting.pop()
+            if block not in found:
+                found.add(block)
+                waiting += self.blocks[block][1]
+        return found
+
     def of_block(self, block: int) -> list[Instruction]:
         """The instructions of a block."""
         return self.instructions[block : self.blocks[block][0]]
 
-    def way_through(self, loop: Loop, allowed: Callable[[int], bool], longest: bool = True) -> list[int]:
-        """The blocks of one iteration on the way with the most (or fewest) instructions through `allowed` blocks.
+    def way_through(
+        self, loop: Loop, allowed: Callable[[int], bool], worth: Callable[[int], tuple[float, ...]] | None = None
+    ) -> list[int]:
+        """The blocks of one iteration on the way through `allowed` blocks that is worth most.
 
-        Inner loops are gone through once. Empty if no way is allowed.
+        `worth` gives numbers of a block, to be added up and compared in their order; without it the way with the most
+        instructions counts. Inner loops are gone through once. Empty if no way is allowed.
         """
-        sign = 1 if longest else -1
+
+        def length(block: int) -> tuple[float, ...]:
+            return (self.blocks[block][0] - block,)
+
+        value = worth or length
 
         @cache
-        def best(block: int) -> tuple[float, tuple[int, ...]]:
+        def best(block: int) -> tuple[tuple[float, ...], tuple[int, ...]] | None:
             if not allowed(block):
-                return float("-inf"), ()
-            end, follow = self.blocks[block]
-            ways = [(0.0, ())] if loop.header in follow else []
+                return None
+            follow = self.blocks[block][1]
+            mine = value(block)
+            ways = [((0.0,) * len(mine), ())] if loop.header in follow else []
             ways += [best(b) for b in follow if b in loop.blocks and b > block and b != loop.header]
-            ways = [way for way in ways if way[0] > float("-inf")]
-            if not ways:
-                return float("-inf"), ()
-            weight, blocks = max(ways)
-            return weight + sign * (end - block), (block, *blocks)
+            found = [way for way in ways if way is not None]
+            if not found:
+                return None
+            most, blocks = max(found)
+            return tuple(a + b for a, b in zip(mine, most, strict=True)), (block, *blocks)
 
-        return list(best(loop.header)[1])
+        way = best(loop.header)
+        return [] if way is None else list(way[1])
 
 
 def _ends(one: Instruction) -> bool:

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "macenko-gpu.md"
-ROW = re.compile(r"\| normalize (\S+) \|[^|]*\|[^|]*\| ([\d,]+) \|")
+ROW = re.compile(r"\| normalize (\S+) \|(?:[^|]*\|){4} ([\d,]+) \|")
 
 
 def predicted_images_a_second(size: str, page: Path = PAGE) -> float | None:
-    """For batches that fill the device, with look-ups at random banks; None where the page has no prediction."""
+    """What is expected of batches that fill the device; None where the page has no prediction."""
     for line in page.read_text().splitlines():
         found = ROW.match(line)
         if found and found[1] == size:

@@ -102,6 +102,8 @@ def test_cases_cover_the_issue_and_fit_in_memory():
 
 def test_predictions_are_read_from_the_page(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("| normalize 224x224 | resident | 3,100,000 | 1,234,567 |\n| normalize 9x9 | x | - | - |\n")
+    page.write_text(
+        "| normalize 224x224 | resident | 41 | 3,100,000 | 97 | 1,234,567 |\n| normalize 9x9 | x | - | - |\n"
+    )
     assert macenko_prediction.predicted_images_a_second("224x224", page) == 1_234_567
     assert macenko_prediction.predicted_images_a_second("9x9", page) is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import check_kernels
 import kernel_counts
+import kernel_prediction
+import pixel_passes
 import pytest
 import sass
 from gpu_limits import H200, resident_blocks
@@ -70,9 +73,9 @@ def test_ways_through_a_loop(kernel):
     (loop,) = kernel.loops
     everything = kernel.way_through(loop, lambda block: True)
     assert everything == [2, 3, 10, 12, 15]
-    aligned = kernel.way_through(loop, lambda block: not kernel_counts.is_narrow(kernel, block))
-    assert aligned == [2, 7, 10, 12, 15]
-    assert kernel.way_through(loop, lambda block: True, longest=False) == [2, 7, 10, 15]
+    for longest, way in ((True, [2, 7, 10, 12, 15]), (False, [2, 7, 10, 15])):
+        value = functools.partial(kernel_counts.worth, kernel, longest=longest)
+        assert kernel.way_through(loop, lambda block: True, value) == way
     assert kernel.way_through(loop, lambda block: block != 15) == []
 
 
@@ -92,7 +95,7 @@ def test_a_loop_inside_a_loop():
     sass.parse_listing(text.splitlines(), {"nest": one})
     outer, inner = one.loops
     assert outer.blocks == {0, 1, 3} and inner.blocks == {1}
-    assert kernel_counts.own_blocks(one, outer) == {0, 3}
+    assert pixel_passes.own_blocks(one, outer) == {0, 3} and pixel_passes.inner_loops(one, outer) == [inner]
     assert one.way_through(outer, lambda block: True) == [0, 1, 3]
 
 
@@ -104,7 +107,7 @@ def counted(kernel, monkeypatch, **said):
 
 def test_counts_a_pixel(kernel, monkeypatch):
     (loop,) = counted(kernel, monkeypatch)
-    assert loop.pixels == 16 and loop.line == "brighten.cu:12"
+    assert loop.pixels == 16 and loop.work == "brighten.cu:12"
     assert loop.most["all"] == 12 and loop.fewest == 9
     expected = {"wide loads": 3, "wide stores": 1, "bytes read": 48, "bytes written": 16, "fma": 1, "xu": 1, "alu": 1}
     expected |= {"look-ups": 1, "atomic": 1, "words": 3, "branch": 3, "imad": 0}
@@ -131,21 +134,21 @@ def test_a_statement_beside_no_loop_is_an_error(kernel, monkeypatch):
 
 
 def test_statements_are_read_from_the_sources():
-    found = kernel_counts.statements()
+    found = pixel_passes.statements()
     assert found and all(place[0].endswith((".cu", ".h", ".cuh")) for place in found)
-    match = kernel_counts.STATED.search("for (;;) {  // 16 pixels an iteration, 3 times")
+    match = pixel_passes.STATED.search("for (;;) {  // 16 pixels an iteration, 3 times")
     assert match.groups() == ("16", "pixels", "3")
-    assert kernel_counts.STATED.search("// 48 bytes of pixels an iteration").groups() == ("48", "bytes of pixels", None)
+    assert pixel_passes.STATED.search("// 48 bytes of pixels an iteration").groups() == ("48", "bytes of pixels", None)
 
 
 def test_prediction_names_the_tightest_limit(kernel, monkeypatch):
     (loop,) = counted(kernel, monkeypatch)
-    clocks = kernel_counts.clocks_a_pixel(loop)
+    clocks = kernel_prediction.clocks_a_pixel(loop)
     memory = 4 / H200.bytes_a_second * H200.multiprocessors * H200.gigahertz * 1e9
     assert clocks["device memory"] == pytest.approx(memory) == max(clocks.values())
     assert clocks["issue"] == pytest.approx(12 / 16 / 128) and clocks["shared memory"] == pytest.approx(3 / 16 / 32)
-    assert kernel_counts.pixels_a_second(memory) == pytest.approx(4.8e12 / 4)
-    random = kernel_counts.clocks_a_pixel(loop, conflicts=3.5)
+    assert kernel_prediction.pixels_a_second(memory) == pytest.approx(4.8e12 / 4)
+    random = kernel_prediction.clocks_a_pixel(loop, conflicts=3.5)
     assert random["shared memory"] == pytest.approx((3 + 2.5 * 3) / 16 / 32)
 
 
@@ -172,7 +175,7 @@ def test_tables_and_their_comparison(kernel, monkeypatch):
     monkeypatch.setattr(kernel_counts, "nvcc_version", lambda: "13.0.1")
     text = kernel_counts.section([kernel])
     assert "| `brighten_u8` | 256 | 40 / 1.0 / 48 |" in text and "brighten.cu:12 | 16 | 3 / 1 | 3 / 1 |" in text
-    assert "| `brighten_u8` | device memory | 1200 |" in text
+    assert "| `brighten_u8` | brighten.cu:12 | device memory | 1200 |" in text
     assert kernel_counts.differences(text, text) == []
     assert kernel_counts.differences(text, text.replace("| 40 / ", "| 41 / ")), "the same compiler, another number"
     other = text.replace("13.0.1", "12.9.0").replace("| 40 / ", "| 41 / ")
@@ -201,3 +204,128 @@ def test_kernels_without_16_byte_accesses_are_refused(kernel, capsys):
     assert check_kernels.check_accesses([kernel]) == 1 and "sm_90a: STG" in capsys.readouterr().out
     kernel.name = "begin_kernel<float, true>"  # writes no pixels
     assert check_kernels.check_accesses([kernel]) == 0
+
+
+SOURCE = """
+template <class F>
+__device__ void for_all(const F& f) {
+  for (int i = 0; i < n; ++i) {  // 16 pixels an iteration
+    f(i);
+  }
+}
+
+__device__ void count_pass(int i) {
+  for_all(count);
+}
+
+__device__ __forceinline__ void choose(Phase phase) {
+  switch (phase) {
+    case Phase::angles:
+      return count_pass(0);
+    case Phase::amounts:
+      return count_pass(1);
+  }
+}
+
+__global__ void __launch_bounds__(256) count_kernel(Job job) {
+  choose(job.phase);
+}
+"""
+SWITCH = """
+	.section	.text.count,"ax",@progbits
+	//## File "/x/csrc/cuda/count.cu", line 24
+        /*0000*/                   BRX R4 -0xc0 (*"BRANCH_TARGETS .L_x_1,.L_x_2"*) ;
+.L_x_1:
+	//## File "/x/csrc/cuda/count.cu", line 4 inlined at "/x/csrc/cuda/count.cu", line 10
+	//## File "/x/csrc/cuda/count.cu", line 10 inlined at "/x/csrc/cuda/count.cu", line 16
+	//## File "/x/csrc/cuda/count.cu", line 16 inlined at "/x/csrc/cuda/count.cu", line 24
+	//## File "/x/csrc/cuda/count.cu", line 24
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0038*/               @P1 BRA `(.L_x_6) ;
+.L_x_5:
+        /*0040*/                   DFMA R4, R4, R4, R4 ;
+        /*0050*/               @P0 BRA `(.L_x_5) ;
+.L_x_6:
+        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+.L_x_2:
+	//## File "/x/csrc/cuda/count.cu", line 4 inlined at "/x/csrc/cuda/count.cu", line 10
+	//## File "/x/csrc/cuda/count.cu", line 10 inlined at "/x/csrc/cuda/count.cu", line 18
+	//## File "/x/csrc/cuda/count.cu", line 18 inlined at "/x/csrc/cuda/count.cu", line 24
+	//## File "/x/csrc/cuda/count.cu", line 24
+        /*0080*/                   LDS.128 R4, [R2] ;
+        /*0090*/               @P0 BRA `(.L_x_2) ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+@pytest.fixture
+def switch(monkeypatch):
+    """A kernel in which one statement has become two loops, one of them with a loop in double precision."""
+    for cached in (pixel_passes.function_at, pixel_passes.case_at, pixel_passes.pass_name):
+        cached.cache_clear()
+    monkeypatch.setattr(pixel_passes, "source", lambda file: SOURCE.splitlines() if file == "cuda/count.cu" else [])
+    one = sass.Kernel("count_kernel", "sm_90a", 40, 0, 1024, 0, threads=256)
+    sass.parse_listing(SWITCH.splitlines(), {"count": one})
+    yield one
+    for cached in (pixel_passes.function_at, pixel_passes.case_at, pixel_passes.pass_name):
+        cached.cache_clear()
+
+
+def test_one_statement_may_be_several_loops_named_by_their_cases(switch):
+    assert [one.targets for one in switch.instructions if one.opcode == "BRX"] == [[".L_x_1", ".L_x_2"]]
+    found = dict(pixel_passes.loops_at(switch, ("cuda/count.cu", 4)))
+    assert sorted(found) == ["count_pass amounts", "count_pass angles"]
+    assert found["count_pass angles"].header == 1 and found["count_pass amounts"].header == 9
+
+
+def test_single_pixels_are_counted_where_a_pass_looks_for_exact_keys(switch, monkeypatch):
+    said = kernel_counts.Statement(16, False, 1)
+    monkeypatch.setattr(kernel_counts, "statements", lambda: {("cuda/count.cu", 4): said})
+    found = {loop.work: loop for loop in kernel_counts.pixel_loops([switch])}
+    assert found["count_pass angles"].most["fp64"] == 0
+    (loop,) = (one for name, one in pixel_passes.loops_at(switch, ("cuda/count.cu", 4)) if name.endswith("angles"))
+    exact = kernel_counts.measure(switch, loop, ("cuda/count.cu", 4), "exact_pass", said)
+    assert exact.most["fp64"] == 1 and exact.most["all"] == found["count_pass angles"].most["all"] + 2
+    switch.name = "count_kernel<float>"
+    monkeypatch.setattr(
+        kernel_counts, "statements", lambda: {("cuda/count.cu", 4): kernel_counts.Statement(4, False, 1)}
+    )
+    found = {loop.work: loop for loop in kernel_counts.pixel_loops([switch])}
+    assert found["count_pass angles"].most["fp64"] == 4, "of float32 images every pixel is evaluated so"
+
+
+class Pass:
+    """A loop of a made-up kernel that executes so many instructions a pixel."""
+
+    def __init__(self, kernel, work, instructions):
+        self.kernel, self.work = sass.Kernel(kernel, "sm_90a", 0, 0, 0, 0), work
+        self.found = {"all": instructions, "atomic": 2, "words": 4}
+
+    def per_pixel(self, kind):
+        return self.found.get(kind, 0)
+
+
+def test_whole_calls_are_the_sum_of_their_passes():
+    team = "team_kernel<BlockTeam, false>"
+    works = ["load_pixels", "coarse_pass angle_coarse", "coarse_pass concentration_coarse", "exact_pass 1",
+             "exact_pass 2", "rebuild_image image"]  # fmt: skip
+    passes = [Pass(team, work, 128) for work in works]
+    assert len(kernel_prediction.passes_of(passes, 224 * 224, 1)) == 6
+    assert len(kernel_prediction.passes_of(passes, 300 * 300, 1)) == 8, "larger images take another round"
+    assert kernel_prediction.passes_of(passes, 300 * 300, 4) == [] == kernel_prediction.passes_of(passes[1:], 9, 1)
+    head, (row, _) = kernel_prediction.plans_table(passes)
+    assert head[0] == "call" and row[:2] == ["normalize 224x224", "resident"]
+    seconds = 6 * 224 * 224 / (H200.gigahertz * 1e9)  # a clock a pixel in each of the six passes
+    assert row[2:4] == [f"{1e6 * seconds:,.0f}", f"{H200.multiprocessors / seconds:,.0f}"]
+    slower = seconds / kernel_prediction.ISSUED + 1e-6 * kernel_prediction.ONCE_AN_IMAGE
+    assert row[5] == f"{H200.multiprocessors / slower:,.0f}"
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks"), [("224x224", 1), ("256x256", 1), ("700x460", 8), ("1024x1024", 16), ("4096x4096", 0)]
+)
+def test_blocks_that_hold_an_image(size, blocks):
+    assert kernel_prediction.blocks_of(kernel_prediction.CALLS[size]) == blocks
