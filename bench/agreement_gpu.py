@@ -7,9 +7,11 @@ where terms cancel, and one rounding of a result that is stored in a shorter typ
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -143,6 +145,8 @@ def images_of_every_kind() -> Iterator[tuple[str, Tensor]]:
 
 def macenko_moments(device: str) -> float:
     """Fixed-point moments of the optical density: the bits of the CPU for uint8."""
+    import ernet_fast  # noqa: F401  (registers the operators)
+
     worst = 0.0
     for what, images in images_of_every_kind():
         expected = torch.ops.ernet.macenko_moments(images, 240.0, 0.15)
@@ -151,6 +155,20 @@ def macenko_moments(device: str) -> float:
         limit = 0.0 if images.dtype == torch.uint8 else 12 * 2.0**-24 * images[0, 0].numel()
         worst = max(worst, require(what, float((found - expected).abs().max()), limit))
     return worst
+
+
+@contextlib.contextmanager
+def asking_for(plan: str) -> Iterator[None]:
+    """Calls on a CUDA device take this plan; "" leaves it to the library."""
+    before = os.environ.get("ERNET_MACENKO_PLAN")
+    try:
+        os.environ["ERNET_MACENKO_PLAN"] = plan or "auto"
+        yield
+    finally:
+        if before is None:
+            del os.environ["ERNET_MACENKO_PLAN"]
+        else:
+            os.environ["ERNET_MACENKO_PLAN"] = before
 
 
 def levels(what: str, found: Tensor, expected: Tensor) -> float:
@@ -196,6 +214,42 @@ def macenko_normalize(device: str) -> float:
     return worst
 
 
+def macenko_plan(device: str, plan: str) -> float:
+    """One plan, asked for: fits, results in the images' layout, augmented images and every kind of network input."""
+    from ernet_fast.stain import MacenkoNormalizer, macenko_augment, macenko_fit
+    from ernet_fast.stain import macenko_normalize as normalize
+
+    target = MacenkoNormalizer().target
+    worst, served = 0.0, 0
+    for what, images in images_of_every_kind():
+        if images.dtype != torch.uint8:
+            continue
+        given = images.to(device)
+        try:
+            with asking_for(plan):
+                fit, found = macenko_fit(given), normalize(given, target)
+                changed = macenko_augment(given, generator=torch.Generator().manual_seed(0))
+                inputs = {dtype: normalize(given, target, output=dtype) for dtype in NETWORK_INPUTS}
+        except RuntimeError as error:
+            if "does not serve these images" not in str(error):
+                raise
+            continue
+        served += 1
+        expected = macenko_fit(images)
+        require(f"stains of {what}", relative(fit.stain_matrix, expected.stain_matrix), 30 * 2.0**-24)
+        require(f"maxima of {what}", relative(fit.max_concentration, expected.max_concentration), 30 * 2.0**-24)
+        worst = max(worst, levels(what, found, normalize(images, target)))
+        levels(f"augmented {what}", changed, macenko_augment(images, generator=torch.Generator().manual_seed(0)))
+        for dtype, scaled in inputs.items():
+            wanted = (found.double() / 255).to(dtype)
+            require(f"{dtype} of {what}", relative(scaled, wanted), 2 * torch.finfo(dtype).eps)
+    if not served and not plan.startswith("cluster"):  # which devices before compute capability 9.0 have none of
+        raise AssertionError(f"plan {plan} served nothing")
+    return worst
+
+
+PLANS = ("streaming", "resident", "cluster2", "cluster8")
+NETWORK_INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 CHECKS: dict[str, tuple[Callable[[str], float], str]] = {
     "channel_moments": (channel_moments, "relative error"),
     "weighted_sum": (weighted_sum, "relative error"),
@@ -204,6 +258,7 @@ CHECKS: dict[str, tuple[Callable[[str], float], str]] = {
     "macenko_moments": (macenko_moments, "absolute error"),
     "macenko_reconstruct": (macenko_reconstruct, "values off by one level"),
     "macenko_normalize": (macenko_normalize, "values off by one level"),
+    **{f"macenko {plan}": (functools.partial(macenko_plan, plan=plan), "values off by one level") for plan in PLANS},
 }
 
 

@@ -1,9 +1,9 @@
 """How many images a second does Macenko normalisation of device memory reach, and how many from the host?
 
 One row is one call on a batch of one size: the time on the device, with the cache flushed before. `floor` is the time
-that the bytes of the batch, read once and written once, take at the copy bandwidth of the same run. Uploads are
-compared with the bandwidth of a copy from page-locked memory in the same run. Peers are timed in turns with ours, per
-image.
+that the bytes of the batch, read once and written once, take at the copy bandwidth of the same run. Rows that name a
+plan ask for it (ERNET_MACENKO_PLAN); the others take what the library chooses. Uploads are compared with the bandwidth
+of a copy from page-locked memory in the same run. Peers are timed in turns with ours, per image.
 
 Before anything is timed the result of the configuration is compared with the CPU path: at most one grey level and
 0.05 % of the values; batches repeat a few images, and every repeat must have the bits of the first.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from agreement_gpu import levels, relative, require
+from agreement_gpu import asking_for, levels, relative, require
 from gpu_case import Ceilings, GpuCase
 from gpu_timing import milliseconds
 from macenko_gpu_peers import IMAGES, peers_of
@@ -43,6 +43,12 @@ MOST_PIXELS = 1_400_000_000  # of a batch: 4 GB of images, and as much for the r
 DIFFERENT = 8  # images of a batch that are not repeats
 REPEATS = 30
 MODULE = "bench_macenko_gpu"
+# Plans that are compared with the library's choice, by size
+PLANS = {
+    "224x224": ("streaming", "cluster2"),
+    "700x460": ("streaming", "cluster16"),
+    "1024x1024": ("streaming",),
+}
 LEAST = {"224x224": 1_000_000, "700x460": 160_000}  # images a second, at the largest batch
 # Fixed-point ODs are off by at most 1.5 units of 2^-24, eigenvectors by up to 30 times that
 STAIN_TOLERANCE = 30 * 1.5 * 2.0**-24
@@ -115,22 +121,26 @@ def verify(operation: str, base: Tensor, call: Callable[[], Any]) -> None:
         require(operation, float((difference > 0).float().mean()), 5e-4)
 
 
-def measure(operation: str, size: str, count: int, channels_last: bool, ceilings: Ceilings, on: Where = CUDA) -> Row:
+def measure(
+    operation: str, size: str, count: int, channels_last: bool, ceilings: Ceilings, on: Where = CUDA, plan: str = ""
+) -> Row:
     """Verify one operation on one batch, then time it."""
     height, width = SIZES[size]
     base, images = batch_of(size, count, on.device, channels_last)
     call = call_of(operation, images)
-    if operation == "augment":  # images that are alike come out different
-        levels(operation, call_of(operation, images[: len(base)])(), call_of(operation, base)())
-    else:
-        verify(operation, base, call)
-    timing = on.milliseconds(call, REPEATS)
+    with asking_for(plan):
+        if operation == "augment":  # images that are alike come out different
+            levels(operation, call_of(operation, images[: len(base)])(), call_of(operation, base)())
+        else:
+            verify(operation, base, call)
+        timing = on.milliseconds(call, REPEATS)
     written = {"fit": 0, "normalize to bfloat16 input": 2}.get(operation, 1)
     moved = images.numel() * (1 + written)
-    name = name_of(operation, size, count, channels_last)
+    name = name_of(operation, size, count, channels_last, plan)
     where = {"operation": operation, "size": size, "pixels": height * width, "batch": count}
     return Row(
-        MODULE, name, f"{operation}, CUDA", {**where, "layout": "NHWC" if channels_last else "NCHW"},
+        MODULE, name, f"{operation}, CUDA",
+        {**where, "layout": "NHWC" if channels_last else "NCHW", "plan": plan or "chosen"},
         **timing, unit="ms", repeats=REPEATS,
         extra_info={
             "images_per_second": 1e3 * count / timing["p50"],
@@ -141,9 +151,9 @@ def measure(operation: str, size: str, count: int, channels_last: bool, ceilings
     )  # fmt: skip
 
 
-def name_of(operation: str, size: str, count: int, channels_last: bool = False) -> str:
+def name_of(operation: str, size: str, count: int, channels_last: bool = False, plan: str = "") -> str:
     """What a row is called."""
-    return f"{operation} {count} x {size}" + (" NHWC" if channels_last else "")
+    return f"{operation} {count} x {size}" + (" NHWC" if channels_last else "") + (f" {plan}" if plan else "")
 
 
 def against_peers(size: str, _: Ceilings, on: Where = CUDA, count: int = 1024) -> list[Row]:
@@ -251,6 +261,15 @@ def gpu_cases() -> list[GpuCase]:
                     name_of(operation, size, 1024, channels_last),
                     functools.partial(measure, operation, size, 1024, channels_last), importance=1, seconds=8,
                     group=f"{operation}, CUDA", title=f"Macenko, {operation}, 1024 images of {size}",
+                )
+            )  # fmt: skip
+    for size, plans in PLANS.items():
+        for plan in plans:
+            cases.append(
+                GpuCase(
+                    name_of("normalize", size, 1024, plan=plan),
+                    functools.partial(measure, "normalize", size, 1024, False, plan=plan), importance=1, seconds=8,
+                    group="normalize, CUDA", title=f"Macenko, 1024 images of {size}, {plan}",
                 )
             )  # fmt: skip
     for size, importance in (("224x224", 0), ("256x256", 2), ("700x460", 1), ("1024x1024", 2)):

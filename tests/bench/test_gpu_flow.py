@@ -19,6 +19,7 @@ from gpu_check import Check, parse
 from gpu_runner import Deadline, Runner, Task
 from gpu_table import final_table
 from gpu_target import Target, marked_tests
+from green import environment_of
 from record import Row, read
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
@@ -251,6 +252,19 @@ def test_no_case_needs_a_device_to_be_listed():
 @pytest.mark.parametrize("name", agreement_gpu.CHECKS)
 def test_the_agreement_checks_hold_for_the_cpu_itself(name):
     assert agreement_gpu.run(name, CEILINGS, device="cpu").status == "pass"
+
+
+def test_a_check_needs_none_of_the_others():
+    """One that breaks the device costs the worker, and the next begins in a new process."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from agreement_gpu import CHECKS; CHECKS[sys.argv[2]][0]('cpu')"
+    )
+    for name in ("macenko_moments", "channel_moments"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(BENCH), name], cwd=BENCH.parent, env=environment_of(BENCH.parent),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_agreement_checks_see_a_wrong_result():

@@ -112,6 +112,22 @@ def test_no_call_waits_for_the_device(dtype, target_device):
         images.sum().item()
 
 
+@pytest.mark.parametrize("plan", ["streaming", "resident", "cluster2", "cluster8"])
+def test_no_plan_waits_for_the_device(path, plan, monkeypatch):
+    if path != "kernels" or (plan.startswith("cluster") and torch.cuda.get_device_capability()[0] < 9):
+        pytest.skip("this way of serving a device has no such plan")
+    monkeypatch.setenv("ERNET_MACENKO_PLAN", plan)
+    images, target = images_of((61, 47)), MacenkoNormalizer().cuda().target
+    for name in ("fit", "normalize", "identity", "nearest", "network", "augment"):
+        call = calls(target)[name]
+        expected = call(images)
+        with no_waiting():
+            found = call(images)
+        if name != "augment":  # which draws anew
+            pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
 def test_a_call_returns_while_the_device_is_busy():
     images, normalizer = images_of((224, 224)), MacenkoNormalizer().cuda()
     expected = normalizer(images)
