@@ -23,9 +23,21 @@ ORDER = (
 
 
 def by_importance(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The benches in this order, unknown files last; within a file as they stand there."""
+    """The benches in this order, unknown files behind them; then those on contiguous maps, which no bar is of.
+
+    Means, which need nothing but the rows of all others, come last.
+    """
     places = {name: place for place, name in enumerate(ORDER)}
-    return sorted(items, key=lambda item: places.get(item.path.stem, len(ORDER)))
+
+    def rank(item: pytest.Item) -> tuple[bool, bool, int]:
+        return is_mean(item.name), "contiguous" in item.name, places.get(item.path.stem, len(ORDER))
+
+    return sorted(items, key=rank)
+
+
+def is_mean(name: str) -> bool:
+    """True for a bench that measures nothing and computes means of the rows in the record."""
+    return name.split("::")[-1].split("[")[0] == "test_means"
 
 
 class Progress:
@@ -68,9 +80,9 @@ class Session:
             items[:] = [item for item in items if item.nodeid not in done]
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        if self.end is not None and time.monotonic() > self.end:
+        if self.end is not None and time.monotonic() > self.end and not is_mean(item.name):
             pytest.skip("no time left; python3 dev.py bench --resume measures what is missing")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed:
+        if report.when == "call" and report.passed and not is_mean(report.nodeid):
             self.progress.add(report.nodeid)

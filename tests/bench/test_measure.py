@@ -148,7 +148,7 @@ def test_names_choose_benches(monkeypatch):
     chosen = ["--name", "macenko", "--name", "stage", "-k", "fit", "--slow"]
     assert given[0][2] == [*chosen, "--progress", str(measure.PROGRESS), "--durations=3"]
     assert measure.main(["--resume"]) == 0
-    assert given[1][2] == ["--progress", str(measure.PROGRESS), "--resume", "--minutes", "12.0"]
+    assert given[1][2] == ["--progress", str(measure.PROGRESS), "--resume", "--minutes", "11.50"]
 
 
 @pytest.fixture
@@ -191,6 +191,13 @@ SOME_BENCHES = """
 import os, pytest, time
 def test_first(record_row):
     record_row("g", 1, 2, 3, "ms", 5)
+def test_means(record, record_row):
+    rows = record.rows() if record else []
+    if rows:
+        record_row("g", 1, 1, len(rows), "ms", 5)
+@pytest.mark.parametrize("layout", ["contiguous"])
+def test_least(record_row, layout):
+    record_row("g", 1, 2, 3, "ms", 5)
 def test_second(record_row):
     if os.environ.get("FAILS"):
         raise ValueError("broken")
@@ -224,19 +231,24 @@ def some_benches(tmp_path, monkeypatch):
 
 def test_a_run_goes_on_where_an_earlier_one_ended(some_benches):
     said, rows = some_benches(FAILS="1")
-    assert "1 failed, 1 passed" in said and rows == ["first"]
+    assert "1 failed, 3 passed" in said and rows == ["first", "least[contiguous]", "means"]
     said, rows = some_benches("--resume")
-    assert "1 passed, 1 deselected" in said and rows == ["first", "second"]
+    assert "2 passed, 2 deselected" in said and rows == ["first", "least[contiguous]", "means", "second"]
     said, _ = some_benches("--resume")
-    assert "2 deselected" in said
-    said, _ = some_benches()
-    assert "2 passed" in said, "without --resume everything is measured again"
+    assert "1 passed, 3 deselected" in said, "means are computed of what there is by now"
+    said, rows = some_benches()
+    assert "4 passed" in said, "without --resume everything is measured again"
+
+
+def test_the_bars_come_first_and_means_last(some_benches):
+    assert some_benches()[1] == ["first", "second", "least[contiguous]", "means"]
 
 
 def test_nothing_begins_once_the_time_is_up(some_benches):
     said, rows = some_benches("--minutes", "0")
-    assert "2 skipped" in said and "no time left" in said and rows == []
-    assert "2 passed" in some_benches("--resume", "--minutes", "5")[0]
+    assert "3 skipped" in said and "no time left" in said and rows == []
+    said, rows = some_benches("--resume", "--minutes", "5")
+    assert "4 passed" in said and rows == ["first", "second", "least[contiguous]", "means"]
 
 
 def test_the_benches_behind_the_bars_come_first():
