@@ -11,7 +11,8 @@ bench/report_*.py, which define one or both of
     tables(records: Records) -> dict[str, str]                   Markdown by name
     BENCHES: names of bench modules, main([RECORD, FOLDER])      which writes pages and pictures from one record
 
-Each row is taken from the newest record that has it. What no record of a GPU has is listed as "not yet measured on a
+Each row is taken from the newest record that has it. Speeds of a record in which a correctness check failed are not
+reported. What no record of a GPU has is listed as "not yet measured on a
 GPU", with the prediction of its bench marked as one. `--check` writes nothing and fails where something is out of step
 (pictures, which differ from one version of matplotlib to the next, need only be there).
 """
@@ -35,6 +36,7 @@ from record import RESULTS, ROOT, Bar, Row, read
 
 FOLDER = Path(__file__).resolve().parent
 NOT_MEASURED = "not yet measured on a GPU"
+CORRECTNESS = ("agreement_gpu", "tests")
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
@@ -45,6 +47,11 @@ class Loaded:
     path: Path
     machine: dict[str, Any]
     rows: list[Row]
+
+    @property
+    def failures(self) -> list[str]:
+        """What of the correctness of this tree failed on this machine: its speeds are not reported."""
+        return [row.name for row in self.rows if row.status == "FAIL" and row.bench in CORRECTNESS]
 
 
 class Records:
@@ -72,8 +79,8 @@ class Records:
         """The newest rows of a bench, or of a group, with figures."""
         return [
             row
-            for row, _ in self.newest(kind).values()
-            if row.status == "measured" and bench in ("", row.bench) and group in ("", row.group)
+            for row, one in self.newest(kind).values()
+            if row.status == "measured" and not one.failures and bench in ("", row.bench) and group in ("", row.group)
         ]
 
 
@@ -112,7 +119,7 @@ def bars_gpu_lines(records: Records) -> Iterator[tuple[str, GpuCase, list[str]]]
     """A line a bar of a GPU bench, with the module and the case it is of."""
     newest = records.newest("gpu")
     for module, case in gpu_cases():
-        row = newest[module, case.name][0] if (module, case.name) in newest else None
+        row, one = newest.get((module, case.name), (None, None))
         for text in case.bars:
             bar = Bar.parse(text)
             value = dict((str(b), v) for b, v in row.bars()).get(str(bar)) if row is not None else None
@@ -120,6 +127,8 @@ def bars_gpu_lines(records: Records) -> Iterator[tuple[str, GpuCase, list[str]]]
             shown = number(value) if value is not None else NOT_MEASURED
             expected = "" if predicted is None else f"{number(predicted)} (predicted)"
             said = verdict(row, bar, value) if row is not None else ""
+            if one is not None and one.failures:
+                shown, said = "not reported", f"{len(one.failures)} correctness checks fail"
             yield module, case, [case.title or case.name, f"`{bar}`", shown, expected, said]
 
 
@@ -143,7 +152,9 @@ def rows_of(kind: str) -> Callable[[Records], str]:
         groups: dict[str, list[Row]] = {}
         for row in records.rows(kind):
             groups.setdefault(row.group, []).append(row)
-        parts = [f"**{group}**\n\n{_rows(rows)}" for group, rows in sorted(groups.items())]
+        red = [one for one in records.of(kind) if one.failures]
+        parts = [f"{one.path.name}: not reported, {len(one.failures)} correctness checks fail." for one in red]
+        parts += [f"**{group}**\n\n{_rows(rows)}" for group, rows in sorted(groups.items())]
         return "\n\n".join(parts) or (
             f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}." if kind == "gpu" else "No record."
         )

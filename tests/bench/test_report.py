@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import report
 from gpu_case import GpuCase
-from record import Record, Row, read
+from record import Record, Row, read, without_figures
 from report import Records, bars_cpu, bars_gpu, filled, update, update_pages
 
 MACHINE = {
@@ -59,6 +59,16 @@ def test_what_no_gpu_has_measured_is_called_so(folder, monkeypatch):
         == "| k | `share_of_floor >= 0.9` | 0.5 | 0.92 (predicted) | MISSED |"
     )
     assert report.rows_of("gpu")(Records(folder)).startswith("**normalise**")
+
+
+def test_speeds_beside_failing_checks_are_not_reported(folder, monkeypatch):
+    case = GpuCase("k", lambda _: row("k", 1), bars=["share_of_floor >= 0.9"])
+    monkeypatch.setattr(report, "gpu_cases", lambda: [("bench_er_gpu", case)])
+    found = row("k", 2.0, bench="bench_er_gpu", floor=1.9, bar=["share_of_floor >= 0.9"])
+    Record.of(GPU, folder).add(found, without_figures("agreement_gpu", "weighted_sum", "FAIL", "wrong"))
+    records = Records(folder)
+    assert bars_gpu(records).splitlines()[-1].endswith("| not reported |  | 1 correctness checks fail |")
+    assert records.rows("gpu") == [] and "not reported, 1 correctness checks fail" in report.rows_of("gpu")(records)
 
 
 def test_no_gpu_record_is_said_in_words(folder):
