@@ -14,6 +14,8 @@ from ernet_fast.cli.json_output import print_json
 from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.progress import Reporter
 
+FOLDER = "ernet-fast-bench"
+
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -32,15 +34,15 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument("--device", choices=DEVICES, default=default.device, help="default: auto")
     parser.add_argument("--only", choices=KINDS, help="one half of it")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", metavar="FOLDER", help="write bench.json and bench.png there")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    parser.add_argument("--out", metavar="FOLDER", help=f"for bench.json and bench.png (default: {FOLDER})")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON; writes files with --out alone")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure; returns 0."""
     config = BenchmarkConfig(arguments.seconds, arguments.device, arguments.only, not arguments.no_compile)
-    folder = None if arguments.out is None else Path(arguments.out)
+    folder = None if arguments.json and arguments.out is None else Path(arguments.out or FOLDER)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     reporter = Reporter(quiet=arguments.quiet)

@@ -26,10 +26,18 @@ def bench(call, *more):
     return call("bench", "--only", "macenko", "--seconds", 1, "--device", "cpu", *more)
 
 
-def test_table(call):
+def test_table(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     called = bench(call)
     assert called.code == 0
+    kept = sorted(path.name for path in (tmp_path / "ernet-fast-bench").iterdir())
+    assert kept == ["bench.json", "bench.png"] and "written to ernet-fast-bench" in called.out
     assert "Macenko, small (1 thread)" in called.out and "ernet_fast" in called.out and "times slower" in called.out
+
+
+def test_json_alone_writes_nothing(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bench(call, "--json").json["answers"] and not list(tmp_path.iterdir())
 
 
 def test_json_and_files(call, tmp_path):
