@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstring>
 #include <vector>
@@ -26,9 +27,8 @@ inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, const
   }
   AtenTensorHandle handle;
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  code, aoti_torch_device_type_cpu(), 0, &handle));
   torch::stable::Tensor tensor(handle);
   if (cpu::map_buffers_poisoned() && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
   return tensor;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
-from emulated import emulator, images_of
+from emulated import PLANS, emulator, images_of, largest_difference, whole_call
 from gpu_case import Ceilings, GpuCase
 from record import Row
 from turns import in_turns, percentiles
@@ -43,11 +45,33 @@ def reconstruct(ceilings: Ceilings) -> Row:
     )  # fmt: skip
 
 
+def normalize(plan: str, ceilings: Ceilings) -> Row:
+    """A whole call by one plan, compared with the CPU operator before it is timed."""
+    images = images_of(COUNT, HEIGHT, WIDTH)
+    levels, share = largest_difference(whole_call(images, plan), images)
+    if levels > 1:
+        raise AssertionError(f"values are off by {levels} grey levels")
+    times = in_turns({plan: lambda: whole_call(images, plan)}, ROUNDS)[plan]
+    floor = 2 * images.nbytes / ceilings.copy_gigabytes_per_second / 1e6
+    return Row(
+        "bench_emulated_gpu", f"normalize, {plan}", "emulated", {"images": COUNT, "height": HEIGHT, "width": WIDTH},
+        **percentiles([1e3 * seconds for seconds in times]), unit="ms", repeats=ROUNDS,
+        extra_info={
+            "floor": floor, "floor_why": "bytes read and written / copy bandwidth", "share_of_values_off": share,
+        },
+    )  # fmt: skip
+
+
 def gpu_cases() -> list[GpuCase]:
-    """One kernel."""
-    return [
+    """The reconstruction, and whole calls by every plan."""
+    bars = ["share_of_values_off <= 0.0005"]
+    cases = [
+        GpuCase(NAME, reconstruct, importance=0, seconds=3, smoke=True, title="reconstruction, emulated", bars=bars)
+    ]
+    return cases + [
         GpuCase(
-            NAME, reconstruct, importance=0, seconds=3, smoke=True, title="reconstruction, emulated",
-            bars=["share_of_values_off <= 0.0005"],
+            f"normalize, {plan}", functools.partial(normalize, plan), importance=1, seconds=3,
+            smoke=plan == "resident", title=f"whole call, {plan}, emulated", bars=bars,
         )
+        for plan in PLANS
     ]  # fmt: skip

@@ -12,8 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "simt"))
 
 import numpy as np
+import torch
 from emulator import Emulator, build, missing_tools
 from tissue import tissue
+
+from ernet_fast.stain import MacenkoNormalizer, macenko_normalize
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "simt"
@@ -30,6 +33,25 @@ def emulator() -> Emulator:
 def images_of(count: int, height: int, width: int) -> Any:
     """Tissue as a NumPy array [count, 3, height, width] uint8."""
     return np.ascontiguousarray(tissue(count, height, width).numpy())
+
+
+PLANS = {"streaming": 1, "resident": 1, "cluster2": 2}  # name: blocks that share an image
+
+
+def whole_call(images: Any, plan: str) -> Any:
+    """Normalised images, by one of the plans."""
+    machine = emulator()
+    chosen = machine.choose_plan(images, plan.rstrip("0123456789"), PLANS[plan])
+    target = MacenkoNormalizer().target
+    given = tuple(part.double().numpy() for part in target[:2])
+    return machine.normalize(images, None if plan == "streaming" else chosen, given)[0]
+
+
+def largest_difference(found: Any, images: Any) -> tuple[int, float]:
+    """In grey levels from the CPU path, and the share of the values that differ."""
+    expected = macenko_normalize(torch.from_numpy(images), MacenkoNormalizer().target).numpy()
+    off = np.abs(found.astype(int) - expected.astype(int))
+    return int(off.max()), float((off != 0).mean())
 
 
 if __name__ == "__main__":
