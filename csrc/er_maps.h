@@ -85,7 +85,9 @@ struct MapChecker {
     STD_TORCH_CHECK(planar || channels_last,
                     "ernet: all maps must be dense in one layout, contiguous or channels-last. Call .contiguous() or "
                     ".contiguous(memory_format=torch.channels_last) on the others");
-    return {first.size(0), first.size(1), first.size(2) * first.size(3), !planar, per_sample};
+    const int64_t pixels = first.size(2) * first.size(3);
+    const bool by_pixel = channels_last && (!planar || pixels == 1);  // runs of channels, where both describe the map
+    return {first.size(0), first.size(1), pixels, by_pixel, per_sample};
   }
 };
 

@@ -46,6 +46,8 @@ _PURPOSES = {
     "weighted_dot": "ER shortcuts: gradients of the weights",
     "block_coefficients": "ER shortcuts: coefficients of a block's weighted sum",
     "block_coefficients_backward": "ER shortcuts: their gradients",
+    "shortcut_sum": "ER shortcuts: the whole sum in one call",
+    "shortcut_sum_backward": "ER shortcuts: its gradients",
     "macenko_moments": "Macenko: covariance of the tissue",
     "macenko_fit": "Macenko: stains of an image",
     "macenko_reconstruct": "Macenko: image with other stains",

@@ -15,6 +15,7 @@ from ernet_fast.er.batch_stage import BatchStage, one_call_serves
 from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments
 from ernet_fast.er.fused_maps import FusedMaps
 from ernet_fast.er.statistics import map_statistics, shortcut_coefficients, update_running
+from ernet_fast.er.whole_sum import one_operator_serves, whole_shortcut_sum
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
 
@@ -129,6 +130,8 @@ def batch_shortcut_sum(
         relu: apply the ReLU.
         group: processes over which the statistics are taken.
     """
+    if group is None and one_operator_serves(xs[0], shortcut):
+        return whole_shortcut_sum(xs, shortcut, eps, relu)
     stage = BatchStage(len(xs), eps, measure=training, group=group)
     for x in xs[:-1]:
         stage.open(x)
