@@ -169,6 +169,10 @@ class ERShortcut(nn.Module):
             raise RuntimeError(NO_NAIVE_GROUP)
         return self._in_one_call(xs, group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the process group, whose handle means nothing to another process."""
+        return {**self.__dict__, "process_group": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ERShortcut:
         """A copy in the same process group, whose handle cannot be copied itself."""
         memo[id(self.process_group)] = self.process_group

@@ -12,6 +12,7 @@ from stage_cases import CHANNELS, NORMS, Tails, assert_same, loss_of_all, pair, 
 from torch import nn
 from torch.func import functional_call
 
+from ernet_fast.er import _ops
 from ernet_fast.er.stage_maps import StageMaps
 
 
@@ -71,6 +72,25 @@ def test_the_normalisation_depends_on_gamma_and_on_the_variance():
         (by_s,) = torch.autograd.grad((s * scale.detach()).sum(), t, retain_graph=True)
         (whole,) = torch.autograd.grad((s * scale).sum(), t, retain_graph=True)
         assert float(by_s.norm()) > 0.1 * float(whole.norm())
+
+
+def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch):
+    """Gradients towards maps alone, as of a frozen network: a sum for each map, and nothing is reduced."""
+    fused, naive = tails(4)
+    calls: list[str] = []
+    for name in ("weighted_sum", "weighted_dot", "channel_moments"):
+        original = getattr(_ops, name)
+        monkeypatch.setattr(_ops, name, lambda *args, f=original, n=name, **kw: (calls.append(n), f(*args, **kw))[1])
+    zs = maps_like((2, CHANNELS, 3, 5), 4, torch.float64, torch.channels_last)
+    gradients = []
+    for module in (fused, naive):
+        module.eval().requires_grad_(False)
+        leaves = [z.clone(memory_format=torch.preserve_format).requires_grad_() for z in zs]
+        module(*leaves).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert calls == ["weighted_sum"] * (3 + 4)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])

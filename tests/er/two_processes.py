@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import sys
 from collections.abc import Callable
 
@@ -207,6 +208,10 @@ def check_er_stage() -> None:
     copied = copy.deepcopy(group)
     assert copied[1].shortcut.process_group is group[1].shortcut.process_group
     compare(copied, copy.deepcopy(whole), UNEVEN)
+    restored = pickle.loads(pickle.dumps(group))
+    assert restored[1].shortcut.process_group is None
+    assert group[1].shortcut.process_group is distributed.group.WORLD
+    torch.testing.assert_close(restored.state_dict(), group.state_dict())
     compare(converted, copy.deepcopy(whole), UNEVEN)
     torch._dynamo.reset()
     compare(group, copy.deepcopy(whole), UNEVEN, lambda stage, x: torch.compile(stage, backend="aot_eager")(x))
