@@ -66,6 +66,11 @@ def forbid_double_backward() -> None:
         )
 
 
+def relu_gradient(dy: Tensor, y: Tensor) -> Tensor:
+    """The gradient through a ReLU: dy where y > 0 (or NaN), in the layout of both."""
+    return torch.ops.aten.threshold_backward.default(dy, y, 0)
+
+
 class FileMap(torch.autograd.Function):
     """(z, record, measure, per_sample, pass_on) -> (mean, var, token, z): a map enters the stage.
 
@@ -138,7 +143,7 @@ class Tail(torch.autograd.Function):
             g = dy if y is None else g
             db = db if ctx.needs_input_grad[1] else None
         else:
-            g = dy if y is None else dy.masked_fill(y <= 0, 0)
+            g = dy if y is None else relu_gradient(dy, y)
         if ctx.record.num_readers:
             ctx.record.file(g)
         return (da, db, None, None, None, *([None] * ctx.num_tokens))

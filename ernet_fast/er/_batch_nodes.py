@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ernet_fast.er import _ops
-from ernet_fast.er._autograd import forbid_double_backward
+from ernet_fast.er._autograd import forbid_double_backward, relu_gradient
 from ernet_fast.er.across_processes import ProcessGroup, add_up
 from ernet_fast.er.coefficients import (
     MEAN_ROW,
@@ -214,7 +214,7 @@ class Block(torch.autograd.Function):
                 da, db, g = _ops.weighted_dot(dy, maps, y)
                 dots, g = (da, db), dy if y is None else g
             else:
-                g = dy if y is None else dy.masked_fill(y <= 0, 0)
+                g = dy if y is None else relu_gradient(dy, y)
             current.g[index] = g
         shortcut = ShortcutArguments(weight, running[0], running[1], None, ctx.use_running, None)
         rows, k0, *vectors = record.gradients(current, index, ctx.norm, shortcut, dots, False)

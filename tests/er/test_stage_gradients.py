@@ -74,14 +74,15 @@ def test_the_normalisation_depends_on_gamma_and_on_the_variance():
         assert float(by_s.norm()) > 0.1 * float(whole.norm())
 
 
-def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, layout):
     """Gradients towards maps alone, as of a frozen network: a sum for each map, and nothing is reduced."""
     fused, naive = tails(4)
     calls: list[str] = []
     for name in ("weighted_sum", "weighted_dot", "channel_moments"):
         original = getattr(_ops, name)
         monkeypatch.setattr(_ops, name, lambda *args, f=original, n=name, **kw: (calls.append(n), f(*args, **kw))[1])
-    zs = maps_like((2, CHANNELS, 3, 5), 4, torch.float64, torch.channels_last)
+    zs = maps_like((2, CHANNELS, 3, 5), 4, torch.float64, layout)
     gradients = []
     for module in (fused, naive):
         module.eval().requires_grad_(False)
@@ -91,6 +92,18 @@ def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch):
     assert calls == ["weighted_sum"] * (3 + 4)
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("norm", "groups"), NORMS)
+def test_frozen_parameters(norm, groups, training, layout):
+    """Gradients of the maps alone, in every combination."""
+    fused, naive = tails(3, norm, groups)
+    zs = maps_like((2, CHANNELS, 3, 5), 3, torch.float64, layout)
+    for module in (fused, naive):
+        module.train(training).requires_grad_(False)
+    compare(fused, naive, zs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])
