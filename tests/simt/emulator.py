@@ -147,7 +147,8 @@ def build(folder: Path, sanitize: str | None = None) -> Path:
             pool.map(lambda source: compile_with([*flags, *includes, "-x", "c++", "-c"], source, folder), SOURCES)
         )
     library = folder / "libernet_simt.so"
-    run_compiler(["-shared", *flags, *map(str, objects), "-o", str(library)])
+    # its own functions of the CUDA runtime, also where a torch with CUDA has loaded the real ones
+    run_compiler(["-shared", "-Wl,-Bsymbolic", *flags, *map(str, objects), "-o", str(library)])
     return library
 
 
