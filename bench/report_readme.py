@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from record import Row
-from report import NOT_MEASURED, Records, bars_gpu_lines, markdown
+from report import NOT_MEASURED, Loaded, Records, bars_gpu_lines, markdown
 
 MISSING = "not recorded"
 PEERS = ("torchstain torch", "torchstain numpy", "stainx", "torch-staintools", "tiatoolbox")
@@ -26,32 +26,36 @@ def milliseconds(value: float) -> str:
 
 
 def macenko(records: Records) -> str:
-    """Images by size, this library and the peers that the record has."""
+    """Images by size, this library and the peers that a record has; every ratio is within one record."""
     rows = {
-        (row.params["operation"], row.params["size"], row.params["who"]): row
-        for row in records.rows("cpu", "bench_macenko")
-        if "who" in row.params
+        (row.params["operation"], row.params["size"], row.params["who"]): (row, one)
+        for row, one in records.newest("cpu").values()
+        if row.bench == "bench_macenko" and row.status == "measured" and "who" in row.params
     }
     lines = []
     for operation, verb in OPERATIONS.items():
         own = {size: rows.get((operation, size, "ernet_fast")) for size in SIZES}
         if not any(own.values()):
             continue
-        cells = [MISSING if row is None else milliseconds(row.p50) for row in own.values()]
+        cells = [MISSING if found is None else milliseconds(found[0].p50) for found in own.values()]
         lines.append([f"{verb}, ernet_fast", *(f"**{cell}**" for cell in cells)])
         for peer in PEERS:
             theirs = {size: rows.get((operation, size, peer)) for size in SIZES}
             if any(theirs.values()):
-                lines.append([peer, *(against(own[size], theirs[size]) for size in SIZES)])
+                lines.append([peer, *(against(found) for found in theirs.values())])
     head = ["one 8-bit image, one thread", *(size.replace("x", " x ") for size in SIZES)]
     return markdown(head, lines) if lines else f"Macenko: {MISSING}."
 
 
-def against(own: Row | None, theirs: Row | None) -> str:
-    """A peer's time, and how many times that of the library it is."""
-    if own is None or theirs is None:
+def against(found: tuple[Row, Loaded] | None) -> str:
+    """A peer's time, and how many times that of the library in the same record it is."""
+    if found is None:
         return MISSING
-    return f"{milliseconds(theirs.p50)} ({theirs.p50 / own.p50:.3g}x)"
+    theirs, one = found
+    same = {**theirs.params, "who": "ernet_fast"}
+    own = [row for row in one.rows if row.bench == theirs.bench and row.params == same and row.status == "measured"]
+    ratio = f" ({theirs.p50 / own[0].p50:.3g}x)" if own else ""
+    return f"{milliseconds(theirs.p50)}{ratio}"
 
 
 def stages(records: Records) -> str:
@@ -60,7 +64,7 @@ def stages(records: Records) -> str:
     found = {
         row.params["stage"]: row
         for row in records.rows("cpu", "bench_er_stage")
-        if wanted.items() <= row.params.items() and "ratio_naive" in row.extra_info
+        if {*wanted.items()} <= {*row.params.items()} and "stage" in row.params and "naive_ms" in row.extra_info
     }
     lines = []
     for stage, title in STAGES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import report
+import report_readme
 from gpu_case import GpuCase
 from record import Record, Row, read, without_figures
 from report import Records, bars_cpu, bars_gpu, filled, update, update_pages
@@ -135,3 +136,25 @@ def test_modules_add_tables_and_pages(folder, tmp_path, monkeypatch):
     assert update_pages(tmp_path, records, check=True) == []
     (docs / "page.md").write_text("3 rows\n")
     assert [path.name for path in update_pages(tmp_path, records, check=True)] == ["page.md"]
+
+
+def macenko_row(who, p50):
+    where = {"operation": "normalize", "size": "224x224", "pixels": 50176, "who": who, "threads": 1}
+    return Row("bench_macenko", f"normalize 224x224 {who}", "normalise", where, p50, p50, p50, "ms", 5)
+
+
+def test_ratios_of_the_readme_are_within_one_record(tmp_path):
+    """A peer that only an earlier record has is compared with what the library took in that record."""
+    Record.of(MACHINE, tmp_path).add(macenko_row("ernet_fast", 2.0), macenko_row("stainx", 50.0))
+    Record.of(LATER, tmp_path).add(macenko_row("ernet_fast", 1.0), macenko_row("torchstain torch", 30.0))
+    text = report_readme.macenko(Records(tmp_path))
+    assert "| **1 ms** |" in text and "50 ms (25x)" in text and "30 ms (30x)" in text
+
+
+def test_means_are_no_stages_of_the_readme(tmp_path):
+    where = {"batch": 8, "layout": "channels-last", "threads": 1}
+    found = {"naive_ms": 12.0, "ratio_naive": 6.0, "share_of_floor": 0.5}
+    stage = Row("bench_er_stage", "a", "g", {"stage": "resnet50-1", **where}, 2, 2, 2, "ms", 5, found)
+    mean = Row("bench_er_stage", "mean", "g", where, 2, 2, 2, "ms", 5, {"ratio_naive": 6.0})
+    Record.of(MACHINE, tmp_path).add(stage, mean)
+    assert "| **2 ms** | 12 ms | 6x | 50 % |" in report_readme.stages(Records(tmp_path))
