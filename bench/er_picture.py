@@ -46,7 +46,9 @@ def _draw_panel(axis, rows: Sequence[Row]) -> None:
         at = [index + (place - 1) * width for index, row in enumerate(rows) if key in row.extra_info]
         heights = [row.extra_info[key] for row in rows if key in row.extra_info]
         bars = axis.bar(at, heights, width * 0.94, label=label, color=colour)
-        axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+        texts = [f"{height:.0f}" if height >= 100 else f"{height:.3g}" for height in heights]
+        for text in axis.bar_label(bars, texts, fontsize=7, padding=1, zorder=3):
+            text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4})
     for index, row in enumerate(rows):
         floor = row.extra_info[FLOOR[0]]
         line = {"color": FLOOR[2], "linewidth": 1.8, "label": FLOOR[1] if index == 0 else None}

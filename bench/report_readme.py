@@ -87,11 +87,16 @@ def stages(records: Records) -> str:
 def steps(records: Records) -> str:
     """Whole training steps, as far as they are recorded."""
     lines = []
+    shares = {
+        (row.params["depth"], row.params["batch"]): row.extra_info.get("peak_share")
+        for row in records.rows("cpu", "bench_er_training", "memory of training")
+    }
     for row in records.rows("cpu", "bench_er_training", "training step"):
         info = row.extra_info
+        share = shares.get((row.params["depth"], row.params["batch"]))
         name = f"ER-ResNet-{row.params['depth']}, batch {row.params['batch']}"
         times = [milliseconds(info[key]) if key in info else "-" for key in ("plain_ms", "naive_ms")]
-        peak = f"{info['peak_share']:.3g}x" if "peak_share" in info else "-"
+        peak = "-" if share is None else f"{share:.3g}x"
         ratio = f"{info['ratio_naive']:.3g}x"
         lines.append([name, f"**{milliseconds(row.p50)}**", *times, ratio, peak])
     head = [
