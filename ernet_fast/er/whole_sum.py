@@ -25,6 +25,8 @@ def one_operator_serves(x: Tensor, shortcut: ShortcutArguments) -> bool:
     """True if the operators of this module serve maps like `x`, not empty, and these running statistics."""
     if x.device.type != "cpu" or x.numel() == 0 or not _ops.serves(x):
         return False
+    if shortcut.momentum is None and shortcut.batches is not None:
+        return False  # a cumulative average, whose count is not to be read here
     running = [v for v in (shortcut.running_mean, shortcut.running_var) if v is not None]
     return all(v.dtype == _ops.acc_dtype(x) and v.is_contiguous() for v in running)
 
