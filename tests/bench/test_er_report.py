@@ -7,8 +7,10 @@ import re
 import er_tables
 import pytest
 import report_er
+import report_readme
 from er_means import STAGES_50, geometric_mean, record_means
 from record import Record, Row
+from report import Records
 
 MACHINE = {
     "kind": "cpu", "name": "cpu-2-cores", "cpu": "Some CPU", "cores": 2, "packages": {"torch": "2.13.0"},
@@ -93,6 +95,17 @@ def test_rows_that_only_older_records_have_are_marked(record):
         "| resnet101-3, 8, channels-last, 2 * | 9.0 |" in page and "| resnet50-1, 8, channels-last, 2 | 2.0 |" in page
     )
     assert "A star marks rows of older records: [" in page and "commit abcdef" in page
+
+
+def test_the_readme_takes_stages_from_rows_and_not_from_means(record):
+    row = tail_row("resnet50-1", 1.0, 6.0)
+    row.params["threads"] = 1
+    mean = Row(
+        "bench_er_stage", "mean of stage_tails[8-channels-last-1]", "means", {**PARAMS, "threads": 1}, 1, 1, 1, "ms"
+    )
+    mean.extra_info["ratio_naive"] = 5.0
+    record.add(row, mean)
+    assert report_readme.stages(Records(record.path.parent)).count("\n|") == 2  # the rule, and one stage
 
 
 def test_bars_are_summed_up_by_what_they_ask():
