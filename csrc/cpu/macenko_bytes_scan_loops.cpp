@@ -1,41 +1,26 @@
 // Brackets of percentiles in 8-bit images: float32 comparisons with a known error, exact keys for what falls inside.
 #include "cpu/macenko_bytes.h"
+#include "cpu/macenko_coarse_log.h"
 #include "macenko/order_statistic.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// log2(level + 1) - kCoarseConstant in float32, off by at most kCoarseError: with level + 1 = 2^k m, k + a polynomial
-// of degree 5 in m. A constant term would be one more operation; whoever uses the result has a constant anyway.
-constexpr double kCoarseError = 1.5e-5;
-constexpr double kCoarseConstant = -2.79415369;
-
-static inline float coarse_log2(int level) {
+static inline float coarse_log2_of_level(int level) {
   union {
     float real;
     int32_t bits;
   } u;
-  u.bits = level | 0x4b000000;   // 2^23 + level
-  u.real = u.real - 8388607.0f;  // level + 1
-  const float exponent = float((u.bits >> 23) - 127);
-  u.bits = (u.bits & 0x7fffff) | 0x3f800000;
-  const float m = u.real;
-  float p = 0.0439286269f;
-  p = p * m - 0.409475595f;
-  p = p * m + 1.61017752f;
-  p = p * m - 3.52021885f;
-  p = p * m + 5.06975651f;
-  return p * m + exponent;
+  u.bits = level | 0x4b000000;              // 2^23 + level
+  return coarse_log2(u.real - 8388607.0f);  // level + 1
 }
 
-// coarse_log2 of a block.
+// coarse_log2_of_level of a block.
 static void coarse_light(const PackedBlock& block, int count, LightBlock& light) {
   const int n = padded(count);
   for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < n; ++i) light.log2[k][i] = coarse_log2(int(block.pixel[i] >> (8 * k) & 255));
+    for (int i = 0; i < n; ++i) light.log2[k][i] = coarse_log2_of_level(int(block.pixel[i] >> (8 * k) & 255));
   }
 }
-
-constexpr double kLn2 = 0.693147180559945309417;
 
 // row . OD, with OD = ln Io - ln 2 log2(I + 1).
 static Affine affine(const double row[3], double io) {
@@ -61,10 +46,6 @@ static Edge angle_edge(double key, bool is_low) {
 static Edge linear_edge(double key, bool is_low) {
   if (!(key > -1e30 && key < 1e30)) return {0, 0, 1};
   return is_low ? Edge{1, 0, float(-key)} : Edge{-1, 0, float(key)};
-}
-
-static double sum_of_magnitudes(const double row[3]) {
-  return __builtin_fabs(row[0]) + __builtin_fabs(row[1]) + __builtin_fabs(row[2]);
 }
 
 // Bit i says that value[i] is negative.
@@ -176,7 +157,7 @@ void scan_bytes(const ImageView& image, PixelSpan span, const Keys& keys, Bracke
     }
   }
   // Logarithms are below 16; products of them, their sums and the constants are rounded eight times at most.
-  const double error = kLn2 * kCoarseError + 8 * 8 * 0x1p-24;
+  const double error = kLn2 * kCoarseErrorOfLevels + 8 * 8 * 0x1p-24;
   const double error_a = error * (1 + sum_of_magnitudes(keys.a));
   const double error_b = error * (1 + sum_of_magnitudes(keys.b));
   if (angles) {

@@ -1,79 +1,6 @@
-#include "cpu/macenko_loops.h"
-
-#include "macenko/elementary.h"
-#include "macenko/order_statistic.h"
+#include "cpu/macenko_blocks.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
-
-using macenko::OdTable;
-
-// Pixels staged at a time: ODs and keys of a block stay in the first-level cache, and products of a block fit in int64.
-constexpr int kBlock = 512;
-static_assert(kBlock <= macenko::kMaxFixedProducts, "products of one block are summed in int64");
-static_assert(kBlock % 8 == 0, "flags are read eight at a time");
-
-template <class T>
-struct Block {
-  alignas(64) T value[3][kBlock];
-};
-
-template <class T>
-static void load(const ImageView& image, int64_t begin, int count, Block<T>& block) {
-  const T* data = static_cast<const T*>(image.data) + begin * image.pixel_stride;
-  if (image.pixel_stride == 1) {
-    for (int k = 0; k < 3; ++k) {
-      const T* plane = data + k * image.channel_stride;
-      for (int i = 0; i < count; ++i) block.value[k][i] = plane[i];
-    }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      block.value[0][i] = data[3 * i];
-      block.value[1][i] = data[3 * i + 1];
-      block.value[2][i] = data[3 * i + 2];
-    }
-  }
-  // Zeros behind the end are valid levels, so loops may run over whole blocks.
-  for (int k = 0; k < 3; ++k) {
-    for (int i = count; i < kBlock; ++i) block.value[k][i] = 0;
-  }
-}
-
-// ODs of a block; a value that is no grey level gives whatever it gives, but never a trap.
-static void densities(const Block<uint8_t>& block, const Keys& keys, double, double od[3][kBlock]) {
-  for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < kBlock; ++i) od[k][i] = keys.table->od[block.value[k][i]];
-  }
-}
-
-template <class T>
-static void densities(const Block<T>& block, const Keys& keys, double scale, double od[3][kBlock]) {
-  const double inverse = 1 / keys.io;
-  for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < kBlock; ++i) {
-      double level = double(block.value[k][i]) * scale;
-      level = level > -0.5 ? level : -0.5;
-      od[k][i] = -macenko::log_of_normal((level + 1.0) * inverse);
-    }
-  }
-}
-
-static void tissue_flags(const Block<uint8_t>& block, const Keys& keys, const double (*)[kBlock], uint8_t* flags) {
-  const int limit = keys.table->tissue_limit;
-  const uint8_t top = uint8_t(limit < 0 ? 0 : limit);
-  const uint8_t any = limit < 0 ? 0 : 1;
-  for (int i = 0; i < kBlock; ++i) {
-    const uint8_t rg = block.value[0][i] > block.value[1][i] ? block.value[0][i] : block.value[1][i];
-    const uint8_t largest = rg > block.value[2][i] ? rg : block.value[2][i];
-    flags[i] = uint8_t((largest <= top) & any);
-  }
-}
-
-template <class T>
-static void tissue_flags(const Block<T>&, const Keys& keys, const double (*od)[kBlock], uint8_t* flags) {
-  for (int i = 0; i < kBlock; ++i) {
-    flags[i] = uint8_t((od[0][i] >= keys.beta) & (od[1][i] >= keys.beta) & (od[2][i] >= keys.beta));
-  }
-}
 
 template <class T>
 static int64_t count_invalid(const Block<T>& block, double scale, int count) {
@@ -120,10 +47,6 @@ static void add_products(const int32_t q[3][kBlock], MomentSums& sums) {
   for (int k = 0; k < 6; ++k) sums.product[k] += uint64_t(product[k]);
 }
 
-static void clear_tail(uint8_t* flags, int count) {
-  for (int i = count; i < kBlock; ++i) flags[i] = 0;
-}
-
 template <class T>
 static void moments(const ImageView& image, PixelSpan span, const OdTable& table, double io, double beta,
                     MomentSums& sums) {
@@ -148,66 +71,6 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
     sums.count += tissue;
     fixed_densities(block, keys, od, flags, q);
     add_products(q, sums);
-  }
-}
-
-// Keys of a block; `live` flags the pixels that count.
-template <class T>
-static void block_keys(const Block<T>& block, const Keys& keys, double scale, int count, double* a, double* b,
-                       uint8_t* live) {
-  alignas(64) double od[3][kBlock];
-  densities(block, keys, scale, od);
-  for (int i = 0; i < kBlock; ++i) {
-    a[i] = keys.a[0] * od[0][i] + keys.a[1] * od[1][i] + keys.a[2] * od[2][i];
-    b[i] = keys.b[0] * od[0][i] + keys.b[1] * od[1][i] + keys.b[2] * od[2][i];
-  }
-  if (keys.kind == KeyKind::angle) {
-    tissue_flags(block, keys, od, live);
-    for (int i = 0; i < kBlock; ++i) {
-      const double key = macenko::pseudo_angle(a[i], b[i]);
-      a[i] = key;
-      b[i] = key;
-    }
-  } else {
-    for (int i = 0; i < kBlock; ++i) live[i] = 1;
-  }
-  clear_tail(live, count);
-}
-
-static void scan_bracket(const double* key, const uint8_t* live, Bracket& bracket) {
-  alignas(64) uint8_t inside[kBlock];
-  const double low = bracket.low;
-  const double high = bracket.high;
-  int64_t below = 0;
-  for (int i = 0; i < kBlock; ++i) {
-    below += (key[i] < low) & live[i];
-    inside[i] = uint8_t((key[i] >= low) & (key[i] <= high) & live[i]);
-  }
-  bracket.below += below;
-  for (int i = 0; i < kBlock; i += 8) {
-    uint64_t eight;
-    __builtin_memcpy(&eight, inside + i, 8);
-    if (eight == 0) continue;
-    for (int j = i; j < i + 8; ++j) {
-      if (!inside[j]) continue;
-      if (bracket.inside < bracket.capacity) bracket.collected[bracket.inside] = key[j];
-      ++bracket.inside;
-    }
-  }
-}
-
-template <class T>
-static void scan(const ImageView& image, PixelSpan span, const Keys& keys, Bracket& first, Bracket& second) {
-  Block<T> block;
-  alignas(64) double a[kBlock];
-  alignas(64) double b[kBlock];
-  alignas(64) uint8_t live[kBlock];
-  for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
-    const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
-    load(image, begin, count, block);
-    block_keys(block, keys, image.scale, count, a, b, live);
-    scan_bracket(a, live, first);
-    scan_bracket(b, live, second);
   }
 }
 
@@ -318,13 +181,14 @@ struct ByteLoops {
   decltype(&moments_of_bytes) moments;
   decltype(&scan_bytes) scan;
   decltype(&reconstruct_bytes) reconstruct;
+  decltype(MacenkoLoops::reconstruct_scaled) reconstruct_scaled;
 };
 #if defined(ERNET_VBMI)
-constexpr ByteLoops bytes = {moments_vbmi, scan_vbmi, reconstruct_vbmi};
+constexpr ByteLoops bytes = {moments_vbmi, scan_vbmi, reconstruct_vbmi, reconstruct_scaled_vbmi};
 #elif defined(ERNET_AVX512)
-constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_avx512};
+constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_avx512, nullptr};
 #else
-constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_bytes};
+constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_bytes, nullptr};
 #endif
 
 template <class T>
@@ -351,9 +215,10 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
 
 extern const MacenkoLoops macenko_table[kNumPixelTypes];
 const MacenkoLoops macenko_table[kNumPixelTypes] = {
-    {bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>, select_order},
-    {moments<float>, scan<float>, keys_of<float>, radix<float>, reconstruct<float>, select_order},
-    {moments<double>, scan<double>, keys_of<double>, radix<double>, reconstruct<double>, select_order},
+    {bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>, bytes.reconstruct_scaled,
+     select_order},
+    {moments<float>, scan_f32, keys_of<float>, radix<float>, reconstruct<float>, nullptr, select_order},
+    {moments<double>, scan_f64, keys_of<double>, radix<double>, reconstruct<double>, nullptr, select_order},
 };
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

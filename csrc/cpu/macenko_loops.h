@@ -85,6 +85,13 @@ struct Reconstruction {
   void* out;
 };
 
+// What becomes of the levels of a network's input, and where all the pixels of the image go, interleaved.
+struct ScaledLevels {
+  bool bfloat16;
+  const void* value;  // [3][256], of every channel and level: float, or the bits of bfloat16
+  void* out;
+};
+
 // A key of some rank, and the one of the next rank (infinity if there is none).
 struct Neighbours {
   double lower;
@@ -98,6 +105,8 @@ struct MacenkoLoops {
   int64_t (*keys)(const ImageView&, const Keys&, double* a, double* b);
   void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
   void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
+  // The same for 8-bit images and `single`, scaled; null where nothing is faster than one step after the other.
+  void (*reconstruct_scaled)(const ImageView&, PixelSpan, const Reconstruction&, const ScaledLevels&);
   // Among `count` finite or infinite keys, which are overwritten, as is scratch[0 .. count - 1].
   Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
 };
@@ -110,11 +119,13 @@ struct MacenkoLoops {
 #define ERNET_VBMI 1
 #endif
 
-// Defined by macenko_order_loops.cpp; by the files macenko_bytes_*_loops.cpp, for 8-bit images: the same functions for
-// 8-bit images, faster.
+// Defined by macenko_order_loops.cpp; by macenko_float_scan_loops.cpp, for the other images; by the files
+// macenko_bytes_*_loops.cpp, for 8-bit images.
 #ifdef ERNET_ISA
 namespace ERNET_ISA_NAMESPACE {
 Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank);
+void scan_f32(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction&);
@@ -123,6 +134,7 @@ void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction&);
 void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction&);
+void reconstruct_scaled_vbmi(const ImageView&, PixelSpan, const Reconstruction&, const ScaledLevels&);
 }  // namespace ERNET_ISA_NAMESPACE
 #endif
 

@@ -1,6 +1,7 @@
 // Brackets of percentiles in the tails of 8-bit images. Whether a key lies beyond the inner end of a bracket is the
 // sign of a linear form of the ODs, told in 16-bit fixed point with a known error; the few pixels that may lie there
 // get exact keys.
+#include "cpu/macenko_tails.h"
 #include "cpu/macenko_vbmi.h"
 #include "macenko/order_statistic.h"
 
@@ -16,12 +17,6 @@ static void make_light(const Keys& keys, WordTable& table) {
     table.set(level, int(__builtin_rint((clear - keys.table->od[level]) * kLightScale)));
   }
 }
-
-// w . OD >= limit.
-struct Form {
-  double w[3];
-  double limit;
-};
 
 // The sum of three products, each rounded to an integer, and a constant: not negative wherever the form reaches its
 // limit.
@@ -50,26 +45,6 @@ static FixedForm fixed_form(const Form& form, double io) {
   constant = constant > -kMaxConstant ? constant : -kMaxConstant;
   fixed.constant = _mm512_set1_epi16(int16_t(constant));
   return fixed;
-}
-
-// The form that says whether the key `which` of a pixel is in the tail that holds the bracket, or in the bracket. For
-// angles between 0 and pi it is the cross product with the direction of the bracket's inner end.
-static Form tail_form(const Keys& keys, int which, const Bracket& bracket) {
-  const bool upper = bracket.fraction > 0.5;
-  const double sign = upper ? 1 : -1;
-  const double end = upper ? bracket.low : bracket.high;
-  Form form = {{0, 0, 0}, 0};
-  if (keys.kind == KeyKind::angle) {
-    if (sign * end > 2) return {{0, 0, 0}, 1e300};  // there are no such angles
-    if (!(end > 0 && end < 2)) return {{0, 0, 0}, -1e300};
-    const double x = 1 - end;
-    const double y = 1 - __builtin_fabs(x);
-    for (int k = 0; k < 3; ++k) form.w[k] = sign * (keys.b[k] * x - keys.a[k] * y);
-  } else {
-    for (int k = 0; k < 3; ++k) form.w[k] = sign * (which == 0 ? keys.a[k] : keys.b[k]);
-    form.limit = sign * end;
-  }
-  return form;
 }
 
 // Bit i says that pixel i may reach the limit of the form.
@@ -134,22 +109,12 @@ static void collect_exactly(const Gathered& pixels, const Keys& keys, Tail& firs
   }
 }
 
-// True if the bracket is so far out that exact keys of the whole tail cost little.
-static bool in_tail(const Bracket& bracket) { return bracket.fraction < 0.05 || bracket.fraction > 0.95; }
-
-// True if OD . b is positive for all tissue: its ODs lie between that of the limit and that of black.
-static bool angles_are_above_axis(const Keys& keys) {
-  if (keys.table->tissue_limit < 0) return true;
-  const double least = keys.table->od[keys.table->tissue_limit];
-  const double most = keys.table->od[0];
-  double height = 0;
-  for (double b : keys.b) height += b * (b > 0 ? least : most);
-  return height > 1e-9;
-}
-
 void scan_vbmi(const ImageView& image, PixelSpan span, const Keys& keys, Bracket& first, Bracket& second) {
   const bool angles = keys.kind == KeyKind::angle;
-  if (!in_tail(first) || !in_tail(second) || (angles && !angles_are_above_axis(keys))) {
+  const int limit = keys.table->tissue_limit;
+  const double least = keys.table->od[limit < 0 ? 0 : limit];
+  const double most = keys.table->od[0];
+  if (!in_tail(first) || !in_tail(second) || (angles && !angles_are_above_axis(keys, least, most))) {
     scan_bytes(image, span, keys, first, second);
     return;
   }
@@ -180,7 +145,7 @@ void scan_vbmi(const ImageView& image, PixelSpan span, const Keys& keys, Bracket
       scan_levels(p, there);
       continue;
     }
-    tissue.add(p, tissue_mask(p, keys.table->tissue_limit) & there);
+    tissue.add(p, tissue_mask(p, limit) & there);
     if (tissue.full()) {
       const int whole = tissue.count / kWide * kWide;
       scan_tissue(whole);

@@ -205,8 +205,8 @@ def known_source(
 ) -> MacenkoFit:
     """The stains of every image: `source` where given, else estimated."""
     if source is None:
-        source = fit_collection(collection, mask, Io, alpha, beta, percentile, range)
-    elif mask is not None:
+        return fit_collection(collection, mask, Io, alpha, beta, percentile, range)
+    if mask is not None:
         raise ValueError("mask says where to look for the source stains, but source gives them; pass one of the two.")
     else:
         source = check_fit(source, collection.count, "source")
@@ -225,6 +225,8 @@ def refuse_failures(status: torch.Tensor, on_degenerate: str) -> None:
 
 def usable_source(source: MacenkoFit, target: MacenkoFit) -> MacenkoFit:
     """`source`, with the stains of `target` where it has a status other than OK."""
+    if source.status.device.type == "cpu" and not source.status.any():
+        return source  # elsewhere a look would wait for the device
     ok = source.status == MacenkoStatus.OK
     return MacenkoFit(
         torch.where(ok[:, None, None], source.stain_matrix, target.stain_matrix),
