@@ -105,14 +105,20 @@ Bracket bracket_of(std::vector<double> keys, double fraction, std::vector<double
   return b;
 }
 
-int check_scan(const MacenkoLoops& loops, const Image& image, int kind, KeyKind key_kind, double io, double beta,
+// The same image, planar and interleaved.
+struct Views {
+  ImageView planar, interleaved;
+};
+
+int check_scan(const MacenkoLoops& loops, const Views& image, int kind, KeyKind key_kind, double io, double beta,
                double gain) {
+  const int pixels = int(image.planar.pixels);
   const OdTable table = ernet::macenko::make_od_table(io, beta);
   Keys keys = {key_kind, {}, {}, beta, io, &table};
   for (double& w : keys.a) w = gain * uniform(-1, 1);
   for (double& w : keys.b) w = gain * uniform(key_kind == KeyKind::angle ? 0.2 : -1, 1);
-  std::vector<double> a(image.pixels), b(image.pixels), room[2] = {a, a};
-  const int64_t live = loops.keys(image.view(true), keys, a.data(), b.data());
+  std::vector<double> a(pixels), b(pixels), room[2] = {a, a};
+  const int64_t live = loops.keys(image.planar, keys, a.data(), b.data());
   a.resize(live);
   b.resize(live);
   const std::vector<double>* of[2] = {&a, key_kind == KeyKind::angle ? &a : &b};
@@ -123,13 +129,33 @@ int check_scan(const MacenkoLoops& loops, const Image& image, int kind, KeyKind 
     for (int i = 0; i < 2; ++i) guess[i] = bracket_of(*of[i], fraction[i], room[i]);
     for (bool planar : {true, false}) {
       Bracket found[2] = {guess[0], guess[1]};
-      loops.scan(image.view(planar), {0, image.pixels}, keys, found[0], found[1]);
+      loops.scan(planar ? image.planar : image.interleaved, {0, pixels}, keys, found[0], found[1]);
       for (int i = 0; i < 2; ++i) {
-        if (!bracket_holds(found[i], *of[i])) wrong += failed("scan", image.pixels, kind);
+        if (!bracket_holds(found[i], *of[i])) wrong += failed("scan", pixels, kind);
       }
     }
   }
   return wrong;
+}
+
+// Floating-point pixels near those of an image, a third of them as near to the edge of tissue as the type allows.
+template <class T>
+int check_float_scans(Pixel type, const Image& image, int kind, double io, double beta) {
+  const int n = image.pixels;
+  std::vector<T> planar(3 * n), interleaved(3 * n);
+  const double edge = io * std::exp(-beta) - 1;
+  for (int i = 0; i < n; ++i) {
+    for (int k = 0; k < 3; ++k) {
+      double level = image.interleaved[3 * i + k] + uniform(-0.5, 0.5);
+      if (i % 3 == 0 && k == 0) level = edge * (1 + (int(next_random() % 5) - 2) * 3e-8);
+      const T value = T(std::min(std::max(level, -0.5), 255.5) / 51);
+      planar[k * n + i] = interleaved[3 * i + k] = value;
+    }
+  }
+  const Views views = {{planar.data(), 1, n, n, 51.0}, {interleaved.data(), 3, 1, n, 51.0}};
+  const MacenkoLoops& loops = macenko_loops(type);
+  return check_scan(loops, views, kind, KeyKind::angle, io, beta, 1) +
+         check_scan(loops, views, kind, KeyKind::linear, io, beta, uniform(1, 20));
 }
 
 int check_select(const MacenkoLoops& loops, int count, int kind) {
@@ -221,6 +247,14 @@ int check_registers(const MacenkoLoops& loops) {
     }
     loops.select(a.data(), b.data(), image.pixels, 10);
     after("registers after a selection", planar);
+    for (bool bfloat16 : {true, false}) {
+      const std::vector<float> value(3 * 256);
+      std::vector<float> result(3 * image.pixels);
+      const ScaledLevels scaled = {bfloat16, value.data(), result.data()};
+      const Reconstruction r = {{{.9, .3, -.2}, {.1, 1.1, .1}, {-.1, .2, .8}}, 240, true, &table, nullptr};
+      if (loops.reconstruct_scaled != nullptr) loops.reconstruct_scaled(view, all, r, scaled);
+      after("registers after a scaled reconstruction", planar);
+    }
     for (bool single : {true, false}) {
       const Reconstruction r = {{{.9, .3, -.2}, {.1, 1.1, .1}, {-.1, .2, .8}}, 240, single, &table, out.data()};
       loops.reconstruct(view, all, r);
@@ -242,8 +276,11 @@ int check_exactness() {
       for (double io : {240.0, 255.0, 1024.0}) {
         for (double beta : {0.0, 0.15}) {
           wrong += check_moments(loops, image, kind, io, beta);
-          wrong += check_scan(loops, image, kind, KeyKind::angle, io, beta, 1);
-          wrong += check_scan(loops, image, kind, KeyKind::linear, io, beta, uniform(1, 20));
+          const Views views = {image.view(true), image.view(false)};
+          wrong += check_scan(loops, views, kind, KeyKind::angle, io, beta, 1);
+          wrong += check_scan(loops, views, kind, KeyKind::linear, io, beta, uniform(1, 20));
+          wrong += check_float_scans<float>(Pixel::f32, image, kind, io, beta);
+          wrong += check_float_scans<double>(Pixel::f64, image, kind, io, beta);
         }
         wrong += check_rebuild(loops, image, kind, io);
       }
