@@ -87,8 +87,8 @@ struct Reconstruction {
 
 // What becomes of the levels of a network's input, and where all the pixels of the image go, interleaved.
 struct ScaledLevels {
-  bool bfloat16;
-  const void* value;  // [3][256], of every channel and level: float, or the bits of bfloat16
+  int value_bytes;    // 4, or 2 for 16-bit types
+  const void* value;  // [3][256], of every channel and level
   void* out;
 };
 

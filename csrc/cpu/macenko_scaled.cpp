@@ -114,10 +114,11 @@ template <class T, class Out>
 void write_strips(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
                   const NetworkInput& out) {
   const LevelTable<Out> table(out);
-  if (const auto fused = macenko_loops(type).reconstruct_scaled; fused != nullptr && r.single) {
-    const ScaledLevels scaled = {out.bfloat16, table.value, out.data};
+  const auto fused = macenko_loops(type).reconstruct_scaled;
+  if (fused != nullptr && r != nullptr && r->single) {
+    const ScaledLevels scaled = {int(sizeof(Out)), table.value, out.data};
     strips.run(strips.tasks,
-               [&](int64_t strip) { fused(image, span_of_strip(image.pixels, strip, strips.tasks), r, scaled); });
+               [&](int64_t strip) { fused(image, span_of_strip(image.pixels, strip, strips.tasks), *r, scaled); });
     return;
   }
   strips.run(strips.tasks, [&](int64_t strip) {

@@ -1,5 +1,5 @@
 // Reconstruction of 8-bit images as a network's input: the scaled value of every level from a table in registers,
-// written as interleaved float32 or bfloat16.
+// written as interleaved values of 32 or 16 bits.
 #include "cpu/macenko_vbmi_rebuild.h"
 
 #ifdef ERNET_VBMI
@@ -53,8 +53,8 @@ static inline uint32_t first_values(int64_t count, int n) {
   return count >= n ? uint32_t((uint64_t(1) << n) - 1) : count <= 0 ? 0 : (uint32_t(1) << count) - 1;
 }
 
-static void scale_to_float(const ImageView& image, PixelSpan span, const Reconstruction& r,
-                           const ScaledLevels& scaled) {
+static void scale_to_floats(const ImageView& image, PixelSpan span, const Reconstruction& r,
+                            const ScaledLevels& scaled) {
   FloatTable table[3];
   for (int c = 0; c < 3; ++c) {
     for (int level = 0; level < 256; ++level) {
@@ -88,8 +88,8 @@ static void scale_to_float(const ImageView& image, PixelSpan span, const Reconst
   });
 }
 
-static void scale_to_bfloat16(const ImageView& image, PixelSpan span, const Reconstruction& r,
-                              const ScaledLevels& scaled) {
+static void scale_to_words(const ImageView& image, PixelSpan span, const Reconstruction& r,
+                           const ScaledLevels& scaled) {
   WordTable table[3];
   for (int c = 0; c < 3; ++c) {
     const uint16_t* value = static_cast<const uint16_t*>(scaled.value) + 256 * c;
@@ -119,10 +119,10 @@ static void scale_to_bfloat16(const ImageView& image, PixelSpan span, const Reco
 
 void reconstruct_scaled_vbmi(const ImageView& image, PixelSpan span, const Reconstruction& r,
                              const ScaledLevels& scaled) {
-  if (scaled.bfloat16) {
-    scale_to_bfloat16(image, span, r, scaled);
+  if (scaled.value_bytes == 2) {
+    scale_to_words(image, span, r, scaled);
   } else {
-    scale_to_float(image, span, r, scaled);
+    scale_to_floats(image, span, r, scaled);
   }
 }
 

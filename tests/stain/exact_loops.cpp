@@ -247,10 +247,10 @@ int check_registers(const MacenkoLoops& loops) {
     }
     loops.select(a.data(), b.data(), image.pixels, 10);
     after("registers after a selection", planar);
-    for (bool bfloat16 : {true, false}) {
+    for (int value_bytes : {2, 4}) {
       const std::vector<float> value(3 * 256);
       std::vector<float> result(3 * image.pixels);
-      const ScaledLevels scaled = {bfloat16, value.data(), result.data()};
+      const ScaledLevels scaled = {value_bytes, value.data(), result.data()};
       const Reconstruction r = {{{.9, .3, -.2}, {.1, 1.1, .1}, {-.1, .2, .8}}, 240, true, &table, nullptr};
       if (loops.reconstruct_scaled != nullptr) loops.reconstruct_scaled(view, all, r, scaled);
       after("registers after a scaled reconstruction", planar);
