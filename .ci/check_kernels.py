@@ -18,7 +18,7 @@ from sass import Kernel, read_kernels
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER_BUDGET = 128  # at least 512 threads a multiprocessor
 WITHOUT_PIXELS = ("total_kernel",)
-WRITERS = ("reconstruct_kernel", "team_kernel")  # of pixels; the others only read them
+WRITERS = ("reconstruct_kernel", "separate_kernel", "team_kernel")  # of pixels; the others only read them
 
 
 def check(kernels: list[Kernel]) -> int:

@@ -382,10 +382,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "macenko_normalize_scaled(Tensor images, Tensor target_stain, Tensor target_max, Tensor mean, Tensor std, float "
       "Io, float alpha, float beta, bool nearest, bool identity, ScalarType dtype, float range=255.) -> (Tensor "
       "images, Tensor stain_matrix, Tensor max_concentration, Tensor status)");
-  // Augmentation, with stains that are known and with stains that are estimated: on CUDA only.
+  // On CUDA only: augmentation, with stains that are known and with stains that are estimated, and separation.
   m.def(
       "macenko_change(Tensor images, Tensor source_stain, Tensor source_max, Tensor gain, Tensor shift, float Io, "
       "float range=255.) -> Tensor");
+  m.def(
+      "macenko_separate(Tensor images, Tensor source_stain, Tensor source_max, Tensor drawn_stain, Tensor drawn_max, "
+      "bool scaled, float Io, float range=255.) -> (Tensor haematoxylin, Tensor eosin, Tensor concentrations)");
   m.def(
       "macenko_augment(Tensor images, Tensor reference_stain, Tensor reference_max, Tensor gain, Tensor shift, float "
       "Io, float alpha, float beta, bool nearest, bool identity, float range=255.) -> (Tensor images, Tensor "

@@ -56,6 +56,7 @@ _PURPOSES = {
     "macenko_normalize_scaled": "Macenko: fit and a network's input in one",
     "macenko_change": "Macenko: image with other concentrations",
     "macenko_augment": "Macenko: fit and augmentation in one",
+    "macenko_separate": "Macenko: each stain alone",
     "macenko_count_colours": "Macenko: colours of a slide, strip by strip",
     "macenko_fit_colours": "Macenko: stains of counted colours",
 }
@@ -172,7 +173,7 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
     info = _backend.build_info() or {}
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", device.upper()):
         return ("C++", f"compiled, {info['isa']}") if device == "cpu" else ("CUDA", "registered for CUDA")
-    if name in ("macenko_change", "macenko_augment"):
+    if name in ("macenko_change", "macenko_augment", "macenko_separate"):
         return "C++ and PyTorch", "macenko_reconstruct between torch operations"
     return "PyTorch reference", f"no {device.upper()} kernel is compiled in"
 

@@ -318,6 +318,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images,
   return {result, fit.stain, fit.maximum, fit.status};
 }
 
+std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const Tensor& source_stain,
+                                                    const Tensor& source_max, const Tensor& drawn_stain,
+                                                    const Tensor& drawn_max, bool scaled, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Stains drawn = cuda_stains(drawn_stain, drawn_max, images, "drawn");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor haematoxylin = torch::stable::empty_like(images);
+  Tensor eosin = torch::stable::empty_like(images);
+  Tensor concentrations =
+      torch::stable::new_empty(images, {in.count, 2, images.size(2), images.size(3)}, ScalarType::Float);
+  const ernet::cuda::Separation what = {source,
+                                        drawn,
+                                        scaled,
+                                        {image_output(haematoxylin, images), image_output(eosin, images)},
+                                        static_cast<float*>(concentrations.mutable_data_ptr())};
+  check(ernet::cuda::macenko_separate(in, what, io, current_stream(images.get_device_index())), "macenko_separate");
+  return {haematoxylin, eosin, concentrations};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
@@ -329,4 +350,5 @@ STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
   m.impl("macenko_normalize_scaled", TORCH_BOX(&macenko_normalize_scaled));
   m.impl("macenko_change", TORCH_BOX(&macenko_change));
   m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
+  m.impl("macenko_separate", TORCH_BOX(&macenko_separate));
 }

@@ -80,6 +80,18 @@ struct Recipe {
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream);
 
+// Haematoxylin and eosin alone, as images drawn with the stains `drawn`, and the concentrations of both, [count][2]
+// [pixels], in units of the stains `source`; under `scaled` times the ratio of the maxima, as normalisation has it.
+struct Separation {
+  Stains source;
+  Stains drawn;
+  bool scaled;
+  Output alone[2];
+  float* concentrations;
+};
+
+cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream);
+
 // The streaming plan: a fit by kernels that read the images again and again, in groups of images that stay in a cache
 // of `cache_bytes`, and, if `recipe` and `out` are not null, the reconstruction of each group from the stains found;
 // `recipe->source` and `recipe->status` are not looked at. The workspace is at a multiple of 16.

@@ -36,6 +36,27 @@ __device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, 
 // Largest exponent of one input channel: with three, and log2 Io, 2^z stays within float32.
 constexpr double kSingleExponent = 25.0;
 
+// From the stains `from` to the stains `to`, whose concentrations are increased by `shift`.
+__device__ __forceinline__ void set_transform(const macenko::Stain& from, const double from_max[2],
+                                              const macenko::Stain& to, const double to_max[2], const double shift[2],
+                                              double od_magnitude, Transform& t) {
+  double m[3][3];
+  macenko::reconstruction_matrix(from, from_max, to, to_max, m);
+  t.single = true;
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {
+    const double tint = -(to.h[c] * shift[0] + to.e[c] * shift[1]);
+    t.exponent_shift[c] = tint;
+    t.log2_shift[c] = float(tint * 1.44269504088896340736);
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      t.matrix[c][k] = m[c][k];
+      t.m[3 * c + k] = float(m[c][k]);
+      t.single = t.single && fabs(m[c][k]) * od_magnitude < kSingleExponent;
+    }
+  }
+}
+
 __device__ __forceinline__ void make_transform(const Recipe& recipe, bool fitted, const macenko::Stain& own,
                                                const double own_max[2], double od_magnitude, int64_t image,
                                                Transform& t) {
@@ -54,21 +75,7 @@ __device__ __forceinline__ void make_transform(const Recipe& recipe, bool fitted
       shift[k] = recipe.shift[2 * image + k];
     }
   }
-  double m[3][3];
-  macenko::reconstruction_matrix(from, from_max, to, to_max, m);
-  t.single = true;
-#pragma unroll
-  for (int c = 0; c < 3; ++c) {
-    const double tint = -(to.h[c] * shift[0] + to.e[c] * shift[1]);
-    t.exponent_shift[c] = tint;
-    t.log2_shift[c] = float(tint * 1.44269504088896340736);
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      t.matrix[c][k] = m[c][k];
-      t.m[3 * c + k] = float(m[c][k]);
-      t.single = t.single && fabs(m[c][k]) * od_magnitude < kSingleExponent;
-    }
-  }
+  set_transform(from, from_max, to, to_max, shift, od_magnitude, t);
 }
 
 // The transform of an image whose source stains are in memory. One thread.

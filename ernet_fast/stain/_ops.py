@@ -106,7 +106,7 @@ def _register() -> None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return (_network_input_like(images, dtype), *_fit_like(images))
 
-    _register_augmentation()
+    _register_cuda_only()
     compositions: dict[str, Callable[..., Any]] = {
         "macenko_fit": batched.macenko_fit,
         "macenko_normalize": batched.macenko_normalize,
@@ -117,7 +117,7 @@ def _register() -> None:
             COMPOSED.add(name)
 
 
-def _register_augmentation() -> None:
+def _register_cuda_only() -> None:
     """Fake kernels of the operators that only CUDA has."""
 
     @torch.library.register_fake("ernet::macenko_change")
@@ -131,6 +131,21 @@ def _register_augmentation() -> None:
         range: float = 255.0,
     ) -> torch.Tensor:
         return torch.empty_like(images)
+
+    @torch.library.register_fake("ernet::macenko_separate")
+    def _separate(
+        images: torch.Tensor,
+        source_stain: torch.Tensor,
+        source_max: torch.Tensor,
+        drawn_stain: torch.Tensor,
+        drawn_max: torch.Tensor,
+        scaled: bool,
+        Io: float,
+        range: float = 255.0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        count, _, height, width = images.shape
+        concentrations = images.new_empty((count, 2, height, width), dtype=torch.float32)
+        return torch.empty_like(images), torch.empty_like(images), concentrations
 
     @torch.library.register_fake("ernet::macenko_augment")
     def _augment(
@@ -354,8 +369,8 @@ def normalize_scaled(
     return out.permute(0, 3, 1, 2), MacenkoFit(*fitted)
 
 
-def kernel_augments(images: torch.Tensor) -> bool:
-    """True if `change` and `augment` serve these images."""
+def served_on_cuda(images: torch.Tensor) -> bool:
+    """True if `change`, `augment` and `separate` serve these images."""
     exact = images.dtype in (torch.uint8, torch.float32) and not images.requires_grad
     return exact and images.is_cuda and _compiled_for(images)
 
@@ -363,7 +378,7 @@ def kernel_augments(images: torch.Tensor) -> bool:
 def change(
     images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
 ) -> torch.Tensor:
-    """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; where `kernel_augments`."""
+    """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; where `served_on_cuda`."""
     arguments = (_as_argument(part, images).detach() for part in (*source[:2], gain, shift))
     return torch.ops.ernet.macenko_change(supported(images), *arguments, Io, range)
 
@@ -386,3 +401,11 @@ def augment(
         supported(images), *arguments, Io, alpha, beta, nearest, identity, range
     )
     return out, MacenkoFit(*fitted)
+
+
+def separate(
+    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, scaled: bool, Io: float, range: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images of haematoxylin and of eosin with the stains `drawn`, and concentrations [B, 2, H, W] of `source`."""
+    arguments = (_as_argument(part, images).detach() for part in (*source[:2], *drawn[:2]))
+    return torch.ops.ernet.macenko_separate(supported(images), *arguments, scaled, Io, range)

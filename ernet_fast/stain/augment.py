@@ -112,7 +112,7 @@ def macenko_augment(
 
 
 def _kernels_serve(collection: Collection) -> bool:
-    return collection.count > 0 and all(_ops.kernel_augments(part.pixels) for part in collection.parts)
+    return collection.count > 0 and all(_ops.served_on_cuda(part.pixels) for part in collection.parts)
 
 
 def _changes_of(
@@ -146,7 +146,7 @@ def _change(
     images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
 ) -> torch.Tensor:
     """I' of images [b, 3, H, W]. HE (g C + s) are the changed concentrations of the light (I + 1) exp(-HE (s / g))."""
-    if _ops.kernel_augments(images) and not any(part.requires_grad for part in source[:2]):
+    if _ops.served_on_cuda(images) and not any(part.requires_grad for part in source[:2]):
         return _ops.change(images, source, gain, shift, Io, range)
     tint = torch.exp(-(source.stain_matrix @ (shift / gain)[:, :, None]))[..., None]
     stronger = source._replace(max_concentration=source.max_concentration * gain)

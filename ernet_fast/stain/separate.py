@@ -99,6 +99,11 @@ def separate(
     concentrations: list[torch.Tensor] = []
     for part in collection.parts:
         ours, theirs = part.take_fit(usable), part.take_fit(drawn)
+        if _ops.served_on_cuda(part.pixels) and not any(tensor.requires_grad for tensor in (*ours[:2], *theirs[:2])):
+            whole = _ops.separate(part.pixels, ours, theirs, target is not None, float(Io), float(range))
+            for results, result in zip((haematoxylin, eosin, concentrations), whole, strict=True):
+                results.append(result)
+            continue
         for stain, kept in ((haematoxylin, (1.0, 0.0)), (eosin, (0.0, 1.0))):
             alone = one_stain(theirs, kept)
             stain.append(_ops.reconstruct(part.pixels, ours, alone, float(Io), float(range)))

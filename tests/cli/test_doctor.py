@@ -14,7 +14,7 @@ from ernet_fast import _backend
 from ernet_fast.diagnosis import serves_capability
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_ONLY = ("macenko_change", "macenko_augment")
+CUDA_ONLY = ("macenko_change", "macenko_augment", "macenko_separate")
 
 CORE_ONLY = """
 import sys

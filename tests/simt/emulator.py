@@ -17,6 +17,7 @@ ROOT = HERE.parents[1]
 SOURCES = [
     ROOT / "csrc" / "cuda" / "macenko_moments.cu",
     ROOT / "csrc" / "cuda" / "macenko_reconstruct.cu",
+    ROOT / "csrc" / "cuda" / "macenko_separate.cu",
     ROOT / "csrc" / "cuda" / "macenko_streaming.cu",
     ROOT / "csrc" / "cuda" / "macenko_team.cu",
     ROOT / "csrc" / "cuda" / "plan.cpp",
@@ -67,6 +68,16 @@ class Recipe(ctypes.Structure):
         ("identity", ctypes.c_bool),
         ("gain", ctypes.c_void_p),
         ("shift", ctypes.c_void_p),
+    )
+
+
+class Separation(ctypes.Structure):
+    _fields_ = (
+        ("source", Stains),
+        ("drawn", Stains),
+        ("scaled", ctypes.c_bool),
+        ("alone", Output * 2),
+        ("concentrations", ctypes.c_void_p),
     )
 
 
@@ -204,6 +215,15 @@ class Emulator:
         )
         assert error == 0
         return out
+
+    def separate(self, images, source, drawn, scaled: bool, io: float = 240, scale: float = 1) -> list[np.ndarray]:
+        """Haematoxylin, eosin, and concentrations [B, 2, H, W]; stains as in `reconstruct`."""
+        (haematoxylin, first), (eosin, second) = (output_for(images, scale, None) for _ in range(2))
+        amounts = np.full((len(images), 2, *images.shape[2:]), -7, np.float32)
+        what = Separation(stains(source), stains(drawn), scaled, (Output * 2)(first, second), amounts.ctypes.data)
+        error = self.lib.simt_separate(ctypes.byref(describe(images, scale)), ctypes.byref(what), ctypes.c_double(io))
+        assert error == 0
+        return [haematoxylin, eosin, amounts]
 
     def choose_plan(
         self, images, wanted: str = "automatic", blocks: int = 0, network: bool = False, device: Device = H200

@@ -19,6 +19,10 @@ int simt_reconstruct(const Images* images, const Recipe* recipe, double io, cons
   return macenko_reconstruct(*images, *recipe, io, *out, nullptr);
 }
 
+int simt_separate(const Images* images, const Separation* what, double io) {
+  return macenko_separate(*images, *what, io, nullptr);
+}
+
 int64_t simt_streaming_workspace(const Images* images, int64_t cache_bytes) {
   return macenko_streaming_workspace(*images, cache_bytes);
 }

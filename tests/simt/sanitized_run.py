@@ -26,6 +26,7 @@ def run_kernels(library: Path) -> None:
                 for images in (planar, interleaved):
                     emulator.moments(images)
                     emulator.reconstruct(images, stains, stains)
+                    emulator.separate(images, stains, stains, True)
                     if height < 60:
                         run_plans(emulator, images, stains)
 

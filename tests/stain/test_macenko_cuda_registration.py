@@ -19,6 +19,7 @@ WITH_KERNELS = (
     "macenko_normalize_scaled",
     "macenko_change",
     "macenko_augment",
+    "macenko_separate",
 )
 
 
