@@ -77,7 +77,8 @@ __device__ __forceinline__ void write_concentrations(const SharedPixels<typename
 #pragma unroll
       for (int i = 0; i < kPixels; i += 4) {
         if (aligned && count == kPixels) {
-          *reinterpret_cast<float4*>(to + i) = make_float4(amount[i], amount[i + 1], amount[i + 2], amount[i + 3]);
+          store_wide(reinterpret_cast<float4*>(to + i),
+                     make_float4(amount[i], amount[i + 1], amount[i + 2], amount[i + 3]));
         } else {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {

@@ -113,7 +113,11 @@ __device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, con
   const FixedOfByte to_fixed = {m.shared->fixed};
   for_each_group<uint8_t, kInterleaved>(
       from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int64_t first, int count) {
-        store_group<uint8_t, kInterleaved>(to, first, GroupSize<uint8_t>::value, true, group);
+#pragma unroll
+        for (int k = 0; k < 3; ++k) {
+          uint8_t* plane = kInterleaved ? to.plane[0] + 3 * first + 16 * k : to.plane[k] + first;
+          *reinterpret_cast<uint4*>(plane) = group.four(k);
+        }
         add_group<uint8_t, kInterleaved>(group, count, to_fixed, sums);
       });
   store_sums(sums, m.shared->sums);

@@ -55,6 +55,10 @@ struct PixelGroup {
     }
   }
 
+  __device__ __forceinline__ uint4 four(int k) const {
+    return make_uint4(word[4 * k], word[4 * k + 1], word[4 * k + 2], word[4 * k + 3]);
+  }
+
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int k = 0; k < 12; ++k) word[k] = 0;
@@ -98,6 +102,14 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
   }
 }
 
+// To device memory. Compilers join a plain store with the ones by elements that stand beside it, into those by
+// elements.
+template <class Word>
+__device__ __forceinline__ void store_wide(Word* to, Word value) {
+  __stcg(to, value);
+}
+
+// To device memory.
 template <class T, bool kInterleaved>
 __device__ __forceinline__ void store_group(const Planes<T>& p, int64_t first, int count, bool aligned,
                                             const PixelGroup<T, kInterleaved>& group) {
@@ -106,8 +118,7 @@ __device__ __forceinline__ void store_group(const Planes<T>& p, int64_t first, i
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       T* to = kInterleaved ? p.plane[0] + 3 * first + k * kPixels : p.plane[k] + first;
-      *reinterpret_cast<uint4*>(to) =
-          make_uint4(group.word[4 * k], group.word[4 * k + 1], group.word[4 * k + 2], group.word[4 * k + 3]);
+      store_wide(reinterpret_cast<uint4*>(to), group.four(k));
     }
     return;
   }

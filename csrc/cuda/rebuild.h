@@ -234,10 +234,11 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
       if constexpr (kWords % 4 == 0) {
 #pragma unroll
         for (int k = 0; k < kWords; k += 4)
-          *reinterpret_cast<uint4*>(target + k / 2) = make_uint4(word[k], word[k + 1], word[k + 2], word[k + 3]);
+          store_wide(reinterpret_cast<uint4*>(target + k / 2),
+                     make_uint4(word[k], word[k + 1], word[k + 2], word[k + 3]));
       } else {
 #pragma unroll
-        for (int k = 0; k < kWords; k += 2) target[k / 2] = make_uint2(word[k], word[k + 1]);
+        for (int k = 0; k < kWords; k += 2) store_wide(target + k / 2, make_uint2(word[k], word[k + 1]));
       }
     }
   }

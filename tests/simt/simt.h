@@ -110,6 +110,7 @@ T exchange_with(T* address, T value) {
 #define __threadfence()
 #define __ffs(bits) __builtin_ffs(bits)
 #define __fdividef(x, y) ((x) / (y))
+#define __stcg(to, value) (*(to) = (value))
 
 #define __clusterRelativeBlockRank() (simt::block_rank)
 #define __clusterSizeInBlocks() (simt::cluster_blocks)
