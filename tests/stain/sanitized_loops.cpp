@@ -19,6 +19,7 @@ int check_exactness();
 namespace {
 
 using ernet::cpu::ImageView;
+using ernet::cpu::NetworkType;
 using ernet::cpu::Pixel;
 using ernet::cpu::Strips;
 
@@ -80,10 +81,11 @@ int run(int pixels, bool channels_last, Pixel type, int kind) {
   for (const Strips& strips : {ernet::cpu::one_strip(), three}) {
     fitted += ernet::cpu::macenko_fit(type, image, parameters, table, strips).status == ernet::macenko::kOk;
     ernet::cpu::macenko_reconstruct(type, image, matrix, table, 240, strips, out.get());
-    for (bool bfloat16 : {false, true}) {
-      const Fenced scaled(3 * pixels * (bfloat16 ? 2 : 4));
-      const ernet::cpu::NetworkInput network = {scaled.get(), bfloat16, 255, {.5, .4, .3}, {.2, .2, .1}};
+    for (NetworkType network_type : {NetworkType::f32, NetworkType::bf16, NetworkType::f16}) {
+      const Fenced scaled(3 * pixels * (network_type == NetworkType::f32 ? 4 : 2));
+      const ernet::cpu::NetworkInput network = {scaled.get(), network_type, 255, {.5, .4, .3}, {.2, .2, .1}};
       ernet::cpu::macenko_reconstruct_scaled(type, image, matrix, table, 240, strips, network);
+      ernet::cpu::macenko_scaled(type, image, strips, network);
     }
   }
   return fitted;
