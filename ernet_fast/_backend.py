@@ -9,7 +9,30 @@ import re
 import warnings
 from typing import Any
 
+# Every operator of the compiled part; ernet_fast.diagnosis says what each is for.
+OPERATORS = (
+    "channel_moments",
+    "weighted_sum",
+    "weighted_dot",
+    "block_coefficients",
+    "block_coefficients_backward",
+    "shortcut_sum",
+    "shortcut_sum_backward",
+    "macenko_moments",
+    "macenko_fit",
+    "macenko_reconstruct",
+    "macenko_reconstruct_scaled",
+    "macenko_normalize",
+    "macenko_normalize_scaled",
+    "macenko_change",
+    "macenko_augment",
+    "macenko_separate",
+    "macenko_count_colours",
+    "macenko_fit_colours",
+)
+
 _FIX = "Install a C++ compiler (g++ or clang++) and install ernet_fast again: pip install --force-reinstall --no-deps ."
+_AGAIN = "Install ernet_fast again: pip install --force-reinstall --no-build-isolation --no-deps ."
 
 
 @functools.lru_cache(maxsize=1)
@@ -17,7 +40,7 @@ def _load() -> tuple[Any, str | None]:
     """The module `ernet_fast._C` and None, or None and the reason for its absence."""
     if os.environ.get("ERNET_DISABLE_EXTENSION", "0") not in ("", "0"):
         return None, "ERNET_DISABLE_EXTENSION is set"
-    import torch  # noqa: F401  (the binary needs libtorch in the process)
+    import torch  # the binary needs libtorch in the process
 
     try:
         module = importlib.import_module("ernet_fast._C")
@@ -27,6 +50,12 @@ def _load() -> tuple[Any, str | None]:
         return None, f"ernet_fast was installed without its compiled operators. {_FIX}"
     except ImportError as error:
         return None, f"ernet_fast._C does not load: {error}. {_FIX}"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.ernet, name)]
+    if missing:
+        return (
+            None,
+            f"ernet_fast._C is of another version than the Python code: it lacks {', '.join(missing)}. {_AGAIN}",
+        )
     return module, None
 
 

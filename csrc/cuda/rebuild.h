@@ -213,7 +213,7 @@ template <class Values, bool kInterleaved, class Out>
 __device__ __forceinline__ void store_network(const PixelGroup<typename Values::Value, kInterleaved>& group,
                                               const Values& values, int count, bool aligned, Out* to) {
   constexpr int kPixels = GroupSize<typename Values::Value>::value;
-  constexpr int kPart = 4;  // pixels at a time
+  constexpr int kPart = kPixels % 8 == 0 && sizeof(Out) == 2 ? 8 : 4;  // pixels at a time: 16-byte stores
   constexpr int kWords = kPart * 3 * int(sizeof(Out)) / 4;
 #pragma unroll
   for (int part = 0; part < kPixels; part += kPart) {
