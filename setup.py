@@ -216,8 +216,10 @@ class NinjaScript:
             "  deps = gcc",
             "rule nvcc",
             # Spills, local memory and every other ptxas warning are errors. A product and a sum are fused where the
-            # code says so and nowhere else, so that every kernel rounds as the C++ of the CPU does.
-            f"  command = {self.nvcc} -O3 -std=c++17 -fmad=false {gencode} -lineinfo -I{ROOT / 'csrc'} "
+            # code says so and nowhere else, so that every kernel rounds as the C++ of the CPU does. The binary keeps
+            # line numbers, for profilers and the counts of `dev.py kernels`; compressed, they cost little.
+            f"  command = {self.nvcc} -O3 -std=c++17 -fmad=false {gencode} -lineinfo -Xfatbin=-compress-all "
+            f"-I{ROOT / 'csrc'} "
             "-Xcompiler -fPIC,-fvisibility=hidden "
             "-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Werror all-warnings -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
