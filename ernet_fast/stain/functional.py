@@ -225,14 +225,19 @@ def refuse_failures(status: torch.Tensor, on_degenerate: str) -> None:
 
 def usable_source(source: MacenkoFit, target: MacenkoFit) -> MacenkoFit:
     """`source`, with the stains of `target` where it has a status other than OK."""
-    if source.status.device.type == "cpu" and not source.status.any():
-        return source  # elsewhere a look would wait for the device
+    if _seen_to_be_fitted(source.status):
+        return source
     ok = source.status == MacenkoStatus.OK
     return MacenkoFit(
         torch.where(ok[:, None, None], source.stain_matrix, target.stain_matrix),
         torch.where(ok[:, None], source.max_concentration, target.max_concentration),
         torch.zeros_like(source.status),
     )
+
+
+def _seen_to_be_fitted(status: torch.Tensor) -> bool:
+    """True if all images are known to be fitted; those on a GPU are not looked at, as that would wait for it."""
+    return status.device.type == "cpu" and not status.any()
 
 
 def keep_degenerate(out: torch.Tensor, images: torch.Tensor, status: torch.Tensor) -> torch.Tensor:
