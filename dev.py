@@ -39,6 +39,7 @@ TRAIN = ("lightning_fabric", "torchmetrics", "matplotlib", "PIL", "rich")
 NEEDS = {
     "build": BUILD,
     "gpu": ("torch", "numpy", "setuptools"),
+    "gpu --simulate": (*BUILD, "pytest"),
     "demo": (*BUILD, *TRAIN),
     "test": (*BUILD, *TRAIN, "pytest", "pytest_benchmark", "hypothesis"),
     "bench": (*BUILD, "pytest", "pytest_benchmark"),
@@ -151,7 +152,8 @@ def main(arguments: Sequence[str]) -> int:
     if command == "gpu" and "--simulate" not in rest and not {"-h", "--help"} & {*rest} and not gpu_present():
         print("dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded.")
         return 1
-    python, environment = choose_python(command), project_environment()
+    simulated = command == "gpu" and "--simulate" in rest  # needs no driver, so no particular torch
+    python, environment = choose_python("gpu --simulate" if simulated else command), project_environment()
     if command == "lint":
         lint(python)
         return 0
