@@ -14,6 +14,18 @@
 
 namespace ernet {
 
+// Memory of PyTorch's allocator, without the dispatcher.
+inline torch::stable::Tensor allocated_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                                              torch::headeronly::ScalarType type, size_t bytes) {
+  AtenTensorHandle handle;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  code, aoti_torch_device_type_cpu(), 0, &handle));
+  torch::stable::Tensor tensor(handle);
+  if (cpu::map_buffers_poisoned() && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
+  return tensor;
+}
+
 // Without the dispatcher, which takes longer than all of a small image's arithmetic. The memory of large results is
 // that of others that were freed (cpu/map_buffers.h).
 inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
@@ -25,13 +37,7 @@ inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, const
     return torch::stable::from_blob(buffer, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     type, give_back);
   }
-  AtenTensorHandle handle;
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  code, aoti_torch_device_type_cpu(), 0, &handle));
-  torch::stable::Tensor tensor(handle);
-  if (cpu::map_buffers_poisoned() && bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, bytes);
-  return tensor;
+  return allocated_output(sizes, strides, type, bytes);
 }
 
 inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type,
@@ -43,6 +49,11 @@ inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, torch
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   return cpu_output(sizes, strides, type, element_size);
+}
+
+template <typename A>
+A* data_of(const torch::stable::Tensor& t) {
+  return static_cast<A*>(t.mutable_data_ptr());
 }
 
 }  // namespace ernet

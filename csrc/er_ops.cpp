@@ -1,12 +1,11 @@
 // The ER operators: schemas, argument checks and the CPU implementation. Autograd and fake kernels are in
 // ernet_fast/er/_ops.py; the GPU implementation is Triton, in ernet_fast/er/.
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "er_maps.h"
+#include "er_passes.h"
 
 namespace ernet {
 namespace {
@@ -17,43 +16,26 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& x, bool per_sample) {
   const MapShape shape = checker.shape(per_sample);
   Tensor mean = like_channels(x, channel_sizes(shape), storage);
   Tensor var = like_channels(x, channel_sizes(shape), storage);
-  const int64_t partials = shape.groups() * cpu::slabs_per_group(shape) * 2 * shape.C;
-  const std::unique_ptr<double[]> partial = partial_results(partials, x.numel() == 0);
-  const cpu::ChannelMoments args{shape, x.const_data_ptr(), partial.get()};
-  if (x.numel() > 0) {
-    const auto loop = cpu::er_loops().channel_moments[static_cast<int>(storage)];
-    torch::stable::parallel_for(0, cpu::reduce_items(shape), grain(shape, 1, true),
-                                [&](int64_t begin, int64_t end) { loop(args, begin, end); });
-  }
   if (storage == Storage::f64) {
-    cpu::merge_moments(args, static_cast<double*>(mean.mutable_data_ptr()),
-                       static_cast<double*>(var.mutable_data_ptr()));
+    MomentsPass<double>(shape, storage, x, data_of<double>(mean), data_of<double>(var)).whole();
   } else {
-    cpu::merge_moments(args, static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(var.mutable_data_ptr()));
+    MomentsPass<float>(shape, storage, x, data_of<float>(mean), data_of<float>(var)).whole();
   }
   return {mean, var};
 }
 
 Tensor weighted_sum(const std::vector<Tensor>& maps, const Tensor& a, const std::optional<Tensor>& b, bool relu) {
-  STD_TORCH_CHECK(!maps.empty(), "ernet: maps must hold at least one map");
-  MapChecker checker(maps[0], "maps[0]");
+  const MapChecker checker = checked_maps(maps);
   const Storage storage = storage_of(maps[0], "maps");
-  for (size_t i = 1; i < maps.size(); ++i) checker.add(maps[i], ("maps[" + std::to_string(i) + "]").c_str());
   const MapShape shape = checker.shape(a.dim() == 3);
   std::vector<int64_t> sizes = channel_sizes(shape);
   const void* b_data = b.has_value() ? coefficients(*b, "b", sizes, storage) : nullptr;
   sizes.insert(sizes.begin(), static_cast<int64_t>(maps.size()));
   const void* a_data = coefficients(a, "a", sizes, storage);
-  Tensor y = empty_map_like(maps[0]);
   const std::vector<const void*> data = pointers(maps);
-  const cpu::WeightedSum args{
-      shape, static_cast<int64_t>(maps.size()), data.data(), a_data, b_data, y.mutable_data_ptr(), relu, streams(y)};
-  if (y.numel() > 0) {
-    const auto loop = cpu::er_loops().weighted_sum[static_cast<int>(storage)];
-    torch::stable::parallel_for(0, cpu::sum_items(shape), grain(shape, args.num_maps, false),
-                                [&](int64_t begin, int64_t end) { loop(args, begin, end); });
-  }
-  return y;
+  const SumPass sum(shape, storage, maps[0], data, a_data, b_data, relu);
+  sum.whole();
+  return sum.y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vector<Tensor>& maps,
@@ -68,28 +50,13 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
   Tensor db = like_channels(dy, sizes, storage);
   sizes.insert(sizes.begin(), static_cast<int64_t>(maps.size()));
   Tensor da = like_channels(dy, sizes, storage);
-  Tensor g = y.has_value() ? empty_map_like(dy) : torch::stable::new_empty(dy, std::vector<int64_t>{0});
   const std::vector<const void*> data = pointers(maps);
-  const int64_t rows = static_cast<int64_t>(maps.size()) + 1;
-  const int64_t partials = shape.groups() * cpu::slabs_per_group(shape) * rows * shape.C;
-  const std::unique_ptr<double[]> partial = partial_results(partials, dy.numel() == 0);
-  const cpu::WeightedDot args{shape,
-                              rows - 1,
-                              dy.const_data_ptr(),
-                              y.has_value() ? y->const_data_ptr() : nullptr,
-                              y.has_value() ? g.mutable_data_ptr() : nullptr,
-                              data.data(),
-                              partial.get(),
-                              y.has_value() && streams(g)};
-  if (dy.numel() > 0) {
-    const auto loop = cpu::er_loops().weighted_dot[static_cast<int>(storage)];
-    torch::stable::parallel_for(0, cpu::reduce_items(shape), grain(shape, rows, true),
-                                [&](int64_t begin, int64_t end) { loop(args, begin, end); });
-  }
+  Tensor g = y.has_value() ? empty_map_like(dy) : torch::stable::new_empty(dy, std::vector<int64_t>{0});
+  void* const g_data = y.has_value() ? g.mutable_data_ptr() : nullptr;
   if (storage == Storage::f64) {
-    cpu::merge_dot(args, static_cast<double*>(da.mutable_data_ptr()), static_cast<double*>(db.mutable_data_ptr()));
+    DotPass<double>(shape, storage, dy, y, g_data, data, data_of<double>(da), data_of<double>(db)).whole();
   } else {
-    cpu::merge_dot(args, static_cast<float*>(da.mutable_data_ptr()), static_cast<float*>(db.mutable_data_ptr()));
+    DotPass<float>(shape, storage, dy, y, g_data, data, data_of<float>(da), data_of<float>(db)).whole();
   }
   return {da, db, g};
 }

@@ -55,27 +55,33 @@ struct BlockCoefficients {
   A* b;  // [C]
 };
 
+// What block l owes its weights of an earlier map i, and that map: from the gradients of a_i and b of its sum.
 template <typename A>
-struct BlockCoefficientsBackward {
-  int64_t index;
+struct PairGradient {
   int64_t C;
-  const double* table;
-  const A* da;  // [l + 1][C], or null where the block's output has no gradient
+  const double* row;  // of map i in the table
+  double* totals;     // of map i, [kTotalRows][C]: added to
+  const A* weight;    // [C] each
+  const A* da;
   const A* db;
-  double* totals;  // [> l][kTotalRows][C]: added to; row l is final before this call's own share
-  double count;
-
-  BranchNorm norm;
-  const A* weight;
-  const A* running_mean;  // [l][C], read if use_running
+  const A* running_mean;  // null: map i was normalised with its measured moments
   const A* running_var;
-  bool use_running;
   double eps;
+  A* dweight;
+};
 
-  A* dweight;  // [l][C], or null
-  A* dgamma;   // [C], or null
+// The gradients of a map's scale and shift become those of gamma, beta, mean and variance.
+template <typename A>
+struct OwnGradient {
+  int64_t C;
+  const double* row;     // of the map in the table
+  const double* totals;  // of the map: what all later blocks owe to it
+  const A* da;           // of its own block's sum, or null where the block's output has no gradient
+  const A* db;
+  BranchNorm norm;
+  A* dgamma;  // [C], or null
   A* dbeta;
-  double* dmoments;  // [2][C]: gradients of mean and var
+  double* dmoments;  // [2][C]: gradients of mean and variance
 };
 
 // dz = k1 z + k0 for the gradients of mean and variance: k1 = 2 dvar / count, k0 = dmean / count - k1 mean.
@@ -93,8 +99,10 @@ struct CoefficientLoops {
   // Channels [begin, end).
   void (*forward_f32)(const BlockCoefficients<float>&, int64_t begin, int64_t end);
   void (*forward_f64)(const BlockCoefficients<double>&, int64_t begin, int64_t end);
-  void (*backward_f32)(const BlockCoefficientsBackward<float>&, int64_t begin, int64_t end);
-  void (*backward_f64)(const BlockCoefficientsBackward<double>&, int64_t begin, int64_t end);
+  void (*pair_f32)(const PairGradient<float>&, int64_t begin, int64_t end);
+  void (*pair_f64)(const PairGradient<double>&, int64_t begin, int64_t end);
+  void (*own_f32)(const OwnGradient<float>&, int64_t begin, int64_t end);
+  void (*own_f64)(const OwnGradient<double>&, int64_t begin, int64_t end);
   void (*gradient_f32)(const MomentsGradient<float>&, int64_t begin, int64_t end);
   void (*gradient_f64)(const MomentsGradient<double>&, int64_t begin, int64_t end);
 };

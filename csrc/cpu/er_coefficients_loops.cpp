@@ -115,24 +115,23 @@ void forward_chunk(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   for (int64_t c = 0; c < n; ++c) b[c] = static_cast<A>(constant[c]);
 }
 
-// Gradients that block l owes its weights and earlier map i, from da_i and db.
 template <typename A>
-void backward_pair(const BlockCoefficientsBackward<A>& args, int64_t i, int64_t c0, int64_t n) {
-  const double* __restrict row = args.table + i * kTableRows * args.C + c0;
-  double* __restrict total = args.totals + i * kTotalRows * args.C + c0;
-  const A* __restrict weight = args.weight + i * args.C + c0;
-  const A* __restrict da = args.da + i * args.C + c0;
-  const A* __restrict db = args.db + c0;
-  A* __restrict dweight = args.dweight + i * args.C + c0;
+void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
+  const double* __restrict row = args.row;
+  double* __restrict total = args.totals;
+  const A* __restrict weight = args.weight;
+  const A* __restrict da = args.da;
+  const A* __restrict db = args.db;
+  A* __restrict dweight = args.dweight;
   double *dscale = total + kDScale * args.C, *dshift = total + kDShift * args.C, *dmean = total + kDMean * args.C,
          *dvar = total + kDVar * args.C;
   const double *scale = row + kScale * args.C, *shift = row + kShift * args.C, *mean = row + kMean * args.C,
                *norm = row + kNorm * args.C;
-  if (args.use_running) {
-    const A* __restrict running_mean = args.running_mean + i * args.C + c0;
-    const A* __restrict running_var = args.running_var + i * args.C + c0;
+  if (args.running_mean != nullptr) {
+    const A* __restrict running_mean = args.running_mean;
+    const A* __restrict running_var = args.running_var;
 #pragma GCC ivdep
-    for (int64_t c = 0; c < n; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       const double s = inverse_sqrt(static_cast<double>(running_var[c]) + args.eps), w = static_cast<double>(weight[c]);
       const double d = static_cast<double>(da[c]), constant = static_cast<double>(db[c]);
       dweight[c] = static_cast<A>(s * (scale[c] * d + (shift[c] - static_cast<double>(running_mean[c])) * constant));
@@ -142,7 +141,7 @@ void backward_pair(const BlockCoefficientsBackward<A>& args, int64_t i, int64_t 
     return;
   }
 #pragma GCC ivdep
-  for (int64_t c = 0; c < n; ++c) {
+  for (int64_t c = begin; c < end; ++c) {
     const double w = static_cast<double>(weight[c]), constant = static_cast<double>(db[c]);
     const double factor = norm[c] * scale[c];
     const double centred = static_cast<double>(da[c]) - mean[c] * constant;
@@ -154,25 +153,23 @@ void backward_pair(const BlockCoefficientsBackward<A>& args, int64_t i, int64_t 
   }
 }
 
-// Gradients of the map's own scale and shift become those of gamma, beta, mean and variance.
 template <typename A>
-void backward_own(const BlockCoefficientsBackward<A>& args, int64_t c0, int64_t n) {
-  const double* __restrict row = args.table + args.index * kTableRows * args.C + c0;
-  double* __restrict total = args.totals + args.index * kTotalRows * args.C + c0;
+void own_chunk(const OwnGradient<A>& args, int64_t c0, int64_t n) {
+  const double* __restrict row = args.row + c0;
+  const double* __restrict total = args.totals + c0;
   const double *scale = row + kScale * args.C, *rstd = row + kRstd * args.C, *centre = row + kCentre * args.C;
   double* __restrict dmean = args.dmoments + c0;
   double* __restrict dvar = args.dmoments + args.C + c0;
-  const bool reached = args.da != nullptr, batch = args.norm == BranchNorm::batch;
   double dscale[kChunk], dshift[kChunk], own[kChunk], constant[kChunk];
-  read(own, reached ? args.da + args.index * args.C + c0 : nullptr, 0.0, n);
-  read(constant, reached ? args.db + c0 : nullptr, 0.0, n);
+  read(own, args.da == nullptr ? nullptr : args.da + c0, 0.0, n);
+  read(constant, args.da == nullptr ? nullptr : args.db + c0, 0.0, n);
   for (int64_t c = 0; c < n; ++c) {
     dshift[c] = total[kDShift * args.C + c] + constant[c];
     dscale[c] = total[kDScale * args.C + c] + own[c] - centre[c] * dshift[c];
     dmean[c] = total[kDMean * args.C + c];
     dvar[c] = total[kDVar * args.C + c];
   }
-  if (batch) {
+  if (args.norm == BranchNorm::batch) {
     for (int64_t c = 0; c < n; ++c) {
       dmean[c] -= scale[c] * dshift[c];
       dvar[c] -= 0.5 * dscale[c] * scale[c] * rstd[c] * rstd[c];
@@ -194,12 +191,8 @@ void forward(const BlockCoefficients<A>& args, int64_t begin, int64_t end) {
 }
 
 template <typename A>
-void backward(const BlockCoefficientsBackward<A>& args, int64_t begin, int64_t end) {
-  for (int64_t c = begin; c < end; c += kChunk) {
-    const int64_t n = end - c < kChunk ? end - c : kChunk;
-    for (int64_t i = 0; args.da != nullptr && i < args.index; ++i) backward_pair(args, i, c, n);
-    backward_own(args, c, n);
-  }
+void own(const OwnGradient<A>& args, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c += kChunk) own_chunk(args, c, end - c < kChunk ? end - c : kChunk);
 }
 
 template <typename A>
@@ -220,7 +213,7 @@ void gradient(const MomentsGradient<A>& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const CoefficientLoops coefficient_loops;
-const CoefficientLoops coefficient_loops = {forward<float>,   forward<double>, backward<float>,
-                                            backward<double>, gradient<float>, gradient<double>};
+const CoefficientLoops coefficient_loops = {forward<float>, forward<double>, pair<float>,     pair<double>,
+                                            own<float>,     own<double>,     gradient<float>, gradient<double>};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -77,28 +77,22 @@ inline void plane_tiles(const T* x, const MapShape& s, const ReduceItem& item, d
 }
 
 template <typename T, typename A>
-void planar(const ChannelMoments& args, int64_t begin, int64_t end) {
+void planar(const ChannelMoments& args, const ReduceItem& item) {
   const MapShape& s = args.shape;
-  for (int64_t i = begin; i < end; ++i) {
-    const ReduceItem item = reduce_item(s, i);
-    const T* x = static_cast<const T*>(args.x) + (item.begin * s.C + item.channel) * s.P;
-    double* mean = args.partial + item.slab * 2 * s.C + item.channel;
-    double* m2 = mean + s.C;
-    for (int64_t c = 0; c < item.channels; ++c) mean[c] = m2[c] = 0;
-    if (s.P <= kPlaneChunk) {
-      plane_tiles<T, A>(x, s, item, mean, m2);
-      continue;
-    }
-    for (int64_t c = 0; c < item.channels; ++c) {  // large planes: a slab is one sample
-      for (int64_t j = 0; j < s.P; j += kPlaneChunk) {
-        const int64_t count = s.P - j < kPlaneChunk ? s.P - j : kPlaneChunk;
-        const T* chunk = x + c * s.P + j;
-        Sums<A> sums;
-        sums.shift = mean_of<T, A>(chunk, count < kPlaneShift ? count : kPlaneShift);
-        add_row<T, A>(chunk, count, &sums);
-        merge(static_cast<double>(sums.shift), sum_lanes(sums.deviations), sum_lanes(sums.squares),
-              static_cast<double>(count), static_cast<double>(j), mean + c, m2 + c);
-      }
+  const T* x = static_cast<const T*>(args.x) + (item.begin * s.C + item.channel) * s.P;
+  double* mean = args.partial + item.slab * 2 * s.C + item.channel;
+  double* m2 = mean + s.C;
+  for (int64_t c = 0; c < item.channels; ++c) mean[c] = m2[c] = 0;
+  if (s.P <= kPlaneChunk) return plane_tiles<T, A>(x, s, item, mean, m2);
+  for (int64_t c = 0; c < item.channels; ++c) {  // large planes: a slab is one sample
+    for (int64_t j = 0; j < s.P; j += kPlaneChunk) {
+      const int64_t count = s.P - j < kPlaneChunk ? s.P - j : kPlaneChunk;
+      const T* chunk = x + c * s.P + j;
+      Sums<A> sums;
+      sums.shift = mean_of<T, A>(chunk, count < kPlaneShift ? count : kPlaneShift);
+      add_row<T, A>(chunk, count, &sums);
+      merge(static_cast<double>(sums.shift), sum_lanes(sums.deviations), sum_lanes(sums.squares),
+            static_cast<double>(count), static_cast<double>(j), mean + c, m2 + c);
     }
   }
 }
@@ -149,36 +143,43 @@ inline void pixel_tile(const T* x, int64_t stride, int64_t pixels, int64_t chann
 }
 
 template <typename T, typename A>
-void channels_last(const ChannelMoments& args, int64_t begin, int64_t end) {
+void channels_last(const ChannelMoments& args, const ReduceItem& item) {
   const MapShape& s = args.shape;
-  for (int64_t i = begin; i < end; ++i) {
-    const ReduceItem item = reduce_item(s, i);
-    double* mean = args.partial + item.slab * 2 * s.C + item.channel;
-    double* m2 = mean + s.C;
-    for (int64_t c = 0; c < item.channels; ++c) mean[c] = m2[c] = 0;
-    for (int64_t p = 0; p < item.count; p += kTilePixels) {
-      const int64_t pixels = item.count - p < kTilePixels ? item.count - p : kTilePixels;
-      const T* x = static_cast<const T*>(args.x) + (item.begin + p) * s.C + item.channel;
-      pixel_tile<T, A>(x, s.C, pixels, item.channels, static_cast<double>(p), mean, m2);
-    }
+  double* mean = args.partial + item.slab * 2 * s.C + item.channel;
+  double* m2 = mean + s.C;
+  for (int64_t c = 0; c < item.channels; ++c) mean[c] = m2[c] = 0;
+  for (int64_t p = 0; p < item.count; p += kTilePixels) {
+    const int64_t pixels = item.count - p < kTilePixels ? item.count - p : kTilePixels;
+    const T* x = static_cast<const T*>(args.x) + (item.begin + p) * s.C + item.channel;
+    pixel_tile<T, A>(x, s.C, pixels, item.channels, static_cast<double>(p), mean, m2);
   }
+}
+
+template <typename T>
+inline void measure(const ChannelMoments& args, const ReduceItem& item) {
+  using A = typename Accumulate<T>::type;
+  args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
 }
 
 }  // namespace
 
 template <typename T>
 void channel_moments(const ChannelMoments& args, int64_t begin, int64_t end) {
-  using A = typename Accumulate<T>::type;
-  if (args.shape.channels_last) {
-    channels_last<T, A>(args, begin, end);
-  } else {
-    planar<T, A>(args, begin, end);
-  }
+  for (int64_t i = begin; i < end; ++i) measure<T>(args, reduce_item(args.shape, i));
+}
+
+template <typename T>
+void channel_moments_strip(const ChannelMoments& args, const Strip& strip) {
+  over_strip(args.shape, strip, [&](const ReduceItem& item) { measure<T>(args, item); });
 }
 
 template void channel_moments<float>(const ChannelMoments&, int64_t, int64_t);
+template void channel_moments_strip<float>(const ChannelMoments&, const Strip&);
 template void channel_moments<double>(const ChannelMoments&, int64_t, int64_t);
+template void channel_moments_strip<double>(const ChannelMoments&, const Strip&);
 template void channel_moments<bf16>(const ChannelMoments&, int64_t, int64_t);
+template void channel_moments_strip<bf16>(const ChannelMoments&, const Strip&);
 template void channel_moments<f16>(const ChannelMoments&, int64_t, int64_t);
+template void channel_moments_strip<f16>(const ChannelMoments&, const Strip&);
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ernet_fast.er import _ops
 from ernet_fast.er._autograd import forbid_double_backward, relu_gradient
+from ernet_fast.er._backward_passes import BackwardPasses
 from ernet_fast.er.across_processes import ProcessGroup, add_up
 from ernet_fast.er.coefficients import (
     MEAN_ROW,
@@ -44,11 +45,7 @@ class BackwardPass:
 
 
 class StageRecord:
-    """What the nodes of one forward pass share: C-vectors, never a map, so that saved tensors alone keep maps alive.
-
-    What one backward pass leaves is filed under its number, so a second pass over a retained graph, or one that reaches
-    only a part of the stage, never sees anything stale.
-    """
+    """What the nodes of one forward pass share: C-vectors, never a map, so that saved tensors alone keep maps alive."""
 
     def __init__(self, z: Tensor, num_maps: int, eps: float, group: ProcessGroup | None) -> None:
         self.eps, self.group = eps, group
@@ -60,25 +57,7 @@ class StageRecord:
         self.measured: list[bool] = []
         self.count: Tensor | None = None  # values a channel, where they are spread over processes
         self.vectors = False  # gradients depend on da and db
-        self.first_node = -1  # the map whose node runs last in backward
-        self._passes: dict[int, BackwardPass] = {}
-
-    def backward_pass(self) -> BackwardPass:
-        """What has been left in the backward pass that runs now; forgotten when it ends."""
-        number = torch._C._current_graph_task_id()
-        found = self._passes.get(number)
-        if found is None:
-            found = self._passes[number] = BackwardPass(new_totals(self.table))
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._forget(number))
-        return found
-
-    def node_done(self, index: int) -> None:
-        """Free what the running backward pass has left, if the node of map `index` is the last one."""
-        if index == self.first_node:
-            self._forget(torch._C._current_graph_task_id())
-
-    def _forget(self, number: int) -> None:
-        self._passes.pop(number, None)
+        self.passes = BackwardPasses(lambda: BackwardPass(new_totals(self.table)))
 
     def gradients(
         self,
@@ -165,11 +144,11 @@ class Opening(torch.autograd.Function):
     def backward(ctx: Any, _token: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, None, None]:
         forbid_double_backward()
         record, index = ctx.record, ctx.index
-        current = record.backward_pass()
+        current = record.passes.current()
         (z,) = ctx.saved_tensors
         rows, k0, *_ = record.gradients(current, index, BranchNorm.NONE, NO_SHORTCUT, None, dz is not None)
         result = record.map_gradient(current, index, rows, k0, z, dz)
-        record.node_done(index)
+        record.passes.node_done(index)
         return result, None, None
 
 
@@ -206,7 +185,7 @@ class Block(torch.autograd.Function):
         weight, *maps = ctx.saved_tensors
         running = (maps.pop(0), maps.pop(0)) if ctx.use_running else (None, None)
         y = maps.pop() if ctx.relu else None
-        current = record.backward_pass()
+        current = record.passes.current()
         dots = None
         if dy is not None:
             dy = _ops.in_layout(dy, record.layout)
@@ -219,7 +198,7 @@ class Block(torch.autograd.Function):
         shortcut = ShortcutArguments(weight, running[0], running[1], None, ctx.use_running, None)
         rows, k0, *vectors = record.gradients(current, index, ctx.norm, shortcut, dots, False)
         dz = record.map_gradient(current, index, rows, k0, maps[-1]) if ctx.needs_input_grad[0] else None
-        record.node_done(index)
+        record.passes.node_done(index)
         dvectors = [
             v.to(dtype) if dtype is not None and v.numel() else None
             for v, dtype in zip(vectors[:3], ctx.dtypes, strict=True)

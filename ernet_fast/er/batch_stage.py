@@ -15,35 +15,14 @@ from ernet_fast.er.coefficients import (
     NormArguments,
     ShortcutArguments,
     block_coefficients,
+    count_changes,
+    with_contiguous_vectors,
 )
 
 
 def one_call_serves(x: Tensor) -> bool:
     """True if the operators of `coefficients` serve x; compiled and exported programs trace plain PyTorch instead."""
     return _ops.serves(x) and not torch.compiler.is_compiling()
-
-
-def _count_changes(norm: NormArguments, shortcut: ShortcutArguments) -> None:
-    """Let autograd know which running statistics were moved, as in-place operators of PyTorch do."""
-    changed: list[Tensor | None] = []
-    if norm.norm == BranchNorm.BATCH:
-        changed += [norm.mean, norm.var, norm.batches]
-    if not shortcut.use_running:
-        changed += [shortcut.running_mean, shortcut.running_var, shortcut.batches]
-    tracked = [t for t in changed if t is not None and not t.is_inference()]
-    if tracked:
-        torch.autograd.graph.increment_version(tracked)
-
-
-def _contiguous(norm: NormArguments, shortcut: ShortcutArguments) -> tuple[NormArguments, ShortcutArguments]:
-    """The same with weights that the operators take; parameters need not be contiguous."""
-    if not (shortcut.weight is None or shortcut.weight.is_contiguous()):
-        shortcut = shortcut._replace(weight=shortcut.weight.contiguous())
-    if not (norm.gamma is None or norm.gamma.is_contiguous()):
-        norm = norm._replace(gamma=norm.gamma.contiguous())
-    if not (norm.beta is None or norm.beta.is_contiguous()):
-        norm = norm._replace(beta=norm.beta.contiguous())
-    return norm, shortcut
 
 
 class BatchStage:
@@ -81,7 +60,7 @@ class BatchStage:
         A last map needs no `measure`.
         """
         z = self._prepare(z)
-        norm, shortcut = _contiguous(norm, shortcut)
+        norm, shortcut = with_contiguous_vectors(norm, shortcut)
         if torch.is_grad_enabled():
             vectors = (shortcut.weight, norm.gamma, norm.beta)
             learning = any(v is not None and v.requires_grad for v in vectors)
@@ -120,7 +99,7 @@ class BatchStage:
             *shortcut,
             self.eps,
         )
-        _count_changes(norm, shortcut)
+        count_changes(norm, shortcut)
         self.maps.append(z.detach())
         record.a.append(a)
         record.measured.append(mean is not None)
@@ -139,5 +118,5 @@ class BatchStage:
 
     def _add_token(self, token: Tensor) -> None:
         if not self.tokens:
-            self.record.first_node = len(self.maps) - 1
+            self.record.passes.last_node = len(self.maps) - 1
         self.tokens.append(token)

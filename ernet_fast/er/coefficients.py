@@ -66,6 +66,31 @@ NO_SHORTCUT = ShortcutArguments(None, None, None, None, False, 0.0)
 NO_NORM = NormArguments(BranchNorm.NONE, None, None, None, None, None, 0.0, 0.0)
 
 
+def count_changes(norm: NormArguments, shortcut: ShortcutArguments) -> None:
+    """Let autograd know which running statistics were moved, as in-place operators of PyTorch do."""
+    changed: list[Tensor | None] = []
+    if norm.norm == BranchNorm.BATCH:
+        changed += [norm.mean, norm.var, norm.batches]
+    if not shortcut.use_running:
+        changed += [shortcut.running_mean, shortcut.running_var, shortcut.batches]
+    tracked = [t for t in changed if t is not None and not t.is_inference()]
+    if tracked:
+        torch.autograd.graph.increment_version(tracked)
+
+
+def with_contiguous_vectors(
+    norm: NormArguments, shortcut: ShortcutArguments
+) -> tuple[NormArguments, ShortcutArguments]:
+    """The same with weights that the operators take; parameters need not be contiguous."""
+    if not (shortcut.weight is None or shortcut.weight.is_contiguous()):
+        shortcut = shortcut._replace(weight=shortcut.weight.contiguous())
+    if not (norm.gamma is None or norm.gamma.is_contiguous()):
+        norm = norm._replace(gamma=norm.gamma.contiguous())
+    if not (norm.beta is None or norm.beta.is_contiguous()):
+        norm = norm._replace(beta=norm.beta.contiguous())
+    return norm, shortcut
+
+
 def new_table(like: Tensor, num_maps: int) -> Tensor:
     """The table of a stage of `num_maps` maps like `like` [N, C, H, W]."""
     return like.new_empty((num_maps, TABLE_ROWS, like.shape[1]), dtype=torch.float64)

@@ -22,6 +22,8 @@ from ernet_fast.er.statistics import (
     momentum_of,
     update_running,
 )
+from ernet_fast.er.whole_block import one_operator_serves
+from ernet_fast.er.whole_stage import WholeStage
 
 
 class StageMaps:
@@ -32,9 +34,17 @@ class StageMaps:
     naive composition.
     """
 
-    def __init__(self, *, fused: bool) -> None:
-        self.fused = fused
-        self._batch: BatchStage | None = None
+    def __init__(self, *, fused: bool, whole: bool = True) -> None:
+        """Prepare for a forward pass.
+
+        Args:
+            fused: see above.
+            whole: let a block's tail be one operator each way where there is one; otherwise, and on GPUs and over
+                processes, it is one operator a step.
+        """
+        self.fused, self.whole = fused, whole
+        self._batch: BatchStage | WholeStage | None = None
+        self._shortcuts: list[ERShortcut] = []  # in their order, where the stage knows their weights from its start
         self._maps: FusedMaps | None = None
         self._statistics: list[MapStatistics] = []
         self._xs: list[Tensor] = []
@@ -75,7 +85,12 @@ class StageMaps:
         per_group = shortcuts[0].norm == "group"
         self._measure = per_group or any(shortcut.normalises_with_batch() for shortcut in shortcuts)
         if _one_call_serves(x0, shortcuts):
-            self._batch = BatchStage(len(shortcuts) + 1, shortcuts[0].eps, measure=self._measure, group=group)
+            eps = shortcuts[0].eps
+            if self.whole and one_operator_serves(x0, group):
+                self._shortcuts = shortcuts
+                self._batch = WholeStage([shortcut.weight for shortcut in shortcuts], eps, measure=self._measure)
+            else:
+                self._batch = BatchStage(len(shortcuts) + 1, eps, measure=self._measure, group=group)
             return self._batch.open(x0, pass_on=True)
         self._maps = FusedMaps(per_sample=per_group)
         moments, x0 = self._maps.file(x0, measure=self._measure, pass_on=True)
@@ -143,8 +158,11 @@ class StageMaps:
             )
         return x.to(self._dtype)
 
-    def _add_to_batch(self, stage: BatchStage, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
+    def _add_to_batch(self, stage: BatchStage | WholeStage, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
         shortcut.check_maps_filed(len(stage.maps), z)
+        if all(other is not shortcut for other in self._shortcuts[len(stage.maps) - 1 : len(stage.maps)]):
+            if len(stage.maps) <= len(self._shortcuts):
+                raise ValueError(f"this is not the shortcut that map {len(stage.maps)} of the stage was started with.")
         norm = NO_NORM
         if _is_batch_norm(bn):
             if _spreads(bn) and stage.group is None:

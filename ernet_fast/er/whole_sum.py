@@ -1,10 +1,9 @@
 """The ER shortcut sum with norm="batch" as one operator each way, for maps on the CPU.
 
-    shortcut_sum            maps, weight -> y, and what backward needs: the table of the maps, a of the sum
+    er_block                of `whole_block`: maps, weight -> y, a of the sum, and the table of the maps
     shortcut_sum_backward   dy -> gradients of the earlier maps and of weight, and g, the gradient of the last map
 
-Same algebra and loops as those of a stage (`batch_stage`), with one call where that has one a map and a step, and one
-pass over g for the gradients of all maps.
+The maps are a stage whose last map alone is a block's. Backward is one pass over g for the gradients of all maps.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from ernet_fast.er import _ops
 from ernet_fast.er._autograd import forbid_double_backward
-from ernet_fast.er.coefficients import TABLE_ROWS, ShortcutArguments
+from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments, new_table
 from ernet_fast.er.statistics import momentum_of
+from ernet_fast.er.whole_block import er_block
 
 
 def one_operator_serves(x: Tensor, shortcut: ShortcutArguments) -> bool:
@@ -57,7 +57,7 @@ def whole_shortcut_sum(xs: Sequence[Tensor], shortcut: ShortcutArguments, eps: f
 
 
 class Options(NamedTuple):
-    """What `shortcut_sum` takes beside tensors."""
+    """What the sum is beside tensors."""
 
     use_running: bool
     momentum: float
@@ -69,7 +69,11 @@ def _forward(
     weight: Tensor, running: tuple[Tensor, Tensor] | None, options: Options, xs: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = running or (None, None)
-    return torch.ops.ernet.shortcut_sum.default(xs, _vectors(weight, xs[0]), mean, var, *options)
+    use_running, momentum, eps, relu = options
+    table = new_table(xs[0], len(xs))
+    shortcut = ShortcutArguments(_vectors(weight, xs[0]), mean, var, None, use_running, momentum)
+    y, a = er_block(xs, table, 0, not use_running, False, NO_NORM, shortcut, eps, relu)
+    return y, table, a
 
 
 def _vectors(weight: Tensor, x: Tensor) -> Tensor:
@@ -111,21 +115,6 @@ class _WholeSum(torch.autograd.Function):
         return dweight.to(weight.dtype), None, None, *gradients, (dy if y is None else g) if last else None
 
 
-def _sum_fake(
-    maps: list[Tensor],
-    weight: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_running: bool,
-    momentum: float,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = maps[0]
-    table = x.new_empty((len(maps), TABLE_ROWS, x.shape[1]), dtype=torch.float64)
-    return torch.empty_like(x), table, x.new_empty((len(maps), x.shape[1]), dtype=_ops.acc_dtype(x))
-
-
 def _backward_fake(
     dy: Tensor,
     maps: list[Tensor],
@@ -143,5 +132,4 @@ def _backward_fake(
 
 
 if _ops._COMPILED:
-    torch.library.register_fake("ernet::shortcut_sum", _sum_fake)
     torch.library.register_fake("ernet::shortcut_sum_backward", _backward_fake)

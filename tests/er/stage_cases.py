@@ -11,6 +11,9 @@ from ernet_fast import ERShortcut
 from ernet_fast.er.stage_maps import StageMaps
 
 CHANNELS = 6
+STEPS = " by steps"
+"""Of a stage whose blocks are not one operator each way, as on GPUs."""
+NORMS = [("batch", None), ("batch" + STEPS, None), ("group", 1), ("group", 3)]
 
 
 class Stage(nn.Module):
@@ -23,14 +26,14 @@ class Stage(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False) for _ in range(blocks))
         self.bns = nn.ModuleList(bn(CHANNELS) for _ in range(blocks))
         self.shortcuts = nn.ModuleList(
-            ERShortcut(CHANNELS, i + 1, norm=norm, num_groups=num_groups) for i in range(blocks)
+            ERShortcut(CHANNELS, i + 1, norm=norm.removesuffix(STEPS), num_groups=num_groups) for i in range(blocks)
         )
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.7)
-        self.fused = True
+        self.fused, self.whole = True, not norm.endswith(STEPS)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = StageMaps(fused=self.fused)
+        maps = StageMaps(fused=self.fused, whole=self.whole)
         y = maps.start(x.relu(), self.shortcuts)
         outputs = [y]
         for conv, bn, shortcut in zip(self.convs, self.bns, self.shortcuts, strict=True):
@@ -88,7 +91,8 @@ class Tails(nn.Module):
         super().__init__()
         self.bns = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(num_maps - 1))
         self.shortcuts = nn.ModuleList(
-            ERShortcut(channels, i + 1, norm=norm, num_groups=num_groups) for i in range(num_maps - 1)
+            ERShortcut(channels, i + 1, norm=norm.removesuffix(STEPS), num_groups=num_groups)
+            for i in range(num_maps - 1)
         )
         generator = torch.Generator().manual_seed(num_maps)
         for parameter in self.parameters():
@@ -96,10 +100,10 @@ class Tails(nn.Module):
         for name, buffer in self.named_buffers():  # running statistics worth using
             if buffer.is_floating_point():
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + (0.5 if name.endswith("var") else -0.5))
-        self.fused = True
+        self.fused, self.whole = True, not norm.endswith(STEPS)
 
     def forward(self, *zs: torch.Tensor) -> torch.Tensor:
-        maps = StageMaps(fused=self.fused)
+        maps = StageMaps(fused=self.fused, whole=self.whole)
         ys = [maps.start(zs[0], self.shortcuts, self.bns)]
         ys += [maps.add(z, bn, shortcut) for z, bn, shortcut in zip(zs[1:], self.bns, self.shortcuts, strict=True)]
         return torch.stack(ys)
@@ -111,6 +115,3 @@ def tails(num_maps: int, norm: str = "batch", num_groups: int | None = None) -> 
     naive = copy.deepcopy(fused)
     naive.fused = False
     return fused, naive
-
-
-NORMS = [("batch", None), ("group", 1), ("group", 3)]

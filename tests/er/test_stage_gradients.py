@@ -8,11 +8,11 @@ import threading
 import pytest
 import torch
 from er_cases import LAYOUTS, maps_like
-from stage_cases import CHANNELS, NORMS, Tails, assert_same, loss_of_all, pair, picture, tails
+from stage_cases import CHANNELS, NORMS, STEPS, Tails, assert_same, loss_of_all, pair, picture, tails
 from torch import nn
 from torch.func import functional_call
 
-from ernet_fast.er import _ops
+from ernet_fast.er import _ops, _whole_nodes
 from ernet_fast.er.stage_maps import StageMaps
 
 
@@ -75,13 +75,20 @@ def test_the_normalisation_depends_on_gamma_and_on_the_variance():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, layout):
+@pytest.mark.parametrize("norm", ["batch", "batch" + STEPS])
+def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, norm, layout):
     """Gradients towards maps alone, as of a frozen network: a sum for each map, and nothing is reduced."""
-    fused, naive = tails(4)
+    fused, naive = tails(4, norm)
     calls: list[str] = []
     for name in ("weighted_sum", "weighted_dot", "channel_moments"):
         original = getattr(_ops, name)
         monkeypatch.setattr(_ops, name, lambda *args, f=original, n=name, **kw: (calls.append(n), f(*args, **kw))[1])
+    backward = _whole_nodes.er_block_backward
+    monkeypatch.setattr(
+        _whole_nodes,
+        "er_block_backward",
+        lambda *args, **kw: (calls.append(f"dots={kw['dots']}"), backward(*args, **kw))[1],
+    )
     zs = maps_like((2, CHANNELS, 3, 5), 4, torch.float64, layout)
     gradients = []
     for module in (fused, naive):
@@ -89,7 +96,7 @@ def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, layout):
         leaves = [z.clone(memory_format=torch.preserve_format).requires_grad_() for z in zs]
         module(*leaves).square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
-    assert calls == ["weighted_sum"] * (3 + 4)
+    assert calls == (["dots=False"] * 4 if fused.whole else ["weighted_sum"] * (3 + 4))
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -207,7 +214,7 @@ def test_nan_and_infinity_go_where_they_go_in_the_naive_composition(norm, groups
         torch.testing.assert_close(a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0), rtol=1e-9, atol=1e-9)
     assert bool(found[0].isfinite().any()) and not bool(found[0].isfinite().all())
     ours, theirs = fused.bns[0].bias.grad, naive.bns[0].bias.grad
-    if norm == "batch" and training:
+    if norm.startswith("batch") and training:
         assert float(ours[2]) == zs[0].numel() / CHANNELS and bool(theirs[2].isnan())
     else:
         torch.testing.assert_close(ours.isfinite(), theirs.isfinite())

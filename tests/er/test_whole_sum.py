@@ -8,7 +8,7 @@ from er_cases import DTYPES, LAYOUTS, maps_like
 
 import ernet_fast
 from ernet_fast.er import _ops
-from ernet_fast.er.coefficients import TABLE_ROWS
+from ernet_fast.er.coefficients import NO_NORM, TABLE_ROWS, ShortcutArguments, new_table
 from ernet_fast.reference import er_shortcut_sum as reference
 
 OPS = torch.ops.ernet
@@ -76,7 +76,7 @@ def test_one_operator_each_way():
     with torch.profiler.profile() as profile:
         ernet_fast.er_shortcut_sum(xs, weight, relu=True).sum().backward()
     ours = {event.key: event.count for event in profile.key_averages() if event.key.startswith("ernet::")}
-    assert ours == {"ernet::shortcut_sum": 1, "ernet::shortcut_sum_backward": 1}
+    assert ours == {"ernet::er_block": 1, "ernet::shortcut_sum_backward": 1}
 
 
 def test_moved_running_statistics_invalidate_what_was_saved():
@@ -96,9 +96,11 @@ def test_opcheck(layout):
     mean, var = torch.randn(2, 3), torch.rand(2, 3)
     utils = ("test_schema", "test_faketensor")  # no autograd of their own: the function around them has it
     for running in ((None, None, False), (mean, var, False), (mean, var, True)):
-        arguments = ([x, y, z], weight, *running, 0.1, 1e-5, True)
-        torch.library.opcheck(OPS.shortcut_sum.default, arguments, test_utils=utils)
-        _, table, a = OPS.shortcut_sum(*arguments)
+        table = new_table(x, 3)
+        shortcut = ShortcutArguments(weight, *running[:2], None, running[2], 0.1)
+        arguments = ([x, y, z], table, 0, not running[2], False, *NO_NORM, *shortcut, 1e-5, True)
+        torch.library.opcheck(OPS.er_block.default, arguments, test_utils=utils)
+        _, a = OPS.er_block(*arguments)
         used = (mean, var) if running[2] else (None, None)
         for mask, needed in ((z, [True, True]), (None, [False, True])):
             backward = (x, [x, y], mask, weight, table, a, *used, 1e-5, needed)
@@ -110,7 +112,8 @@ def test_operators_name_what_is_wrong():
     table, a = torch.ones(2, TABLE_ROWS, 3, dtype=torch.float64), torch.ones(2, 3)
 
     def forward(maps=(x, x), weight=weight, mean=None, var=None, use=False):
-        return OPS.shortcut_sum(list(maps), weight, mean, var, use, 0.1, 1e-5, False)
+        shortcut = ShortcutArguments(weight, mean, var, None, use, 0.1)
+        return OPS.er_block(list(maps), table.clone(), 0, True, False, *NO_NORM, *shortcut, 1e-5, False)
 
     def backward(dy=x, maps=(x,), weight=weight, table=table, a=a, mean=None, needed=(True,)):
         return OPS.shortcut_sum_backward(dy, list(maps), None, weight, table, a, mean, None, 1e-5, list(needed))
