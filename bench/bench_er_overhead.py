@@ -20,17 +20,21 @@ from ernet_fast.er import _ops
 from ernet_fast.er.coefficients import (
     NO_NORM,
     NO_SHORTCUT,
+    BranchNorm,
+    NormArguments,
     ShortcutArguments,
     block_coefficients,
     block_coefficients_backward,
     new_table,
     new_totals,
 )
+from ernet_fast.er.whole_block import er_block, er_block_backward
 
 CHANNELS, NUM_MAPS = 64, 3
 BAR_US = 30
 COEFFICIENTS = ("block_coefficients", "block_coefficients_backward")
-OPERATORS = ("channel_moments", "weighted_sum", "weighted_dot", *COEFFICIENTS)
+BLOCK = ("er_block", "er_block_backward")
+OPERATORS = ("channel_moments", "weighted_sum", "weighted_dot", *COEFFICIENTS, *BLOCK)
 
 
 def coefficient_calls(maps: list[Tensor], weight: Tensor) -> dict[str, Callable[[], Any]]:
@@ -52,6 +56,21 @@ def coefficient_calls(maps: list[Tensor], weight: Tensor) -> dict[str, Callable[
     }
 
 
+def block_calls(maps: list[Tensor], weight: Tensor) -> dict[str, Callable[[], Any]]:
+    """The tail of the last block, forward and backward."""
+    table, index, dy, y, eps = new_table(maps[0], NUM_MAPS), NUM_MAPS - 1, maps[0], maps[1], 1e-5
+    shortcut = ShortcutArguments(weight, None, None, None, False, 0.1)
+    vectors = [torch.ones(CHANNELS) for _ in range(4)]
+    norm = NormArguments(BranchNorm.BATCH, *vectors, None, 0.1, eps)
+    _, a = er_block(maps, table, 0, True, True, norm, shortcut, eps, True)
+    return {
+        BLOCK[0]: lambda: er_block(maps, table, index, True, True, norm, shortcut, eps, True),
+        BLOCK[1]: lambda: er_block_backward(
+            index, maps[-1], dy, y, a, [], None, table, norm.norm, eps, dots=True, measured=True, needed=True
+        ),
+    }
+
+
 def calls() -> dict[str, Callable[[], Any]]:
     """The calls by name, and the addition under the name "add"."""
     maps = [torch.randn(1, CHANNELS, 7, 7) for _ in range(NUM_MAPS)]
@@ -66,6 +85,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "weighted_sum": lambda: _ops.weighted_sum(maps, a, b, True),
         "weighted_dot": lambda: _ops.weighted_dot(maps[0], maps, maps[1]),
         **coefficient_calls(maps, weight),
+        **block_calls(maps, weight),
         "er_shortcut_sum, training": lambda: er_shortcut_sum(maps, weight, relu=True),
         "er_shortcut_sum, evaluation": lambda: er_shortcut_sum(maps, weight, relu=True, **evaluation),
         "ERShortcut, evaluation": lambda: module(maps),

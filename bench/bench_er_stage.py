@@ -63,7 +63,8 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         step()
     times = in_turns(steps, rounds=15, budget=4.0)
     milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    must_move = map_accesses(shape.num_maps) * maps.map_bytes
+    accesses = map_accesses(shape.num_maps, strips=layout == "contiguous")
+    must_move = accesses * maps.map_bytes
     seconds_per_byte = copy_seconds_per_byte(maps_touched(shape.num_maps) * maps.map_bytes)
     cached = 1e3 * must_move * copy_seconds_per_byte((shape.num_maps + 2) * maps.map_bytes)
     system = {name: system_work(steps[name]) for name in steps}
@@ -87,7 +88,7 @@ def test_stage_tails(record_row, with_compiled, torch_threads, stage, batch, lay
         **{f"faults_{name}": work.page_faults for name, work in system.items()},
         **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
         **{f"in_{name}_ms": value for name, value in operator_milliseconds(steps["fused"]).items()},
-        map_accesses=map_accesses(shape.num_maps),
+        map_accesses=accesses,
         bar=["share_of_floor >= 0.75", *(["ratio_naive >= 6"] if stage == STAGE_101 else [])],
     )
 

@@ -113,17 +113,12 @@ def bytes_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str:
 
 def operators_of_tails_table(rows: Sequence[Row]) -> str:
     """Where the fused pass spends its time; the rest is Python, autograd and allocation."""
-    columns = {
-        "moments": ("channel_moments",),
-        "sums": ("weighted_sum",),
-        "dots": ("weighted_dot",),
-        "C-vectors": ("block_coefficients", "block_coefficients_backward"),
-    }
+    columns = {"blocks forward": "er_block", "maps backward": "er_block_backward"}
     lines = []
     for setting in settings(rows):
         for row in with_setting(rows, setting):
             info = row.extra_info
-            times = [sum(info.get(f"in_{name}_ms", 0.0) for name in names) for names in columns.values()]
+            times = [info.get(f"in_{name}_ms", 0.0) for name in columns.values()]
             whole = info.get("in_call_ms")
             if whole is not None:
                 parts = [whole, *times, whole - sum(times)]

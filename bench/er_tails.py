@@ -2,10 +2,13 @@
 
 The map accesses (reads + writes of one map) of forward + backward of a stage of L maps, in the fused design:
 
-    forward   moments 1 a map, weighted sums  sum_l (l + 2)
-    backward  dots    sum_l (l + 1 + 3),  map gradients  sum_i (L - max(i, 1) + 2), and 1 for the gradient of y_0
+    forward   of block l      z_0 ... z_l, y_l:  l + 2
+    backward  of map i >= 1   dy_i, y_i, z_i, dz_i, and the dy of the blocks after:  4 + (L - 1 - i)
+              of x_0          x_0, dx_0, what it gets from the branch of block 1, and L - 1 dy:  L + 2
 
-with l = 1 ... L - 1 and i = 0 ... L - 1. The last 1 is the gradient that x_0 gets from the branch of block 1.
+with l = 1 ... L - 1, where all of it is done strip of channels by strip of channels (contiguous maps). Channels-last,
+passes go over whole maps, and some are read twice: forward every map, for its moments; backward dy_i and z_i, for the
+dots and for dz_i; and z_{i-1} is read beside the dy, whose dots with it are needed next: 3 more.
 """
 
 from __future__ import annotations
@@ -107,15 +110,15 @@ def train_tails(tails: nn.Module, maps: TailMaps) -> None:
     tails(maps.zs[0]).backward(maps.dys[-1])
 
 
-def map_accesses(num_maps: int) -> int:
+def map_accesses(num_maps: int, *, strips: bool) -> int:
     """Reads and writes of one map that the fused design makes in forward + backward; see the module's docstring."""
     blocks = range(1, num_maps)
-    forward = num_maps + sum(block + 2 for block in blocks)
-    dots = sum(block + 1 + 3 for block in blocks)
-    gradients = sum(num_maps - max(i, 1) + 2 for i in range(num_maps)) + 1
-    return forward + dots + gradients
+    once = sum(block + 2 for block in blocks) + sum(4 + num_maps - 1 - i for i in blocks) + num_maps + 2
+    if strips:
+        return once
+    return once + num_maps + 3 * len(blocks)
 
 
 def maps_touched(num_maps: int) -> int:
-    """How many maps there are in a pass, its working set: all z, dy and dz, and y and g of every block."""
-    return 5 * num_maps - 2
+    """How many maps there are in a pass, its working set: z, dy and dz of every map, and y of every block."""
+    return 4 * num_maps - 1

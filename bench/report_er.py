@@ -42,11 +42,12 @@ under `torch.compile`. Geometric means are over the four stages of ResNet-50.
 
 ![Milliseconds of the tails of each stage](er_speed.png)"""
 SPEED = """The floor is the bytes that the design must move over the copy bandwidth of the same run, measured at the
-working set of the pass: the 5 L - 2 maps that forward + backward touch. *In cache* is the same at the working set of
+working set of the pass: the 4 L - 1 maps that forward + backward touch. *In cache* is the same at the working set of
 one block, L + 2 maps, as though each block found in the caches what passes over others had left there. A share above
 100 % says that caches held some of the bytes from one pass to the next. GB/s are the bytes to move over the time."""
 BYTES = """In maps of the stage: what must move, and what the operators of each contestant read and write (every
-argument and result once an operator; for the compiled ones Inductor's own count). *Faults* are pages of new maps that
+argument and result once an operator, also where it passes over a map twice, as the fused ones do channels-last; for the
+compiled ones Inductor's own count). *Faults* are pages of new maps that
 the system had to map and clear in one pass."""
 PARTS = """Milliseconds within the operators, by the profiler, while the fused pass runs alone, again and again; the
 rest is Python, autograd and allocation, and what the profiler itself costs."""
