@@ -152,8 +152,8 @@ inline Tensor empty_map_like(const Tensor& map) {
 }
 
 // Outputs this large are written past the cache. A stage's maps do not fit there together, and an ordinary store of a
-// line that is not in the cache reads it first: a stage's tails take a tenth longer with 3 MiB maps that were out of the
-// cache, 13 % with 12 MiB and 30 % with 25 MiB.
+// line that is not in the cache reads it first: a stage's tails take a tenth longer with 3 MiB maps that were out of
+// the cache, 13 % with 12 MiB and 30 % with 25 MiB.
 constexpr size_t kStreamBytes = size_t{2} << 20;
 inline bool streams(const Tensor& map) {
   return static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size()) >= kStreamBytes;
