@@ -47,7 +47,7 @@ __device__ __forceinline__ void tile_moments(const Images& images, const ToFixed
     const int count = images.pixels - first < kPixels ? int(images.pixels - first) : kPixels;
     PixelGroup<T, kInterleaved> group;
     load_group<T, kInterleaved>(planes, first, count, aligned, group);
-    add_group<T, kInterleaved>(group, count, to_fixed, sums);
+    add_group<kInterleaved>(group, planes, first, count, to_fixed, sums);
   }
   write_partials(sums, partials + int64_t(blockIdx.x) * kPartials);
 }
@@ -56,9 +56,9 @@ template <bool kInterleaved>
 __global__ void __launch_bounds__(kThreads)
     moments_u8_kernel(const Images images, const int32_t fixed_offset, const int tissue_limit, int64_t* partials) {
   __shared__ int32_t fixed[256];
-  fill_fixed_table(fixed_offset, tissue_limit, fixed);
+  fill_fixed_table(fixed_offset, tissue_limit, 0, fixed);
   __syncthreads();
-  tile_moments<uint8_t, kInterleaved>(images, FixedOfByte{fixed}, partials);
+  tile_moments<uint8_t, kInterleaved>(images, FixedOfByte{level_table(fixed, 0)}, partials);
 }
 
 template <bool kInterleaved>

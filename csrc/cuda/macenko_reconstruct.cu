@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_c
     fill_light_table(job.od, 0, block.light);
     if (job.out.type != OutputType::image) fill_scaled_table(job.out, block.scaled);
     __syncthreads();
-    const ByteValues values = {{block.light, 0, 0, job.od, 0}, block.scaled};
+    const ByteValues values = {{level_table(block.light, 0), job.od, 0}, block.scaled};
     rebuild<ByteValues, kInterleaved>(shared, values, block.transform, job, image);
   } else {
     __syncthreads();

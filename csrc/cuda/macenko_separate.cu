@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_cons
   if constexpr (sizeof(T) == 1) fill_light_table(job.od, 0, block.light);
   __syncthreads();
   if constexpr (sizeof(T) == 1) {
-    const ByteValues values = {{block.light, 0, 0, job.od, 0}, nullptr};
+    const ByteValues values = {{level_table(block.light, 0), job.od, 0}, nullptr};
     separate<ByteValues, kInterleaved>(shared, values, block, job, image);
   } else {
     const FloatValues values = float_values(job.images.scale, job.io, job.what.alone[0]);

@@ -106,15 +106,15 @@ template <class T, bool kInterleaved>
 __device__ __forceinline__ Sums sums_of_thread(const StreamingJob& s, const SharedPixels<T>& shared) {
   Sums sums;
   const auto add_all = [&](const auto& to_fixed) {
-    for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t, int count) {
-      add_group<T, kInterleaved>(group, count, to_fixed, sums);
+    for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+      add_group<kInterleaved>(group, shared.planes, first, count, to_fixed, sums);
     });
   };
   if constexpr (sizeof(T) == 1) {
     int32_t* fixed = begin_shared().fixed;
-    fill_fixed_table(s.job.fixed_offset, s.job.p.tissue_limit, fixed);
+    fill_fixed_table(s.job.fixed_offset, s.job.p.tissue_limit, 0, fixed);
     __syncthreads();
-    add_all(FixedOfByte{fixed});
+    add_all(FixedOfByte{level_table(fixed, 0)});
   } else {
     add_all(FixedOfFloat{s.job.images.scale, 1 / s.job.p.io, s.job.p.beta});
   }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloa
   Reader reader;
   if constexpr (sizeof(T) == 1) {
     fill_light_table(s.job.od, 0, block.light);
-    reader = {block.light, 0, 0, s.job.od, s.job.p.tissue_limit};
+    reader = {level_table(block.light, 0), s.job.od, s.job.p.tissue_limit};
   } else {
     reader = {s.job.images.scale, 1 / s.job.p.io, s.job.p.beta};
   }

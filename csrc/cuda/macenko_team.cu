@@ -19,18 +19,22 @@ namespace {
 struct TeamShared {
   union {
     SumScratch sums;
-    uint32_t bins[2][kBins];
+    struct {
+      uint32_t bins[2][kBins];
+      Kept kept[2];
+    };
   };
-  union {
-    int32_t fixed[256];
-    Kept kept[2];
-  };
+  double od[256];  // of 8-bit levels
   FitState state;  // of the first block; the others have copies
   Counters counters;
-  ResolveScratch scratch;
-  int64_t totals[kPartials];
-  int64_t team_totals[kPartials];
-  Transform transform;
+  union {
+    struct {
+      int64_t totals[kPartials];
+      int64_t team_totals[kPartials];
+    };
+    ResolveScratch scratch;
+    Transform transform;
+  };
 };
 constexpr int64_t kTeamSharedBytes = (int64_t(sizeof(TeamShared)) + 15) / 16 * 16;
 constexpr int64_t kScaledBytes = 3 * 256 * int64_t(sizeof(float));
@@ -44,20 +48,20 @@ struct TeamJob {
   unsigned light_shift;
 };
 
-// Pointers into a block's shared memory.
+// Pointers into a block's shared memory. The table of levels holds fixed-point ODs while an image is loaded, and
+// logarithms from then on.
 struct Memory {
   TeamShared* shared;
-  float* light;
+  unsigned char* levels;
   float (*scaled)[256];
   uint8_t* pixels;
 };
 
 __device__ __forceinline__ Memory divide(unsigned char* memory, const TeamJob& t) {
-  unsigned char* light = memory + kTeamSharedBytes;
-  unsigned char* scaled = light + (int64_t(1024) << t.light_shift);
+  unsigned char* levels = memory + kTeamSharedBytes;
+  unsigned char* scaled = levels + (int64_t(1024) << t.light_shift);
   unsigned char* pixels = scaled + (t.out.type == OutputType::image ? 0 : kScaledBytes);
-  return {reinterpret_cast<TeamShared*>(memory), reinterpret_cast<float*>(light),
-          reinterpret_cast<float (*)[256]>(scaled), pixels};
+  return {reinterpret_cast<TeamShared*>(memory), levels, reinterpret_cast<float (*)[256]>(scaled), pixels};
 }
 
 // This block's pixels of an image: `count` from `begin`.
@@ -110,7 +114,7 @@ __device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, con
                                       threadIdx.x, blockDim.x};
   const Planes<uint8_t> to = local_planes<kInterleaved>(m.pixels, t.share);
   Sums sums;
-  const FixedOfByte to_fixed = {m.shared->fixed};
+  const FixedOfByte to_fixed = {level_table(m.levels, t.light_shift)};
   for_each_group<uint8_t, kInterleaved>(
       from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int64_t first, int count) {
 #pragma unroll
@@ -118,15 +122,17 @@ __device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, con
           uint8_t* plane = kInterleaved ? to.plane[0] + 3 * first + 16 * k : to.plane[k] + first;
           *reinterpret_cast<uint4*>(plane) = group.four(k);
         }
-        add_group<uint8_t, kInterleaved>(group, count, to_fixed, sums);
+        add_group<kInterleaved>(group, from.planes, first, count, to_fixed, sums);
       });
   store_sums(sums, m.shared->sums);
 }
 
 // The first block adds up the team's moments and starts the fit.
 template <class Team>
-__device__ __forceinline__ void begin_fit(const TeamJob& t, TeamShared& s) {
+__device__ __forceinline__ void begin_fit(const TeamJob& t, const Memory& m) {
+  TeamShared& s = *m.shared;
   __syncthreads();
+  fill_light_table(s.od, t.light_shift, reinterpret_cast<float*>(m.levels));
   if (threadIdx.x < kPartials) s.totals[threadIdx.x] = total_of_block(int(threadIdx.x), s.sums);
   Team::sync();
   if (Team::rank() != 0) return;
@@ -161,8 +167,8 @@ struct TeamCounts {
 
 // From the moments to the stains, pass by pass. Ends with the finished state in every block.
 template <class Team, bool kInterleaved>
-__device__ __forceinline__ void fit_pixels(const TeamJob& t, const SharedPixels<uint8_t>& local,
-                                           const ByteReader& reader, TeamShared& s) {
+__device__ __forceinline__ void fit_pixels(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
+                                           TeamShared& s) {
   for (;;) {
     Team::sync();
     if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
@@ -181,8 +187,7 @@ __device__ __forceinline__ void fit_pixels(const TeamJob& t, const SharedPixels<
 
 template <bool kInterleaved>
 __device__ __forceinline__ void rebuild_share(const TeamJob& t, int64_t image, const Share& share,
-                                              const SharedPixels<uint8_t>& local, const ByteReader& reader,
-                                              const Memory& m) {
+                                              const LocalPixels& local, const ByteReader& reader, const Memory& m) {
   const ByteValues values = {reader, m.scaled};
   const Transform& transform = m.shared->transform;
   const double io = t.job.p.io;
@@ -210,14 +215,14 @@ template <class Team, bool kInterleaved>
 __device__ __forceinline__ void normalize_image(const TeamJob& t, int64_t image, const Share& share,
                                                 const ByteReader& reader, const Memory& m) {
   TeamShared& s = *m.shared;
-  fill_fixed_table(t.job.fixed_offset, t.job.p.tissue_limit, s.fixed);
+  fill_fixed_table(t.job.fixed_offset, t.job.p.tissue_limit, t.light_shift, reinterpret_cast<int32_t*>(m.levels));
   __syncthreads();
   load_pixels<kInterleaved>(t, image, share, m);
   prefetch<kInterleaved>(t.job.images, image + Team::teams(), share);
-  begin_fit<Team>(t, s);
+  begin_fit<Team>(t, m);
   const Planes<uint8_t> planes = local_planes<kInterleaved>(m.pixels, t.share);
-  const SharedPixels<uint8_t> local = {
-      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, share.count, threadIdx.x, blockDim.x};
+  const LocalPixels local = {
+      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, int(share.count), int(threadIdx.x), int(blockDim.x)};
   fit_pixels<Team, kInterleaved>(t, local, reader, s);
   if (threadIdx.x == 0) {
     if (Team::rank() == 0) write_fit(t.job.fit, image, s.state);
@@ -235,10 +240,9 @@ template <class Team, bool kInterleaved>
 __device__ __forceinline__ void serve_images(const TeamJob& t) {
   ERNET_DYNAMIC_SHARED(memory);
   const Memory m = divide(memory, t);
-  fill_light_table(t.job.od, t.light_shift, m.light);
+  for (unsigned level = threadIdx.x; level < 256; level += blockDim.x) m.shared->od[level] = t.job.od[level];
   if (t.out.type != OutputType::image) fill_scaled_table(t.out, m.scaled);
-  const ByteReader reader = {m.light, t.light_shift, threadIdx.x & ((1u << t.light_shift) - 1), t.job.od,
-                             t.job.p.tissue_limit};
+  const ByteReader reader = {level_table(m.levels, t.light_shift), m.shared->od, t.job.p.tissue_limit};
   const Share share = share_of_block<Team>(t);
   for (int64_t image = Team::index(); image < t.job.images.count; image += Team::teams())
     normalize_image<Team, kInterleaved>(t, image, share, reader, m);

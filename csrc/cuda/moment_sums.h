@@ -19,18 +19,35 @@ struct Sums {
   int64_t product[6] = {0, 0, 0, 0, 0, 0};
 };
 
-__device__ __forceinline__ void add_pixel(int32_t r, int32_t g, int32_t b, Sums& s) {
-  if ((r | g | b) < 0) return;
-  s.count += 1;
-  s.sum[0] += r;
-  s.sum[1] += g;
-  s.sum[2] += b;
+// Of 16 pixels at most, whose ODs stay below 2^31 together.
+struct GroupSums {
+  int count = 0;
+  int32_t sum[3] = {0, 0, 0};
+};
+static_assert(16 * 6.9315 * macenko::kOdScale < 0x1p31, "sums of 16 fixed-point ODs are held in 32 bits");
+
+// Negative ODs are no tissue.
+__device__ __forceinline__ void add_pixel(int32_t r, int32_t g, int32_t b, GroupSums& group, Sums& s) {
+  const int32_t none = (r | g | b) >> 31;  // all bits, or no bit
+  r &= ~none;
+  g &= ~none;
+  b &= ~none;
+  group.count += 1 + none;
+  group.sum[0] += r;
+  group.sum[1] += g;
+  group.sum[2] += b;
   s.product[0] += int64_t(r) * r;
   s.product[1] += int64_t(r) * g;
   s.product[2] += int64_t(r) * b;
   s.product[3] += int64_t(g) * g;
   s.product[4] += int64_t(g) * b;
   s.product[5] += int64_t(b) * b;
+}
+
+__device__ __forceinline__ void add_sums(const GroupSums& group, Sums& s) {
+  s.count += group.count;
+#pragma unroll
+  for (int k = 0; k < 3; ++k) s.sum[k] += group.sum[k];
 }
 
 __device__ __forceinline__ int64_t sum_of_warp(int64_t value) {

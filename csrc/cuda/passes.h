@@ -28,7 +28,27 @@ struct SharedPixels {
   int64_t threads;
 };
 
+// The pixels of a block in its shared memory: planes at multiples of 16 bytes, and memory for a whole last group.
+struct LocalPixels {
+  Planes<const uint8_t> planes;
+  int pixels;
+  int thread;
+  int threads;
+};
+
 // Calls f(group, first, count) for this thread's groups.
+template <class T, bool kInterleaved, class F>
+__device__ __forceinline__ void for_each_group(const LocalPixels& local, const F& f) {
+  constexpr int kPixels = GroupSize<T>::value;
+  for (int first = local.thread * kPixels; first < local.pixels;
+       first += local.threads * kPixels) {  // 16 pixels an iteration
+    const int count = local.pixels - first < kPixels ? local.pixels - first : kPixels;
+    PixelGroup<T, kInterleaved> group;
+    load_group<T, kInterleaved>(local.planes, first, kPixels, true, group);
+    f(group, first, count);
+  }
+}
+
 template <class T, bool kInterleaved, class F>
 __device__ __forceinline__ void for_each_group(const SharedPixels<T>& shared, const F& f) {
   constexpr int kPixels = GroupSize<T>::value;
@@ -43,18 +63,42 @@ __device__ __forceinline__ void for_each_group(const SharedPixels<T>& shared, co
   }
 }
 
-template <class T, bool kInterleaved, class ToFixed>
-__device__ __forceinline__ void add_group(const PixelGroup<T, kInterleaved>& group, int count, const ToFixed& to_fixed,
-                                          Sums& sums) {
+// Adds up the pixels of a group: `count` from `first` of `planes`.
+template <bool kInterleaved, class ToFixed>
+__device__ __forceinline__ void add_group(const PixelGroup<uint8_t, kInterleaved>& group,
+                                          const Planes<const uint8_t>& planes, int64_t first, int count,
+                                          const ToFixed& to_fixed, Sums& sums) {
+  GroupSums added;
+  if (count == GroupSize<uint8_t>::value) {
 #pragma unroll
-  for (int i = 0; i < GroupSize<T>::value; ++i) {
+    for (int i = 0; i < GroupSize<uint8_t>::value; ++i)
+      add_pixel(to_fixed(group.get(i, 0)), to_fixed(group.get(i, 1)), to_fixed(group.get(i, 2)), added, sums);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = (first + i) * (kInterleaved ? 3 : 1);
+      add_pixel(to_fixed(planes.plane[0][at]), to_fixed(planes.plane[1][at]), to_fixed(planes.plane[2][at]), added,
+                sums);
+    }
+  }
+  add_sums(added, sums);
+}
+
+template <bool kInterleaved, class ToFixed>
+__device__ __forceinline__ void add_group(const PixelGroup<float, kInterleaved>& group, const Planes<const float>&,
+                                          int64_t, int count, const ToFixed& to_fixed, Sums& sums) {
+#pragma unroll
+  for (int i = 0; i < GroupSize<float>::value; ++i) {
     if (i < count) {
       bool invalid = false;
       const int32_t r = to_fixed(group.get(i, 0), invalid);
       const int32_t g = to_fixed(group.get(i, 1), invalid);
       const int32_t b = to_fixed(group.get(i, 2), invalid);
       sums.invalid += invalid;
-      add_pixel(r, g, b, sums);
+      if ((r | g | b) < 0) continue;
+      GroupSums added;
+      add_pixel(r, g, b, added, sums);
+      add_sums(added, sums);
     }
   }
 }
@@ -85,10 +129,10 @@ struct ExactKeys {
   double key[2];
 };
 
-template <class Reader, bool kInterleaved>
-__device__ __forceinline__ ExactKeys exact_keys(const SharedPixels<typename Reader::Value>& shared, int64_t pixel,
-                                                const Reader& reader, const PassKeys& keys, bool angles) {
-  const int64_t at = pixel * (kInterleaved ? 3 : 1);
+template <class Reader, bool kInterleaved, class Pixels, class Index>
+__device__ __forceinline__ ExactKeys exact_keys(const Pixels& shared, Index pixel, const Reader& reader,
+                                                const PassKeys& keys, bool angles) {
+  const Index at = pixel * (kInterleaved ? 3 : 1);
   const double r = reader.od(shared.planes.plane[0][at]);
   const double g = reader.od(shared.planes.plane[1][at]);
   const double b = reader.od(shared.planes.plane[2][at]);
@@ -128,14 +172,14 @@ __device__ __forceinline__ void copy_rows(const PassKeys& keys, float rows[2][3]
 }
 
 // Counts approximate keys: one histogram of angles, two of concentrations. `bins` is in shared memory.
-template <class Reader, bool kInterleaved, bool kAngles>
-__device__ __forceinline__ void coarse_pass(const SharedPixels<typename Reader::Value>& shared, const Reader& reader,
-                                            const PassKeys& keys, uint32_t (*bins)[kBins]) {
+template <class Reader, bool kInterleaved, bool kAngles, class Pixels>
+__device__ __forceinline__ void coarse_pass(const Pixels& shared, const Reader& reader, const PassKeys& keys,
+                                            uint32_t (*bins)[kBins]) {
   using T = typename Reader::Value;
   float rows[2][3];
   copy_rows(keys, rows);
   const float scale[2] = {keys.bins_per_unit[0], keys.bins_per_unit[1]};
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     unsigned doubtful = 0;
 #pragma unroll
     for (int i = 0; i < GroupSize<T>::value; ++i) {
@@ -208,17 +252,16 @@ __device__ __forceinline__ void take_key(double key, int t, const Selection& s, 
 }
 
 // Counts exact keys in the intervals of both selections. Float32 tells which pixels need an exact key.
-template <class Reader, bool kInterleaved, bool kAngles>
-__device__ __forceinline__ void exact_pass(const SharedPixels<typename Reader::Value>& shared, const Reader& reader,
-                                           const FitState& state, uint32_t (*bins)[kBins], Counters& counters,
-                                           Kept* kept) {
+template <class Reader, bool kInterleaved, bool kAngles, class Pixels>
+__device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& reader, const FitState& state,
+                                           uint32_t (*bins)[kBins], Counters& counters, Kept* kept) {
   using T = typename Reader::Value;
   const PassKeys& keys = state.keys;
   float rows[2][3];
   copy_rows(keys, rows);
   const macenko::Window window[2] = {keys.window[0], keys.window[1]};
   int below[2] = {0, 0};
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     unsigned wanted = 0;
 #pragma unroll
     for (int i = 0; i < GroupSize<T>::value; ++i) {
@@ -250,10 +293,9 @@ __device__ __forceinline__ void exact_pass(const SharedPixels<typename Reader::V
 }
 
 // The pass of the image's phase.
-template <class Reader, bool kInterleaved>
-__device__ __forceinline__ void count_keys(const SharedPixels<typename Reader::Value>& shared, const Reader& reader,
-                                           const FitState& state, uint32_t (*bins)[kBins], Counters& counters,
-                                           Kept* kept) {
+template <class Reader, bool kInterleaved, class Pixels>
+__device__ __forceinline__ void count_keys(const Pixels& shared, const Reader& reader, const FitState& state,
+                                           uint32_t (*bins)[kBins], Counters& counters, Kept* kept) {
   switch (state.phase) {
     case Phase::angle_coarse:
       return coarse_pass<Reader, kInterleaved, true>(shared, reader, state.keys, bins);

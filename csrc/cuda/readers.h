@@ -8,18 +8,52 @@
 
 namespace ernet::cuda {
 
-// 8-bit levels by table. The float table may be repeated 2^shift times, entry by entry, so that lanes that look up
-// different levels meet in fewer banks.
+// A table of 4-byte entries by 8-bit level, each entry 2^shift times in a row, so that lanes that look up different
+// levels meet in fewer banks.
+struct LevelTable {
+  const unsigned char* mine;  // this lane's copy of the first entry
+  unsigned stride;            // bytes from a level to the next
+
+  template <class T>
+  __device__ __forceinline__ const T& at(uint8_t level) const {
+    return *reinterpret_cast<const T*>(mine + level * stride);
+  }
+};
+
+__device__ __forceinline__ LevelTable level_table(const void* entries, unsigned shift) {
+  const unsigned copy = threadIdx.x & ((1u << shift) - 1);
+  return {static_cast<const unsigned char*>(entries) + 4 * copy, 4u << shift};
+}
+
+// Fills a table from level `first` on. By all threads of a block.
+template <class T, class ValueOf>
+__device__ __forceinline__ void fill_levels(unsigned first, unsigned shift, T* entries, const ValueOf& value_of) {
+  static_assert(sizeof(T) == 4, "an entry is one bank wide");
+  if (shift < 2) {
+    for (unsigned i = (first << shift) + threadIdx.x; i < (256u << shift); i += blockDim.x) {
+      entries[i] = value_of(int(i >> shift));
+    }
+    return;
+  }
+  struct alignas(16) Four {
+    T copy[4];
+  };
+  const unsigned quarter = shift - 2;
+  for (unsigned i = (first << quarter) + threadIdx.x; i < (256u << quarter); i += blockDim.x) {
+    const T value = value_of(int(i >> quarter));
+    reinterpret_cast<Four*>(entries)[i] = {{value, value, value, value}};
+  }
+}
+
+// 8-bit levels by table.
 struct ByteReader {
   using Value = uint8_t;
   static constexpr bool kExactOnly = false;
-  const float* light_table;
-  unsigned shift;
-  unsigned lane;  // which of the copies
+  LevelTable light_table;
   const double* od_table;
   int tissue_limit;
 
-  __device__ __forceinline__ float light(uint8_t level) const { return light_table[(unsigned(level) << shift) + lane]; }
+  __device__ __forceinline__ float light(uint8_t level) const { return light_table.at<float>(level); }
   __device__ __forceinline__ double od(uint8_t level) const { return od_table[level]; }
   __device__ __forceinline__ bool is_tissue(uint8_t r, uint8_t g, uint8_t b) const {
     const int rg = r > g ? r : g;
@@ -27,20 +61,22 @@ struct ByteReader {
   }
 };
 
-// log2((I + 1) / Io) of every level, each 2^shift times in a row.
-__device__ __forceinline__ void fill_light_table(const double* od_table, unsigned shift, float* table) {
-  const double minus_log2_e = -1.44269504088896340736;
-  for (unsigned i = threadIdx.x; i < (256u << shift); i += blockDim.x) {
-    table[i] = float(od_table[i >> shift] * minus_log2_e);
-  }
+// log2((I + 1) / Io) of a level.
+__device__ __forceinline__ float light_of_od(double od) { return float(od * -1.44269504088896340736); }
+
+// Fixed-point OD of a level, -1 where it is below beta.
+__device__ __forceinline__ int32_t fixed_of_level(int level, int32_t fixed_offset, int tissue_limit) {
+  const int32_t fixed = macenko::fixed_od_of_level(level, fixed_offset);
+  return level > tissue_limit ? -1 : (fixed > 0 ? fixed : 0);
 }
 
-// Fixed-point OD of every level, -1 where it is below beta.
-__device__ __forceinline__ void fill_fixed_table(int32_t fixed_offset, int tissue_limit, int32_t* table) {
-  for (int level = int(threadIdx.x); level < 256; level += int(blockDim.x)) {
-    const int32_t fixed = macenko::fixed_od_of_level(level, fixed_offset);
-    table[level] = level > tissue_limit ? -1 : (fixed > 0 ? fixed : 0);
-  }
+__device__ __forceinline__ void fill_light_table(const double* od_table, unsigned shift, float* table) {
+  fill_levels(0, shift, table, [&](int level) { return light_of_od(od_table[level]); });
+}
+
+__device__ __forceinline__ void fill_fixed_table(int32_t fixed_offset, int tissue_limit, unsigned shift,
+                                                 int32_t* table) {
+  fill_levels(0, shift, table, [&](int level) { return fixed_of_level(level, fixed_offset, tissue_limit); });
 }
 
 // Float values have exact keys only: their logarithms cost far more than the arithmetic on them.
@@ -64,8 +100,8 @@ struct FloatReader {
 
 // Fixed-point OD of a value, -1 if it is no tissue; says if it is no grey level.
 struct FixedOfByte {
-  const int32_t* table;
-  __device__ __forceinline__ int32_t operator()(uint8_t value, bool&) const { return table[value]; }
+  LevelTable table;
+  __device__ __forceinline__ int32_t operator()(uint8_t value) const { return table.at<int32_t>(value); }
 };
 
 struct FixedOfFloat {

@@ -95,7 +95,6 @@ struct ByteValues {
   const float (*scaled)[256];  // network input of every level, or null
   __device__ __forceinline__ float log2_light(uint8_t value, bool&) const { return reader.light(value); }
   __device__ __forceinline__ double density(uint8_t value) const { return reader.od(value); }
-  __device__ __forceinline__ uint8_t result(float level, bool) const { return macenko::level_of_float(level); }
   __device__ __forceinline__ uint8_t result(double level, bool) const { return uint8_t(int32_t(level)); }
   __device__ __forceinline__ float network(uint8_t level, int c) const { return scaled[c][level]; }
 };
@@ -155,22 +154,67 @@ __device__ __forceinline__ double exact_level(const Values& values, const Transf
   return level < 255.0 ? level : 255.0;
 }
 
-template <class Values, bool kInterleaved>
-__device__ __forceinline__ void rebuild_group(const PixelGroup<typename Values::Value, kInterleaved>& group,
-                                              const Values& values, const Transform& t, float io,
-                                              PixelGroup<typename Values::Value, kInterleaved>& result) {
-  result.clear();
+__device__ __forceinline__ float exponent_of(const Transform& t, int c, float r, float g, float b) {
+  return fmaf(t.m[3 * c], r, fmaf(t.m[3 * c + 1], g, fmaf(t.m[3 * c + 2], b, t.log2_shift[c])));
+}
+
+template <bool kInterleaved>
+__device__ __forceinline__ void rebuild_group(const PixelGroup<float, kInterleaved>& group, const FloatValues& values,
+                                              const Transform& t, float io, PixelGroup<float, kInterleaved>& result) {
 #pragma unroll
-  for (int i = 0; i < GroupSize<typename Values::Value>::value; ++i) {
+  for (int i = 0; i < GroupSize<float>::value; ++i) {
     bool defined = true;
     const float r = values.log2_light(group.get(i, 0), defined);
     const float g = values.log2_light(group.get(i, 1), defined);
     const float b = values.log2_light(group.get(i, 2), defined);
 #pragma unroll
-    for (int c = 0; c < 3; ++c) {
-      const float z = fmaf(t.m[3 * c], r, fmaf(t.m[3 * c + 1], g, fmaf(t.m[3 * c + 2], b, t.log2_shift[c])));
-      result.set(i, c, values.result(io * exp2f(z), defined));
+    for (int c = 0; c < 3; ++c) result.set(i, c, values.result(io * exp2f(exponent_of(t, c, r, g, b)), defined));
+  }
+}
+
+// 2^z, 0 below 2^-126.
+__device__ __forceinline__ float power_of_two(float z) {
+#ifdef __CUDA_ARCH__
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z));
+  return power;
+#else
+  return exp2f(z);
+#endif
+}
+
+// The grey level io 2^z, clipped at 255 and truncated, in the low 8 bits: behind 2^23 a float32 has no fraction.
+__device__ __forceinline__ uint32_t level_bits(float io, float z) {
+  const float level = __fmaf_rz(io, power_of_two(z), 8388608.0f);
+  return __float_as_uint(level < 8388863.0f ? level : 8388863.0f);
+}
+
+// The low bytes of four words.
+__device__ __forceinline__ uint32_t four_bytes(const uint32_t word[4]) {
+  return __byte_perm(__byte_perm(word[0], word[1], 0x0040), __byte_perm(word[2], word[3], 0x0040), 0x5410);
+}
+
+// Four pixels at a time: three words of the result in either layout.
+template <bool kInterleaved>
+__device__ __forceinline__ void rebuild_group(const PixelGroup<uint8_t, kInterleaved>& group, const ByteValues& values,
+                                              const Transform& t, float io, PixelGroup<uint8_t, kInterleaved>& result) {
+  using Group = PixelGroup<uint8_t, kInterleaved>;
+#pragma unroll
+  for (int four = 0; four < GroupSize<uint8_t>::value; four += 4) {
+    uint32_t level[12];  // by channel or by pixel, as the layout has it
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float r = values.reader.light(group.get(four + i, 0));
+      const float g = values.reader.light(group.get(four + i, 1));
+      const float b = values.reader.light(group.get(four + i, 2));
+#pragma unroll
+      for (int c = 0; c < 3; ++c)
+        level[kInterleaved ? 3 * i + c : 4 * c + i] = level_bits(io, exponent_of(t, c, r, g, b));
     }
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+      result.word[kInterleaved ? Group::element(four, 0) / 4 + k : Group::element(four, k) / 4] =
+          four_bytes(level + 4 * k);
   }
 }
 
@@ -245,10 +289,9 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
 }
 
 // One pixel at a time in double precision.
-template <class Values, bool kInterleaved, class Store>
-__device__ __forceinline__ void rebuild_exactly(const SharedPixels<typename Values::Value>& shared,
-                                                const Values& values, const Transform& t, double io,
-                                                const Store& store) {
+template <class Values, bool kInterleaved, class Pixels, class Store>
+__device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Values& values, const Transform& t,
+                                                double io, const Store& store) {
   constexpr int kPixels = GroupSize<typename Values::Value>::value;
   for (int64_t first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
     const int64_t end = first + kPixels < shared.pixels ? first + kPixels : shared.pixels;
@@ -269,9 +312,8 @@ __device__ __forceinline__ void rebuild_exactly(const SharedPixels<typename Valu
 }
 
 // Rebuilds this thread's pixels into an image of their own layout.
-template <class Values, bool kInterleaved>
-__device__ __forceinline__ void rebuild_image(const SharedPixels<typename Values::Value>& shared, const Values& values,
-                                              const Transform& t, double io,
+template <class Values, bool kInterleaved, class Pixels>
+__device__ __forceinline__ void rebuild_image(const Pixels& shared, const Values& values, const Transform& t, double io,
                                               const Planes<typename Values::Value>& out) {
   using T = typename Values::Value;
   if (!t.single && !t.unchanged) {
@@ -280,17 +322,17 @@ __device__ __forceinline__ void rebuild_image(const SharedPixels<typename Values
     });
   }
   const bool aligned = is_aligned<T, kInterleaved>(out);
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) rebuild_group<Values, kInterleaved>(group, values, t, float(io), result);
+    if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
     store_group<T, kInterleaved>(out, first, count, aligned, result);
   });
 }
 
 // Rebuilds this thread's pixels into a network's input, [pixels][3].
-template <class Values, bool kInterleaved, class Out>
-__device__ __forceinline__ void rebuild_network(const SharedPixels<typename Values::Value>& shared,
-                                                const Values& values, const Transform& t, double io, Out* out) {
+template <class Values, bool kInterleaved, class Pixels, class Out>
+__device__ __forceinline__ void rebuild_network(const Pixels& shared, const Values& values, const Transform& t,
+                                                double io, Out* out) {
   using T = typename Values::Value;
   if (!t.single && !t.unchanged) {
     return rebuild_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
@@ -298,9 +340,9 @@ __device__ __forceinline__ void rebuild_network(const SharedPixels<typename Valu
     });
   }
   const bool aligned = (reinterpret_cast<uintptr_t>(out) & 15) == 0;
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) rebuild_group<Values, kInterleaved>(group, values, t, float(io), result);
+    if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
     store_network<Values, kInterleaved, Out>(result, values, count, aligned, out + 3 * first);
   });
 }

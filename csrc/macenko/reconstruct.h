@@ -20,11 +20,5 @@ ERNET_HOST_DEVICE void reconstruction_matrix(const Stain& source, const double s
   }
 }
 
-// Grey level of a reconstructed value: clipped to 0..255, truncated; never undefined, whatever the value.
-ERNET_HOST_DEVICE uint8_t level_of_float(float value) {
-  const float clipped = value < 255.0f ? value : 255.0f;
-  return uint8_t(int32_t(clipped > 0.0f ? clipped : 0.0f));
-}
-
 }  // namespace macenko
 }  // namespace ernet

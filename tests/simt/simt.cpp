@@ -1,4 +1,5 @@
 // The scheduler behind simt.h.
+#include <fenv.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -215,6 +216,15 @@ void* map_shared(const void* p, unsigned rank) {
 }
 
 int clusters_at_a_time = 1;
+
+float fused_towards_zero(float a, float b, float c) {
+  const int before = fegetround();
+  fesetround(FE_TOWARDZERO);
+  volatile float x = a, y = b, z = c;  // not to be moved out of this rounding
+  volatile float result = fmaf(x, y, z);
+  fesetround(before);
+  return result;
+}
 
 void set_seed(uint64_t seed) { machine.random.seed(seed); }
 

@@ -72,6 +72,8 @@ T shuffle(T value, unsigned from) {
   return result;
 }
 
+float fused_towards_zero(float a, float b, float c);  // a b + c
+
 // Fibers never switch inside these, and kernels run on one thread of the host.
 template <class T>
 T exchange_with(T* address, T value) {
@@ -140,6 +142,21 @@ static inline double __longlong_as_double(long long bits) {
   double value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+static inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+static inline float __fmaf_rz(float a, float b, float c) { return simt::fused_towards_zero(a, b, c); }
+
+static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  unsigned result = 0;
+  for (unsigned k = 0; k < 4; ++k) result |= unsigned(bytes >> (8 * (selector >> 4 * k & 7)) & 255) << 8 * k;
+  return result;
 }
 
 static inline float __int_as_float(int bits) {
