@@ -27,6 +27,7 @@ inline FitJob make_fit_job(const Images& images, const Parameters& parameters, c
            bytes ? levels.od[255] : macenko::od_of_level(255.5, parameters.io),
            bytes ? levels.od[0] : macenko::od_of_level(-0.5, parameters.io),
            images.pixels,
+           0,
            levels.tissue_limit,
            parameters.nearest};
   return job;

@@ -6,6 +6,8 @@
 #ifndef ERNET_LAUNCH
 #define ERNET_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
 #define ERNET_LAUNCH_CONFIGURED(config, kernel, ...) cudaLaunchKernelEx(&(config), kernel, __VA_ARGS__)
+// What the emulator records of a list: nothing elsewhere.
+#define ERNET_RECORD_LIST(first, keys, listed, missed) ((void)0)
 // A block's dynamic shared memory, at a multiple of 16.
 #define ERNET_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif

@@ -8,6 +8,7 @@
 #include "cuda/plan.h"
 #include "cuda/rebuild.h"
 #include "cuda/resolve.h"
+#include "cuda/tail_list.h"
 #include "cuda/team.h"
 #include "cuda/team_launch.h"
 
@@ -16,14 +17,16 @@ namespace ernet::cuda {
 namespace {
 
 // Beside the pixels. What is not used at the same time shares its place.
-struct TeamShared {
+struct alignas(16) TeamShared {
   union {
     SumScratch sums;
     struct {
       uint32_t bins[2][kBins];
       Kept kept[2];
     };
+    uint32_t list[kListedOfThread * kMostThreads];
   };
+  unsigned list_length;
   double od[256];  // of 8-bit levels
   FitState state;  // of the first block; the others have copies
   Counters counters;
@@ -44,8 +47,10 @@ struct TeamJob {
   Recipe recipe;
   Output out;  // no data: a fit alone
   double od_magnitude;
-  int64_t share;  // pixels of a block
+  int share;  // pixels of a block; an image has fewer than 2^31 in the shared memory of a team
   unsigned light_shift;
+  unsigned listed;       // pixels that a block lists at most
+  unsigned sample_step;  // pixels from one sampled pixel to the next
 };
 
 // Pointers into a block's shared memory. The table of levels holds fixed-point ODs while an image is loaded, and
@@ -66,20 +71,20 @@ __device__ __forceinline__ Memory divide(unsigned char* memory, const TeamJob& t
 
 // This block's pixels of an image: `count` from `begin`.
 struct Share {
-  int64_t begin;
-  int64_t count;
+  int begin;
+  int count;
 };
 
 template <class Team>
 __device__ __forceinline__ Share share_of_block(const TeamJob& t) {
-  const int64_t begin = t.share * Team::rank();
-  const int64_t left = t.job.images.pixels - begin;
+  const int begin = t.share * int(Team::rank());
+  const int left = int(t.job.images.pixels) - begin;
   return {begin, left < 0 ? 0 : (left < t.share ? left : t.share)};
 }
 
 template <bool kInterleaved>
-__device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int64_t share) {
-  const int64_t distance = kInterleaved ? 1 : share;
+__device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int share) {
+  const int distance = kInterleaved ? 1 : share;
   return {{pixels, pixels + distance, pixels + 2 * distance}};
 }
 
@@ -149,40 +154,130 @@ __device__ __forceinline__ void begin_fit(const TeamJob& t, const Memory& m) {
   macenko::begin_fit(moments, s.team_totals[1], t.job.p, s.state);
 }
 
-// Counts of all blocks of the team.
-template <class Team>
+// Counts of all blocks of the team, in the first of them.
 struct TeamCounts {
-  TeamShared* s;
-  __device__ __forceinline__ uint64_t count(int t, int bin) const {
-    uint64_t total = 0;
-    for (unsigned r = 0; r < Team::size(); ++r) total += *Team::at_rank(&s->bins[t][bin], r);
-    return total;
-  }
+  const TeamShared* s;
+  __device__ __forceinline__ uint64_t count(int t, int bin) const { return s->bins[t][bin]; }
   __device__ __forceinline__ unsigned long long key(int t, int i) const { return s->kept[t][i]; }
   __device__ __forceinline__ int64_t below(int t) const { return int64_t(s->counters.below[t]); }
   __device__ __forceinline__ uint64_t largest(int t) const { return s->counters.largest[t]; }
   __device__ __forceinline__ uint64_t smallest(int t) const { return s->counters.smallest[t]; }
   __device__ __forceinline__ unsigned inside(int t) const { return s->counters.inside[t]; }
+  __device__ __forceinline__ int64_t within(int t) const { return int64_t(s->counters.within[t]); }
+  __device__ __forceinline__ int64_t listed() const { return int64_t(s->counters.listed); }
+  __device__ __forceinline__ bool overflown() const { return s->counters.overflown != 0; }
 };
+
+__device__ __forceinline__ void clear_bins(TeamShared& s) {
+  for (int i = int(threadIdx.x); i < 2 * kBins; i += int(blockDim.x)) s.bins[i / kBins][i % kBins] = 0;
+}
+
+// Adds up the bins of all blocks in the first one, which calls this. Ends with a barrier of that block.
+template <class Team>
+__device__ __forceinline__ void add_bins(TeamShared& s) {
+  if (Team::size() == 1) return;
+  uint4* bins = reinterpret_cast<uint4*>(s.bins);
+  for (int i = int(threadIdx.x); i < 2 * kBins / 4; i += int(blockDim.x)) {
+    uint4 total = bins[i];
+#pragma unroll 2
+    for (unsigned r = 1; r < Team::size(); ++r) {
+      const uint4 other = *Team::at_rank(bins + i, r);
+      total = make_uint4(total.x + other.x, total.y + other.y, total.z + other.z, total.w + other.w);
+    }
+    bins[i] = total;
+  }
+  __syncthreads();
+}
+
+// The first block takes what a pass has counted into its state, which the others copy. Begins and ends with a barrier
+// of the team.
+template <class Team, class Resolve>
+__device__ __forceinline__ void move_on(TeamShared& s, const Resolve& resolve_counts) {
+  Team::sync();
+  if (Team::rank() == 0) {
+    add_bins<Team>(s);
+    resolve_counts(TeamCounts{&s});
+    if (threadIdx.x == 0) reset_counters(s.counters);
+  }
+  Team::sync();
+  if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
+}
+
+// The exact statistics of the pixels that the state's forms find, or the finding that they are not among them.
+template <class Team, bool kInterleaved>
+__device__ __forceinline__ void search_list(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
+                                            TeamShared& s) {
+  if (threadIdx.x == 0) s.list_length = 0;
+  __syncthreads();
+  const PixelList list = {s.list, &s.list_length, t.listed};
+  list_pixels<kInterleaved>(local, reader, s.state.pass, list);
+  __syncthreads();
+  ListedKeys listed;
+  evaluate_list<kInterleaved>(local, reader, s.state, list, listed);
+  Team::sync();  // bins and kept keys take the place of the list
+  Counters& counters = *Team::at_rank(&s.counters, 0);
+  do {
+    clear_bins(s);
+    __syncthreads();
+    count_listed(listed, s.state, s.bins, counters, Team::at_rank(s.kept, 0));
+    if (threadIdx.x == 0) {
+      atomicAdd(&counters.listed, static_cast<unsigned long long>(s.list_length));
+      if (s.list_length > list.most) atomicAdd(&counters.overflown, 1ull);
+    }
+    move_on<Team>(s, [&](const auto& counted) { resolve_list(counted, s.state, s.scratch); });
+    __syncthreads();
+  } while (!s.state.missed && !macenko::selections_are_done(s.state));
+}
+
+// The way from a sample to the statistics of a list, or to where all keys are to be counted.
+template <class Team, bool kInterleaved>
+__device__ __forceinline__ void select_in_tails(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
+                                                TeamShared& s) {
+  sample_keys<kInterleaved>(local, reader, s.state, int(t.sample_step), s.bins, *Team::at_rank(&s.counters, 0));
+  move_on<Team>(s, [&](const auto& counted) { resolve_sample(counted, t.job.p, s.state, s.scratch); });
+  search_list<Team, kInterleaved>(t, local, reader, s);
+  if (threadIdx.x == 0) ERNET_RECORD_LIST(Team::rank() == 0, s.state.keys, s.list_length, s.state.missed);
+  move_on<Team>(s, [&](const auto&) {
+    if (threadIdx.x == 0) macenko::end_list(t.job.p, s.state);
+  });
+  __syncthreads();
+}
+
+// Logarithms of levels that are no tissue: NaN while angles are listed, so that they are never found.
+__device__ __forceinline__ void set_light_of_others(const TeamJob& t, const Memory& m, bool hidden) {
+  const double* od = m.shared->od;
+  const float nan = __int_as_float(0x7fc00000);
+  fill_levels(unsigned(t.job.p.tissue_limit + 1), t.light_shift, reinterpret_cast<float*>(m.levels),
+              [&](int level) { return hidden ? nan : light_of_od(od[level]); });
+}
 
 // From the moments to the stains, pass by pass. Ends with the finished state in every block.
 template <class Team, bool kInterleaved>
 __device__ __forceinline__ void fit_pixels(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
-                                           TeamShared& s) {
-  for (;;) {
-    Team::sync();
-    if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
-    for (int i = int(threadIdx.x); i < 2 * kBins; i += int(blockDim.x)) s.bins[i / kBins][i % kBins] = 0;
+                                           const Memory& m) {
+  TeamShared& s = *m.shared;
+  Team::sync();
+  if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
+  __syncthreads();
+  bool hidden = false;
+  while (s.state.phase != Phase::finished) {
+    const Phase phase = s.state.phase;
+    if (hidden != (phase == Phase::angle_sample)) {
+      hidden = !hidden;
+      set_light_of_others(t, m, hidden);
+    }
+    clear_bins(s);
     __syncthreads();
-    if (s.state.phase == Phase::finished) return;
-    count_keys<ByteReader, kInterleaved>(local, reader, s.state, s.bins, *Team::at_rank(&s.counters, 0),
-                                         Team::at_rank(s.kept, 0));
-    Team::sync();
-    if (Team::rank() == 0) {
-      resolve(TeamCounts<Team>{&s}, t.job.p, s.state, s.scratch);
-      if (threadIdx.x == 0) reset_counters(s.counters);
+    if (macenko::is_sample(phase)) {
+      select_in_tails<Team, kInterleaved>(t, local, reader, s);
+    } else {
+      count_keys<ByteReader, kInterleaved>(local, reader, s.state, s.bins, *Team::at_rank(&s.counters, 0),
+                                           Team::at_rank(s.kept, 0));
+      move_on<Team>(s, [&](const auto& counted) { resolve(counted, t.job.p, s.state, s.scratch); });
+      __syncthreads();
     }
   }
+  if (hidden) set_light_of_others(t, m, false);
 }
 
 template <bool kInterleaved>
@@ -222,8 +317,8 @@ __device__ __forceinline__ void normalize_image(const TeamJob& t, int64_t image,
   begin_fit<Team>(t, m);
   const Planes<uint8_t> planes = local_planes<kInterleaved>(m.pixels, t.share);
   const LocalPixels local = {
-      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, int(share.count), int(threadIdx.x), int(blockDim.x)};
-  fit_pixels<Team, kInterleaved>(t, local, reader, s);
+      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, share.count, int(threadIdx.x), int(blockDim.x)};
+  fit_pixels<Team, kInterleaved>(t, local, reader, m);
   if (threadIdx.x == 0) {
     if (Team::rank() == 0) write_fit(t.job.fit, image, s.state);
     if (t.out.data != nullptr) {
@@ -270,8 +365,11 @@ cudaError_t macenko_team(const Images& images, const Parameters& parameters, con
                {},
                {},
                0,
-               pixels_of_share(images.pixels, plan.blocks),
-               unsigned(plan.light_shift)};
+               int(pixels_of_share(images.pixels, plan.blocks)),
+               unsigned(plan.light_shift),
+               unsigned(plan.listed * plan.threads),
+               unsigned(macenko::sample_step(images.pixels))};
+  t.job.p.listed = int64_t(t.listed) * plan.blocks;
   if (recipe != nullptr) t.recipe = *recipe;
   if (out != nullptr) t.out = *out;
   t.od_magnitude = fmax(fabs(t.job.od[0]), fabs(t.job.od[255]));

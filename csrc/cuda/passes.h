@@ -143,10 +143,12 @@ __device__ __forceinline__ ExactKeys exact_keys(const Pixels& shared, Index pixe
   return {{key, key}};
 }
 
-__device__ __forceinline__ int coarse_bin(float key, float bins_per_unit) {
+__device__ __forceinline__ int bin_of(float key, float bins_per_unit, int bins) {
   const float place = key * bins_per_unit;
-  return int(fminf(fmaxf(place, 0.0f), float(kBins - 1)));
+  return int(fminf(fmaxf(place, 0.0f), float(bins - 1)));
 }
+
+__device__ __forceinline__ int coarse_bin(float key, float bins_per_unit) { return bin_of(key, bins_per_unit, kBins); }
 
 // Whether pixel i of a group has a key in this phase.
 template <class Reader, bool kInterleaved>
@@ -203,12 +205,15 @@ __device__ __forceinline__ void coarse_pass(const Pixels& shared, const Reader& 
   });
 }
 
-// What an exact pass finds, for the two selections of an image; shared by all threads of the image.
+// What a pass finds, for the two selections of an image; shared by all threads of the image.
 struct Counters {
   unsigned long long below[2];     // keys below the interval
   unsigned long long largest[2];   // key below the edge, and
   unsigned long long smallest[2];  // key from the edge on, as ordered bits
   unsigned inside[2];              // keys in the interval, or more than kKeptKeys
+  unsigned long long within[2];    // keys in the interval, of a list; keys of a sample
+  unsigned long long listed;       // pixels
+  unsigned long long overflown;    // lists that were too short
 };
 using Kept = unsigned long long[kKeptKeys];
 
@@ -219,7 +224,10 @@ __device__ __forceinline__ void reset_counters(Counters& counters) {
     counters.largest[t] = 0;
     counters.smallest[t] = ~0ull;
     counters.inside[t] = 0;
+    counters.within[t] = 0;
   }
+  counters.listed = 0;
+  counters.overflown = 0;
 }
 
 __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned long long edge, int t,
@@ -233,17 +241,17 @@ __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned
   }
 }
 
-// One exact key of selection t.
-__device__ __forceinline__ void take_key(double key, int t, const Selection& s, uint32_t* bins, Counters& counters,
-                                         Kept* kept, int& below) {
+// One exact key of selection t, as ordered bits.
+__device__ __forceinline__ void take_bits(uint64_t bits, int t, const Selection& s, uint32_t* bins, Counters& counters,
+                                          Kept* kept, int& below, int& within) {
   if (s.stage == Stage::done) return;
-  const uint64_t bits = macenko::ordered_bits(key);
   if (s.stage == Stage::split) return take_split_key(bits, s.edge, t, counters);
   if (bits < s.low) {
     ++below;
     return;
   }
   if (bits > s.high) return;
+  ++within;
   atomicAdd(&bins[(bits - s.low) >> s.shift], 1u);
   if (*const_cast<const volatile unsigned*>(&counters.inside[t]) <= unsigned(kKeptKeys)) {
     const unsigned slot = atomicAdd(&counters.inside[t], 1u);
@@ -251,12 +259,24 @@ __device__ __forceinline__ void take_key(double key, int t, const Selection& s, 
   }
 }
 
+__device__ __forceinline__ void take_key(double key, int t, const Selection& s, uint32_t* bins, Counters& counters,
+                                         Kept* kept, int& below) {
+  int within = 0;
+  take_bits(macenko::ordered_bits(key), t, s, bins, counters, kept, below, within);
+}
+
+// Adds up the counts of a warp's threads.
+__device__ __forceinline__ void add_of_warp(int count, unsigned long long* total) {
+  const int64_t sum = sum_of_warp(count);
+  if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(total, static_cast<unsigned long long>(sum));
+}
+
 // Counts exact keys in the intervals of both selections. Float32 tells which pixels need an exact key.
 template <class Reader, bool kInterleaved, bool kAngles, class Pixels>
 __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& reader, const FitState& state,
                                            uint32_t (*bins)[kBins], Counters& counters, Kept* kept) {
   using T = typename Reader::Value;
-  const PassKeys& keys = state.keys;
+  const PassKeys& keys = state.pass;
   float rows[2][3];
   copy_rows(keys, rows);
   const macenko::Window window[2] = {keys.window[0], keys.window[1]};
@@ -286,10 +306,7 @@ __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& r
     }
   });
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const int64_t total = sum_of_warp(below[t]);
-    if (threadIdx.x % 32 == 0 && total != 0) atomicAdd(&counters.below[t], static_cast<unsigned long long>(total));
-  }
+  for (int t = 0; t < 2; ++t) add_of_warp(below[t], &counters.below[t]);
 }
 
 // The pass of the image's phase.
@@ -298,11 +315,11 @@ __device__ __forceinline__ void count_keys(const Pixels& shared, const Reader& r
                                            uint32_t (*bins)[kBins], Counters& counters, Kept* kept) {
   switch (state.phase) {
     case Phase::angle_coarse:
-      return coarse_pass<Reader, kInterleaved, true>(shared, reader, state.keys, bins);
+      return coarse_pass<Reader, kInterleaved, true>(shared, reader, state.pass, bins);
     case Phase::angle_exact:
       return exact_pass<Reader, kInterleaved, true>(shared, reader, state, bins, counters, kept);
     case Phase::concentration_coarse:
-      return coarse_pass<Reader, kInterleaved, false>(shared, reader, state.keys, bins);
+      return coarse_pass<Reader, kInterleaved, false>(shared, reader, state.pass, bins);
     case Phase::concentration_exact:
       return exact_pass<Reader, kInterleaved, false>(shared, reader, state, bins, counters, kept);
     default:

@@ -40,14 +40,19 @@ Plan team_plan(const Device& device, const Images& images, bool network, int blo
   int shift = 0;
   while (shift < 5 && bytes + (2048 << shift) <= device.block_shared_bytes && (2048 << shift) <= 3 * share / 4) ++shift;
   const int64_t threads = smallest(kMostThreads, largest(kLeastThreads, (share / 16 + 31) / 32 * 32));
-  return {blocks == 1 ? PlanKind::resident : PlanKind::cluster, blocks, int(threads), shift, bytes + (1024 << shift)};
+  return {blocks == 1 ? PlanKind::resident : PlanKind::cluster,
+          blocks,
+          int(threads),
+          shift,
+          bytes + (1024 << shift),
+          kListedOfThread};
 }
 
 }  // namespace
 
 Plan choose_plan(const Device& device, const Images& images, bool network, PlanKind wanted, int blocks) {
-  const Plan streaming = {PlanKind::streaming, 1, 0, 0, 0};
-  const Plan none = {PlanKind::automatic, 0, 0, 0, 0};
+  const Plan streaming = {PlanKind::streaming, 1, 0, 0, 0, 0};
+  const Plan none = {PlanKind::automatic, 0, 0, 0, 0, 0};
   if (wanted == PlanKind::streaming) return streaming;
   // Shared memory holds 8-bit images only.
   if (images.type != Pixel::u8) return wanted == PlanKind::automatic ? streaming : none;

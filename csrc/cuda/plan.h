@@ -28,11 +28,14 @@ struct Plan {
   int threads;  // of a block
   int light_shift;
   int64_t shared_bytes;
+  int listed;  // keys of a list that a thread holds at most, 0 for no lists
 };
 
 constexpr int kMostThreads = 512;
 constexpr int kLeastThreads = 128;
 constexpr int kPortableCluster = 8;  // blocks that every device with clusters can hold together
+
+constexpr int kListedOfThread = 6;
 
 // Bytes of shared memory that a block needs beside the pixels, the repeated table of logarithms left out.
 int64_t team_shared_bytes(bool network);

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/launch.h"
 #include "cuda/passes.h"
 
 namespace ernet::cuda {
@@ -35,11 +36,11 @@ __device__ __forceinline__ long long inclusive_sum_of_warp(long long value) {
 // The bins that hold the keys of two ranks. Every thread of the block calls this; ends with a barrier.
 template <class CountOf>
 __device__ __forceinline__ void find_bins(const CountOf& count_of, int64_t rank_lower, int64_t rank_upper,
-                                          ResolveScratch& scratch, int32_t found[2]) {
+                                          ResolveScratch& scratch, int32_t found[2], int bins = kBins) {
   const int threads = int(blockDim.x);
-  const int chunk = (kBins + threads - 1) / threads;
+  const int chunk = (bins + threads - 1) / threads;
   const int begin = int(threadIdx.x) * chunk;
-  const int end = begin + chunk < kBins ? begin + chunk : kBins;
+  const int end = begin + chunk < bins ? begin + chunk : bins;
   long long sum = 0;
   for (int i = begin; i < end; ++i) sum += static_cast<long long>(count_of(i));
   const long long inclusive = inclusive_sum_of_warp(sum);
@@ -80,9 +81,10 @@ __device__ __forceinline__ void pick_kept(const KeyOf& key_of, int count, int64_
   __syncthreads();
 }
 
-// Takes the counts of an exact pass into selection t.
+// Takes the counts of a pass over exact keys, of which `below` are below the interval, into selection t, whose
+// statistics are in the interval.
 template <class Counted>
-__device__ __forceinline__ void resolve_selection(const Counted& counted, int t, FitState& state,
+__device__ __forceinline__ void resolve_selection(const Counted& counted, int t, int64_t below, FitState& state,
                                                   ResolveScratch& scratch) {
   Selection& s = state.selection[t];
   if (s.stage == Stage::done) return;
@@ -92,7 +94,6 @@ __device__ __forceinline__ void resolve_selection(const Counted& counted, int t,
     if (first) macenko::finish_selection(counted.largest(t), counted.smallest(t), s);
     return;
   }
-  const int64_t below = counted.below(t);
   const unsigned inside = counted.inside(t);
   if (inside <= unsigned(kKeptKeys)) {
     pick_kept([&](int i) { return counted.key(t, i); }, int(inside), s.rank_lower - below, s.rank_upper - below,
@@ -103,6 +104,54 @@ __device__ __forceinline__ void resolve_selection(const Counted& counted, int t,
     find_bins([&](int i) { return counted.count(t, i); }, s.rank_lower - below, s.rank_upper - below, scratch, found);
     if (first) macenko::narrow(found[0], found[1], s);
   }
+}
+
+// Takes the counts of a list into selection t; true if the list does not hold its statistics.
+template <class Counted>
+__device__ __forceinline__ bool resolve_listed(const Counted& counted, int t, FitState& state,
+                                               ResolveScratch& scratch) {
+  Selection& s = state.selection[t];
+  const macenko::End end = macenko::end_of(state.phase, t);
+  // Pixels that are not listed are further from the end.
+  const int64_t below = counted.below(t) + (end == macenko::End::high ? state.keys - counted.listed() : 0);
+  macenko::Found found = macenko::Found::inside;
+  if (s.stage == Stage::count) {
+    Selection placed = s;
+    found = macenko::place_in_tail(below, counted.within(t), end, placed);
+    __syncthreads();
+    if (found == macenko::Found::elsewhere && threadIdx.x == 0) s = placed;
+  }
+  if (found == macenko::Found::inside) resolve_selection(counted, t, below, state, scratch);
+  return found == macenko::Found::missed;
+}
+
+// Finds the borders that a sample tells. Every thread of the block calls this; ends with a barrier.
+template <class Counted>
+__device__ __forceinline__ void resolve_sample(const Counted& counted, const macenko::FitParameters& p, FitState& state,
+                                               ResolveScratch& scratch) {
+  const bool angles = macenko::counts_angles(state.phase);
+  for (int t = 0; t < 2; ++t) {
+    const macenko::SampleRanks ranks =
+        macenko::sample_ranks(state.selection[t], macenko::end_of(state.phase, t), state.keys, counted.within(0));
+    int32_t* found = scratch.found.bin[t];
+    if (threadIdx.x < 2) found[threadIdx.x] = 0;  // of an empty sample
+    if (threadIdx.x == 0) scratch.found.open[t] = ranks.open;
+    const auto count_of = [&](int i) { return angles ? counted.count(i / kBins, i % kBins) : counted.count(t, i); };
+    find_bins(count_of, ranks.border, ranks.inner, scratch, found, angles ? 2 * kBins : kBins);
+  }
+  if (threadIdx.x == 0) macenko::end_sample(scratch.found, p, state);
+  __syncthreads();
+}
+
+// Takes what a pass over a list has counted into the selections. Every thread of the block calls this; ends with a
+// barrier.
+template <class Counted>
+__device__ __forceinline__ void resolve_list(const Counted& counted, FitState& state, ResolveScratch& scratch) {
+  bool missed = counted.overflown();
+  for (int t = 0; t < 2 && !missed; ++t) missed = resolve_listed(counted, t, state, scratch);
+  __syncthreads();
+  if (threadIdx.x == 0) state.missed = missed;
+  __syncthreads();
 }
 
 // Moves `state` on by what a pass has counted. Every thread of the block calls this; ends with a barrier.
@@ -119,7 +168,7 @@ __device__ __forceinline__ void resolve(const Counted& counted, const macenko::F
     }
     if (threadIdx.x == 0) macenko::end_coarse(scratch.found, state);
   } else {
-    for (int t = 0; t < 2; ++t) resolve_selection(counted, t, state, scratch);
+    for (int t = 0; t < 2; ++t) resolve_selection(counted, t, counted.below(t), state, scratch);
     __syncthreads();  // a fit that moves on begins its selections anew
     if (threadIdx.x == 0) macenko::end_exact(p, state);
   }

@@ -98,6 +98,7 @@ class Plan(NamedTuple):
     threads: int
     light_shift: int
     shared_bytes: int
+    listed: int
 
 
 PLANS = {"automatic": 0, "streaming": 1, "resident": 2, "cluster": 3}
@@ -118,6 +119,15 @@ class Fit(NamedTuple):
 
     def pointers(self) -> FitResult:
         return FitResult(*(part.ctypes.data for part in self))
+
+
+class Lists(NamedTuple):
+    """Of all fits since the emulator was made: times that statistics were sought in a list, keys, pixels, failures."""
+
+    rounds: int
+    keys: int
+    listed: int
+    missed: int
 
 
 class Network(NamedTuple):
@@ -184,6 +194,12 @@ class Emulator:
         self.lib.simt_streaming_workspace.restype = ctypes.c_int64
         self.lib.simt_seed(ctypes.c_uint64(seed))
 
+    def lists(self) -> Lists:
+        """What the team plans have listed."""
+        numbers = (ctypes.c_int64 * 4)()
+        self.lib.simt_lists(numbers)
+        return Lists(*numbers)
+
     def moments(self, images: np.ndarray, io: float = 240, beta: float = 0.15, scale: float = 1) -> np.ndarray:
         """[B, 10] of images [B, 3, H, W] in either memory layout."""
         what = describe(images, scale)
@@ -229,7 +245,7 @@ class Emulator:
         self, images, wanted: str = "automatic", blocks: int = 0, network: bool = False, device: Device = H200
     ) -> Plan:
         """The plan for images like these."""
-        numbers = (ctypes.c_int64 * 5)()
+        numbers = (ctypes.c_int64 * 6)()
         self.lib.simt_choose_plan(
             ctypes.byref(device), ctypes.byref(describe(images, 1)), network, PLANS[wanted], blocks, numbers
         )
@@ -265,7 +281,7 @@ class Emulator:
             before = ctypes.c_int64(cache), pointer(workspace)
             call = self.lib.simt_streaming
         else:
-            before = (ctypes.c_int64 * 5)(*plan), multiprocessors
+            before = (ctypes.c_int64 * 6)(*plan), multiprocessors
             call = self.lib.simt_team
         error = call(*common, *before, ctypes.byref(fit.pointers()), recipe, to)
         if error:

@@ -32,20 +32,31 @@ int simt_streaming(const Images* images, const Parameters* parameters, int64_t c
   return macenko_streaming(*images, *parameters, cache_bytes, workspace, *fit, recipe, out, nullptr);
 }
 
-// kind, blocks, threads, light_shift and shared_bytes of the plan.
+// How often statistics were looked for in a list, keys and listed pixels of all these times, and how often in vain.
+void simt_lists(int64_t numbers[4]) {
+  const simt::Lists& lists = simt::lists;
+  numbers[0] = lists.rounds;
+  numbers[1] = lists.keys;
+  numbers[2] = lists.listed;
+  numbers[3] = lists.missed;
+}
+
+// kind, blocks, threads, light_shift, shared_bytes and listed of the plan.
 void simt_choose_plan(const Device* device, const Images* images, bool network, int wanted, int blocks,
-                      int64_t plan[5]) {
+                      int64_t plan[6]) {
   const Plan chosen = choose_plan(*device, *images, network, PlanKind(wanted), blocks);
   plan[0] = int(chosen.kind);
   plan[1] = chosen.blocks;
   plan[2] = chosen.threads;
   plan[3] = chosen.light_shift;
   plan[4] = chosen.shared_bytes;
+  plan[5] = chosen.listed;
 }
 
-int simt_team(const Images* images, const Parameters* parameters, const int64_t numbers[5], int multiprocessors,
+int simt_team(const Images* images, const Parameters* parameters, const int64_t numbers[6], int multiprocessors,
               const FitResult* fit, const Recipe* recipe, const Output* out) {
-  const Plan plan = {PlanKind(numbers[0]), int(numbers[1]), int(numbers[2]), int(numbers[3]), numbers[4]};
+  const Plan plan = {PlanKind(numbers[0]), int(numbers[1]), int(numbers[2]),
+                     int(numbers[3]),      numbers[4],      int(numbers[5])};
   const Device device = {9, multiprocessors, 0, 0};
   simt::clusters_at_a_time = multiprocessors / plan.blocks;
   return macenko_team(*images, *parameters, plan, device, *fit, recipe, out, nullptr);

@@ -216,6 +216,7 @@ void* map_shared(const void* p, unsigned rank) {
 }
 
 int clusters_at_a_time = 1;
+Lists lists;
 
 float fused_towards_zero(float a, float b, float c) {
   const int before = fegetround();
@@ -226,7 +227,10 @@ float fused_towards_zero(float a, float b, float c) {
   return result;
 }
 
-void set_seed(uint64_t seed) { machine.random.seed(seed); }
+void set_seed(uint64_t seed) {
+  machine.random.seed(seed);
+  lists = {};
+}
 
 void launch(const Shape& shape, void (*body)(void*), void* argument) {
   const uint64_t threads = uint64_t(shape.block.x) * shape.block.y * shape.block.z;

@@ -72,6 +72,19 @@ T shuffle(T value, unsigned from) {
   return result;
 }
 
+// What the fits of a run have listed, phase by phase, from set_seed on.
+struct Lists {
+  int64_t rounds, keys, listed, missed;
+};
+extern Lists lists;
+// By every block that shares an image; `first` says which counts the image.
+inline void record_list(bool first, int64_t keys, int64_t listed, bool missed) {
+  lists.rounds += first;
+  lists.keys += first ? keys : 0;
+  lists.listed += listed;
+  lists.missed += first && missed;
+}
+
 float fused_towards_zero(float a, float b, float c);  // a b + c
 
 // Fibers never switch inside these, and kernels run on one thread of the host.
@@ -111,6 +124,7 @@ T exchange_with(T* address, T value) {
 #define __shfl_up_sync(mask, value, delta) simt::shuffle(value, simt::thread_index.x % 32 - (delta))
 #define __threadfence()
 #define __ffs(bits) __builtin_ffs(bits)
+#define __popc(bits) __builtin_popcount(bits)
 #define __fdividef(x, y) ((x) / (y))
 #define __stcg(to, value) (*(to) = (value))
 
@@ -119,6 +133,7 @@ T exchange_with(T* address, T value) {
 #define __cluster_barrier_arrive()
 #define __cluster_barrier_wait() simt::cluster_barrier()
 #define __cluster_map_shared_rank(p, rank) simt::map_shared(p, rank)
+#define ERNET_RECORD_LIST(first, keys, listed, missed) simt::record_list(first, keys, listed, missed)
 #define ERNET_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
 #define ERNET_LAUNCH_CONFIGURED(config, kernel, ...) simt::launch_configured(config, [=] { kernel(__VA_ARGS__); })
 #define ERNET_LAUNCH(kernel, grid, block, stream, ...) simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })

@@ -192,7 +192,7 @@ def test_the_plan_follows_size_and_device(simt_library, device, size, expected):
 
 def test_plans_that_cannot_serve_are_refused(simt_library):
     emulator = Emulator(simt_library)
-    refused = Plan(PLANS["automatic"], 0, 0, 0, 0)
+    refused = Plan(PLANS["automatic"], 0, 0, 0, 0, 0)
     assert emulator.choose_plan(sized(1, 8, 8), "cluster", 3) == refused
     assert emulator.choose_plan(sized(1, 8, 8), "cluster", 32) == refused
     assert emulator.choose_plan(sized(1, 8, 8), "cluster", 2, device=A100) == refused
