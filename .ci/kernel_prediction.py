@@ -22,6 +22,7 @@ CALLS = {
 }
 FEW_KEYS = 1 << 16  # up to so many pixels one round of exact keys is enough, beyond it two
 BESIDE_PIXELS = 12 * KIB  # of a block's shared memory
+LISTED = 0.035
 MOST_BLOCKS = 16  # of a cluster
 
 

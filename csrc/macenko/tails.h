@@ -9,13 +9,18 @@
 namespace ernet {
 namespace macenko {
 
-// Keys of a sample, about: the rank of a 1 % tail is then known to 0.16 % of the keys.
+// Keys of a sample at most: the rank of a 1 % tail is then known to 0.16 % of the keys.
 constexpr int64_t kSampledKeys = 4096;
+// Of smaller images one pixel in so many: a larger sample would cost more than the shorter list saves.
+constexpr int64_t kLeastStep = 16;
 // Standard deviations of that rank between a statistic and the border: one list in some thousands misses it.
 constexpr double kSampleDeviations = 3.5;
 
 // Pixels from one sampled pixel to the next, on average.
-ERNET_HOST_DEVICE int64_t sample_step(int64_t pixels) { return (pixels + kSampledKeys - 1) / kSampledKeys; }
+ERNET_HOST_DEVICE int64_t sample_step(int64_t pixels) {
+  const int64_t step = (pixels + kSampledKeys - 1) / kSampledKeys;
+  return step > kLeastStep ? step : kLeastStep;
+}
 
 // The pixel of stratum `stratum`, at a place that depends on nothing else: no pattern of the image meets one of the
 // sample.

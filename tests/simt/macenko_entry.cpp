@@ -1,9 +1,35 @@
 // C functions over the Macenko launchers, for ctypes.
 #include "cuda/macenko.h"
 #include "cuda/plan.h"
+#include "macenko/fit_state.h"
 #include "simt.h"
 
 using namespace ernet::cuda;
+namespace macenko = ernet::macenko;
+
+namespace {
+
+// Of `count` colours those that a form leaves out although their exact key is not beyond the border, and those listed.
+template <class KeyOf>
+void try_form(const float form[4], const double* od, const uint8_t* colours, int64_t count, double border,
+              macenko::End end, const KeyOf& key_of, int64_t found[2]) {
+  found[0] = found[1] = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    double density[3];
+    float light[3];
+    for (int k = 0; k < 3; ++k) {
+      density[k] = od[colours[3 * i + k]];
+      light[k] = float(density[k] * -1.44269504088896340736);
+    }
+    const float value = fmaf(form[0], light[0], fmaf(form[1], light[1], fmaf(form[2], light[2], form[3])));
+    const double key = key_of(density);
+    const bool beyond = end == macenko::End::low ? key > border : key < border;
+    found[0] += !(value >= 0.0f) && !beyond;
+    found[1] += value >= 0.0f;
+  }
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -60,5 +86,35 @@ int simt_team(const Images* images, const Parameters* parameters, const int64_t 
   const Device device = {9, multiprocessors, 0, 0};
   simt::clusters_at_a_time = multiprocessors / plan.blocks;
   return macenko_team(*images, *parameters, plan, device, *fit, recipe, out, nullptr);
+}
+
+// The pixels that a sample takes.
+int64_t simt_sample_step(int64_t pixels) { return macenko::sample_step(pixels); }
+int64_t simt_sampled_pixel(int64_t stratum, int64_t step) { return macenko::sampled_pixel(stratum, step); }
+
+// Forms for a border: pseudo-angle `border` in the plane rows[0], rows[1], or the concentration rows[0] . OD.
+void simt_try_form(const double rows[6], double io, double border, bool angles, bool low, const uint8_t* colours,
+                   int64_t count, int64_t found[2]) {
+  const macenko::OdTable levels = macenko::make_od_table(io, 0);
+  macenko::FitParameters p = {};
+  p.od_min = levels.od[255];
+  p.od_max = levels.od[0];
+  const macenko::End end = low ? macenko::End::low : macenko::End::high;
+  macenko::FitState state = {};
+  float form[4];
+  if (angles) {
+    for (int k = 0; k < 3; ++k) {
+      state.plane.first[k] = rows[k];
+      state.plane.second[k] = rows[3 + k];
+    }
+    macenko::set_angle_form(border, end, p, state, form);
+    const auto key = [&](const double* od) {
+      return macenko::pseudo_angle(macenko::dot3(rows, od), macenko::dot3(rows + 3, od));
+    };
+    return try_form(form, levels.od, colours, count, border, end, key, found);
+  }
+  macenko::set_form(rows, border, p, form);
+  const auto key = [&](const double* od) { return macenko::dot3(rows, od); };
+  try_form(form, levels.od, colours, count, border, end, key, found);
 }
 }
