@@ -26,8 +26,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_limits import resident_blocks
-from kernel_prediction import ISSUED, ONCE_AN_IMAGE, RANDOM_BANKS, kernels_table, plans_table
-from pixel_passes import Statement, below_csrc, inner_loops, loops_at, statements
+from kernel_prediction import (
+    CAPTION,
+    RANDOM_BANKS,
+    kernels_table,
+    plans_table,
+)
+from pixel_passes import (
+    Statement,
+    below_csrc,
+    few_statements,
+    function_at,
+    inlined_from,
+    inner_loops,
+    innermost_at,
+    loops_at,
+    statements,
+)
 from sass import Instruction, Kernel, Loop, Place, output
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +209,27 @@ def pixel_loops(kernels: list[Kernel]) -> Iterator[PixelLoop]:
                 yield measure(kernel, loop, place, work, said)
 
 
+def few_pixels(kernels: list[Kernel]) -> Iterator[PixelLoop]:
+    """The loops over sampled and listed pixels, for one such pixel.
+
+    Of a loop that was unrolled all instructions are shared out to its pixels, those of rare ways included.
+    """
+    for kernel in kernels:
+        for place, said in few_statements().items():
+            function = function_at(place)
+            if said.unrolled:
+                found = inlined_from(kernel, function)
+            else:
+                loop = innermost_at(kernel, place)
+                ways = kernel.way_through(loop, lambda _: True) if loop else []
+                found = [one for block in ways for one in kernel.of_block(block)]
+            if not found:
+                continue
+            most = count(found)
+            del most["bytes read"], most["bytes written"]  # in the shared memory of a cluster, where they are any
+            yield PixelLoop(kernel, f"{function}, of a {said.which} pixel", said.amount, 1, most, 0)
+
+
 def nvcc_version() -> str:
     """The compiler that made the objects, as it names itself."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -247,9 +283,18 @@ def work(loops: list[PixelLoop]) -> list[str]:
     return markdown(["kernel", "loop", "pixels", "bytes read / written", "by 16 bytes", "instructions", *names], rows)
 
 
+def work_on_few(loops: list[PixelLoop]) -> list[str]:
+    """Instructions a sampled or listed pixel."""
+    kinds = ("all", "fma", "imad", "alu", "fp64", "xu", "shared", "atomic", "branch")
+    names = ["float32", "multiply-add", "other integer", "float64", "special", "shared", "atomics", "branches"]
+    rows = [[f"`{one.kernel.name}`", one.work, *(f"{one.per_pixel(kind):.1f}" for kind in kinds)] for one in loops]
+    return markdown(["kernel", "work", "instructions", *names], rows)
+
+
 def section(kernels: list[Kernel]) -> str:
     """What stands between the marks of the page."""
     loops = list(pixel_loops(kernels))
+    few = list(few_pixels(kernels))
     return "\n".join(
         [
             f"Made by `python3 dev.py kernels --write` with nvcc {nvcc_version()}.",
@@ -264,18 +309,20 @@ def section(kernels: list[Kernel]) -> str:
             "",
             *work(loops),
             "",
+            "**Work on a few pixels**, those of a sample and those that are listed, per pixel that is worked on. Where",
+            "loops were unrolled, rare ways through them are counted in.",
+            "",
+            *work_on_few(few),
+            "",
             "**Prediction** for an H200, each planar loop on its own: the busiest of its units, all else hidden behind",
             "it. Left without bank conflicts, right with the look-ups and atomics of a warp at random banks",
             f"({RANDOM_BANKS} times the clocks; tables that are repeated for every bank have none).",
             "",
             *markdown(*kernels_table(loops)),
             "",
-            "**Whole calls**, 8-bit, planar, enough images to fill the device: the passes of a call after each other,",
-            "each at the speed of its busiest unit. At best: no bank conflicts, nothing beside the passes. Expected:",
-            f"random banks, an instruction issued in {100 * ISSUED:.0f} % of the clocks, and {ONCE_AN_IMAGE:g} us",
-            "an image for what its team does between the passes (barriers, histograms, the algebra of one thread).",
+            *CAPTION,
             "",
-            *markdown(*plans_table(loops)),
+            *markdown(*plans_table(loops, few)),
         ]
     )
 

@@ -5,6 +5,11 @@ A loop over pixels says in its source how much it takes, in a comment behind the
     for (...) {  // 48 bytes of pixels an iteration
     for (...) {  // 16 pixels an iteration, 3 times
 
+Loops over a few pixels of an image say which:
+
+    for (...) {  // 1 sampled pixel an iteration
+    for (...) {  // 6 listed pixels unrolled
+
 "3 times" is how often the kernel goes over all pixels in this loop. A function with such a loop is inlined wherever it
 is called, so one line of the sources can be several loops of a kernel. Each is named after the function that calls it
 and, where that call is a case of a switch, the case.
@@ -18,10 +23,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sass import Kernel, Loop, Place
+from sass import Instruction, Kernel, Loop, Place
 
 ROOT = Path(__file__).resolve().parent.parent
 STATED = re.compile(r"//.*?\b(\d+) (bytes of pixels|pixels) an iteration(?:, (\d+) times)?")
+FEW = re.compile(r"//.*?\b(\d+) (sampled|listed) pixels? (an iteration|unrolled)")
 CASE = re.compile(r"\bcase (?:\w+::)*(\w+):")
 FUNCTION = re.compile(r"[\w:<>&*, ]*?\b(\w+)\((?!.*;\s*$)")
 LINES_OF_A_CASE = 8
@@ -46,6 +52,25 @@ def statements() -> dict[Place, Statement]:
                 if match := STATED.search(line):
                     said = Statement(int(match[1]), match[2].startswith("bytes"), int(match[3] or 1))
                     found[(f"{folder}/{path.name}", number)] = said
+    return found
+
+
+@dataclass(frozen=True)
+class FewPixels:
+    """What the source says of a loop over some of an image's pixels."""
+
+    amount: int
+    which: str
+    unrolled: bool
+
+
+def few_statements() -> dict[Place, FewPixels]:
+    """The loops over sampled and over listed pixels, by file below csrc and line."""
+    found = {}
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.*")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if match := FEW.search(line):
+                found[(f"cuda/{path.name}", number)] = FewPixels(int(match[1]), match[2], match[3] == "unrolled")
     return found
 
 
@@ -133,6 +158,16 @@ def loops_at(kernel: Kernel, place: Place) -> Iterator[tuple[str, Loop]]:
         for number, loop in enumerate(own, 1):
             chain = (place, *callers)
             yield pass_name(chain) if len(own) == 1 else f"{function_at(callers[0])} {number}", loop
+
+
+def innermost_at(kernel: Kernel, place: Place) -> Loop | None:
+    """The smallest loop with instructions of a line that are in no inner loop."""
+    return next((loop for loop in reversed(kernel.loops) if _has(kernel, loop, place)), None)
+
+
+def inlined_from(kernel: Kernel, function: str) -> list[Instruction]:
+    """All instructions that a function, or what it calls, has become."""
+    return [one for one in kernel.instructions if any(function_at(below_csrc(place)) == function for place in one.places)]
 
 
 def _share_by(kernel: Kernel, loop: Loop, callers: tuple[Place, ...]) -> float:

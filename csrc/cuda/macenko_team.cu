@@ -219,7 +219,7 @@ __device__ __forceinline__ void search_list(const TeamJob& t, const LocalPixels&
   do {
     clear_bins(s);
     __syncthreads();
-    count_listed(listed, s.state, s.bins, counters, Team::at_rank(s.kept, 0));
+    take_listed(listed, s.state, s.bins, counters, Team::at_rank(s.kept, 0));
     if (threadIdx.x == 0) {
       atomicAdd(&counters.listed, static_cast<unsigned long long>(s.list_length));
       if (s.list_length > list.most) atomicAdd(&counters.overflown, 1ull);

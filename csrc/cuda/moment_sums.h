@@ -50,6 +50,12 @@ __device__ __forceinline__ void add_sums(const GroupSums& group, Sums& s) {
   for (int k = 0; k < 3; ++k) s.sum[k] += group.sum[k];
 }
 
+__device__ __forceinline__ int sum_of_warp(int value) {
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(0xffffffffu, value, delta);
+  return value;
+}
+
 __device__ __forceinline__ int64_t sum_of_warp(int64_t value) {
 #pragma unroll
   for (int delta = 16; delta > 0; delta /= 2)

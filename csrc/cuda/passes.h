@@ -131,13 +131,13 @@ struct ExactKeys {
 
 template <class Reader, bool kInterleaved, class Pixels, class Index>
 __device__ __forceinline__ ExactKeys exact_keys(const Pixels& shared, Index pixel, const Reader& reader,
-                                                const PassKeys& keys, bool angles) {
+                                                const double (&row)[2][3], bool angles) {
   const Index at = pixel * (kInterleaved ? 3 : 1);
   const double r = reader.od(shared.planes.plane[0][at]);
   const double g = reader.od(shared.planes.plane[1][at]);
   const double b = reader.od(shared.planes.plane[2][at]);
-  const double x = keys.row[0][0] * r + keys.row[0][1] * g + keys.row[0][2] * b;
-  const double y = keys.row[1][0] * r + keys.row[1][1] * g + keys.row[1][2] * b;
+  const double x = row[0][0] * r + row[0][1] * g + row[0][2] * b;
+  const double y = row[1][0] * r + row[1][1] * g + row[1][2] * b;
   if (!angles) return {{x, y}};
   const double key = macenko::pseudo_angle(x, y);
   return {{key, key}};
@@ -198,7 +198,7 @@ __device__ __forceinline__ void coarse_pass(const Pixels& shared, const Reader& 
     while (doubtful != 0) {
       const int i = __ffs(int(doubtful)) - 1;
       doubtful &= doubtful - 1;
-      const ExactKeys found = exact_keys<Reader, kInterleaved>(shared, first + i, reader, keys, kAngles);
+      const ExactKeys found = exact_keys<Reader, kInterleaved>(shared, first + i, reader, keys.row, kAngles);
       atomicAdd(&bins[0][coarse_bin(float(found.key[0]), scale[0])], 1u);
       if (!kAngles) atomicAdd(&bins[1][coarse_bin(float(found.key[1]), scale[1])], 1u);
     }
@@ -241,33 +241,32 @@ __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned
   }
 }
 
-// One exact key of selection t, as ordered bits.
-__device__ __forceinline__ void take_bits(uint64_t bits, int t, const Selection& s, uint32_t* bins, Counters& counters,
-                                          Kept* kept, int& below, int& within) {
-  if (s.stage == Stage::done) return;
-  if (s.stage == Stage::split) return take_split_key(bits, s.edge, t, counters);
-  if (bits < s.low) {
-    ++below;
-    return;
-  }
-  if (bits > s.high) return;
-  ++within;
-  atomicAdd(&bins[(bits - s.low) >> s.shift], 1u);
+// A key in the interval of selection t, in its bin.
+__device__ __forceinline__ void take_inside_key(unsigned long long bits, unsigned bin, int t, uint32_t* bins,
+                                                Counters& counters, Kept& kept) {
+  atomicAdd(&bins[bin], 1u);
   if (*const_cast<const volatile unsigned*>(&counters.inside[t]) <= unsigned(kKeptKeys)) {
     const unsigned slot = atomicAdd(&counters.inside[t], 1u);
-    if (slot < unsigned(kKeptKeys)) kept[t][slot] = bits;
+    if (slot < unsigned(kKeptKeys)) kept[slot] = bits;
   }
 }
 
+// One exact key of selection t.
 __device__ __forceinline__ void take_key(double key, int t, const Selection& s, uint32_t* bins, Counters& counters,
                                          Kept* kept, int& below) {
-  int within = 0;
-  take_bits(macenko::ordered_bits(key), t, s, bins, counters, kept, below, within);
+  if (s.stage == Stage::done) return;
+  const uint64_t bits = macenko::ordered_bits(key);
+  if (s.stage == Stage::split) return take_split_key(bits, s.edge, t, counters);
+  if (bits < s.low) {
+    ++below;
+  } else if (bits <= s.high) {
+    take_inside_key(bits, unsigned((bits - s.low) >> s.shift), t, bins, counters, kept[t]);
+  }
 }
 
 // Adds up the counts of a warp's threads.
 __device__ __forceinline__ void add_of_warp(int count, unsigned long long* total) {
-  const int64_t sum = sum_of_warp(count);
+  const int sum = sum_of_warp(count);
   if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(total, static_cast<unsigned long long>(sum));
 }
 
@@ -300,7 +299,7 @@ __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& r
     while (wanted != 0) {
       const int i = __ffs(int(wanted)) - 1;
       wanted &= wanted - 1;
-      const ExactKeys found = exact_keys<Reader, kInterleaved>(shared, first + i, reader, keys, kAngles);
+      const ExactKeys found = exact_keys<Reader, kInterleaved>(shared, first + i, reader, keys.row, kAngles);
       take_key(found.key[0], 0, state.selection[0], bins[0], counters, kept, below[0]);
       take_key(found.key[1], 1, state.selection[1], bins[1], counters, kept, below[1]);
     }

@@ -27,8 +27,8 @@ __device__ __forceinline__ void sample_keys(const LocalPixels& local, const Byte
   const float scale[2] = {angles ? float(macenko::kSampleBinsPerUnit) : state.pass.bins_per_unit[0],
                           state.pass.bins_per_unit[1]};
   int sampled = 0;
-  for (int stratum = local.thread; stratum * step < local.pixels;
-       stratum += local.threads) {  // 1 sampled pixel an iteration, 2 times
+  const int strata = (local.pixels + step - 1) / step;
+  for (int stratum = local.thread; stratum < strata; stratum += local.threads) {  // 1 sampled pixel an iteration
     const int pixel = int(macenko::sampled_pixel(stratum, step));
     if (pixel >= local.pixels) continue;
     const uint8_t r = local.planes.plane[0][pixel * kStride];
@@ -74,7 +74,7 @@ __device__ __forceinline__ void list_pixels(const LocalPixels& local, const Byte
         wanted &= (1u << count) - 1;
         if (wanted == 0) return;
         unsigned slot = atomicAdd(list.length, unsigned(__popc(wanted)));
-        while (wanted != 0) {  // listed pixels
+        while (wanted != 0) {  // 1 listed pixel an iteration
           if (slot < list.most) list.pixel[slot] = unsigned(first + __ffs(int(wanted)) - 1);
           wanted &= wanted - 1;
           ++slot;
@@ -82,10 +82,10 @@ __device__ __forceinline__ void list_pixels(const LocalPixels& local, const Byte
       });
 }
 
-// Exact keys of this thread's part of a list, as ordered bits.
+// Exact keys of this thread's part of a list, as ordered bits; those that do not exist are above all others.
+static_assert(kListedOfThread == 6, "as the loops over them say");
 struct ListedKeys {
-  unsigned long long bits[kListedOfThread][2];
-  int count;
+  unsigned long long bits[2][kListedOfThread];
 };
 
 template <bool kInterleaved>
@@ -93,36 +93,58 @@ __device__ __forceinline__ void evaluate_list(const LocalPixels& local, const By
                                               const PixelList& list, ListedKeys& listed) {
   const unsigned length = *list.length < list.most ? *list.length : list.most;
   const bool angles = macenko::counts_angles(state.phase);
-  listed.count = 0;
+  double row[2][3];
 #pragma unroll
-  for (int k = 0; k < kListedOfThread; ++k) {
+  for (int t = 0; t < 2; ++t) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) row[t][k] = state.pass.row[t][k];
+  }
+#pragma unroll
+  for (int k = 0; k < kListedOfThread; ++k) {  // 6 listed pixels unrolled
     const unsigned at = threadIdx.x + unsigned(k) * blockDim.x;
+    listed.bits[0][k] = listed.bits[1][k] = ~0ull;
     if (at < length) {
-      const ExactKeys found =
-          exact_keys<ByteReader, kInterleaved>(local, int(list.pixel[at]), reader, state.pass, angles);
-      listed.bits[k][0] = macenko::ordered_bits(found.key[0]);
-      listed.bits[k][1] = macenko::ordered_bits(found.key[1]);
-      listed.count = k + 1;
-    } else {
-      listed.bits[k][0] = listed.bits[k][1] = 0;
+      const ExactKeys found = exact_keys<ByteReader, kInterleaved>(local, int(list.pixel[at]), reader, row, angles);
+      listed.bits[0][k] = macenko::ordered_bits(found.key[0]);
+      listed.bits[1][k] = macenko::ordered_bits(found.key[1]);
     }
   }
 }
 
-// Counts the exact keys of a list in the intervals of both selections.
-__device__ __forceinline__ void count_listed(const ListedKeys& listed, const FitState& state, uint32_t (*bins)[kBins],
-                                             Counters& counters, Kept* kept) {
+// Counts the exact keys of a list in the interval of selection t.
+__device__ __forceinline__ void count_listed(const unsigned long long (&listed)[kListedOfThread], int t,
+                                             const Selection& s, uint32_t* bins, Counters& counters, Kept& kept) {
+  const unsigned long long low = s.low;
+  const unsigned long long width = s.high - low;
+  const int shift = s.shift;
+  int below = 0;
+  int within = 0;
+#pragma unroll
+  for (int k = 0; k < kListedOfThread; ++k) {  // 6 listed pixels unrolled
+    const unsigned long long place = listed[k] - low;
+    if (place <= width) {
+      ++within;
+      take_inside_key(listed[k], unsigned(place >> shift), t, bins, counters, kept);
+    } else {
+      below += listed[k] < low;
+    }
+  }
+  add_of_warp(below, &counters.below[t]);
+  add_of_warp(within, &counters.within[t]);
+}
+
+// Takes the exact keys of a list into both selections.
+__device__ __forceinline__ void take_listed(const ListedKeys& listed, const FitState& state, uint32_t (*bins)[kBins],
+                                            Counters& counters, Kept* kept) {
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const Selection& s = state.selection[t];
-    int below = 0;
-    int within = 0;
+    if (s.stage == Stage::count) {
+      count_listed(listed.bits[t], t, s, bins[t], counters, kept[t]);
+    } else if (s.stage == Stage::split) {
 #pragma unroll
-    for (int k = 0; k < kListedOfThread; ++k) {
-      if (k < listed.count) take_bits(listed.bits[k][t], t, s, bins[t], counters, kept, below, within);
+      for (int k = 0; k < kListedOfThread; ++k) take_split_key(listed.bits[t][k], s.edge, t, counters);
     }
-    add_of_warp(below, &counters.below[t]);
-    add_of_warp(within, &counters.within[t]);
   }
 }
 
