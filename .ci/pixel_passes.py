@@ -167,7 +167,7 @@ def innermost_at(kernel: Kernel, place: Place) -> Loop | None:
 
 def inlined_from(kernel: Kernel, function: str) -> list[Instruction]:
     """All instructions that a function, or what it calls, has become."""
-    return [one for one in kernel.instructions if any(function_at(below_csrc(place)) == function for place in one.places)]
+    return [one for one in kernel.instructions if function in {function_at(below_csrc(place)) for place in one.places}]
 
 
 def _share_by(kernel: Kernel, loop: Loop, callers: tuple[Place, ...]) -> float:

@@ -23,7 +23,7 @@ constexpr int64_t kMediumPixels = 1 << 24;
 
 // Blocks that a multiprocessor is to hold side by side while they count the keys of 8-bit images: as many as there are
 // registers for.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kByteBlocks = 2;
 #else
 constexpr int kByteBlocks = 3;
@@ -87,7 +87,7 @@ __device__ __forceinline__ SharedPixels<T> pixels_of_block(const StreamingJob& s
   const T* base = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
   return {{{base, base + images.channel_stride, base + 2 * images.channel_stride}},
           images.pixels,
-          blockIdx.x % s.blocks_an_image * kThreads + threadIdx.x,
+          (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x,
           s.blocks_an_image * kThreads};
 }
 

@@ -72,7 +72,7 @@ __device__ __forceinline__ void list_pixels(const LocalPixels& local, const Byte
           if (low >= 0.0f || high >= 0.0f) wanted |= 1u << i;
         }
         wanted &= (1u << count) - 1;
-        if (wanted == 0) return;
+        // By all lanes, so that the compiler adds up a warp's numbers and asks for its places once.
         unsigned slot = atomicAdd(list.length, unsigned(__popc(wanted)));
         while (wanted != 0) {  // 1 listed pixel an iteration
           if (slot < list.most) list.pixel[slot] = unsigned(first + __ffs(int(wanted)) - 1);

@@ -308,20 +308,75 @@ class Pass:
         return self.found.get(kind, 0)
 
 
+WORKS = ["load_pixels", "list_pixels", "rebuild_image image", "coarse_pass angle_coarse",
+         "coarse_pass concentration_coarse", "exact_pass 1", "exact_pass 2"]  # fmt: skip
+
+
+def test_a_team_goes_through_all_keys_where_a_list_was_in_vain():
+    passes = [Pass("team_kernel<BlockTeam, false>", work, 128) for work in WORKS]
+    missed = kernel_prediction.MISSED
+    often = {loop.work: times for loop, times in kernel_prediction.passes_of(passes, 224 * 224, 1)}
+    assert often == dict(zip(WORKS, [1, 2, 1, *4 * [missed]], strict=True))
+    larger = {loop.work: times for loop, times in kernel_prediction.passes_of(passes, 300 * 300, 1)}
+    assert larger == {**often, "exact_pass 1": 2 * missed, "exact_pass 2": 2 * missed}
+    assert kernel_prediction.missed(8) > missed and kernel_prediction.missed(0) == 1
+    assert kernel_prediction.passes_of(passes, 300 * 300, 4) == [] == kernel_prediction.passes_of(passes[1:], 9, 1)
+
+
+def test_the_streaming_plan_goes_through_all_keys():
+    fit = "advance_kernel<unsigned char, false>"
+    passes = [Pass("begin_kernel<unsigned char, false>", "sums_of_thread", 1)]
+    passes += [Pass("reconstruct_kernel<unsigned char, false>", "rebuild_image image", 1)]
+    passes += [Pass(fit, work, 1) for work in WORKS[3:]]
+    often = [times for _, times in kernel_prediction.passes_of(passes, 1 << 24, 0)]
+    assert often == [1, 1, 1, 1, 2, 2] and kernel_prediction.few_of([], 1 << 24, 0) == []
+
+
 def test_whole_calls_are_the_sum_of_their_passes():
     team = "team_kernel<BlockTeam, false>"
-    works = ["load_pixels", "coarse_pass angle_coarse", "coarse_pass concentration_coarse", "exact_pass 1",
-             "exact_pass 2", "rebuild_image image"]  # fmt: skip
-    passes = [Pass(team, work, 128) for work in works]
-    assert len(kernel_prediction.passes_of(passes, 224 * 224, 1)) == 6
-    assert len(kernel_prediction.passes_of(passes, 300 * 300, 1)) == 8, "larger images take another round"
-    assert kernel_prediction.passes_of(passes, 300 * 300, 4) == [] == kernel_prediction.passes_of(passes[1:], 9, 1)
-    head, (row, _) = kernel_prediction.plans_table(passes)
+    passes = [Pass(team, work, 128) for work in WORKS]
+    head, (row, _) = kernel_prediction.plans_table(passes, [])
     assert head[0] == "call" and row[:2] == ["normalize 224x224", "resident"]
-    seconds = 6 * 224 * 224 / (H200.gigahertz * 1e9)  # a clock a pixel in each of the six passes
+    gone_through = 4 + 4 * kernel_prediction.MISSED
+    seconds = gone_through * 224 * 224 / (H200.gigahertz * 1e9)  # a clock a pixel in each pass
     assert row[2:4] == [f"{1e6 * seconds:,.0f}", f"{H200.multiprocessors / seconds:,.0f}"]
-    slower = seconds / kernel_prediction.ISSUED + 1e-6 * kernel_prediction.ONCE_AN_IMAGE
-    assert row[5] == f"{H200.multiprocessors / slower:,.0f}"
+    beside = 1e-6 * kernel_prediction.us_beside(1, 224 * 224)
+    assert row[5] == f"{H200.multiprocessors / (seconds / kernel_prediction.ISSUED + beside):,.0f}"
+    few = [Pass(team, "evaluate_list, of a listed pixel", 128 * 512), Pass("another", "sample_keys, of one", 9)]
+    _, (more, _) = kernel_prediction.plans_table(passes, few)
+    slots = 2 * 512 * -(-kernel_prediction.LISTED * 224 * 224 // 512)
+    assert more[3] == f"{H200.multiprocessors / (seconds + 512 * slots / (H200.gigahertz * 1e9)):,.0f}"
+
+
+def test_tables_are_repeated_where_there_is_room():
+    assert [kernel_prediction.copies_of(n) for n in (224 * 224, 256 * 256, 70_000, 700 * 460 // 8)] == [32, 16, 4, 32]
+    team = Pass("team_kernel<BlockTeam, false>", "list_pixels", 0)
+    team.found = {"words": 4, "look-ups": 3}
+    words = [32 * kernel_prediction.clocks_a_pixel(team, 3.5, copies)["shared memory"] for copies in (32, 16, 8, 1)]
+    assert words == [4, 7, pytest.approx(4 + 3 * 1.9), 4 + 3 * 2.5]
+    team.work = "sample_keys, of a sampled pixel"
+    assert 32 * kernel_prediction.clocks_a_pixel(team, 3.5, 32)["shared memory"] == 4 + 3 * 2.5
+
+
+def test_work_on_few_pixels_is_found(kernel, monkeypatch):
+    statements = {
+        ("cuda/brighten.cu", 12): pixel_passes.FewPixels(1, "sampled", False),
+        ("cuda/brighten.cu", 13): pixel_passes.FewPixels(4, "listed", True),
+    }
+    monkeypatch.setattr(kernel_counts, "few_statements", lambda: statements)
+    monkeypatch.setattr(kernel_counts, "function_at", lambda place: f"line_{place[1]}")
+    monkeypatch.setattr(kernel_counts, "inlined_from", lambda kernel, function: kernel.instructions[:6])
+    sampled, listed = kernel_counts.few_pixels([kernel])
+    assert sampled.work == "line_12, of a sampled pixel" and sampled.most["all"] == 13  # by the longest way
+    assert listed.work == "line_13, of a listed pixel" and listed.per_pixel("all") == 6 / 4
+    assert sampled.most["bytes read"] == 0
+    assert kernel_counts.work_on_few([sampled])[-1].startswith("| `brighten_u8` | line_12, of a sampled pixel | 13.0")
+
+
+def test_statements_on_few_pixels_are_read_from_the_sources():
+    found = {(place[0], said.which, said.unrolled) for place, said in pixel_passes.few_statements().items()}
+    assert found == {("cuda/tail_list.h", "sampled", False), ("cuda/tail_list.h", "listed", False),
+                     ("cuda/tail_list.h", "listed", True)}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,9 @@ def run_plans(emulator: Emulator, images: np.ndarray, stains: tuple[np.ndarray, 
         for kind, blocks in wanted:
             plan = emulator.choose_plan(images, kind, blocks, network is not None)
             emulator.normalize(images, plan, stains, network=network)
+            if kind != "streaming" and network is None:  # with lists that are too short, and with none
+                for listed in (0, 1):
+                    emulator.normalize(images, plan._replace(listed=listed), stains)
 
 
 def run_overread(library: Path) -> None:

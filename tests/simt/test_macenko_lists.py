@@ -77,7 +77,6 @@ def test_real_images_need_few_pixels(simt_library):
         lists = emulator.lists()
         assert (lists.rounds, lists.missed) == (2, 0)
         keys, listed = keys + 2 * images[0, 0].size, listed + lists.listed
-    print(listed / keys)
     assert listed <= LISTED * keys
 
 
@@ -143,9 +142,19 @@ def test_little_tissue(simt_library):
     fit_in_every_team(simt_library, stack(*images))
 
 
+def test_colours_on_both_sides_of_the_plane(simt_library):
+    """A principal direction with a negative component: angles are not compared by cross products."""
+    rng = np.random.default_rng(8)
+    turn = rng.integers(0, 90, (70, 71, 1))
+    image = np.concatenate([90 + turn, 190 - turn, 120 + rng.integers(0, 20, turn.shape)], 2).astype(np.uint8)
+    assert fit_in_every_team(simt_library, stack(image))[0].rounds == 1
+    tissue_of_any_kind = 240.0, 1.0, -0.05, False  # white is tissue, and its optical density may be negative
+    assert fit_in_every_team(simt_library, tissue(70, 71, 1), tissue_of_any_kind)[0].rounds == 1
+
+
 def test_degenerate_images(simt_library):
     for nearest in (False, True):
-        for alpha, beta in ((1.0, 0.15), (0.0, 0.0), (10.0, 0.5)):
+        for alpha, beta in ((1.0, 0.15), (10.0, 0.0)):
             fit_in_every_team(simt_library, degenerate(), (240.0, alpha, beta, nearest))
 
 

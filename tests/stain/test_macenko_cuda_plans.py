@@ -77,6 +77,23 @@ def test_fits_equal_the_cpu(plan):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
+def test_distributions_that_mislead_a_sample(plan):
+    """Lists that overflow or miss: half of the pixels of one colour, sorted pixels, very little tissue."""
+    generator = torch.Generator().manual_seed(4)
+    colours = torch.tensor([[100, 50, 120], [101, 50, 120], [160, 90, 150], [200, 150, 190]], dtype=torch.uint8)
+    shares = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.49, 0.01, 0.01, 0.49]])
+    few = colours[torch.multinomial(shares, 200 * 200, replacement=True, generator=generator)]
+    ordinary = batch(synthetic_tissue(200, 200, 1)).flatten(2).permute(0, 2, 1)
+    by_brightness = ordinary[:, ordinary[0].sum(1, dtype=torch.int64).argsort(stable=True)]
+    little = torch.full_like(ordinary, 245)
+    little[:, 77::3000] = ordinary[:, 77::3000] // 2
+    images = torch.cat([few, ordinary, by_brightness, little]).permute(0, 2, 1).reshape(-1, 3, 200, 200).contiguous()
+    found, expected = macenko_fit(images.cuda()), macenko_fit(images)
+    assert found.status.tolist() == expected.status.tolist()
+    for a, b in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
 @pytest.mark.parametrize("parameter", real_parameters()[:4])
 def test_real_crops_equal_the_cpu(plan, parameter):
     images = batch(load(parameter)[:60, :64])
