@@ -69,29 +69,14 @@ __device__ __forceinline__ Memory divide(unsigned char* memory, const TeamJob& t
   return {reinterpret_cast<TeamShared*>(memory), levels, reinterpret_cast<float (*)[256]>(scaled), pixels};
 }
 
-// This block's pixels of an image: `count` from `begin`.
-struct Share {
-  int begin;
-  int count;
-};
-
-template <class Team>
-__device__ __forceinline__ Share share_of_block(const TeamJob& t) {
-  const int begin = t.share * int(Team::rank());
-  const int left = int(t.job.images.pixels) - begin;
-  return {begin, left < 0 ? 0 : (left < t.share ? left : t.share)};
-}
-
 template <bool kInterleaved>
 __device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int share) {
   const int distance = kInterleaved ? 1 : share;
   return {{pixels, pixels + distance, pixels + 2 * distance}};
 }
 
-template <bool kInterleaved>
-__device__ __forceinline__ Planes<const uint8_t> global_planes(const Images& images, int64_t image, int64_t begin) {
-  const auto* base =
-      static_cast<const uint8_t*>(images.data) + image * images.image_stride + begin * (kInterleaved ? 3 : 1);
+__device__ __forceinline__ Planes<const uint8_t> image_planes(const Images& images, int64_t image) {
+  const auto* base = static_cast<const uint8_t*>(images.data) + image * images.image_stride;
   return {{base, base + images.channel_stride, base + 2 * images.channel_stride}};
 }
 
@@ -100,12 +85,12 @@ template <bool kInterleaved>
 __device__ __forceinline__ void prefetch(const Images& images, int64_t image, const Share& share) {
 #ifdef __CUDA_ARCH__
   if (image >= images.count) return;
-  const Planes<const uint8_t> planes = global_planes<kInterleaved>(images, image, share.begin);
-  const int64_t bytes = kInterleaved ? 3 * share.count : share.count;
+  const Planes<const uint8_t> planes = image_planes(images, image);
+  constexpr int kPixels = kInterleaved ? 32 : kRun;  // of a cache line, about
   for (int plane = 0; plane < (kInterleaved ? 1 : 3); ++plane) {
     const uint8_t* from = plane == 0 ? planes.plane[0] : (plane == 1 ? planes.plane[1] : planes.plane[2]);
-    for (int64_t at = int64_t(threadIdx.x) * 128; at < bytes; at += int64_t(blockDim.x) * 128)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+    for (int first = int(threadIdx.x) * kPixels; first < share.count; first += int(blockDim.x) * kPixels)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(from + int64_t(share.place(first)) * (kInterleaved ? 3 : 1)));
   }
 #else
   (void)images, (void)image, (void)share;
@@ -115,19 +100,18 @@ __device__ __forceinline__ void prefetch(const Images& images, int64_t image, co
 // Copies this block's pixels to shared memory and sums their moments on the way. Ends with the warps' sums stored.
 template <bool kInterleaved>
 __device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, const Share& share, const Memory& m) {
-  const SharedPixels<uint8_t> from = {global_planes<kInterleaved>(t.job.images, image, share.begin), share.count,
-                                      threadIdx.x, blockDim.x};
+  const PlacedPixels from = {image_planes(t.job.images, image), share, int(threadIdx.x), int(blockDim.x)};
   const Planes<uint8_t> to = local_planes<kInterleaved>(m.pixels, t.share);
   Sums sums;
   const FixedOfByte to_fixed = {level_table(m.levels, t.light_shift)};
   for_each_group<uint8_t, kInterleaved>(
-      from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int64_t first, int count) {
+      from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int first, int count) {
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
           uint8_t* plane = kInterleaved ? to.plane[0] + 3 * first + 16 * k : to.plane[k] + first;
           *reinterpret_cast<uint4*>(plane) = group.four(k);
         }
-        add_group<kInterleaved>(group, from.planes, first, count, to_fixed, sums);
+        add_group<kInterleaved>(group, from.planes, share.place(first), count, to_fixed, sums);
       });
   store_sums(sums, m.shared->sums);
 }
@@ -281,16 +265,15 @@ __device__ __forceinline__ void fit_pixels(const TeamJob& t, const LocalPixels& 
 }
 
 template <bool kInterleaved>
-__device__ __forceinline__ void rebuild_share(const TeamJob& t, int64_t image, const Share& share,
-                                              const LocalPixels& local, const ByteReader& reader, const Memory& m) {
+__device__ __forceinline__ void rebuild_share(const TeamJob& t, int64_t image, const LocalPixels& local,
+                                              const ByteReader& reader, const Memory& m) {
   const ByteValues values = {reader, m.scaled};
   const Transform& transform = m.shared->transform;
   const double io = t.job.p.io;
-  const int64_t network = 3 * (t.job.images.pixels * image + share.begin);
+  const int64_t network = 3 * t.job.images.pixels * image;
   switch (t.out.type) {
     case OutputType::image: {
-      auto* base =
-          static_cast<uint8_t*>(t.out.data) + image * t.out.image_stride + share.begin * (kInterleaved ? 3 : 1);
+      auto* base = static_cast<uint8_t*>(t.out.data) + image * t.out.image_stride;
       const Planes<uint8_t> out = {{base, base + t.out.channel_stride, base + 2 * t.out.channel_stride}};
       return rebuild_image<ByteValues, kInterleaved>(local, values, transform, io, out);
     }
@@ -317,7 +300,7 @@ __device__ __forceinline__ void normalize_image(const TeamJob& t, int64_t image,
   begin_fit<Team>(t, m);
   const Planes<uint8_t> planes = local_planes<kInterleaved>(m.pixels, t.share);
   const LocalPixels local = {
-      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, share.count, int(threadIdx.x), int(blockDim.x)};
+      {{planes.plane[0], planes.plane[1], planes.plane[2]}}, share, share.count, int(threadIdx.x), int(blockDim.x)};
   fit_pixels<Team, kInterleaved>(t, local, reader, m);
   if (threadIdx.x == 0) {
     if (Team::rank() == 0) write_fit(t.job.fit, image, s.state);
@@ -327,7 +310,7 @@ __device__ __forceinline__ void normalize_image(const TeamJob& t, int64_t image,
     }
   }
   __syncthreads();
-  if (t.out.data != nullptr) rebuild_share<kInterleaved>(t, image, share, local, reader, m);
+  if (t.out.data != nullptr) rebuild_share<kInterleaved>(t, image, local, reader, m);
   Team::sync();  // the others may still look at this block's memory
 }
 
@@ -338,7 +321,7 @@ __device__ __forceinline__ void serve_images(const TeamJob& t) {
   for (unsigned level = threadIdx.x; level < 256; level += blockDim.x) m.shared->od[level] = t.job.od[level];
   if (t.out.type != OutputType::image) fill_scaled_table(t.out, m.scaled);
   const ByteReader reader = {level_table(m.levels, t.light_shift), m.shared->od, t.job.p.tissue_limit};
-  const Share share = share_of_block<Team>(t);
+  const Share share = share_of(int(t.job.images.pixels), int(Team::rank()), int(Team::size()));
   for (int64_t image = Team::index(); image < t.job.images.count; image += Team::teams())
     normalize_image<Team, kInterleaved>(t, image, share, reader, m);
 }

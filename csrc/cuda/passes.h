@@ -6,6 +6,7 @@
 
 #include "cuda/moment_sums.h"
 #include "cuda/pixel_group.h"
+#include "cuda/plan.h"
 #include "cuda/readers.h"
 #include "macenko/fit_state.h"
 
@@ -26,14 +27,35 @@ struct SharedPixels {
   int64_t pixels;
   int64_t thread;
   int64_t threads;
+  __device__ __forceinline__ int64_t place(int64_t pixel) const { return pixel; }
 };
+
+// Which pixels of an image a block holds: runs in turn with the other blocks, one after the other in its memory.
+struct Share {
+  int rank;
+  int blocks;
+  int count;
+  // Where in the image the pixel is that has this position in the block's memory.
+  __device__ __forceinline__ int place(int position) const {
+    return blocks == 1 ? position : (position / kRun * blocks + rank) * kRun + position % kRun;
+  }
+};
+
+__device__ __forceinline__ Share share_of(int pixels, int rank, int blocks) {
+  const int runs = (pixels + kRun - 1) / kRun;
+  const int mine = (runs - rank + blocks - 1) / blocks;  // of which the last may be the image's last
+  const bool has_last = runs > 0 && (runs - 1) % blocks == rank;
+  return {rank, blocks, mine * kRun - (has_last ? runs * kRun - pixels : 0)};
+}
 
 // The pixels of a block in its shared memory: planes at multiples of 16 bytes, and memory for a whole last group.
 struct LocalPixels {
   Planes<const uint8_t> planes;
-  int pixels;
+  Share share;
+  int pixels;  // share.count
   int thread;
   int threads;
+  __device__ __forceinline__ int place(int position) const { return share.place(position); }
 };
 
 // Calls f(group, first, count) for this thread's groups.
@@ -45,6 +67,29 @@ __device__ __forceinline__ void for_each_group(const LocalPixels& local, const F
     const int count = local.pixels - first < kPixels ? local.pixels - first : kPixels;
     PixelGroup<T, kInterleaved> group;
     load_group<T, kInterleaved>(local.planes, first, kPixels, true, group);
+    f(group, first, count);
+  }
+}
+
+// The same pixels in the image's own memory.
+struct PlacedPixels {
+  Planes<const uint8_t> planes;
+  Share share;
+  int thread;
+  int threads;
+};
+
+// `first` is the position in the block's memory.
+template <class T, bool kInterleaved, class F>
+__device__ __forceinline__ void for_each_group(const PlacedPixels& placed, const F& f) {
+  constexpr int kPixels = GroupSize<T>::value;
+  const bool aligned = is_aligned<const T, kInterleaved>(placed.planes);
+  const int pixels = placed.share.count;
+  const int step = placed.threads * kPixels;
+  for (int first = placed.thread * kPixels; first < pixels; first += step) {  // 48 bytes of pixels an iteration
+    const int count = pixels - first < kPixels ? pixels - first : kPixels;
+    PixelGroup<T, kInterleaved> group;
+    load_group<T, kInterleaved>(placed.planes, placed.share.place(first), count, aligned, group);
     f(group, first, count);
   }
 }

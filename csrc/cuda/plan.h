@@ -40,8 +40,16 @@ constexpr int kListedOfThread = 6;
 // Bytes of shared memory that a block needs beside the pixels, the repeated table of logarithms left out.
 int64_t team_shared_bytes(bool network);
 
-// Pixels of an image that each of `blocks` blocks holds: a multiple of 16.
-inline int64_t pixels_of_share(int64_t pixels, int blocks) { return ((pixels + blocks - 1) / blocks + 15) / 16 * 16; }
+// Pixels in a row that one block of several holds before the next one's turn comes: a cache line of every plane. So
+// each has its part of whatever is in one region of an image.
+constexpr int kRun = 128;
+
+// Pixels of an image that each of `blocks` blocks holds at most: a multiple of 16.
+inline int64_t pixels_of_share(int64_t pixels, int blocks) {
+  if (blocks == 1) return (pixels + 15) / 16 * 16;
+  const int64_t runs = (pixels + kRun - 1) / kRun;
+  return (runs + blocks - 1) / blocks * kRun;
+}
 
 // The plan for these images and this kind of output. `wanted` and `blocks` (0: any) ask for one kind and one size of
 // cluster; where it cannot serve the result's kind is automatic.

@@ -297,6 +297,7 @@ __device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Valu
     const int64_t end = first + kPixels < shared.pixels ? first + kPixels : shared.pixels;
     for (int64_t pixel = first; pixel < end; ++pixel) {
       const int64_t at = pixel * (kInterleaved ? 3 : 1);
+      const int64_t place = shared.place(pixel);
       bool defined = true;
       double od[3];
 #pragma unroll
@@ -306,7 +307,7 @@ __device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Valu
         od[k] = values.density(value);
       }
 #pragma unroll
-      for (int c = 0; c < 3; ++c) store(pixel, c, values.result(exact_level(values, t, io, od, c), defined));
+      for (int c = 0; c < 3; ++c) store(place, c, values.result(exact_level(values, t, io, od, c), defined));
     }
   }
 }
@@ -325,7 +326,7 @@ __device__ __forceinline__ void rebuild_image(const Pixels& shared, const Values
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
     if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
-    store_group<T, kInterleaved>(out, first, count, aligned, result);
+    store_group<T, kInterleaved>(out, shared.place(first), count, aligned, result);
   });
 }
 
@@ -343,7 +344,7 @@ __device__ __forceinline__ void rebuild_network(const Pixels& shared, const Valu
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
     if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
-    store_network<Values, kInterleaved, Out>(result, values, count, aligned, out + 3 * first);
+    store_network<Values, kInterleaved, Out>(result, values, count, aligned, out + 3 * int64_t(shared.place(first)));
   });
 }
 
