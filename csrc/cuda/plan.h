@@ -35,7 +35,7 @@ constexpr int kMostThreads = 512;
 constexpr int kLeastThreads = 128;
 constexpr int kPortableCluster = 8;  // blocks that every device with clusters can hold together
 
-constexpr int kListedOfThread = 6;
+constexpr int kListedOfThread = 6;  // pixels of a list, whose keys are in registers
 
 // Bytes of shared memory that a block needs beside the pixels, the repeated table of logarithms left out.
 int64_t team_shared_bytes(bool network);
