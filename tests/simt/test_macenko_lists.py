@@ -160,7 +160,7 @@ def test_degenerate_images(simt_library):
 
 @pytest.mark.parametrize("angles", [True, False])
 def test_no_pixel_is_left_out_that_may_matter(simt_library, angles):
-    """Forms in float32 against keys in double precision, for 770,000 colours at each border, which is the key of one of them."""
+    """Forms in float32 against keys in double precision, for 770,000 colours; every border is the key of one."""
     rng = np.random.default_rng(2)
     lib = ctypes.CDLL(str(simt_library))
     every = np.stack(np.meshgrid(*3 * [np.arange(0, 256, 3)], indexing="ij"), -1).reshape(-1, 3)
