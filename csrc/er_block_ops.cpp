@@ -5,7 +5,8 @@
 // Forward goes by block: moments of z, coefficients, weighted sum of all maps up to z. Backward goes by map: the dots
 // of z with its own and every later g, gradients of C-vectors, and dz, a weighted sum of just those g and z. Channels
 // have nothing to do with one another, so where a strip of some channels of these maps fits in the second-level cache,
-// all of that is done strip by strip, and each map comes from memory once. Bits are the same either way.
+// all of that is done strip by strip, and each map comes from memory once. Strips are of no use channels-last; there the
+// pass that writes dz takes the dots of the map before with the g that it reads. Bits do not depend on strips.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,12 +18,12 @@
 namespace ernet {
 namespace {
 
-// Runs `steps` for every strip, or for whole maps: null.
+// Runs `steps` for every strip, or for whole maps: null. Fewer strips than threads would leave some without work.
 template <typename Steps>
 void over_strips(const MapShape& shape, int64_t num_maps, int64_t element_size, const Steps& steps) {
   const int64_t width = cpu::strip_channels(shape, num_maps, element_size);
   const int64_t strips = (shape.C + width - 1) / width;
-  if (strips < 2) return steps(nullptr);
+  if (strips < std::max<int64_t>(2, torch::stable::get_num_threads())) return steps(nullptr);
   const int64_t elements = width * shape.N * shape.P * num_maps;
   torch::stable::parallel_for(0, strips, std::max<int64_t>(1, kGrainElements / elements),
                               [&](int64_t begin, int64_t end) {
