@@ -5,8 +5,8 @@
 // Forward goes by block: moments of z, coefficients, weighted sum of all maps up to z. Backward goes by map: the dots
 // of z with its own and every later g, gradients of C-vectors, and dz, a weighted sum of just those g and z. Channels
 // have nothing to do with one another, so where a strip of some channels of these maps fits in the second-level cache,
-// all of that is done strip by strip, and each map comes from memory once. Strips are of no use channels-last; there the
-// pass that writes dz takes the dots of the map before with the g that it reads. Bits do not depend on strips.
+// all of that is done strip by strip, and each map comes from memory once. Strips are of no use channels-last; there
+// the pass that writes dz takes the dots of the map before with the g that it reads. Bits do not depend on strips.
 #include <optional>
 #include <tuple>
 #include <vector>

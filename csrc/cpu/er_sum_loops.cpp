@@ -99,16 +99,15 @@ struct Place {
   int64_t offset, bits, channel;
 };
 
-// All maps over one row of at most kChunk elements.
+// All maps over one row of at most kChunk elements, into y.
 template <bool kBits, typename Coefficients, typename T, typename A>
-inline void sum_maps(const WeightedSum& args, A* acc, const Place& place, int64_t count) {
+inline void sum_maps(const WeightedSum& args, A* acc, const Place& place, int64_t count, T* y, bool stream_wanted) {
   const MapShape& s = args.shape;
   const A* a = static_cast<const A*>(args.a) + place.channel;
   const A* b = args.b == nullptr ? nullptr : static_cast<const A*>(args.b) + place.channel;
   for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
     const int64_t left = args.num_maps - first, maps = left < kMapsAtOnce ? left : kMapsAtOnce;
-    T* const y = static_cast<T*>(args.y) + place.offset;
-    Row<T, A> row = {{}, {}, y, acc, count, args.relu, args.stream && stream_aligned(y)};
+    Row<T, A> row = {{}, {}, y, acc, count, args.relu, stream_wanted && stream_aligned(y)};
     Coefficients k = {{}, b};
     for (int64_t l = 0; l < maps; ++l) {
       row.x[l] = static_cast<const T*>(args.maps[first + l]) + place.offset;
@@ -127,18 +126,46 @@ inline void sum_maps(const WeightedSum& args, A* acc, const Place& place, int64_
 }
 
 template <typename Coefficients, typename T, typename A>
-inline void sum_maps(const WeightedSum& args, A* acc, const Place& place, int64_t count) {
-  if (args.bits == nullptr) return sum_maps<false, Coefficients, T, A>(args, acc, place, count);
-  sum_maps<true, Coefficients, T, A>(args, acc, place, count);
+inline void sum_maps(const WeightedSum& args, A* acc, const Place& place, int64_t count, T* y, bool stream_wanted) {
+  if (args.bits == nullptr) return sum_maps<false, Coefficients, T, A>(args, acc, place, count, y, stream_wanted);
+  sum_maps<true, Coefficients, T, A>(args, acc, place, count, y, stream_wanted);
 }
 
 template <typename T, typename A>
-inline void planar_row(const WeightedSum& args, A* acc, int64_t item) {
+inline void planar_row(const WeightedSum& args, A* acc, int64_t item, T* y, bool stream_wanted) {
   const MapShape& s = args.shape;
   const int64_t channel = s.per_sample ? item : item % s.C, bits = item * bit_row_bytes(s);
   for (int64_t j = 0; j < s.P; j += kChunk) {
     const int64_t count = s.P - j < kChunk ? s.P - j : kChunk;
-    sum_maps<Constant<A>, T, A>(args, acc, {item * s.P + j, bits + j / 8, channel}, count);
+    sum_maps<Constant<A>, T, A>(args, acc, {item * s.P + j, bits + j / 8, channel}, count, y + j, stream_wanted);
+  }
+}
+
+// How many planes together are whole cache lines.
+template <typename T>
+inline int64_t planes_of_lines(const MapShape& s) {
+  int64_t planes = 1;
+  while (planes * s.P * static_cast<int64_t>(sizeof(T)) % 64 != 0) planes *= 2;
+  return planes;
+}
+
+// Planes [begin, end), which lie one after the other. Past the cache go whole lines alone; planes that are none, of 7x7
+// or 14x14 pixels, are first gathered to some that are.
+template <typename T, typename A>
+inline void planes(const WeightedSum& args, A* acc, int64_t begin, int64_t end) {
+  constexpr int64_t kGathered = 16384 / sizeof(T);
+  const int64_t P = args.shape.P, together = planes_of_lines<T>(args.shape);
+  const bool gather = args.stream && together > 1 && together * P <= kGathered;
+  alignas(64) T gathered[kGathered];
+  for (int64_t item = begin; item < end;) {
+    T* const y = static_cast<T*>(args.y) + item * P;
+    if (!(gather && item + together <= end && stream_aligned(y))) {
+      planar_row<T, A>(args, acc, item++, y, args.stream);
+      continue;
+    }
+    for (int64_t i = 0; i < together; ++i) planar_row<T, A>(args, acc, item + i, gathered + i * P, false);
+    for (int64_t j = 0; j < together * P; j += kLanes<A>) stream(y + j, load<A>(gathered + j));
+    item += together;
   }
 }
 
@@ -149,7 +176,8 @@ inline void pixel_rows(const WeightedSum& args, A* acc, const PixelRange& range,
   for (int64_t pixel = range.begin; pixel < range.begin + range.count; ++pixel) {
     for (int64_t c = strip.begin; c < strip.end; c += kChunk) {
       const int64_t count = strip.end - c < kChunk ? strip.end - c : kChunk;
-      sum_maps<PerChannel<A>, T, A>(args, acc, {pixel * C + c, pixel * row_bytes + c / 8, range.group * C + c}, count);
+      const Place place = {pixel * C + c, pixel * row_bytes + c / 8, range.group * C + c};
+      sum_maps<PerChannel<A>, T, A>(args, acc, place, count, static_cast<T*>(args.y) + place.offset, args.stream);
     }
   }
 }
@@ -164,12 +192,10 @@ void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
   const int64_t run = s.channels_last || s.P > kRunElements ? 1 : kRunElements / s.P;
   for (int64_t first; end > begin; end = first) {
     first = end - begin > run ? end - run : begin;
-    for (int64_t item = first; item < end; ++item) {
-      if (s.channels_last) {
-        pixel_rows<T, A>(args, acc, sum_item(s, item), {0, s.C});
-      } else {
-        planar_row<T, A>(args, acc, item);
-      }
+    if (s.channels_last) {
+      pixel_rows<T, A>(args, acc, sum_item(s, first), {0, s.C});
+    } else {
+      planes<T, A>(args, acc, first, end);
     }
   }
   if (args.stream) stream_fence();
@@ -183,9 +209,7 @@ void weighted_sum_strip(const WeightedSum& args, const Strip& strip) {
   if (s.channels_last) {
     pixel_rows<T, A>(args, acc, {0, 0, s.N * s.P}, strip);
   } else {
-    for (int64_t n = 0; n < s.N; ++n) {
-      for (int64_t c = strip.begin; c < strip.end; ++c) planar_row<T, A>(args, acc, n * s.C + c);
-    }
+    for (int64_t n = 0; n < s.N; ++n) planes<T, A>(args, acc, n * s.C + strip.begin, n * s.C + strip.end);
   }
   if (args.stream) stream_fence();
 }

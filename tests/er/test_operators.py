@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, tolerance
+from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, relative_error, tolerance
 
 from ernet_fast.er import _ops
 
@@ -226,3 +226,19 @@ def test_operators_name_what_is_wrong():
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1800, 1803])
+def test_sums_that_are_written_past_the_cache(channels, dtype, layout):
+    """Of 2 MiB and more, with planes that are no whole cache lines, and samples that begin within one."""
+    maps = maps_like((12, channels, 7, 7), 2, dtype, layout)
+    assert maps[0].numel() * maps[0].element_size() >= 2 << 20
+    acc = _ops.acc_dtype(maps[0])
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(size, generator=generator, dtype=acc) for size in ((2, channels), (channels,)))
+    y = _ops.weighted_sum(maps, a, b, True)
+    expected = sum(x.double() * spread(k.double()) for x, k in zip(maps, a, strict=True)) + spread(b.double())
+    assert y.stride() == maps[0].stride()
+    assert relative_error(y, expected.relu()) <= tolerance(dtype, 3)
