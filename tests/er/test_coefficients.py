@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from other_isa import ISAS, run_on
 
-from ernet_fast import _backend
 from ernet_fast.er.coefficients import (
     BranchNorm,
     block_coefficients,
@@ -334,31 +330,14 @@ def test_errors_come_before_any_change():
         backward(table, new_totals(table), 1, v1, False, db=None)
 
 
-ON_ANOTHER_ISA = """
-import importlib.util, sys, torch
-from ernet_fast import _backend
-assert _backend.build_info()["isa"] == "ISA"
-spec = importlib.util.spec_from_file_location("test_coefficients", "PATH")
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
+EVERY_LOOP = """
 for norm in tests.NORMS:
     for dtype in tests.DTYPES:
         for use_running in (False, True):
             tests.test_a_stage_forward_and_backward(700, dtype, norm, use_running)
-print("as expected")
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    info = _backend.build_info()
-    if info is None or isa not in info["isa_variants"]:
-        pytest.skip(f"{isa} is not compiled in")
-    order = ["portable", "avx2", "avx512", "avx512vbmi"]
-    if order.index(isa) > order.index(info["isa"]) and not os.environ.get("ERNET_ISA"):
-        pytest.skip(f"this CPU has no {isa}")
-    root = Path(__file__).resolve().parent.parent.parent
-    environment = {**os.environ, "ERNET_ISA": isa, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    code = ON_ANOTHER_ISA.replace("ISA", isa).replace("PATH", __file__)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "as expected", done.stdout + done.stderr
+    run_on(isa, __file__, EVERY_LOOP)

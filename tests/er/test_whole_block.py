@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from er_cases import DTYPES, LAYOUTS, maps_like, tolerance
+from other_isa import ISAS, run_on
 from stage_cases import STEPS, Tails, tails
 from torch import Tensor, nn
 
-from ernet_fast import ERShortcut, _backend
+from ernet_fast import ERShortcut
 from ernet_fast.er.coefficients import NO_NORM, BranchNorm, ShortcutArguments, new_table
 from ernet_fast.er.stage_maps import StageMaps
 from ernet_fast.er.whole_block import LaterBlock, er_block, er_block_backward
@@ -275,33 +272,15 @@ def test_gradients_of_a_part(norm, wanted):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
-ON_ANOTHER_ISA = """
-import importlib.util, sys, torch
-sys.path.insert(0, "HERE")
-from ernet_fast import _backend
-assert _backend.build_info()["isa"] == "ISA"
-spec = importlib.util.spec_from_file_location("test_whole_block", "HERE/test_whole_block.py")
-tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tests)
+EVERY_LOOP = """
 for dtype in tests.DTYPES:
     for layout in tests.LAYOUTS:
         for shape in tests.SHAPES[:2] + tests.SHAPES[3:4]:
             tests.test_as_step_by_step(shape, dtype, layout, True)
         tests.test_against_the_naive_composition((2, 37, 5, 7), True, layout)
-print("as expected")
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
-    info = _backend.build_info()
-    if info is None or isa not in info["isa_variants"]:
-        pytest.skip(f"{isa} is not compiled in")
-    order = ["portable", "avx2", "avx512", "avx512vbmi"]
-    if order.index(isa) > order.index(info["isa"]) and not os.environ.get("ERNET_ISA"):
-        pytest.skip(f"this CPU has no {isa}")
-    here = Path(__file__).resolve().parent
-    environment = {**os.environ, "ERNET_ISA": isa, "PYTHONPATH": os.pathsep.join([str(here.parent.parent), *sys.path])}
-    code = ON_ANOTHER_ISA.replace("ISA", isa).replace("HERE", str(here))
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "as expected", done.stdout + done.stderr
+    run_on(isa, __file__, EVERY_LOOP)
