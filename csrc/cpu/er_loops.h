@@ -89,7 +89,9 @@ struct ChannelMoments {
   double* partial;  // [groups * slabs][2][C]: mean and sum of squared deviations of a slab
 };
 
-// Bytes of the bits of a row, and of all rows of a map: planes in the planar layout, pixels in channels-last.
+// Bytes of the bits of a row, and of all rows of a map: planes in the planar layout, pixels in channels-last. Some more
+// at their end may be read.
+constexpr int64_t kBitsPast = 8;
 int64_t bit_row_bytes(const MapShape& shape);
 int64_t bit_bytes(const MapShape& shape);
 

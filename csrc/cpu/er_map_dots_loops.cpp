@@ -38,19 +38,37 @@ inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, in
   return row;
 }
 
+// The row `stride` elements and `bit_stride` bytes on.
+template <int kLater, bool kOwn, typename T>
+inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
+  row.x += stride;
+  if constexpr (kOwn) {
+    row.dy += stride;
+    if (row.y != nullptr) {
+      row.y += stride;
+      row.bits += bit_stride;
+    }
+  }
+  for (int l = 0; l < kLater; ++l) {
+    row.later[l] += stride;
+    if (row.later_bits[l] != all_lanes.bits) row.later_bits[l] += bit_stride;
+  }
+  return row;
+}
+
 template <typename T, typename A>
 inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
-  __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 2);
+  __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 3);
   return keep_lanes(load_upto<A>(row.later[l] + j, left), load_bits<A>(row.later_bits[l], j));
 }
 
 template <typename T, typename A>
 inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
   const Vec<A> dy = load_upto<A>(row.dy + j, left);
-  __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 2);
-  __builtin_prefetch(row.x + j + kFetchAhead<T>, 0, 2);
+  __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
+  __builtin_prefetch(row.x + j + kFetchAhead<T>, 0, 3);
   if (row.y == nullptr) return dy;
-  __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 2);
+  __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 3);
   const uint32_t alive = lanes_alive(load_upto<A>(row.y + j, left));
   store_bits<A>(row.bits, j, alive);
   return keep_lanes(dy, alive);
@@ -67,19 +85,30 @@ inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sum
   }
 }
 
-// Adds a row's sums to `sums`: of the later g, then of g * x and g.
+// Channels of one sample: planes, or a chunk of each, `stride` elements and `bit_stride` bytes apart.
+template <typename T>
+struct Planes {
+  Row<T> row;
+  int64_t channels, count, stride, bit_stride;
+};
+
+// Adds each channel's sums to its `sums`: of the later g, then of g * x and g.
 template <int kLater, bool kOwn, typename T, typename A>
-struct PlaneRow {
-  static void run(const Row<T>& row, int64_t count, Vec<A>* sums) {
+struct PlaneRows {
+  static void run(const Planes<T>& p, Vec<A> (*sums)[kSums]) {
     constexpr int kOwnSums = kLater + 2 * kOwn;
-    Vec<A> own[kOwnSums + 1];  // none of no sums
-    for (int l = 0; l < kOwnSums; ++l) own[l] = sums[l];
-    int64_t j = 0;
-    for (; j + kLanes<A> <= count; j += kLanes<A>) {
-      plane_vector<kLater, kOwn, T, A>(row, j, static_cast<int64_t>(kLanes<A>), own);
+    Row<T> row = p.row;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      Vec<A> own[kOwnSums + 1];  // none of no sums
+      for (int l = 0; l < kOwnSums; ++l) own[l] = sums[c][l];
+      int64_t j = 0;
+      for (; j + kLanes<A> <= p.count; j += kLanes<A>) {
+        plane_vector<kLater, kOwn, T, A>(row, j, static_cast<int64_t>(kLanes<A>), own);
+      }
+      if (j < p.count) plane_vector<kLater, kOwn, T, A>(row, j, p.count - j, own);
+      for (int l = 0; l < kOwnSums; ++l) sums[c][l] = own[l];
+      row = next_row<kLater, kOwn>(row, p.stride, p.bit_stride);
     }
-    if (j < count) plane_vector<kLater, kOwn, T, A>(row, j, count - j, own);
-    for (int l = 0; l < kOwnSums; ++l) sums[l] = own[l];
   }
 };
 
@@ -90,24 +119,6 @@ struct Pixels {
   int64_t stride, bit_stride, channels;
   A (*sums)[kPixelChannels];
 };
-
-template <int kLater, bool kOwn, typename T, typename A>
-inline Row<T> pixel_row(const Pixels<T, A>& p, int64_t r) {
-  Row<T> row = p.row;
-  row.x += r * p.stride;
-  if constexpr (kOwn) {
-    row.dy += r * p.stride;
-    if (row.y != nullptr) {
-      row.y += r * p.stride;
-      row.bits += r * p.bit_stride;
-    }
-  }
-  for (int l = 0; l < kLater; ++l) {
-    row.later[l] += r * p.stride;
-    if (row.later_bits[l] != all_lanes.bits) row.later_bits[l] += r * p.bit_stride;
-  }
-  return row;
-}
 
 // One vector of channels, `left` of them, of kRows pixels.
 template <int kRows, int kLater, bool kOwn, typename T, typename A>
@@ -136,7 +147,7 @@ inline void pixel_vector(const Row<T>* rows, A (*sums)[kPixelChannels], int64_t 
 template <int kRows, int kLater, bool kOwn, typename T, typename A>
 inline void pixel_rows(const Pixels<T, A>& p, int64_t r) {
   Row<T> rows[kRows];
-  for (int i = 0; i < kRows; ++i) rows[i] = pixel_row<kLater, kOwn>(p, r + i);
+  for (int i = 0; i < kRows; ++i) rows[i] = next_row<kLater, kOwn>(p.row, (r + i) * p.stride, (r + i) * p.bit_stride);
   int64_t c = 0;
   for (; c + kLanes<A> <= p.channels; c += kLanes<A>) {
     pixel_vector<kRows, kLater, kOwn>(rows, p.sums, c, static_cast<int64_t>(kLanes<A>));
@@ -199,14 +210,16 @@ void planes(const MapDots& args, const ReduceItem& item, const Group& group, int
             double* partial) {
   const MapShape& s = args.shape;
   const int64_t row_bytes = bit_row_bytes(s);
-  Vec<A> sums[kPlanarChannels][kSums] = {};
+  Vec<A> sums[kPlanarChannels][kSums];
+  for (int64_t c = 0; c < item.channels; ++c) {
+    for (int64_t l = 0; l < group.sums(); ++l) sums[c][l] = Vec<A>{};
+  }
   for (int64_t r = 0; r < item.count; ++r) {
-    for (int64_t c = 0; c < item.channels; ++c) {
-      const int64_t plane = (item.begin + r) * s.C + item.channel + c;
-      const Row<T> row = row_at<T>(args, plane * s.P + j, plane * row_bytes + j / 8, group.first, group.later);
-      group.own ? run<PlaneRow, true, T, A, const Row<T>&>(group.later, row, count, sums[c])
-                : run<PlaneRow, false, T, A, const Row<T>&>(group.later, row, count, sums[c]);
-    }
+    const int64_t plane = (item.begin + r) * s.C + item.channel;
+    const Planes<T> p = {row_at<T>(args, plane * s.P + j, plane * row_bytes + j / 8, group.first, group.later),
+                         item.channels, count, s.P, row_bytes};
+    group.own ? run<PlaneRows, true, T, A, const Planes<T>&>(group.later, p, sums)
+              : run<PlaneRows, false, T, A, const Planes<T>&>(group.later, p, sums);
   }
   for (int64_t l = 0; l < group.sums(); ++l) {
     double* out = partial + group.row(args, l) * s.C;

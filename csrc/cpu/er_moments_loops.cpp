@@ -27,8 +27,11 @@ inline void merge(double shift, double d, double d2, double n, double count, dou
 // Sums of one channel that wait for more rows.
 template <typename A>
 struct Sums {
-  Vec<A> deviations = {}, squares = {};
-  A shift = 0;
+  Sums() {}  // an array of them is filled as far as it is needed
+  explicit Sums(A shift) : deviations{}, squares{}, shift(shift) {}
+
+  Vec<A> deviations, squares;
+  A shift;
 };
 
 template <typename T, typename A>
@@ -45,6 +48,7 @@ inline void add_row(const T* x, int64_t count, Sums<A>* sums) {
   int64_t j = 0;
   for (; j + 2 * kLanes<A> <= count; j += 2 * kLanes<A>) {
     for (int i = 0; i < 2; ++i) {
+      __builtin_prefetch(x + j + i * kLanes<A> + kFetchAhead<T>, 0, 3);
       const Vec<A> deviation = load<A>(x + j + i * kLanes<A>) - shift;
       d[i] += deviation;
       d2[i] += deviation * deviation;
@@ -64,7 +68,7 @@ template <typename T, typename A>
 inline void plane_tiles(const T* x, const MapShape& s, const ReduceItem& item, double* mean, double* m2) {
   Sums<A> sums[kPlanarChannels];
   for (int64_t c = 0; c < item.channels; ++c) {
-    sums[c].shift = mean_of<T, A>(x + c * s.P, s.P < kPlaneShift ? s.P : kPlaneShift);
+    sums[c] = Sums<A>(mean_of<T, A>(x + c * s.P, s.P < kPlaneShift ? s.P : kPlaneShift));
   }
   for (int64_t r = 0; r < item.count; ++r) {
     for (int64_t c = 0; c < item.channels; ++c) add_row<T, A>(x + (r * s.C + c) * s.P, s.P, &sums[c]);
@@ -88,8 +92,7 @@ void planar(const ChannelMoments& args, const ReduceItem& item) {
     for (int64_t j = 0; j < s.P; j += kPlaneChunk) {
       const int64_t count = s.P - j < kPlaneChunk ? s.P - j : kPlaneChunk;
       const T* chunk = x + c * s.P + j;
-      Sums<A> sums;
-      sums.shift = mean_of<T, A>(chunk, count < kPlaneShift ? count : kPlaneShift);
+      Sums<A> sums(mean_of<T, A>(chunk, count < kPlaneShift ? count : kPlaneShift));
       add_row<T, A>(chunk, count, &sums);
       merge(static_cast<double>(sums.shift), sum_lanes(sums.deviations), sum_lanes(sums.squares),
             static_cast<double>(count), static_cast<double>(j), mean + c, m2 + c);
@@ -115,6 +118,7 @@ inline void add_pixels(A* d, A* d2, const A* shift, const T* x, int64_t stride, 
     const Vec<A> middle = load_upto<A>(shift + c, left);
     Vec<A> sum = load_upto<A>(d + c, left), squares = load_upto<A>(d2 + c, left);
     for (int i = 0; i < kPixels; ++i) {
+      __builtin_prefetch(x + (kPixels + i) * stride + c, 0, 3);
       const Vec<A> deviation = load_upto<A>(x + i * stride + c, left) - middle;
       sum += deviation;
       squares += deviation * deviation;

@@ -42,7 +42,7 @@ int64_t sum_pixels(const MapShape& s) { return at_least_one(kSumElements / at_le
 
 int64_t bit_row_bytes(const MapShape& s) { return ceil_div(s.channels_last ? s.C : s.P, 64) * 8; }
 
-int64_t bit_bytes(const MapShape& s) { return s.N * (s.channels_last ? s.P : s.C) * bit_row_bytes(s); }
+int64_t bit_bytes(const MapShape& s) { return s.N * (s.channels_last ? s.P : s.C) * bit_row_bytes(s) + kBitsPast; }
 
 int64_t slabs_per_group(const MapShape& s) { return ceil_div(group_units(s), slab_units(s)); }
 

@@ -38,10 +38,10 @@ inline void pixel_vector(const Pixels<T, A>& p, int64_t c, int64_t left) {
   } else {
     acc = load_upto<A>(p.acc + c, left);
   }
-  __builtin_prefetch(p.before + c + kFetchAhead<T>, 0, 2);
+  __builtin_prefetch(p.before + c + kFetchAhead<T>, 0, 3);
   const Vec<A> before = load_upto<A>(p.before + c, left);
   for (int l = 0; l < kG; ++l) {
-    __builtin_prefetch(p.g[l] + c + kFetchAhead<T>, 0, 2);
+    __builtin_prefetch(p.g[l] + c + kFetchAhead<T>, 0, 3);
     const Vec<A> g = keep_lanes(load_upto<A>(p.g[l] + c, left), load_bits<A>(p.bits[l], c));
     acc += load_upto<A>(p.a[l] + c, left) * g;
     store_upto<A>(p.sums[l] + c, load_upto<A>(p.sums[l] + c, left) + g * before, left);

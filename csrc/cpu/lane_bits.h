@@ -2,6 +2,7 @@
 // a channel; channels-last: a pixel) has bit_row_bytes() of its own, so rows may be written by different threads.
 #pragma once
 
+#include "cpu/er_loops.h"
 #include "cpu/vec.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
@@ -66,10 +67,18 @@ static inline uint32_t load_bits(const uint8_t* row, int64_t j) {
   }
 }
 
+// Those from any element j on. Four bytes are read, so some past the row.
+template <typename A>
+static inline uint32_t load_bits_from(const uint8_t* row, int64_t j) {
+  uint32_t bits;
+  memcpy(&bits, row + j / 8, sizeof bits);
+  return bits >> (j % 8);
+}
+
 // A row of bits for maps that have none: all are set.
 constexpr int64_t kAllLanes = 8192;
 struct AllLanes {
-  uint8_t bits[kAllLanes / 8];
+  uint8_t bits[kAllLanes / 8 + kBitsPast];
   constexpr AllLanes() : bits() {
     for (uint8_t& byte : bits) byte = 0xff;
   }

@@ -273,6 +273,18 @@ static inline void store_upto(T* p, Vec<A> v, int64_t count) {
   }
 }
 
+// Lanes as a condition: `lanes ? a : b`.
+template <typename A>
+using LaneMask = decltype(Vec<A>{} < Vec<A>{});
+
+// The first `count` lanes.
+template <typename A>
+static inline LaneMask<A> first_lanes(int64_t count) {
+  LaneMask<A> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < static_cast<decltype(lane[0] + 0)>(count);
+}
+
 // v in the first `count` lanes, zero in the others.
 static inline Vec<float> keep(Vec<float> v, int64_t count) {
   typedef int32_t index __attribute__((vector_size(kVectorBytes)));
