@@ -29,6 +29,14 @@ inline std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
 inline Storage storage_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -72,8 +80,8 @@ struct MapChecker {
   }
 
   void add(const Tensor& map, const char* name) {
-    STD_TORCH_CHECK(map.dim() == 4 && shape_text(map) == shape_text(first), "ernet: all maps must have one shape; ",
-                    name, " has ", shape_text(map), ", expected ", shape_text(first));
+    STD_TORCH_CHECK(same_shape(map, first), "ernet: all maps must have one shape; ", name, " has ", shape_text(map),
+                    ", expected ", shape_text(first));
     STD_TORCH_CHECK(map.scalar_type() == first.scalar_type(), "ernet: all maps must have one dtype; ", name,
                     " differs");
     STD_TORCH_CHECK(map.is_cpu(), "ernet: all maps must be on one device; ", name, " is not on the CPU");

@@ -66,6 +66,11 @@ def forbid_double_backward() -> None:
         )
 
 
+def in_dtype(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """`v` in this dtype; where it has it already, without a call of an operator."""
+    return v if v.dtype == dtype else v.to(dtype)
+
+
 def relu_gradient(dy: Tensor, y: Tensor) -> Tensor:
     """The gradient through a ReLU: dy where y > 0 (or NaN), in the layout of both."""
     return torch.ops.aten.threshold_backward.default(dy, y, 0)

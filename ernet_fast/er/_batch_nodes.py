@@ -1,7 +1,7 @@
 """The autograd nodes of a stage with batch norm: backward writes each map's gradient once.
 
 `Opening` stands where a map that no block made enters the stage, `Block` where a block turns its raw map z_l into its
-output y_l. A Block reads earlier maps past autograd; what ties them is a token that each node returns and every later
+output y_l. A Block reads earlier maps past autograd; what ties them is a token that each node returns and the next
 Block takes. So autograd runs a map's node after those of all Blocks that read the map, and by then each of these has
 left its g = dy where y > 0 and what it owes to the map's C-vectors, and the node can write
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ernet_fast.er import _ops
-from ernet_fast.er._autograd import forbid_double_backward, relu_gradient
+from ernet_fast.er._autograd import forbid_double_backward, in_dtype, relu_gradient
 from ernet_fast.er._backward_passes import BackwardPasses
 from ernet_fast.er.across_processes import ProcessGroup, add_up
 from ernet_fast.er.coefficients import (
@@ -200,7 +200,7 @@ class Block(torch.autograd.Function):
         dz = record.map_gradient(current, index, rows, k0, maps[-1]) if ctx.needs_input_grad[0] else None
         record.passes.node_done(index)
         dvectors = [
-            v.to(dtype) if dtype is not None and v.numel() else None
+            in_dtype(v, dtype) if dtype is not None and v.numel() else None
             for v, dtype in zip(vectors[:3], ctx.dtypes, strict=True)
         ]
         return dz, *dvectors, *([None] * (5 + ctx.num_tokens))

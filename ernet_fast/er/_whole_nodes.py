@@ -1,10 +1,10 @@
 """The autograd nodes of a stage whose blocks are one operator each way: backward by map, each map's gradient once.
 
 `Opening` stands where x_0 and all shortcut weights enter the stage, `Block` where a block turns its raw map z_l into
-its output y_l. Earlier maps are read past autograd; what ties the nodes is a token that each returns and every later
-Block takes. So autograd runs a map's node after those of all Blocks that read the map. Each of these has left its dy
-and the bits of its ReLU, and the node of map i takes the dots of z_i with all of them at once: what they say of weight,
-gamma, beta and moments is known when
+its output y_l. Earlier maps are read past autograd; what ties the nodes is a token that each returns and the next Block
+takes. So autograd runs them from the last to the first, a map's after those of all Blocks that read the map. Each of
+these has left its dy and the bits of its ReLU, and the node of map i takes the dots of z_i with all of them at once:
+what they say of weight, gamma, beta and moments is known when
 
     dz_i = sum_l a_{l,i} * g_l + k1_i * z_i + k0_i
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ernet_fast.er import _ops
-from ernet_fast.er._autograd import forbid_double_backward, relu_gradient
+from ernet_fast.er._autograd import forbid_double_backward, in_dtype, relu_gradient
 from ernet_fast.er._backward_passes import BackwardPasses
 from ernet_fast.er.coefficients import BranchNorm, NormArguments, ShortcutArguments, new_table
 from ernet_fast.er.whole_block import LaterBlock, er_block_backward
@@ -120,14 +120,14 @@ class Opening(torch.autograd.Function):
         dz, *_ = record.gradients(0, z, BranchNorm.NONE, left, passed=passed, needed=ctx.needs_input_grad[0])
         record.passes.node_done(0)
         dweights = [
-            left.blocks[block].dweight.to(dtype) if block in left.blocks else None
+            in_dtype(left.blocks[block].dweight, dtype) if block in left.blocks else None
             for block, dtype in enumerate(ctx.dtypes, start=1)
         ]
         return dz, None, None, *dweights
 
 
 class Block(torch.autograd.Function):
-    """(z, gamma, beta, stage, norm, shortcut, relu, measure, *tokens) -> (y, token): a block's tail."""
+    """(z, gamma, beta, stage, norm, shortcut, relu, measure, token) -> (y, token): a block's tail."""
 
     @staticmethod
     def forward(
@@ -140,10 +140,10 @@ class Block(torch.autograd.Function):
         shortcut: ShortcutArguments,
         relu: bool,
         measure: bool,
-        *tokens: Tensor,
+        token: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.record, ctx.index, ctx.norm, ctx.num_tokens = stage.record, len(stage.maps), norm.norm, len(tokens)
+        ctx.record, ctx.index, ctx.norm = stage.record, len(stage.maps), norm.norm
         ctx.relu, ctx.use_running = relu, shortcut.use_running
         ctx.dtypes = [None if v is None else v.dtype for v in (gamma, beta)]
         y = stage.tail(z, norm, shortcut, relu, measure=measure)
@@ -178,7 +178,7 @@ class Block(torch.autograd.Function):
             left.blocks[index] = LaterBlock(dy, bits, record.a[index], db, weight, running_mean, running_var, dweight)
         record.passes.node_done(index)
         dvectors = [
-            v.to(dtype) if dtype is not None and v.numel() else None
+            in_dtype(v, dtype) if dtype is not None and v.numel() else None
             for v, dtype in zip(vectors, ctx.dtypes, strict=True)
         ]
-        return dz, *dvectors, *([None] * (5 + ctx.num_tokens))
+        return dz, *dvectors, *([None] * 6)

@@ -39,7 +39,7 @@ class BatchStage:
         """
         self.num_maps, self.eps, self.measure, self.group = num_maps, eps, measure, group
         self.maps: list[Tensor] = []
-        self.tokens: list[Tensor] = []
+        self.tokens: list[Tensor] = []  # of the last block, and of maps that have come since as they are
         self.record: StageRecord
 
     def open(self, z: Tensor, *, pass_on: bool = False) -> Tensor:
@@ -67,6 +67,7 @@ class BatchStage:
             if learning or z.requires_grad or self.tokens:
                 self.record.vectors |= learning
                 y, token = Block.apply(z, *vectors, self, norm, shortcut, relu, measure, *self.tokens)
+                self.tokens.clear()
                 self._add_token(token)
                 return y
         return self.weighted_sum(self.file(z, norm, shortcut, measure=measure), relu)
@@ -117,6 +118,6 @@ class BatchStage:
         return _ops.in_layout(z, self.record.layout)
 
     def _add_token(self, token: Tensor) -> None:
-        if not self.tokens:
+        if self.record.passes.last_node < 0:
             self.record.passes.last_node = len(self.maps) - 1
         self.tokens.append(token)

@@ -165,7 +165,8 @@ def _backward_fake(
     return (
         torch.empty_like(z) if anything else z.new_empty((0,)),
         z.new_empty(
-            (0 if dy is None or y is None else index % 64 * 64 + rows * ((length + 63) // 64) * 8 + 8,), dtype=torch.uint8
+            (0 if dy is None or y is None else index % 64 * 64 + rows * ((length + 63) // 64) * 8 + 8,),
+            dtype=torch.uint8,
         ),
         z.new_empty((0 if dy is None else channels,), dtype=dtype),
         z.new_empty((affine,), dtype=dtype),

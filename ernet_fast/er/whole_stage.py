@@ -35,7 +35,7 @@ class WholeStage:
         """
         self.weights, self.eps, self.measure = list(weights), eps, measure
         self.maps: list[Tensor] = []
-        self.tokens: list[Tensor] = []
+        self.token: Tensor | None = None  # of the last map that has a node
         self.record: StageRecord
 
     def open(self, z: Tensor, *, pass_on: bool = False) -> Tensor:
@@ -59,19 +59,22 @@ class WholeStage:
         The weight is the one that the stage was prepared with. A last map needs no `measure`.
         """
         z = self._prepare(z)
-        norm, shortcut = with_contiguous_vectors(norm, shortcut._replace(weight=self.weights[len(self.maps) - 1]))
+        norm, shortcut = with_contiguous_vectors(
+            norm, ShortcutArguments(self.weights[len(self.maps) - 1], *shortcut[1:])
+        )
         if torch.is_grad_enabled():
-            learning = any(v is not None and v.requires_grad for v in (norm.gamma, norm.beta))
-            if learning or z.requires_grad or self.tokens:
+            gamma, beta = norm.gamma, norm.beta
+            learning = (gamma is not None and gamma.requires_grad) or (beta is not None and beta.requires_grad)
+            if learning or z.requires_grad or self.token is not None:
                 self.record.vectors |= learning
-                y, token = Block.apply(z, norm.gamma, norm.beta, self, norm, shortcut, relu, measure, *self.tokens)
+                y, token = Block.apply(z, gamma, beta, self, norm, shortcut, relu, measure, self.token)
                 self._add_token(token)
                 return y
         return self.tail(z, norm, shortcut, relu, measure=measure)
 
     def enter(self, z: Tensor) -> None:
         """File x_0; the first block writes its row of the table."""
-        self._append(z, self.record.none, self.measure)
+        self._append(z.detach(), self.record.none, self.measure)
 
     def tail(
         self, z: Tensor, norm: NormArguments, shortcut: ShortcutArguments, relu: bool, *, measure: bool = True
@@ -79,7 +82,8 @@ class WholeStage:
         """File z and return its block's output, without autograd; moves running statistics."""
         record = self.record
         measure = (self.measure and measure) or norm.norm == BranchNorm.BATCH
-        maps = [*self.maps, z.detach()]
+        z = z.detach()
+        maps = [*self.maps, z]
         y, a = er_block(maps, record.table, record.filed, self.measure, measure, norm, shortcut, self.eps, relu)
         count_changes(norm, shortcut)
         self._append(z, a, measure)
@@ -87,7 +91,7 @@ class WholeStage:
         return y
 
     def _append(self, z: Tensor, a: Tensor, measured: bool) -> None:
-        self.maps.append(z.detach())
+        self.maps.append(z)
         self.record.a.append(a)
         self.record.measured.append(measured)
         self.record.vectors |= measured
@@ -101,6 +105,6 @@ class WholeStage:
         return _ops.in_layout(z, self.record.layout)
 
     def _add_token(self, token: Tensor) -> None:
-        if not self.tokens:
+        if self.token is None:
             self.record.passes.last_node = len(self.maps) - 1
-        self.tokens.append(token)
+        self.token = token
