@@ -1,8 +1,9 @@
 """How fast is `er_shortcut_sum`, on maps that are given as they are, against the reference, eager and compiled?
 
 One row is forward + backward of one call with ReLU in training mode, on as many maps as the last block of the stage
-reads. The floor counts what must move when each call is on its own: forward L - 1 moments and L + 1 of the sum,
-backward L + 3 of the dot and 3 of each earlier map's gradient (g, the map, the result) and 2 of the last one's.
+reads. The floor counts what must move when each call is on its own: forward L maps and y; backward dy, y and L - 1
+earlier maps, and L gradients, g being that of the last map. Over whole maps, which channels-last ones are, the earlier
+maps are read once more each way, forward for their moments, and g once, backward for their gradients.
 
 Run: python3 dev.py bench bench_er_functional   batch 8, against the reference, eager and compiled
      with --slow batch 16 too, there against the compiled one with --compiled alone (minutes)
@@ -31,10 +32,11 @@ QUICK = 8  # batch of the rows that are not slow
 def map_accesses(num_maps: int, *, strips: bool) -> int:
     """Reads and writes of one map in forward + backward of one call on `num_maps` maps.
 
-    Strip by strip (contiguous maps) forward reads a map once, over whole maps once more for its moments.
+    Strip by strip (contiguous maps) each map is read once each way; see the module's docstring.
     """
-    moments = 0 if strips else num_maps - 1
-    return moments + (num_maps + 1) + (num_maps + 3) + 3 * (num_maps - 1) + 2
+    earlier = num_maps - 1
+    once = (num_maps + 1) + (2 + earlier + num_maps)
+    return once if strips else once + earlier + earlier + 1
 
 
 def cases() -> list[object]:

@@ -101,7 +101,15 @@ class DotPass {
       torch::stable::parallel_for(0, cpu::reduce_items(args_.shape), grain(args_.shape, args_.num_maps + 1, true),
                                   [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
     }
-    cpu::merge_dot(args_, da_, db_);
+    cpu::merge_dot(args_, all_channels(args_.shape), da_, db_);
+  }
+
+  // What comes next in the strip reads g from the cache.
+  void strip(const Strip& strip) const {
+    cpu::WeightedDot args = args_;
+    args.stream = false;
+    cpu::er_loops().weighted_dot_strip[storage_](args, strip);
+    cpu::merge_dot(args, strip, da_, db_);
   }
 
  private:

@@ -2,13 +2,14 @@
 // the implementation, by the loops of the other ER operators. Forward it is er_block, of a stage whose last map alone
 // is a block's. Autograd and the fake kernel are in ernet_fast/er/whole_sum.py.
 //
-// One pass over g serves the gradients of all maps: a tile of it stays in cache while they are written.
+// Where a strip of some channels of all maps fits in the second-level cache, dots, algebra and the gradients of all
+// maps are done strip by strip, and each map comes from memory once. Over whole maps one pass over g serves the
+// gradients of all maps: a tile of it stays in cache while they are written.
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "er_passes.h"
-#include "er_vectors.h"
+#include "er_strips.h"
 
 namespace ernet {
 namespace {
@@ -43,46 +44,55 @@ struct Saved {
   double eps;
 };
 
-// dweight, and of each earlier map the coefficients of dx_i = a_i g + k1_i x_i + k0_i: rows [L][3][C].
+// What da and db say: dweight, and of each earlier map the coefficients of dx_i = a_i g + k1_i x_i + k0_i.
 template <typename A>
-std::vector<A> gradient_rows(const Saved& saved, Storage storage, const A* da, const A* db, int64_t last, int64_t C,
-                             double count, A* dweight) {
-  std::vector<double> totals(static_cast<size_t>(last * cpu::kTotalRows * C));
-  const double* const table = static_cast<const double*>(saved.table.const_data_ptr());
-  const A* const weight = static_cast<const A*>(coefficients(saved.weight, "weight", {last, C}, storage));
-  const bool use_running = saved.running_mean.has_value();
-  const void *running_mean = nullptr, *running_var = nullptr;
-  if (use_running) {
-    running_mean = coefficients(*saved.running_mean, "running_mean", {last, C}, storage);
-    running_var = coefficients(*saved.running_var, "running_var", {last, C}, storage);
-  }
-  over_channels(C, last + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t l = 0; l < last; ++l) {
-      const cpu::PairGradient<A> pair{C,
-                                      table + l * cpu::kTableRows * C,
-                                      totals.data() + l * cpu::kTotalRows * C,
-                                      weight + l * C,
-                                      da + l * C,
-                                      db,
-                                      use_running ? static_cast<const A*>(running_mean) + l * C : nullptr,
-                                      use_running ? static_cast<const A*>(running_var) + l * C : nullptr,
-                                      saved.eps,
-                                      dweight + l * C};
-      run(pair, begin, end);
+class Algebra {
+ public:
+  Algebra(const Saved& saved, Storage storage, const A* da, const A* db, int64_t last, int64_t C, double count,
+          A* dweight)
+      : last_(last),
+        C_(C),
+        a_(static_cast<const A*>(coefficients(saved.a, "a", {last + 1, C}, storage))),
+        totals_(static_cast<size_t>(last * cpu::kTotalRows * C)),
+        rows_(static_cast<size_t>(last * 3 * C)) {
+    const double* const table = static_cast<const double*>(saved.table.const_data_ptr());
+    const A* const weight = static_cast<const A*>(coefficients(saved.weight, "weight", {last, C}, storage));
+    const bool use_running = saved.running_mean.has_value();
+    const A *mean = nullptr, *var = nullptr;
+    if (use_running) {
+      mean = static_cast<const A*>(coefficients(*saved.running_mean, "running_mean", {last, C}, storage));
+      var = static_cast<const A*>(coefficients(*saved.running_var, "running_var", {last, C}, storage));
     }
-  });
-  const A* a = static_cast<const A*>(coefficients(saved.a, "a", {last + 1, C}, storage));
-  std::vector<A> rows(static_cast<size_t>(last * 3 * C));
-  for (int64_t l = 0; l < last; ++l) {
-    A* const row = rows.data() + l * 3 * C;
-    std::copy_n(a + l * C, C, row);
-    if (use_running) continue;
-    run(cpu::MomentsGradient<A>{C, table + (l * cpu::kTableRows + cpu::kMean) * C,
-                                totals.data() + (l * cpu::kTotalRows + cpu::kDMean) * C, count, row + C, row + 2 * C},
-        0, C);
+    for (int64_t l = 0; l < last; ++l) {
+      const double* const map = table + l * cpu::kTableRows * C;
+      double* const totals = totals_.data() + l * cpu::kTotalRows * C;
+      pairs_.push_back({C, map, totals, weight + l * C, da + l * C, db, use_running ? mean + l * C : nullptr,
+                        use_running ? var + l * C : nullptr, saved.eps, dweight + l * C});
+      if (use_running) continue;
+      A* const row = rows_.data() + l * 3 * C;
+      moments_.push_back({C, map + cpu::kMean * C, totals + cpu::kDMean * C, count, row + C, row + 2 * C});
+    }
   }
-  return rows;
-}
+
+  // [3][C]: a, and where statistics are those of the maps, k1 and k0.
+  const A* row(int64_t l) const { return rows_.data() + l * 3 * C_; }
+
+  void run(int64_t begin, int64_t end) {
+    for (const cpu::PairGradient<A>& pair : pairs_) ernet::run(pair, begin, end);
+    for (const cpu::MomentsGradient<A>& moments : moments_) ernet::run(moments, begin, end);
+    for (int64_t l = 0; l < last_; ++l) {
+      std::copy(a_ + l * C_ + begin, a_ + l * C_ + end, rows_.data() + l * 3 * C_ + begin);
+    }
+  }
+
+ private:
+  int64_t last_, C_;
+  const A* a_;
+  std::vector<double> totals_;
+  std::vector<A> rows_;
+  std::vector<cpu::PairGradient<A>> pairs_;
+  std::vector<cpu::MomentsGradient<A>> moments_;
+};
 
 template <typename A>
 std::tuple<std::vector<Tensor>, Tensor, Tensor> backward(const MapShape& shape, Storage storage, const Tensor& dy,
@@ -93,10 +103,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> backward(const MapShape& shape, 
   std::vector<A> da(static_cast<size_t>(last * C)), db(static_cast<size_t>(C));
   Tensor g = y.has_value() ? empty_map_like(dy) : dy;
   void* const g_data = y.has_value() ? g.mutable_data_ptr() : nullptr;
-  DotPass<A>(shape, storage, dy, y, g_data, data, da.data(), db.data()).whole();
+  const DotPass<A> dots(shape, storage, dy, y, g_data, data, da.data(), db.data());
   Tensor dweight = like_channels(dy, {last, C}, storage);
-  const std::vector<A> rows = gradient_rows(saved, storage, da.data(), db.data(), last, C,
-                                            static_cast<double>(shape.N * shape.P), data_of<A>(dweight));
+  Algebra<A> algebra(saved, storage, da.data(), db.data(), last, C, static_cast<double>(shape.N * shape.P),
+                     data_of<A>(dweight));
   const bool measured = !saved.running_mean.has_value();
   std::vector<Tensor> dmaps;
   std::vector<const void*> inputs(static_cast<size_t>(2 * last));  // of each map: g, x
@@ -107,11 +117,17 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> backward(const MapShape& shape, 
     pair[0] = g.const_data_ptr();
     pair[1] = data[static_cast<size_t>(l)];
     dmaps.push_back(empty_map_like(dy));
-    const A* const row = rows.data() + l * 3 * C;
+    const A* const row = algebra.row(l);
     sums.push_back({shape, measured ? 2 : 1, pair, nullptr, row, measured ? row + 2 * C : nullptr,
                     dmaps.back().mutable_data_ptr(), false, streams(dy)});
   }
-  map_gradients(shape, storage, sums);
+  over_strips(shape, last + 1, dy.element_size(), [&](const Strip* strip) {
+    over(strip, dots);
+    over_vectors(strip, C, last + 1, [&](int64_t begin, int64_t end) { algebra.run(begin, end); });
+    if (strip == nullptr) return map_gradients(shape, storage, sums);
+    const auto loop = cpu::er_loops().weighted_sum_strip[static_cast<int>(storage)];
+    for (const cpu::WeightedSum& sum : sums) loop(sum, *strip);
+  });
   return {dmaps, dweight, y.has_value() ? g : torch::stable::new_empty(dy, {0})};  // without y it is dy itself
 }
 

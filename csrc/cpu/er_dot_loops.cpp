@@ -271,9 +271,19 @@ void weighted_dot(const WeightedDot& args, int64_t begin, int64_t end) {
   if (args.stream) stream_fence();
 }
 
+template <typename T>
+void weighted_dot_strip(const WeightedDot& args, const Strip& strip) {
+  over_strip(args.shape, strip, [&](const ReduceItem& item) { dot<T>(args, item); });
+  if (args.stream) stream_fence();
+}
+
 template void weighted_dot<float>(const WeightedDot&, int64_t, int64_t);
+template void weighted_dot_strip<float>(const WeightedDot&, const Strip&);
 template void weighted_dot<double>(const WeightedDot&, int64_t, int64_t);
+template void weighted_dot_strip<double>(const WeightedDot&, const Strip&);
 template void weighted_dot<bf16>(const WeightedDot&, int64_t, int64_t);
+template void weighted_dot_strip<bf16>(const WeightedDot&, const Strip&);
 template void weighted_dot<f16>(const WeightedDot&, int64_t, int64_t);
+template void weighted_dot_strip<f16>(const WeightedDot&, const Strip&);
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -150,7 +150,7 @@ int64_t strip_channels(const MapShape& shape, int64_t num_maps, int64_t element_
 template <typename A>
 void merge_moments(const ChannelMoments& args, const Strip& strip, A* mean, A* var);
 template <typename A>
-void merge_dot(const WeightedDot& args, A* da, A* db);
+void merge_dot(const WeightedDot& args, const Strip& strip, A* da, A* db);
 template <typename A>
 void merge_map_dots(const MapDots& args, const Strip& strip, A* sums);  // [rows()][C]
 template <typename A>
@@ -165,6 +165,7 @@ struct ErLoops {
   void (*channel_moments[kNumStorage])(const ChannelMoments&, int64_t begin, int64_t end);
   // All that those items do to the channels of a strip, with the same bits.
   void (*weighted_sum_strip[kNumStorage])(const WeightedSum&, const Strip&);
+  void (*weighted_dot_strip[kNumStorage])(const WeightedDot&, const Strip&);
   void (*map_dots_strip[kNumStorage])(const MapDots&, const Strip&);
   void (*channel_moments_strip[kNumStorage])(const ChannelMoments&, const Strip&);
 };

@@ -134,15 +134,17 @@ void add_slabs(double* first, int64_t slabs, int64_t rows, int64_t C, const Stri
 }  // namespace
 
 template <typename A>
-void merge_dot(const WeightedDot& args, A* da, A* db) {
+void merge_dot(const WeightedDot& args, const Strip& strip, A* da, A* db) {
   const MapShape& s = args.shape;
   const int64_t slabs = slabs_per_group(s), rows = args.num_maps + 1;
   for (int64_t group = 0; group < s.groups(); ++group) {
     double* first = args.partial + group * slabs * rows * s.C;
-    add_slabs(first, slabs, rows, s.C, {0, s.C});
+    add_slabs(first, slabs, rows, s.C, strip);
     for (int64_t row = 0; row < rows; ++row) {
       A* out = row < args.num_maps ? da + (row * s.groups() + group) * s.C : db + group * s.C;
-      for (int64_t c = 0; c < s.C; ++c) out[c] = slabs > 0 ? static_cast<A>(first[row * s.C + c]) : A(0);
+      for (int64_t c = strip.begin; c < strip.end; ++c) {
+        out[c] = slabs > 0 ? static_cast<A>(first[row * s.C + c]) : A(0);
+      }
     }
   }
 }
@@ -169,8 +171,8 @@ void merge_sum_dots(const SumDots& args, A* sums) {
 
 template void merge_moments<float>(const ChannelMoments&, const Strip&, float*, float*);
 template void merge_moments<double>(const ChannelMoments&, const Strip&, double*, double*);
-template void merge_dot<float>(const WeightedDot&, float*, float*);
-template void merge_dot<double>(const WeightedDot&, double*, double*);
+template void merge_dot<float>(const WeightedDot&, const Strip&, float*, float*);
+template void merge_dot<double>(const WeightedDot&, const Strip&, double*, double*);
 template void merge_sum_dots<float>(const SumDots&, float*);
 template void merge_sum_dots<double>(const SumDots&, double*);
 template void merge_map_dots<float>(const MapDots&, const Strip&, float*);

@@ -15,8 +15,8 @@ constexpr int64_t kLeastJoined = 16;     // pixels of such a plane, at least: a 
 constexpr int64_t kRunElements = 16384;  // planar: elements of a map in a run; channels-last an item is one
 constexpr int64_t kMapsAtOnce = 6;       // more streams at once than cache ways would evict each other's lines
 static_assert(kChunk <= kAllLanes && kLanes<float> <= kLeastJoined);
-// Bits of rows that are joined: 64 times 8 bytes, or 32 times those of 256 pixels.
-static_assert(kMostJoined / 16 <= 256 && kChunk / kLeastJoined * 8 <= kAllLanes / 8 && 32 * 32 <= kAllLanes / 8);
+// Rows of bits are padded to 64: those of at most 64 planes that are joined, of kMostJoined elements together.
+static_assert(kChunk / kLeastJoined <= 64 && kMostJoined + 64 * 64 <= kAllLanes);
 
 // Coefficients of rows of one channel each: constant within a row.
 template <typename A>
@@ -53,60 +53,52 @@ struct PerChannel {
   }
 };
 
-// Some rows of `count` elements, `stride` elements apart in every map and y, their bits `bit_stride` bytes.
+// Some rows of `count` elements, one after the other in every map and y; their bits lie `bit_stride` bytes apart.
 template <typename T, typename A>
 struct Rows {
   const T* x[kMapsAtOnce];
   const uint8_t* bits[kMapsAtOnce];
   T* y;
   A* acc;  // [rows][count]
-  int64_t rows, count, stride, bit_stride;
+  int64_t rows, count, bit_stride;
   bool relu_wanted;
   bool stream_wanted;
 };
 
-// Where a vector is: at this element of every map and y, of the accumulators, and of its row.
-struct Place {
-  int64_t element, acc, column;
-};
-
-// One vector, `left` elements of it: the first group of maps starts from b, the last one writes y. bits(l): which lanes
-// of map l count.
+// The vector from element j on, `left` elements of it: the first group of maps starts from b, the last one writes y.
+// bits(l): which lanes of map l count.
 template <int kMaps, bool kFirst, bool kLast, bool kBits, typename Coefficients, typename Bits, typename T, typename A>
 [[gnu::always_inline]] inline void sum_vector(const Rows<T, A>& rows, const Coefficients& k, const Bits& bits,
-                                              const Place& p, int64_t left) {
-  Vec<A> sum = kFirst ? k.start(p.column, left) : load_upto<A>(rows.acc + p.acc, left);
+                                              int64_t j, int64_t left) {
+  Vec<A> sum = kFirst ? k.start(j, left) : load_upto<A>(rows.acc + j, left);
   for (int l = 0; l < kMaps; ++l) {
-    Vec<A> x = load_upto<A>(rows.x[l] + p.element, left);
-    __builtin_prefetch(rows.x[l] + p.element + kFetchAhead<T>, 0, 3);
+    Vec<A> x = load_upto<A>(rows.x[l] + j, left);
+    __builtin_prefetch(rows.x[l] + j + kFetchAhead<T>, 0, 3);
     if constexpr (kBits) x = keep_lanes(x, bits(l));
-    sum += k.coefficient(l, p.column, left) * x;
+    sum += k.coefficient(l, j, left) * x;
   }
   if constexpr (kLast) {
     if (rows.relu_wanted) sum = relu<A>(sum);
-    if (rows.stream_wanted && left >= kLanes<A>) return stream(rows.y + p.element, sum);
-    store_upto<A>(rows.y + p.element, sum, left);
+    if (rows.stream_wanted && left >= kLanes<A>) return stream(rows.y + j, sum);
+    store_upto<A>(rows.y + j, sum, left);
   } else {
-    store_upto<A>(rows.acc + p.acc, sum, left);
+    store_upto<A>(rows.acc + j, sum, left);
   }
 }
 
-// Row by row.
+// One row.
 template <int kMaps, bool kFirst, bool kLast, bool kBits>
-struct ByRow {
+struct OneRow {
   template <typename Coefficients, typename T, typename A>
-  static void run(const Rows<T, A>& rows, const Coefficients& k) {
-    for (int64_t r = 0; r < rows.rows; ++r) {
-      const auto& row_k = k.template of_row<kMaps>(r);
-      const int64_t element = r * rows.stride, acc = r * rows.count, bit_row = r * rows.bit_stride;
-      const auto vector = [&](int64_t j, int64_t left) __attribute__((always_inline)) {
-        const auto bits = [&](int l) { return load_bits<A>(rows.bits[l] + bit_row, j); };
-        sum_vector<kMaps, kFirst, kLast, kBits>(rows, row_k, bits, {element + j, acc + j, j}, left);
-      };
-      int64_t j = 0;
-      for (; j + kLanes<A> <= rows.count; j += kLanes<A>) vector(j, static_cast<int64_t>(kLanes<A>));
-      if (j < rows.count) vector(j, rows.count - j);
-    }
+  static void run(const Rows<T, A>& row, const Coefficients& k) {
+    const auto& row_k = k.template of_row<kMaps>(0);
+    const auto vector = [&](int64_t j, int64_t left) __attribute__((always_inline)) {
+      const auto bits = [&](int l) { return load_bits<A>(row.bits[l], j); };
+      sum_vector<kMaps, kFirst, kLast, kBits>(row, row_k, bits, j, left);
+    };
+    int64_t j = 0;
+    for (; j + kLanes<A> <= row.count; j += kLanes<A>) vector(j, static_cast<int64_t>(kLanes<A>));
+    if (j < row.count) vector(j, row.count - j);
   }
 };
 
@@ -123,11 +115,11 @@ struct Joined {
       const int64_t bit_row = r * rows.bit_stride;
       const auto bits = [&](int l) { return load_bits_from<A>(rows.bits[l] + bit_row, j); };
       for (; j + kLanes<A> <= rows.count; j += kLanes<A>, element += kLanes<A>) {
-        sum_vector<kMaps, kFirst, kLast, kBits>(rows, now, bits, {element, element, 0}, int64_t{kLanes<A>});
+        sum_vector<kMaps, kFirst, kLast, kBits>(rows, now, bits, element, int64_t{kLanes<A>});
       }
       const int64_t rest = rows.count - j;
       if (r + 1 == rows.rows) {
-        if (rest > 0) sum_vector<kMaps, kFirst, kLast, kBits>(rows, now, bits, {element, element, 0}, rest);
+        if (rest > 0) sum_vector<kMaps, kFirst, kLast, kBits>(rows, now, bits, element, rest);
         return;
       }
       const OfRow next = k.template of_row<kMaps>(r + 1);
@@ -143,7 +135,7 @@ struct Joined {
           const uint32_t of_first = load_bits_from<A>(row, end) & ((1u << rest) - 1);
           return of_first | load_bits_from<A>(row + rows.bit_stride, 0) << rest;
         };
-        sum_vector<kMaps, kFirst, kLast, kBits>(rows, both, bits_of_both, {element, element, 0}, int64_t{kLanes<A>});
+        sum_vector<kMaps, kFirst, kLast, kBits>(rows, both, bits_of_both, element, int64_t{kLanes<A>});
         element += kLanes<A>;
         j = kLanes<A> - rest;
       }
@@ -178,7 +170,7 @@ struct Block {
   int64_t offset;   // of the first element, in a map
   int64_t bits;     // of its bits, in bytes
   int64_t channel;  // of the first coefficient
-  int64_t rows, count, stride;
+  int64_t rows, count;
 };
 
 // All maps over a block, into y.
@@ -189,16 +181,8 @@ inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, 
   const A* b = args.b == nullptr ? nullptr : static_cast<const A*>(args.b) + block.channel;
   for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
     const int64_t left = args.num_maps - first, maps = left < kMapsAtOnce ? left : kMapsAtOnce;
-    Rows<T, A> rows = {{},
-                       {},
-                       y,
-                       acc,
-                       block.rows,
-                       block.count,
-                       block.stride,
-                       bit_row_bytes(s),
-                       args.relu,
-                       stream_wanted && stream_aligned(y)};
+    Rows<T, A> rows = {
+        {}, {}, y, acc, block.rows, block.count, bit_row_bytes(s), args.relu, stream_wanted && stream_aligned(y)};
     Coefficients k = {{}, b};
     for (int64_t l = 0; l < maps; ++l) {
       rows.x[l] = static_cast<const T*>(args.maps[first + l]) + block.offset;
@@ -251,12 +235,12 @@ inline void planar(const WeightedSum& args, const Planes& planes, A* acc, int64_
     const int64_t next = item / planes.at_once * planes.at_once + planes.at_once;  // where whole lines begin
     rows = least(least(end, next), item + s.C - item % s.C) - item;
     const int64_t channel = s.per_sample ? item : item % s.C;
-    for (int64_t j = 0; j < s.P; j += kChunk) {
+    for (int64_t j = 0, count; j < s.P; j += count) {
       T* const y = static_cast<T*>(args.y) + item * s.P + j;
-      const int64_t count = planes.joined ? s.P : least(kChunk, s.P - j);
-      const Block block = {item * s.P + j, item * row_bytes + j / 8, channel, rows, count, s.P};
+      count = planes.joined ? s.P : least(kChunk, s.P - j);
+      const Block block = {item * s.P + j, item * row_bytes + j / 8, channel, rows, count};
       planes.joined ? sum_maps<Joined, Constant<A>, T, A>(args, acc, block, y, args.stream)
-                    : sum_maps<ByRow, Constant<A>, T, A>(args, acc, block, y, args.stream);
+                    : sum_maps<OneRow, Constant<A>, T, A>(args, acc, block, y, args.stream);
     }
   }
 }
@@ -267,9 +251,9 @@ inline void pixel_rows(const WeightedSum& args, A* acc, const PixelRange& range,
   const int64_t C = args.shape.C, row_bytes = bit_row_bytes(args.shape);
   for (int64_t pixel = range.begin; pixel < range.begin + range.count; ++pixel) {
     for (int64_t c = strip.begin; c < strip.end; c += kChunk) {
-      const Block block = {
-          pixel * C + c, pixel * row_bytes + c / 8, range.group * C + c, 1, least(kChunk, strip.end - c), C};
-      sum_maps<ByRow, PerChannel<A>, T, A>(args, acc, block, static_cast<T*>(args.y) + block.offset, args.stream);
+      const int64_t count = least(kChunk, strip.end - c);
+      const Block block = {pixel * C + c, pixel * row_bytes + c / 8, range.group * C + c, 1, count};
+      sum_maps<OneRow, PerChannel<A>, T, A>(args, acc, block, static_cast<T*>(args.y) + block.offset, args.stream);
     }
   }
 }

@@ -11,6 +11,8 @@ void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end);
 template <typename T>
 void weighted_dot(const WeightedDot& args, int64_t begin, int64_t end);
 template <typename T>
+void weighted_dot_strip(const WeightedDot& args, const Strip& strip);
+template <typename T>
 void channel_moments(const ChannelMoments& args, int64_t begin, int64_t end);
 template <typename T>
 void weighted_sum_strip(const WeightedSum& args, const Strip& strip);

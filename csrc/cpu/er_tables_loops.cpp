@@ -11,6 +11,7 @@ const ErLoops er_loops = {
     {sum_dots<float>, sum_dots<double>, sum_dots<bf16>, sum_dots<f16>},
     {channel_moments<float>, channel_moments<double>, channel_moments<bf16>, channel_moments<f16>},
     {weighted_sum_strip<float>, weighted_sum_strip<double>, weighted_sum_strip<bf16>, weighted_sum_strip<f16>},
+    {weighted_dot_strip<float>, weighted_dot_strip<double>, weighted_dot_strip<bf16>, weighted_dot_strip<f16>},
     {map_dots_strip<float>, map_dots_strip<double>, map_dots_strip<bf16>, map_dots_strip<f16>},
     {channel_moments_strip<float>, channel_moments_strip<double>, channel_moments_strip<bf16>,
      channel_moments_strip<f16>},

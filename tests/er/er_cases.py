@@ -9,6 +9,7 @@ from torch import Tensor
 
 # N, C, H, W: multiples of nothing, single pixels and samples, more channels than a tile, more pixels than a chunk
 SHAPES = [(2, 3, 7, 11), (1, 65, 7, 7), (3, 1, 1, 49), (5, 33, 1, 1), (2, 64, 9, 9), (1, 2, 61, 67), (1, 1030, 2, 3)]
+SHAPES += [(2, 37, 14, 14), (2, 5, 24, 43)]  # planes that are a half or a quarter of a cache line too long
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

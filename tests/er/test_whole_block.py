@@ -19,7 +19,15 @@ from ernet_fast.er.stage_maps import StageMaps
 from ernet_fast.er.whole_block import LaterBlock, er_block, er_block_backward
 
 # the last two are so large that contiguous maps are cut into strips, the last of them narrower
-SHAPES = [(2, 6, 7, 11), (3, 17, 1, 1), (2, 1030, 3, 3), (4, 600, 8, 8), (2, 37, 61, 67)]
+SHAPES = [
+    (2, 6, 7, 11),
+    (2, 37, 14, 14),
+    (2, 5, 24, 43),
+    (3, 17, 1, 1),
+    (2, 1030, 3, 3),
+    (4, 600, 8, 8),
+    (2, 37, 61, 67),
+]
 NUM_MAPS = 8  # more than are taken at once
 
 

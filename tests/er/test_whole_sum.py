@@ -43,6 +43,24 @@ def test_results_do_not_depend_on_threads(dtype, layout):
 
 
 @pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strips_do_not_change_a_bit(dtype, relu):
+    """Channels alone, too few for strips, have the bits that they have among others, which are cut into strips."""
+    few = slice(10, 14)
+    xs, weight = leaves((6, 37, 23, 29), 4, dtype, torch.contiguous_format)
+    parts = [x.detach()[:, few].contiguous().requires_grad_() for x in xs]
+    part_weight = weight.detach()[:, few].contiguous().requires_grad_()
+    dy = torch.randn(xs[0].shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y = ernet_fast.er_shortcut_sum(xs, weight, relu=relu)
+    part = ernet_fast.er_shortcut_sum(parts, part_weight, relu=relu)
+    assert torch.equal(y[:, few], part)
+    gradients = torch.autograd.grad(y, [*xs, weight], dy)
+    part_gradients = torch.autograd.grad(part, [*parts, part_weight], dy[:, few].contiguous())
+    for whole, alone in zip(gradients, part_gradients, strict=True):
+        assert torch.equal(whole[:, few], alone)
+
+
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (4,), (0, 3), (1, 2, 4), (0, 1, 2, 3)])
 def test_any_subset_of_inputs_may_be_frozen(wanted, relu):
     """Maps 0 to 3, of which 3 is the block's own, and 4, the weight."""
