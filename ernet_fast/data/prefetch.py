@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import sys
 import threading
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+
+_LAST_SECONDS = 5.0  # at the end of the interpreter, for a batch that is being read and uploaded
 
 
 class Prefetcher:
@@ -143,6 +147,15 @@ def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]
         target=_fill, args=(source, lane, ready, places, stop), name="ernet_fast-prefetch", daemon=True
     )
     thread.start()
+
+    def end() -> None:
+        stop.set()
+        places.release()
+        thread.join(_LAST_SECONDS)
+
+    # A daemon thread that is within C++ code when the interpreter ends takes the process down; one that waits for its
+    # source does not, and is not waited for in its turn.
+    atexit.register(end)
     try:
         while True:
             item = ready.get()
@@ -156,9 +169,10 @@ def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]
             del item  # the caller alone holds a batch while it works on it
             yield handed.pop()
     finally:
+        atexit.unregister(end)
+        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
         stop.set()
         places.release()
-        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
         if thread is not threading.current_thread() and not sys.is_finalizing():
             thread.join()
 
