@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-
 _LAST_SECONDS = 5.0  # at the end of the interpreter, for a batch that is being read and uploaded
 
 
