@@ -152,8 +152,8 @@ def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]
         places.release()
         thread.join(_LAST_SECONDS)
 
-    # A daemon thread that is within C++ code when the interpreter ends takes the process down; one that waits for its
-    # source does not, and is not waited for in its turn.
+    # A thread that is within C++ code when the interpreter ends takes the process down; one whose source keeps it
+    # waiting does not, and is waited for a few seconds at most.
     atexit.register(end)
     try:
         while True:
