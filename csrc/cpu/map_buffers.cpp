@@ -16,6 +16,7 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMostKept = 256;  // buffers; the oldest makes room
+constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it
 
 struct Kept {
   void* buffer;
@@ -41,6 +42,7 @@ struct Buffers {
   std::atomic_flag busy = ATOMIC_FLAG_INIT;
   std::atomic<size_t> limit{first_limit()};
   std::atomic<size_t> kept_bytes{0}, reused{0}, fresh{0};
+  std::atomic<size_t> live_bytes{0}, most_live_bytes{0};
   std::atomic<bool> poison{false};
   Kept kept[kMostKept];  // oldest first
   int count = 0;
@@ -95,6 +97,14 @@ void* map_memory(size_t bytes) {
   return start;
 }
 
+// Counts a buffer that is handed out.
+void add_live(Buffers& all, size_t bytes) {
+  const size_t live = all.live_bytes += bytes;
+  size_t most = all.most_live_bytes;
+  while (live > most && !all.most_live_bytes.compare_exchange_weak(most, live)) {
+  }
+}
+
 // Gives the oldest buffers back to the system until `bytes` of them are gone or none is left.
 void drop_oldest(Buffers& all, size_t bytes) {
   for (size_t dropped = 0; dropped < bytes && all.count > 0;) {
@@ -123,10 +133,13 @@ void* take_map_buffer(size_t bytes) {
   Buffers& all = buffers();
   if (bytes < kLeastMapBuffer || all.limit == 0) return nullptr;
   bytes = whole_pages(bytes);
+  add_live(all, bytes);
   void* buffer = nullptr;
   if (const Entry entry(all); entry) {
     buffer = find_kept(all, bytes);
-    if (buffer == nullptr) drop_oldest(all, bytes);
+    const size_t most = all.most_live_bytes, all_bytes = all.live_bytes + all.kept_bytes;
+    const size_t allowed = most + most / kMarginShare;
+    if (buffer == nullptr && all_bytes > allowed) drop_oldest(all, all_bytes - allowed);
   }
   (buffer != nullptr ? all.reused : all.fresh) += 1;
   if (buffer == nullptr) buffer = map_memory(bytes);
@@ -137,6 +150,7 @@ void* take_map_buffer(size_t bytes) {
 void give_map_buffer(void* buffer, size_t bytes) {
   Buffers& all = buffers();
   bytes = whole_pages(bytes);
+  all.live_bytes -= bytes;
   const size_t limit = all.limit;
   if (bytes <= limit) {
     if (const Entry entry(all); entry) {
@@ -157,6 +171,7 @@ size_t map_buffer_limit() { return buffers().limit; }
 void set_map_buffer_limit(size_t bytes) {
   Buffers& all = buffers();
   all.limit = bytes;
+  all.most_live_bytes = all.live_bytes.load();
   if (const Entry entry(all); entry && all.kept_bytes > bytes) drop_oldest(all, all.kept_bytes - bytes);
 }
 

@@ -1,8 +1,8 @@
 """The memory that the CPU operators keep: that of large freed outputs, for the next outputs of the same size.
 
 The first touch of fresh memory costs a page fault every 4 KiB, which takes longer than the pass that writes a map. What
-is kept never makes the peak higher: kept and live outputs together never exceed what live outputs once were. Besides,
-at most 512 MiB are kept, or what the environment variable `ERNET_KEEP_MB` says (0 keeps none).
+is kept hardly makes the peak higher: kept and live outputs together exceed the most that live outputs were by a quarter
+at most. Besides, at most 2 GiB are kept, or what the environment variable `ERNET_KEEP_MB` says (0 keeps none).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def set_kept_memory_limit(limit_bytes: int) -> None:
 
 
 def release_kept_memory() -> None:
-    """Give all kept memory back to the system; the limit stays."""
+    """Give all kept memory back to the system, and forget how much was live; the limit stays."""
     limit = kept_memory().limit_bytes
     set_kept_memory_limit(0)
     set_kept_memory_limit(limit)
