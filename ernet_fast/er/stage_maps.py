@@ -10,18 +10,13 @@ from torch import Tensor, nn
 from ernet_fast import _backend
 from ernet_fast.er import _ops
 from ernet_fast.er.across_processes import NO_NAIVE_GROUP, ProcessGroup, active_group, group_of
+from ernet_fast.er.batch_norms import affine, is_batch_norm, norm_arguments, one_value, spreads, uses_batch
 from ernet_fast.er.batch_stage import BatchStage, one_call_serves
-from ernet_fast.er.coefficients import NO_NORM, BranchNorm, NormArguments
+from ernet_fast.er.coefficients import NO_NORM, BranchNorm
 from ernet_fast.er.folded import FoldedShortcut
 from ernet_fast.er.fused_maps import FusedMaps
 from ernet_fast.er.shortcut import ERShortcut
-from ernet_fast.er.statistics import (
-    MapStatistics,
-    combine_samples,
-    map_statistics,
-    momentum_of,
-    update_running,
-)
+from ernet_fast.er.statistics import MapStatistics, map_statistics
 from ernet_fast.er.whole_block import one_operator_serves
 from ernet_fast.er.whole_stage import WholeStage
 
@@ -113,7 +108,7 @@ class StageMaps:
             TypeError: z has another dtype than x_0, outside autocast, under which it is converted.
         """
         self._check(z)
-        if _is_batch_norm(bn):
+        if is_batch_norm(bn):
             z = self._in_dtype(z)
         if isinstance(shortcut, FoldedShortcut):
             self._xs.append(self._in_dtype(bn(z)))
@@ -125,11 +120,11 @@ class StageMaps:
             self._xs.append(self._in_dtype(bn(z)))
             return shortcut(self._xs, fused=False)
         shortcut.check_maps_filed(len(self._statistics), z)
-        collapse = _is_batch_norm(bn) and not _spreads(bn)
+        collapse = is_batch_norm(bn) and not spreads(bn)
         if not collapse:  # any other normalisation runs as it is, and its output is the map
             z = self._in_dtype(bn(z))
-        moments, _ = self._maps.file(z, measure=self._measure or (collapse and _uses_batch(bn)))
-        scale, shift = _affine(bn, moments, z) if collapse else (None, None)
+        moments, _ = self._maps.file(z, measure=self._measure or (collapse and uses_batch(bn)))
+        scale, shift = affine(bn, moments, z) if collapse else (None, None)
         # moments that bn alone needed say nothing that a shortcut with running statistics would use
         last = map_statistics(moments if self._measure else None, scale, shift, num_groups=shortcut.num_groups)
         a, b = shortcut.coefficients(self._statistics, last, z)
@@ -164,15 +159,15 @@ class StageMaps:
             if len(stage.maps) <= len(self._shortcuts):
                 raise ValueError(f"this is not the shortcut that map {len(stage.maps)} of the stage was started with.")
         norm = NO_NORM
-        if _is_batch_norm(bn):
-            if _spreads(bn) and stage.group is None:
+        if is_batch_norm(bn):
+            if spreads(bn) and stage.group is None:
                 raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
-            norm = _norm_arguments(bn)
+            norm = norm_arguments(bn)
         else:  # any other normalisation runs as it is, and its output is the map
             z = self._in_dtype(bn(z))
         alone = stage.group is None
         if alone and z.numel() == z.shape[1] and (norm.norm == BranchNorm.BATCH or shortcut.training):
-            raise _one_value(z)
+            raise one_value(z)
         return stage.block(z, norm, shortcut.arguments(), shortcut.relu)
 
 
@@ -180,15 +175,6 @@ def _one_call_serves(x0: Tensor, shortcuts: list[ERShortcut]) -> bool:
     """True if one operator does the algebra of a block; compiled and exported programs trace plain PyTorch instead."""
     alike = all(shortcut.norm == "batch" and shortcut.eps == shortcuts[0].eps for shortcut in shortcuts)
     return alike and one_call_serves(x0)
-
-
-def _is_batch_norm(bn: nn.Module) -> bool:
-    return type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-
-
-def _spreads(bn: nn.Module) -> bool:
-    """True if `bn` takes the statistics of the batch at hand over several processes."""
-    return isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None
 
 
 def _unfolded(shortcuts: Iterable[ERShortcut | FoldedShortcut]) -> list[ERShortcut]:
@@ -218,52 +204,3 @@ def stage_group(shortcuts: Sequence[ERShortcut | FoldedShortcut], norms: Sequenc
         raise ValueError("the blocks of a stage must share one process group; different ones were found.")
     by_batch = [shortcut.normalises_with_batch() for shortcut in shortcuts] + [bn.training for bn in norms]
     return groups[0] if groups and any(by_batch) else None
-
-
-def _one_value(z: Tensor) -> ValueError:
-    return ValueError(
-        f"the map has shape {tuple(z.shape)}, one value a channel: BatchNorm cannot train on it. "
-        "Use a larger batch or image, or eval()."
-    )
-
-
-def _norm_arguments(bn: nn.Module) -> NormArguments:
-    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
-    if not _uses_batch(bn):
-        return NormArguments(BranchNorm.RUNNING, bn.weight, bn.bias, mean, var, None, None, bn.eps)
-    if not (bn.training and bn.track_running_stats):
-        mean = var = batches = None
-    if mean is not None and bn.momentum is None and batches is None:
-        raise ValueError("momentum=None (a cumulative average) needs num_batches_tracked.")
-    return NormArguments(BranchNorm.BATCH, bn.weight, bn.bias, mean, var, batches, bn.momentum, bn.eps)
-
-
-def _uses_batch(bn: nn.Module) -> bool:
-    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    return bn.training or bn.running_mean is None
-
-
-def _affine(bn: nn.Module, moments: tuple[Tensor, Tensor] | None, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C] with which `bn(z) = scale * z + shift`; updates its running statistics as bn would."""
-    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    dtype = _ops.acc_dtype(z)
-    if _uses_batch(bn):
-        assert moments is not None
-        mean, var = moments if moments[0].dim() == 1 else combine_samples(*moments)
-        count = z.shape[0] * z.shape[2] * z.shape[3]
-        if count == 1:
-            raise _one_value(z)
-        if bn.training and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
-            momentum = momentum_of(bn.momentum, bn.num_batches_tracked)
-            update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
-    else:
-        assert bn.running_mean is not None and bn.running_var is not None
-        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    scale = torch.rsqrt(var + bn.eps)
-    if bn.weight is not None:
-        scale = bn.weight.to(dtype) * scale
-    shift = -mean * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
-    return scale, shift

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ernet_fast.er.batch_norm_relu import batch_norm_relu
 from ernet_fast.models.checkpointing import checkpoint_stage
 from ernet_fast.models.stage import ERStage
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
@@ -127,7 +128,7 @@ class ERResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's map [N, num_features, H / 32, W / 32] of images [N, in_channels, H, W]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=self.stages[0].fused))
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         for stage in self.stages:
             x = checkpoint_stage(stage, x) if checkpointing else stage(x)

@@ -155,7 +155,7 @@ class ERStage(nn.Module):
         """
         self._check(x)
         opening, *er_blocks = self.children()
-        x_0 = opening(x)
+        x_0 = opening(x, fused=self.fused)
         if not er_blocks:
             return x_0
         blocks = [cast(ERBlock, block) for block in er_blocks]
