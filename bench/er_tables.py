@@ -94,6 +94,24 @@ def speed_table(rows: Sequence[Row]) -> str:
     return markdown([*head, "floor, ms", "share of floor", "of floor in cache", "GB/s"], lines)
 
 
+def norms_table(rows: Sequence[Row]) -> str:
+    """Times, ratios and the share of the floor of BatchNorm + ReLU."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.params["batch"], row.params["layout"], row.params["threads"])):
+        info, params = row.extra_info, row.params
+        what = f"{params['name']}, {params['kind']}, {params['batch']}, {params['layout']}, {params['threads']}"
+        cells = [
+            called(what, row),
+            number(info["passes"], 0),
+            number(info["modules_ms"], 1),
+            number(info["fused_ms"], 1),
+        ]
+        cells += [number(info["ratio_modules"]), number(info["floor"], 1), percent(info["share_of_floor"])]
+        lines.append(cells)
+    head = ["stage, pass, batch, layout, threads", "passes", "modules, ms", "fused, ms", "times modules"]
+    return markdown([*head, "floor, ms", "share of floor"], lines)
+
+
 def bytes_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str:
     """What must move and what moved, in maps, and what else the system did; `compiled_moves` in maps, by stage."""
     lines = []

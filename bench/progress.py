@@ -13,6 +13,7 @@ ORDER = (
     "bench_macenko",
     "bench_er_stage",
     "bench_er_training",
+    "bench_er_norms",
     "bench_er_functional",
     "bench_macenko_parity",
     "bench_er_overhead",

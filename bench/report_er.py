@@ -24,6 +24,7 @@ from er_tables import (
     kernels_table,
     means_table,
     memory_table,
+    norms_table,
     operators_of_tails_table,
     operators_table,
     speed_table,
@@ -56,6 +57,8 @@ KERNELS = """Kernels of a block, forward + backward: those that touch a map, and
 by the profiler, for the compiled composition by Inductor (its loop nests)."""
 CALLS_OF_SUM = """Forward + backward of one call with ReLU on as many maps as the last block of the stage reads. Each
 call is on its own: it takes the moments of all maps, and writes a gradient for each."""
+NORMS = """Forward + backward of all BatchNorms of ER-ResNet-50 that no ER block ends with, one after the other: with
+the ReLU behind them, and a projection block's two with their sum and ReLU; against the same by PyTorch's modules."""
 STAGE_MEMORY = """Bytes of tensors in use after forward of a whole stage, convolutions included, batch 8: what is kept
 for backward, and the result. The plain stage has the same convolutions and no ER shortcuts."""
 IMAGES = "Float32, channels-last, 224 x 224, all cores; the plain ResNet is one of torch modules."
@@ -123,6 +126,7 @@ def sections(rows: Sequence[Row]) -> list[tuple[str, str, list[Row], Table]]:
         ("Operators", OPERATORS, rows_of(rows, "operator"), operators_table),
         ("`er_shortcut_sum`", CALLS_OF_SUM, sums, lambda found: means_table(found, "shortcut_sum")),
         ("`er_shortcut_sum`, by stage", "", sums, speed_table),
+        ("BatchNorm and ReLU", NORMS, rows_of(rows, "norms"), norms_table),
         ("Memory of a stage", STAGE_MEMORY, rows_of(rows, "stage_memory"), stage_memory_table),
         ("Training steps", IMAGES, rows_of(rows, "training_step"), steps_table),
         ("Memory of training", MEMORY, rows_of(rows, "training_memory"), memory_table),

@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr int kMostKept = 256;  // buffers; the oldest makes room
+constexpr int kMostKept = 256;      // buffers; the oldest makes room
 constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it
 
 struct Kept {

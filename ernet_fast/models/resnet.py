@@ -162,7 +162,10 @@ class ERResNet(nn.Module):
         self.grad_checkpointing = enable
 
     def set_fused(self, fused: bool = True) -> None:
-        """Choose the one-pass (True) or the plain PyTorch (False) computation of every shortcut; parameters stay."""
+        """Choose the one-pass (True) or the plain PyTorch (False) computation of every stage; parameters stay.
+
+        The stem goes with the first stage.
+        """
         for module in self.modules():
             if isinstance(module, ERStage):
                 module.fused = fused

@@ -51,8 +51,10 @@ class ERStage(nn.Module):
         width: channels inside the branches; default `channels` for "basic", `channels // 4` for the others.
         norm: "batch" (per channel, running statistics for evaluation) or "group" (per sample and group).
         num_groups: groups of norm="group"; 1 is layer norm, `channels` is instance norm.
-        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass; False composes
-            them from plain PyTorch operators. The attribute may be changed at any time.
+        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass, those of the
+            projection block too, and on the CPU every other BatchNorm with its ReLU; False composes them from plain
+            PyTorch operators. BatchNorms and ReLUs of other classes, or with hooks, are called as modules, except an
+            ER block's last ones. The attribute may be changed at any time.
         dilation: of the 3x3 convolutions.
         first_dilation: of block 0's first 3x3 convolution, default `dilation`.
         process_group: with norm="batch", the processes of `torch.distributed` over whose batches together the

@@ -1,0 +1,127 @@
+"""How fast are BatchNorm + ReLU, and a projection block's two BatchNorms, sum and ReLU, against PyTorch's modules?
+
+One row is forward + backward in training of every such pass of one stage of ER-ResNet-50 (or of its stem), maps given,
+one after the other. The floor counts, as `er_tails.py` does for blocks, the accesses of a map (reads + writes of one)
+
+    BatchNorm, ReLU              forward z, y;      backward dy, y, z, dz                        6
+    two BatchNorms, sum, ReLU    forward z, s, y;   backward dy, y, z, dz, and dy, s, ds        10
+
+where all of it is done strip of channels by strip of channels (contiguous maps). Channels-last, passes go over whole
+maps: each input is read once more for its moments, dy and z once more for dz, and s once more for its dots: 3 and 5.
+
+Run: python3 dev.py bench bench_er_norms        batch 8
+     with --slow batch 16 too
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from copy_floor import copy_seconds_per_byte
+from er_tails import LAYOUTS
+from torch import Tensor, nn
+from turns import in_turns, percentiles
+
+from ernet_fast.er.batch_norm_relu import batch_norm_relu, projection_sum
+
+# of ER-ResNet-50, images of 224 x 224: maps of BatchNorm + ReLU (channels, size, how many), and of the projection
+INNER = {
+    "stem": [(64, 112, 1)],
+    "resnet50-1": [(64, 56, 6)],
+    "resnet50-2": [(128, 56, 1), (128, 28, 7)],
+    "resnet50-3": [(256, 28, 1), (256, 14, 11)],
+    "resnet50-4": [(512, 14, 1), (512, 7, 5)],
+}
+PROJECTION = {"resnet50-1": (256, 56), "resnet50-2": (512, 28), "resnet50-3": (1024, 14), "resnet50-4": (2048, 7)}
+GROUP = "BatchNorm + ReLU, forward + backward"
+QUICK = 8  # batch of the rows that are not slow
+CASES = [*((name, "norm, relu") for name in INNER), *((name, "projection") for name in PROJECTION)]
+
+
+class Pass:
+    """One pass with its maps: `num_maps` inputs, their BatchNorms, sum, ReLU."""
+
+    def __init__(self, channels: int, size: int, batch: int, layout: torch.memory_format, num_maps: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def one_map() -> Tensor:
+            values = torch.randn((batch, channels, size, size), generator=generator)
+            return values.contiguous(memory_format=layout)
+
+        self.zs, self.dy = [one_map().requires_grad_() for _ in range(num_maps)], one_map()
+        self.bns = [nn.BatchNorm2d(channels) for _ in range(num_maps)]
+        self.relu = nn.ReLU(inplace=True)
+        self.bytes = self.dy.numel() * self.dy.element_size()
+
+    def accesses(self, *, strips: bool) -> int:
+        """Reads and writes of one map in forward + backward, see the module's docstring."""
+        strips_of, more = {1: (6, 3), 2: (10, 5)}[len(self.zs)]
+        return strips_of if strips else strips_of + more
+
+    def _train(self, y: Tensor) -> None:
+        y.backward(self.dy)
+        for tensor in (*self.zs, *(p for bn in self.bns for p in bn.parameters())):
+            tensor.grad = None
+
+    def modules(self) -> None:
+        """Forward and backward by PyTorch's modules."""
+        terms = [bn(z) for bn, z in zip(self.bns, self.zs, strict=True)]
+        self._train(self.relu(terms[0] if len(terms) == 1 else terms[0] + terms[1]))
+
+    def fused(self) -> None:
+        """Forward and backward by the operators."""
+        if len(self.zs) == 1:
+            return self._train(batch_norm_relu(self.zs[0], self.bns[0], self.relu))
+        return self._train(projection_sum(self.zs[0], self.bns[0], self.zs[1], self.bns[1], self.relu))
+
+
+def passes(name: str, kind: str, batch: int, layout: torch.memory_format) -> list[Pass]:
+    """All passes of this kind of a stage."""
+    if kind == "projection":
+        return [Pass(*PROJECTION[name], batch, layout, 2)]
+    return [Pass(channels, size, batch, layout, 1) for channels, size, count in INNER[name] for _ in range(count)]
+
+
+def run_all(calls: list[Callable[[], None]]) -> None:
+    """One after the other."""
+    for call in calls:
+        call()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+@pytest.mark.parametrize("batch", [QUICK, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_norms(record_row, torch_threads, name, kind, batch, layout, threads):
+    torch_threads(threads)
+    found = passes(name, kind, batch, LAYOUTS[layout])
+    steps = {
+        "modules": functools.partial(run_all, [one.modules for one in found]),
+        "fused": functools.partial(run_all, [one.fused for one in found]),
+    }
+    for step in steps.values():
+        step()
+    times = in_turns(steps, rounds=11, budget=1.2)
+    milliseconds = {key: 1e3 * statistics.median(values) for key, values in times.items()}
+    strips = layout == "contiguous"
+    must_move = sum(one.accesses(strips=strips) * one.bytes for one in found)
+    working_set = sum((2 * len(one.zs) + 2) * one.bytes for one in found)
+    record_row(
+        GROUP,
+        **percentiles([1e3 * value for value in times["fused"]]),
+        unit="ms",
+        repeats=len(times["fused"]),
+        peer="PyTorch's modules",
+        peer_p50=milliseconds["modules"],
+        modules_ms=milliseconds["modules"],
+        fused_ms=milliseconds["fused"],
+        ratio_modules=milliseconds["modules"] / milliseconds["fused"],
+        must_move=must_move,
+        floor=1e3 * must_move * copy_seconds_per_byte(working_set),
+        floor_why="bytes that the passes must move / copy bandwidth at their working set",
+        passes=len(found),
+    )
