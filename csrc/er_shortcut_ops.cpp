@@ -74,6 +74,9 @@ class Algebra {
     }
   }
 
+  Algebra(const Algebra&) = delete;  // its calls point into its own vectors
+  Algebra& operator=(const Algebra&) = delete;
+
   // [3][C]: a, and where statistics are those of the maps, k1 and k0.
   const A* row(int64_t l) const { return rows_.data() + l * 3 * C_; }
 

@@ -35,7 +35,7 @@ from ernet_fast.er.whole_stage import WholeStage
 def batch_norm_relu(z: Tensor, bn: nn.Module, relu: nn.Module, *, fused: bool = True) -> Tensor:
     """`relu(bn(z))`, on the CPU in one pass.
 
-    On a GPU the modules are called: by count of map accesses there is little to win over cuDNN's (docs/er-shortcuts.md).
+    On a GPU the modules are called: by count of map accesses there is little to win over cuDNN (docs/er-shortcuts.md).
 
     Args:
         z: [N, C, H, W].
