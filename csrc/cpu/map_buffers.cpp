@@ -143,7 +143,11 @@ void* take_map_buffer(size_t bytes) {
   }
   (buffer != nullptr ? all.reused : all.fresh) += 1;
   if (buffer == nullptr) buffer = map_memory(bytes);
-  if (buffer != nullptr && all.poison) memset(buffer, 0xff, bytes);
+  if (buffer == nullptr) {
+    all.live_bytes -= bytes;
+  } else if (all.poison) {
+    memset(buffer, 0xff, bytes);
+  }
   return buffer;
 }
 

@@ -21,6 +21,7 @@ from ernet_fast.er._autograd import forbid_double_backward, in_dtype, relu_gradi
 from ernet_fast.er.batch_norms import norm_arguments, uses_batch
 from ernet_fast.er.batch_stage import BatchStage, one_call_serves
 from ernet_fast.er.coefficients import (
+    NO_SHORTCUT,
     BranchNorm,
     NormArguments,
     ShortcutArguments,
@@ -47,7 +48,7 @@ def batch_norm_relu(z: Tensor, bn: nn.Module, relu: nn.Module, *, fused: bool = 
         out: Tensor = relu(bn(z))
         return out
     z = _ops.in_layout(z, _ops.layout_of([z]))
-    norm, _ = with_contiguous_vectors(norm_arguments(bn), _no_shortcut(z))
+    norm, _ = with_contiguous_vectors(norm_arguments(bn), NO_SHORTCUT)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (z, norm.gamma, norm.beta)):
         y: Tensor = _BatchNormReLU.apply(z, norm.gamma, norm.beta, norm)
         return y
