@@ -7,7 +7,7 @@
 // Bounds: no more than limit bytes are kept; and what is kept and in use together never exceeds the most that was in
 // use since the limit was set by more than a quarter: before new memory is asked for, other sizes, oldest first, go
 // back to the system. Without that quarter a training step, whose forward and backward pass want different sizes, would
-// find a tenth of its memory gone every time.
+// find some of its memory gone every time.
 #pragma once
 
 #include <stddef.h>

@@ -54,41 +54,23 @@ def _network(depth: int) -> Callable[..., ERResNet]:
     return network
 
 
-def _create(depth: int, pretrained: bool, kw: dict[str, Any]) -> nn.Module:
-    if pretrained:
-        raise RuntimeError(
-            f"no pretrained weights of er_resnet{depth} are published: use pretrained=False, with weights=PATH of a "
-            "ResNet's state dict if you have one."
-        )
-    model: nn.Module = _timm.build_model_with_cfg(_network(depth), f"er_resnet{depth}", False, **kw)
-    return model
+def _entrypoint(depth: int) -> Callable[..., nn.Module]:
+    """What timm calls to create an ER-ResNet; it is registered under its name."""
+    name = f"er_resnet{depth}"
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise RuntimeError(
+                f"no pretrained weights of {name} are published: use pretrained=False, with weights=PATH of a "
+                "ResNet's state dict if you have one."
+            )
+        model: nn.Module = _timm.build_model_with_cfg(_network(depth), name, False, **kwargs)
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"ER-ResNet-{depth} for `timm.create_model`."
+    return create
 
 
-@_timm.register_model
-def er_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ER-ResNet-18 for `timm.create_model`."""
-    return _create(18, pretrained, kwargs)
-
-
-@_timm.register_model
-def er_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ER-ResNet-34 for `timm.create_model`."""
-    return _create(34, pretrained, kwargs)
-
-
-@_timm.register_model
-def er_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ER-ResNet-50 for `timm.create_model`."""
-    return _create(50, pretrained, kwargs)
-
-
-@_timm.register_model
-def er_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ER-ResNet-101 for `timm.create_model`."""
-    return _create(101, pretrained, kwargs)
-
-
-@_timm.register_model
-def er_resnet152(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ER-ResNet-152 for `timm.create_model`."""
-    return _create(152, pretrained, kwargs)
+for _depth in LAYERS:
+    globals()[f"er_resnet{_depth}"] = _timm.register_model(_entrypoint(_depth))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from er_cases import DTYPES, LAYOUTS, maps_like, relative_error, tolerance
 
-from ernet_fast import _backend
+from ernet_fast import _backend, er_resnet50
 from ernet_fast.er import _ops
 from ernet_fast.er.kept_memory import kept_memory, release_kept_memory, set_kept_memory_limit
 
@@ -78,6 +78,18 @@ def test_sizes_that_take_turns_within_the_quarter_are_all_kept():
             backward = double(large) if len(forward) == 6 else None
             del backward
     assert kept_memory().fresh == before and kept_memory().kept_bytes == 10 * SIZE
+
+
+def test_a_training_step_asks_for_no_memory_anew():
+    """Forward and backward of a network want different sizes at different times."""
+    model = er_resnet50(4, base_channels=32).to(memory_format=torch.channels_last)
+    images = torch.randn(4, 3, 128, 128).contiguous(memory_format=torch.channels_last)
+    fresh = []
+    for _ in range(4):
+        model(images).square().sum().backward()
+        model.zero_grad()
+        fresh.append(kept_memory().fresh)
+    assert fresh[1:] == [fresh[0]] * 3 and kept_memory().kept_bytes > 0
 
 
 def test_release_forgets_what_was_live():
