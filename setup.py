@@ -28,16 +28,17 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "75;80;86;90a;100;120"
 TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: one binary for this and every later version
 
-# One torch-free source, csrc/cpu/*_loops.cpp, is compiled once for each of these.
+# The sources in an operation's simd/ folder (csrc/*/**/simd/*.cpp), free of torch, are compiled once for each of these.
 ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
     ISA_FLAGS["avx512vbmi"] = [*ISA_FLAGS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
-# Of the extensions beyond x86-64-v4 only the loops over 8-bit images make use.
-EXTENDED_LOOPS = {"avx512vbmi": "macenko_"}
+# Only kernels over 8-bit images gain from the extensions beyond x86-64-v4.
+SIMD_FOLDERS = {"avx512vbmi": ("macenko/cpu/simd",)}
 
 
 def torch_location() -> tuple[Path, str]:
@@ -170,22 +171,19 @@ class NinjaScript:
     def text(self) -> str:
         """The whole file."""
         self._rules()
-        for source in sorted((ROOT / "csrc").glob("*.cpp")):
-            self._compile(source, "cxx", self._definitions() if source.name == "module.cpp" else [])
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            if source.stem.endswith("_loops"):
-                for isa, flags in ISA_FLAGS.items():
-                    if not source.name.startswith(EXTENDED_LOOPS.get(isa, "")):
-                        continue
-                    extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
-                    self._compile(source, "cxx", extra, suffix=f".{isa}")
+        for source in sorted(CSRC.rglob("*.cpp")):
+            folder = source.parent.relative_to(CSRC)
+            if folder.name == "simd" and len(folder.parts) > 1:
+                self._compile_per_isa(source, str(folder))
+            elif folder.name == "cuda":
+                if self.nvcc:
+                    self._compile(source, "cxx", ["-DERNET_WITH_CUDA", f"-isystem {self._toolkit() / 'include'}"])
+            elif source.name == "module.cpp":
+                self._compile(source, "cxx", self._definitions())
             else:
                 self._compile(source, "cxx", [f"-DERNET_HAS_{isa.upper()}" for isa in ISA_FLAGS])
-        if self.nvcc:
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cpp")):
-                self._compile(source, "cxx", ["-DERNET_WITH_CUDA", f"-isystem {self._toolkit() / 'include'}"])
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-                self._compile(source, "nvcc", [])
+        for source in sorted(CSRC.rglob("*.cu")) if self.nvcc else ():
+            self._compile(source, "nvcc", [])
         self.lines.append(f"build {escape(self.target)}: link {' '.join(self.objects)}")
         return "\n".join(self.lines) + "\n"
 
@@ -195,9 +193,7 @@ class NinjaScript:
         werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
         python_include = sysconfig.get_paths()["include"]
         pybind_include = self._pybind_include()
-        include = (
-            f"-I{ROOT / 'csrc'} -isystem {pybind_include} -isystem {self.torch / 'include'} -isystem {python_include}"
-        )
+        include = f"-I{CSRC} -isystem {pybind_include} -isystem {self.torch / 'include'} -isystem {python_include}"
         common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
         common += f" -ffile-prefix-map={ROOT}/="  # no build folder in error messages
         links = f"-L{self.torch / 'lib'} -ltorch_cpu"
@@ -219,7 +215,7 @@ class NinjaScript:
             # code says so and nowhere else, so that every kernel rounds as the C++ of the CPU does. The binary keeps
             # line numbers, for profilers and the counts of `dev.py kernels`; compressed, they cost little.
             f"  command = {self.nvcc} -O3 -std=c++17 -fmad=false {gencode} -lineinfo -Xfatbin=-compress-all "
-            f"-I{ROOT / 'csrc'} "
+            f"-I{CSRC} "
             "-Xcompiler -fPIC,-fvisibility=hidden "
             "-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Werror all-warnings -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -237,8 +233,14 @@ class NinjaScript:
             return self.torch / "include"
         raise SystemExit("ernet_fast: pybind11 is needed to build. Install it: pip install pybind11")
 
+    def _compile_per_isa(self, source: Path, folder: str) -> None:
+        for isa, flags in ISA_FLAGS.items():
+            if isa not in SIMD_FOLDERS or folder in SIMD_FOLDERS[isa]:
+                extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
+                self._compile(source, "cxx", extra, suffix=f".{isa}")
+
     def _compile(self, source: Path, rule: str, extra: list[str], suffix: str = "") -> None:
-        name = str(source.relative_to(ROOT / "csrc")).replace(os.sep, "_")
+        name = str(source.relative_to(CSRC)).replace(os.sep, "_")
         output = escape(self.folder / f"{name}{suffix}.o")
         self.objects.append(output)
         self.lines += [f"build {output}: {rule} {escape(source)}", f"  extra = {' '.join(extra)}"]

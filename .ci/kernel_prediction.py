@@ -35,7 +35,7 @@ BESIDE_PIXELS = 16 * KIB  # of a block's shared memory
 MOST_BLOCKS = 16  # of a cluster
 THREADS = 512  # of a block
 GROUP = 16  # pixels
-SAMPLED, LEAST_STEP = 8192, 16  # as in csrc/macenko/tails.h
+SAMPLED, LEAST_STEP = 8192, 16  # as in csrc/macenko/steps/tails.h
 CAPTION = [
     "**Whole calls**, 8-bit, planar, enough images to fill the device: the passes of a call after each other,",
     "each at the speed of its busiest unit. At best: no bank conflicts, nothing beside the passes. Expected:",
@@ -121,7 +121,7 @@ def blocks_of(pixels: int) -> int:
 
 
 def copies_of(pixels: int) -> int:
-    """How often a block that holds so many pixels repeats its table of levels; csrc/cuda/plan.cpp."""
+    """How often a block that holds so many pixels repeats its table of levels; csrc/macenko/cuda/plan.cpp."""
     left = MULTIPROCESSORS["90"].shared_bytes_a_block - BESIDE_PIXELS - 3 * pixels
     copies = 1
     while copies < 32 and 2 * KIB * copies <= min(left, 9 * pixels // 4):

@@ -62,12 +62,12 @@ def er_inputs() -> Iterator[tuple[str, list[Tensor], bool]]:
 
 def channel_moments(device: str) -> float:
     """Mean and variance of each channel."""
-    from ernet_fast.er import _ops
+    from ernet_fast.er import operators
 
     worst = 0.0
     for what, (x, *_), per_sample in er_inputs():
-        expected = _ops.channel_moments(x.double(), per_sample)
-        found = _ops.channel_moments(x.to(device), per_sample)
+        expected = operators.channel_moments(x.double(), per_sample)
+        found = operators.channel_moments(x.to(device), per_sample)
         limit = bound(x.dtype, x[:, 0].numel(), stored=False)
         size = (expected[0].square() + expected[1]).sqrt()
         worst = max(worst, require(f"mean of {what}", relative(found[0], expected[0], size), limit))
@@ -77,29 +77,29 @@ def channel_moments(device: str) -> float:
 
 def weighted_sum(device: str) -> float:
     """Sum of weighted maps and ReLU."""
-    from ernet_fast.er import _ops
+    from ernet_fast.er import operators
 
     worst = 0.0
     for what, maps, per_sample in er_inputs():
         sizes = maps[0].shape[:2] if per_sample else maps[0].shape[1:2]
         a, b = torch.randn(5, *sizes), torch.randn(*sizes)
-        expected = _ops.weighted_sum([x.double() for x in maps], a.double(), b.double(), True)
-        found = _ops.weighted_sum([x.to(device) for x in maps], a.to(device), b.to(device), True)
+        expected = operators.weighted_sum([x.double() for x in maps], a.double(), b.double(), True)
+        found = operators.weighted_sum([x.to(device) for x in maps], a.to(device), b.to(device), True)
         worst = max(worst, require(what, relative(found, expected), bound(maps[0].dtype, 5)))
     return worst
 
 
 def weighted_dot(device: str) -> float:
     """Dot products of a masked gradient with the maps."""
-    from ernet_fast.er import _ops
+    from ernet_fast.er import operators
 
     worst = 0.0
     for what, (dy, y, *maps), per_sample in er_inputs():
         y = y.relu()
         doubled = [x.double() for x in maps]
-        expected = _ops.weighted_dot(dy.double(), doubled, y.double(), per_sample)
-        scale = _ops.weighted_dot(dy.double().abs(), [x.abs() for x in doubled], None, per_sample)
-        found = _ops.weighted_dot(dy.to(device), [x.to(device) for x in maps], y.to(device), per_sample)
+        expected = operators.weighted_dot(dy.double(), doubled, y.double(), per_sample)
+        scale = operators.weighted_dot(dy.double().abs(), [x.abs() for x in doubled], None, per_sample)
+        found = operators.weighted_dot(dy.to(device), [x.to(device) for x in maps], y.to(device), per_sample)
         limit = bound(dy.dtype, dy[:, 0].numel(), stored=False)
         worst = max(worst, require(f"da of {what}", relative(found[0], expected[0], scale[0]), limit))
         worst = max(worst, require(f"db of {what}", relative(found[1], expected[1], scale[1]), limit))

@@ -50,9 +50,9 @@ def sum_of(maps: list[Tensor], a: Tensor, b: Tensor) -> Callable[[], None]:
     """Compares a weighted sum with the same formula in float32."""
 
     def verify() -> None:
-        from ernet_fast.er import _ops
+        from ernet_fast.er import operators
 
-        found = _ops.weighted_sum(maps, a, b, True)
+        found = operators.weighted_sum(maps, a, b, True)
         expected = functools.reduce(
             lambda y, pair: torch.addcmul(y, channels_first(pair[0]), pair[1].float()),
             zip(a, maps, strict=True),
@@ -66,7 +66,7 @@ def sum_of(maps: list[Tensor], a: Tensor, b: Tensor) -> Callable[[], None]:
 
 def make(stage: str, operator: str, batch: int = BATCH) -> Call:
     """The call of `operator` on the maps of `stage`."""
-    from ernet_fast.er import _ops
+    from ernet_fast.er import operators
 
     channels, size, num_maps = STAGES[stage]
     torch.manual_seed(0)
@@ -80,20 +80,20 @@ def make(stage: str, operator: str, batch: int = BATCH) -> Call:
     if operator == "channel_moments":
 
         def verify_moments() -> None:
-            mean, var = _ops.channel_moments(maps[0])
+            mean, var = operators.channel_moments(maps[0])
             expected = torch.var_mean(maps[0].float(), (0, 2, 3), correction=0)
             limit = 2 * bound(torch.float32, terms, stored=False)  # both sides are float32 sums
             require("variance", relative(var, expected[0]), limit)
             require("mean", relative(mean, expected[1], expected[0].sqrt()), limit)
 
-        return Call(lambda: _ops.channel_moments(maps[0]), verify_moments, 1)
+        return Call(lambda: operators.channel_moments(maps[0]), verify_moments, 1)
     if operator == "weighted_sum":
         a, b = torch.randn(num_maps, channels, device="cuda"), torch.randn(channels, device="cuda")
-        return Call(lambda: _ops.weighted_sum(maps, a, b, True), sum_of(maps, a, b), num_maps + 1)
+        return Call(lambda: operators.weighted_sum(maps, a, b, True), sum_of(maps, a, b), num_maps + 1)
     dy, y = one_map(), one_map().relu_()
 
     def verify_dot() -> None:
-        da, db, g = _ops.weighted_dot(dy, maps, y)
+        da, db, g = operators.weighted_dot(dy, maps, y)
         masked = torch.where(y > 0, dy, 0)
         require("g", float((g != masked).sum()), 0)
         wide = masked.float()
@@ -103,7 +103,7 @@ def make(stage: str, operator: str, batch: int = BATCH) -> Call:
             product = wide * x
             require("da", relative(found, product.sum((0, 2, 3)), product.abs().sum((0, 2, 3))), limit)
 
-    return Call(lambda: _ops.weighted_dot(dy, maps, y), verify_dot, num_maps + 3)
+    return Call(lambda: operators.weighted_dot(dy, maps, y), verify_dot, num_maps + 3)
 
 
 def measure(stage: str, operator: str, ceilings: Ceilings) -> Row:

@@ -26,7 +26,7 @@ from er_tails import LAYOUTS, map_accesses
 from torch import Tensor, nn
 from turns import in_turns, percentiles
 
-from ernet_fast.er.batch_norm_relu import batch_norm_relu, projection_sum
+from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum
 
 # of ER-ResNet-50, images of 224 x 224: maps of BatchNorm + ReLU (channels, size, how many), and of the projection
 INNER = {

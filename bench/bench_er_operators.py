@@ -20,7 +20,7 @@ from copy_floor import copy_seconds_per_byte
 from er_tails import LAYOUTS, STAGES, make_maps
 from turns import in_turns, percentiles
 
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 
 OPERATORS = ("channel_moments", "weighted_sum", "weighted_dot")
 QUICK = 8  # batch of the rows that are not slow
@@ -40,12 +40,12 @@ def make(operator: str, stage: str, batch: int, layout: str) -> tuple[Callable[[
     maps = make_maps(STAGES[stage], batch, LAYOUTS[layout])
     xs, dy = [z.detach() for z in maps.zs], maps.dys[0]
     if operator == "channel_moments":
-        return lambda: _ops.channel_moments(xs[0]), 1, maps.map_bytes
+        return lambda: operators.channel_moments(xs[0]), 1, maps.map_bytes
     if operator == "weighted_sum":
         a, b = torch.randn(len(xs), dy.shape[1]), torch.randn(dy.shape[1])
-        return lambda: _ops.weighted_sum(xs, a, b, True), len(xs) + 1, maps.map_bytes
+        return lambda: operators.weighted_sum(xs, a, b, True), len(xs) + 1, maps.map_bytes
     y = maps.dys[1].relu_()
-    return lambda: _ops.weighted_dot(dy, xs, y), len(xs) + 3, maps.map_bytes
+    return lambda: operators.weighted_dot(dy, xs, y), len(xs) + 3, maps.map_bytes
 
 
 @pytest.mark.parametrize(("operator", "stage", "batch", "layout", "threads"), cases())

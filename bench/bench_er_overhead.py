@@ -16,7 +16,7 @@ from torch import Tensor
 from turns import in_turns, percentiles
 
 from ernet_fast import ERShortcut, er_shortcut_sum
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 from ernet_fast.er.coefficients import (
     NO_NORM,
     NO_SHORTCUT,
@@ -28,7 +28,7 @@ from ernet_fast.er.coefficients import (
     new_table,
     new_totals,
 )
-from ernet_fast.er.whole_block import er_block, er_block_backward
+from ernet_fast.er.epilogue import er_block, er_block_backward
 
 CHANNELS, NUM_MAPS = 64, 3
 BAR_US = 30
@@ -41,7 +41,7 @@ def coefficient_calls(maps: list[Tensor], weight: Tensor) -> dict[str, Callable[
     """The algebra of the last block, forward and backward."""
     table, index, elements, eps = new_table(maps[0], NUM_MAPS), NUM_MAPS - 1, 49, 1e-5
     for earlier in range(index):
-        moments = _ops.channel_moments(maps[earlier])
+        moments = operators.channel_moments(maps[earlier])
         block_coefficients(table, earlier, False, *moments, None, elements, *NO_NORM, *NO_SHORTCUT, eps)
     shortcut = ShortcutArguments(weight, None, None, None, False, 0.1)
     totals, da, db = new_totals(table), torch.randn(NUM_MAPS, CHANNELS), torch.randn(CHANNELS)
@@ -81,9 +81,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     evaluation = {"running_mean": running[0], "running_var": running[1], "training": False}
     return {
         "add": lambda: torch.add(maps[0], maps[1]),
-        "channel_moments": lambda: _ops.channel_moments(maps[0]),
-        "weighted_sum": lambda: _ops.weighted_sum(maps, a, b, True),
-        "weighted_dot": lambda: _ops.weighted_dot(maps[0], maps, maps[1]),
+        "channel_moments": lambda: operators.channel_moments(maps[0]),
+        "weighted_sum": lambda: operators.weighted_sum(maps, a, b, True),
+        "weighted_dot": lambda: operators.weighted_dot(maps[0], maps, maps[1]),
         **coefficient_calls(maps, weight),
         **block_calls(maps, weight),
         "er_shortcut_sum, training": lambda: er_shortcut_sum(maps, weight, relu=True),

@@ -21,7 +21,7 @@ from er_branch import branch, give
 from torch import Tensor, nn
 
 from ernet_fast import ERShortcut
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er.stage import StageMaps
 
 
 class StageShape(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ernet_fast.er.kept_memory import kept_memory, set_kept_memory_limit
+from ernet_fast.output_cache import kept_memory, set_kept_memory_limit
 
 
 class MemoryUse(NamedTuple):

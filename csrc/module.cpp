@@ -1,8 +1,8 @@
 // The Python module ernet_fast._C. Importing it registers the operators torch.ops.ernet.*; it has build_info() besides.
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
-#include "cpu/map_buffers.h"
+#include "memory/output_cache.h"
+#include "simd/isa.h"
 
 namespace py = pybind11;
 

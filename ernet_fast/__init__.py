@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ernet_fast import _moved
 from ernet_fast._version import __version__
 from ernet_fast.er.functional import er_shortcut_sum
 from ernet_fast.er.shortcut import ERShortcut
@@ -33,3 +34,5 @@ __all__ = [
     "er_shortcut_sum",
     "fold_for_inference",
 ]
+
+_moved.install()

@@ -180,17 +180,17 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
 
 
 def _macenko_on_cuda(name: str) -> tuple[str, str]:
-    from ernet_fast.stain import _ops, batched
+    from ernet_fast.stain import operators, torch_backend
 
-    reason = batched.why_no_kernels(torch.cuda.current_device())
+    reason = torch_backend.why_no_kernels(torch.cuda.current_device())
     if reason is not None:
         return "PyTorch", f"batched torch operations; {reason}"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA") and name not in _ops.COMPOSED:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA") and name not in operators.COMPOSED:
         return "CUDA", "compiled kernels"
     return "CUDA and PyTorch", "compiled kernels and batched torch operations"
 
 
 def _triton_serves() -> bool:
-    from ernet_fast.er import _ops
+    from ernet_fast.er import operators
 
-    return _ops.serves(torch.empty(1, 1, 1, 1, device="cuda"))
+    return operators.serves(torch.empty(1, 1, 1, 1, device="cuda"))

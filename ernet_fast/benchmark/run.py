@@ -13,8 +13,8 @@ from ernet_fast import __version__
 from ernet_fast.benchmark.er_questions import shortcut_sum, training_step
 from ernet_fast.benchmark.question import Question, ask
 from ernet_fast.benchmark.stain_questions import stain_questions
+from ernet_fast.console.progress import Reporter
 from ernet_fast.diagnosis import diagnose
-from ernet_fast.train.progress import Reporter
 
 KINDS = ("macenko", "er")
 DEVICES = ("auto", "cpu", "cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.train.tables import format_table
+from ernet_fast.console.tables import format_table
 
 HEADER = ["", "median", "20 to 80 %", "per second", "times slower", "result"]
 

@@ -11,8 +11,8 @@ from ernet_fast.benchmark import BenchmarkConfig, run_benchmark
 from ernet_fast.benchmark.run import DEVICES, KINDS
 from ernet_fast.benchmark.show import answer_text, picture
 from ernet_fast.cli.json_output import print_json
-from ernet_fast.train.atomic_file import write_text
-from ernet_fast.train.progress import Reporter
+from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.progress import Reporter
 
 FOLDER = "ernet-fast-bench"
 

@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
+from ernet_fast.console.progress import Reporter
+from ernet_fast.console.tables import format_table, metrics_header, metrics_rows
 from ernet_fast.demo import DemoConfig, run_demo
-from ernet_fast.train.progress import Reporter
-from ernet_fast.train.tables import format_table, metrics_header, metrics_rows
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
+from ernet_fast.console.tables import format_table
 from ernet_fast.diagnosis import diagnose
-from ernet_fast.train.tables import format_table
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:

@@ -7,9 +7,9 @@ import os
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
+from ernet_fast.console.tables import format_table, metrics_header, metrics_rows
 from ernet_fast.train import Reporter, evaluate
 from ernet_fast.train.device import finish_together
-from ernet_fast.train.tables import format_table, metrics_header, metrics_rows
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:

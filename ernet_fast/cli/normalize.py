@@ -14,9 +14,9 @@ import torch
 from ernet_fast.cli.json_output import print_json
 from ernet_fast.cli.normalize_batches import normalize_batches
 from ernet_fast.cli.normalize_files import Outcome, normalize_files, plan
+from ernet_fast.console.progress import Reporter
 from ernet_fast.data import read_image
 from ernet_fast.stain import MacenkoNormalizer
-from ernet_fast.train.progress import Reporter
 
 _LISTED = 20
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from ernet_fast._optional import require
+from ernet_fast.console.atomic_file import atomic_write
 from ernet_fast.data import ImageReadError, read_image
 from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_normalize
-from ernet_fast.train.atomic_file import atomic_write
 
 READABLE = (".png", ".jpg", ".jpeg")
 _OTHER_PICTURES = (".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".svs", ".ndpi", ".mrxs")

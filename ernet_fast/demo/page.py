@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernet_fast.console.tables import format_figure, metrics_header, metrics_rows
 from ernet_fast.demo.pace import MOST_EPOCHS
 from ernet_fast.demo.stain_tour import StainTour
 from ernet_fast.demo.timing import Timing, format_seconds
@@ -15,7 +16,6 @@ from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.evaluation import Evaluation
 from ernet_fast.train.loop import TrainResult
 from ernet_fast.train.pictures import confusion_picture, history_picture, roc_picture
-from ernet_fast.train.tables import format_figure, metrics_header, metrics_rows
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
 from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import StainTour, show_normalization
 from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
-from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.evaluation import evaluate
 from ernet_fast.train.loop import fit
-from ernet_fast.train.progress import Reporter
 from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import fit_to_image, most_typical
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ernet_fast import models
 from ernet_fast.benchmark.turns import TURN, in_turns
 from ernet_fast.er.shortcut import ERShortcut
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er.stage import StageMaps
 from ernet_fast.stain import MacenkoNormalizer
 
 BATCH = 8

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 
 
 def _backward_number() -> int:
@@ -89,10 +89,10 @@ class FileMap(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.record, ctx.measure, ctx.pass_on = record, measure, pass_on
-        empty = z.new_empty((0,), dtype=_ops.acc_dtype(z))
-        mean, var = _ops.channel_moments(z, per_sample) if measure else (empty, empty.clone())
+        empty = z.new_empty((0,), dtype=operators.acc_dtype(z))
+        mean, var = operators.channel_moments(z, per_sample) if measure else (empty, empty.clone())
         ctx.save_for_backward(z, mean)
-        token = z.new_zeros((), dtype=_ops.acc_dtype(z))
+        token = z.new_zeros((), dtype=operators.acc_dtype(z))
         return mean, var, token, z.view_as(z) if pass_on else z.new_empty((0,))
 
     @staticmethod
@@ -101,27 +101,29 @@ class FileMap(torch.autograd.Function):
     ) -> tuple[Tensor | None, None, None, None, None]:
         forbid_double_backward()
         z, mean = ctx.saved_tensors
-        layout = _ops.layout_of([z])
+        layout = operators.layout_of([z])
         maps: list[Tensor] = []
         rows: list[Tensor] = []
         for tail, index in ctx.record.readers:
             g = tail.take()
             if g is not None:
-                maps.append(_ops.in_layout(g, layout))
+                maps.append(operators.in_layout(g, layout))
                 rows.append(tail.a[index])
-        k1, k0 = _ops.moments_gradient(z, mean, dmean, dvar) if ctx.measure else (None, None)
+        k1, k0 = operators.moments_gradient(z, mean, dmean, dvar) if ctx.measure else (None, None)
         if k1 is not None:
             maps.append(z)
             rows.append(k1)
         if ctx.pass_on and dz is not None:
-            maps.append(_ops.in_layout(dz, layout))
-            rows.append((rows[0] if rows else z.new_empty(z.shape[1], dtype=_ops.acc_dtype(z))).new_ones(z.shape[1]))
+            maps.append(operators.in_layout(dz, layout))
+            rows.append(
+                (rows[0] if rows else z.new_empty(z.shape[1], dtype=operators.acc_dtype(z))).new_ones(z.shape[1])
+            )
         if not maps:
             return None, None, None, None, None
         if any(row.dim() == 2 for row in rows):  # group norm: coefficients per sample
             rows = [row if row.dim() == 2 else row.expand(z.shape[0], -1) for row in rows]
             k0 = None if k0 is None else k0.expand(z.shape[0], -1).contiguous()
-        return _ops.weighted_sum(maps, torch.stack(rows), k0), None, None, None, None
+        return operators.weighted_sum(maps, torch.stack(rows), k0), None, None, None, None
 
 
 class Tail(torch.autograd.Function):
@@ -131,7 +133,7 @@ class Tail(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Tensor | None, record: TailRecord, relu: bool, maps: list[Tensor], *tokens: Tensor
     ) -> Tensor:
-        y = _ops.weighted_sum(maps, a, b, relu)
+        y = operators.weighted_sum(maps, a, b, relu)
         ctx.record, ctx.relu, ctx.num_tokens = record, relu, len(tokens)
         ctx.save_for_backward(*maps, *([y] if relu else []))
         return y
@@ -141,10 +143,10 @@ class Tail(torch.autograd.Function):
         forbid_double_backward()
         maps = list(ctx.saved_tensors)
         y = maps.pop() if ctx.relu else None
-        dy = _ops.in_layout(dy, _ops.layout_of(maps))
+        dy = operators.in_layout(dy, operators.layout_of(maps))
         da = db = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            da, db, g = _ops.weighted_dot(dy, maps, y, ctx.record.a.dim() == 3)
+            da, db, g = operators.weighted_dot(dy, maps, y, ctx.record.a.dim() == 3)
             g = dy if y is None else g
             db = db if ctx.needs_input_grad[1] else None
         else:

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 from ernet_fast.er._autograd import forbid_double_backward, in_dtype, relu_gradient
 from ernet_fast.er._backward_passes import BackwardPasses
-from ernet_fast.er.across_processes import ProcessGroup, add_up
 from ernet_fast.er.coefficients import (
     MEAN_ROW,
     NO_SHORTCUT,
@@ -31,9 +30,10 @@ from ernet_fast.er.coefficients import (
     new_table,
     new_totals,
 )
+from ernet_fast.er.process_group import ProcessGroup, add_up
 
 if TYPE_CHECKING:
-    from ernet_fast.er.batch_stage import BatchStage
+    from ernet_fast.er.epilogue_composed import BatchStage
 
 
 class BackwardPass:
@@ -49,7 +49,7 @@ class StageRecord:
 
     def __init__(self, z: Tensor, num_maps: int, eps: float, group: ProcessGroup | None) -> None:
         self.eps, self.group = eps, group
-        self.layout = _ops.layout_of([z])
+        self.layout = operators.layout_of([z])
         self.doubles = z.dtype == torch.float64
         self.elements = z.numel() // z.shape[1] if z.shape[1] else 0
         self.table = new_table(z, num_maps)
@@ -117,8 +117,8 @@ class StageRecord:
         if self.measured[index]:
             maps.append(z)
         if passed is not None:
-            maps.append(_ops.in_layout(passed, self.layout))
-        return _ops.weighted_sum(maps, rows, k0 if self.measured[index] else None) if maps else None
+            maps.append(operators.in_layout(passed, self.layout))
+        return operators.weighted_sum(maps, rows, k0 if self.measured[index] else None) if maps else None
 
     def _readers(self, current: BackwardPass, index: int) -> list[int]:
         """Blocks that read the map and that this backward pass has reached."""
@@ -188,9 +188,9 @@ class Block(torch.autograd.Function):
         current = record.passes.current()
         dots = None
         if dy is not None:
-            dy = _ops.in_layout(dy, record.layout)
+            dy = operators.in_layout(dy, record.layout)
             if record.vectors:
-                da, db, g = _ops.weighted_dot(dy, maps, y)
+                da, db, g = operators.weighted_dot(dy, maps, y)
                 dots, g = (da, db), dy if y is None else g
             else:
                 g = dy if y is None else relu_gradient(dy, y)

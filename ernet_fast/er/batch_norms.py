@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.er import _ops
-from ernet_fast.er.across_processes import group_of
+from ernet_fast.er import operators
 from ernet_fast.er.coefficients import BranchNorm, NormArguments
-from ernet_fast.er.statistics import combine_samples, momentum_of, update_running
+from ernet_fast.er.process_group import group_of
+from ernet_fast.er.unfused_coefficients import combine_samples, momentum_of, update_running
 
 
 def is_batch_norm(bn: nn.Module) -> bool:
@@ -47,7 +47,7 @@ def norm_arguments(bn: nn.Module) -> NormArguments:
 def affine(bn: nn.Module, moments: tuple[Tensor, Tensor] | None, z: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift [C] with which `bn(z) = scale * z + shift`; updates its running statistics as bn would."""
     assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    dtype = _ops.acc_dtype(z)
+    dtype = operators.acc_dtype(z)
     if uses_batch(bn):
         assert moments is not None
         mean, var = moments if moments[0].dim() == 1 else combine_samples(*moments)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 from ernet_fast.er.shortcut import ERShortcut
 
 
@@ -26,7 +26,7 @@ class FoldedShortcut(nn.Module):
             raise ValueError("an ERShortcut with norm='group' has no constants: it normalises with the batch at hand.")
         weight = shortcut.weight.detach()
         factor = weight.double() * torch.rsqrt(shortcut.running_var.double() + shortcut.eps)
-        dtype = _ops.acc_dtype(weight)
+        dtype = operators.acc_dtype(weight)
         rounded = torch.cat([factor, torch.ones_like(factor[:1])]).to(dtype)
         self.a: Tensor
         self.b: Tensor
@@ -37,11 +37,11 @@ class FoldedShortcut(nn.Module):
 
     def forward(self, xs: Sequence[Tensor], *, fused: bool = True) -> Tensor:
         """Y [N, C, H, W] of the maps x_0 ... x_l; `fused` in one pass, where operators serve the device."""
-        dtype = _ops.acc_dtype(xs[-1])
+        dtype = operators.acc_dtype(xs[-1])
         a, b = self.a.to(dtype), self.b.to(dtype)
-        if fused and _ops.serves(xs[-1]):
-            layout = _ops.layout_of(xs)
-            return _ops.weighted_sum([_ops.in_layout(x, layout) for x in xs], a, b, self.relu)
+        if fused and operators.serves(xs[-1]):
+            layout = operators.layout_of(xs)
+            return operators.weighted_sum([operators.in_layout(x, layout) for x in xs], a, b, self.relu)
         y = xs[-1] + b.view(1, -1, 1, 1)
         for x, row in zip(xs[:-1], a, strict=False):
             y = y + row.view(1, -1, 1, 1) * x

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ernet_fast import _backend
-from ernet_fast.er import _ops
-from ernet_fast.er._arguments import check_shortcut_sum
-from ernet_fast.er.across_processes import ProcessGroup
-from ernet_fast.er.batch_stage import BatchStage, one_call_serves
+from ernet_fast.er import operators
+from ernet_fast.er.arguments import check_shortcut_sum
 from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments
-from ernet_fast.er.fused_maps import FusedMaps
-from ernet_fast.er.statistics import map_statistics, shortcut_coefficients, update_running
-from ernet_fast.er.whole_sum import one_operator_serves, whole_shortcut_sum
+from ernet_fast.er.epilogue_composed import BatchStage, one_call_serves
+from ernet_fast.er.process_group import ProcessGroup
+from ernet_fast.er.shortcut_sum import one_operator_serves, whole_shortcut_sum
+from ernet_fast.er.traceable_stage import FusedMaps
+from ernet_fast.er.unfused_coefficients import map_statistics, shortcut_coefficients, update_running
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
 
@@ -65,7 +65,7 @@ def er_shortcut_sum(
     means, variances = check_shortcut_sum(
         xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
     )
-    if not _ops.serves(xs[0]) or xs[0].numel() == 0:
+    if not operators.serves(xs[0]) or xs[0].numel() == 0:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()
         return reference_shortcut_sum(
@@ -80,13 +80,13 @@ def er_shortcut_sum(
             eps=eps,
             relu=relu,
         )
-    layout = _ops.layout_of(xs)
+    layout = operators.layout_of(xs)
     if one_call_serves(xs[0]) and norm == "batch":
         mean = var = None
         if means and variances:
             mean, var = torch.stack(list(means)), torch.stack(list(variances))
         shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
-        y = batch_shortcut_sum([_ops.in_layout(x, layout) for x in xs], shortcut, training, eps, relu)
+        y = batch_shortcut_sum([operators.in_layout(x, layout) for x in xs], shortcut, training, eps, relu)
         if training and means and variances and mean is not None and var is not None:
             with torch.no_grad():
                 torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
@@ -96,9 +96,9 @@ def er_shortcut_sum(
     statistics = []
     for i, x in enumerate(xs):
         earlier = i < len(xs) - 1
-        moments, _ = maps.file(_ops.in_layout(x, layout), measure=by_batch and earlier)
+        moments, _ = maps.file(operators.in_layout(x, layout), measure=by_batch and earlier)
         statistics.append(map_statistics(moments, num_groups=num_groups))
-    dtype = _ops.acc_dtype(xs[0])
+    dtype = operators.acc_dtype(xs[0])
     count = xs[0].shape[0] * xs[0].shape[2] * xs[0].shape[3]
     running = None
     if norm == "batch" and means is not None and variances is not None:

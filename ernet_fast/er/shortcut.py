@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ernet_fast.er import _ops
-from ernet_fast.er._arguments import check_eps, check_momentum, check_norm, check_shortcut_sum
-from ernet_fast.er.across_processes import NO_NAIVE_GROUP, ProcessGroup, active_group
-from ernet_fast.er.batch_stage import one_call_serves
+from ernet_fast.er import operators
+from ernet_fast.er.arguments import check_eps, check_momentum, check_norm, check_shortcut_sum
 from ernet_fast.er.coefficients import ShortcutArguments
+from ernet_fast.er.epilogue_composed import one_call_serves
 from ernet_fast.er.functional import batch_shortcut_sum, er_shortcut_sum
-from ernet_fast.er.statistics import MapStatistics, momentum_of, shortcut_coefficients, update_running
+from ernet_fast.er.process_group import NO_NAIVE_GROUP, ProcessGroup, active_group
+from ernet_fast.er.unfused_coefficients import MapStatistics, momentum_of, shortcut_coefficients, update_running
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
 
@@ -156,8 +156,8 @@ class ERShortcut(nn.Module):
         )
 
     def _in_one_call(self, xs: Sequence[Tensor], group: ProcessGroup | None) -> Tensor:
-        layout = _ops.layout_of(xs)
-        maps = [_ops.in_layout(x, layout) for x in xs]
+        layout = operators.layout_of(xs)
+        maps = [operators.in_layout(x, layout) for x in xs]
         return batch_shortcut_sum(maps, self.arguments(), self.training, self.eps, self.relu, group)
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler now
@@ -165,7 +165,7 @@ class ERShortcut(nn.Module):
         # not as training: a process may have a single value, or none
         running = self.running_mean, self.running_var
         check_shortcut_sum(xs, self.weight, self.norm, None, *running, training=False, momentum=0.0, eps=self.eps)
-        if not (fused and _ops.serves(xs[0]) and one_call_serves(xs[0])):
+        if not (fused and operators.serves(xs[0]) and one_call_serves(xs[0])):
             raise RuntimeError(NO_NAIVE_GROUP)
         return self._in_one_call(xs, group)
 
@@ -204,11 +204,11 @@ class ERShortcut(nn.Module):
         running = None
         if self.norm == "batch" and not self.training:
             assert self.running_mean is not None and self.running_var is not None
-            dtype = _ops.acc_dtype(z)
+            dtype = operators.acc_dtype(z)
             running = self.running_mean.to(dtype), self.running_var.to(dtype)
         elif self.norm == "batch":
             self._update_running(earlier, z.shape[0] * z.shape[2] * z.shape[3])
-        weight = self.weight.to(_ops.acc_dtype(z))
+        weight = self.weight.to(operators.acc_dtype(z))
         return shortcut_coefficients(weight, earlier, last, running, self.eps, z.shape[0])
 
     def _update_running(self, earlier: Sequence[MapStatistics], count: int) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ernet_fast.er import _ops
-from ernet_fast.er._whole_nodes import Block, Opening, StageRecord
+from ernet_fast.er import operators
 from ernet_fast.er.coefficients import (
     BranchNorm,
     NormArguments,
@@ -16,7 +15,8 @@ from ernet_fast.er.coefficients import (
     count_changes,
     with_contiguous_vectors,
 )
-from ernet_fast.er.whole_block import er_block
+from ernet_fast.er.epilogue import er_block
+from ernet_fast.er.nodes import Block, Opening, StageRecord
 
 
 class WholeStage:
@@ -102,7 +102,7 @@ class WholeStage:
             self.record = StageRecord(z, num_maps, self.eps)
         elif len(self.maps) == num_maps:
             raise ValueError(f"the stage was started with shortcuts for {num_maps} maps; this is one more.")
-        return _ops.in_layout(z, self.record.layout)
+        return operators.in_layout(z, self.record.layout)
 
     def _add_token(self, token: Tensor) -> None:
         if self.token is None:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from ernet_fast.er.across_processes import ProcessGroup
-from ernet_fast.er.batch_norm_relu import batch_norm_relu, projection_sum, watched
+from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum, watched
+from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.shortcut import ERShortcut
 
 if TYPE_CHECKING:
-    from ernet_fast.er.stage_maps import StageMaps
+    from ernet_fast.er.stage import StageMaps
 
 
 class ResidualBranch(nn.Module):

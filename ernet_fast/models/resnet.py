@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.er.batch_norm_relu import batch_norm_relu
+from ernet_fast.er.norm_relu import batch_norm_relu
 from ernet_fast.models.checkpointing import checkpoint_stage
 from ernet_fast.models.stage import ERStage
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ernet_fast.er.across_processes import ProcessGroup
-from ernet_fast.er.stage_maps import StageMaps, stage_group
+from ernet_fast.er.process_group import ProcessGroup
+from ernet_fast.er.stage import StageMaps, stage_group
 from ernet_fast.models.blocks import (
     ERBasicBlock,
     ERBlock,

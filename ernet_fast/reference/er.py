@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ernet_fast.er._arguments import check_shortcut_sum
+from ernet_fast.er.arguments import check_shortcut_sum
 
 
 def er_shortcut_sum(

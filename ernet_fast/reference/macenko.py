@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ernet_fast.stain.layout import read_images
-from ernet_fast.stain.parameters import check_parameters, check_policy
+from ernet_fast.stain.options import check_parameters, check_policy
 from ernet_fast.stain.result import (
     MIN_CONCENTRATION,
     MIN_TISSUE_PIXELS,

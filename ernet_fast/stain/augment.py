@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain import _ops
-from ernet_fast.stain.batched import PIXELS_AT_A_TIME
+from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection, read_collection
 from ernet_fast.stain.functional import (
     check_range,
@@ -22,9 +21,10 @@ from ernet_fast.stain.functional import (
     refuse_failures,
     usable_source,
 )
-from ernet_fast.stain.parameters import check_parameters, check_policy, is_number
+from ernet_fast.stain.options import check_parameters, check_policy, is_number
 from ernet_fast.stain.published import published_stains
 from ernet_fast.stain.result import MacenkoFit, expand_fit
+from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
 from ernet_fast.stain.upload import to_device
 
 
@@ -91,7 +91,7 @@ def macenko_augment(
         choices = percentile == "nearest", on_degenerate == "identity"
         numbers = float(Io), float(alpha), float(beta), *choices, float(range)
         done = [
-            _ops.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), *numbers)
+            operators.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), *numbers)
             for part in collection.parts
         ]
         restored = collection.restore([out for out, _ in done])
@@ -112,7 +112,7 @@ def macenko_augment(
 
 
 def _kernels_serve(collection: Collection) -> bool:
-    return collection.count > 0 and all(_ops.served_on_cuda(part.pixels) for part in collection.parts)
+    return collection.count > 0 and all(operators.served_on_cuda(part.pixels) for part in collection.parts)
 
 
 def _changes_of(
@@ -146,8 +146,8 @@ def _change(
     images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
 ) -> torch.Tensor:
     """I' of images [b, 3, H, W]. HE (g C + s) are the changed concentrations of the light (I + 1) exp(-HE (s / g))."""
-    if _ops.served_on_cuda(images) and not any(part.requires_grad for part in source[:2]):
-        return _ops.change(images, source, gain, shift, Io, range)
+    if operators.served_on_cuda(images) and not any(part.requires_grad for part in source[:2]):
+        return operators.change(images, source, gain, shift, Io, range)
     tint = torch.exp(-(source.stain_matrix @ (shift / gain)[:, :, None]))[..., None]
     stronger = source._replace(max_concentration=source.max_concentration * gain)
     group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))
@@ -161,5 +161,5 @@ def _change(
         light = light if light.dtype in (torch.float32, torch.float64) else light.float()
         light = (light + unit) * tint[rows].to(light.dtype) - unit
         ours, theirs = (MacenkoFit(*(part[rows] for part in fit)) for fit in (source, stronger))
-        parts.append(_ops.reconstruct(light, ours, theirs, Io, range).to(images.dtype))
+        parts.append(operators.reconstruct(light, ours, theirs, Io, range).to(images.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

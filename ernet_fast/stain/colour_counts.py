@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from ernet_fast import _backend
-from ernet_fast.stain import _ops
+from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection, read_collection
-from ernet_fast.stain.parameters import check_parameters
+from ernet_fast.stain.options import check_parameters
 from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
 
@@ -113,7 +113,7 @@ class ColourCounts:
     def _count(self, images: torch.Tensor) -> None:
         """Count the pixels of uint8 images [B, 3, H, W]."""
         if _backend.extension_available():
-            torch.ops.ernet.macenko_count_colours(_ops.supported(images), self.counts)
+            torch.ops.ernet.macenko_count_colours(operators.supported(images), self.counts)
             return
         _backend.warn_fallback_once()
         red, green, blue = images.long().unbind(dim=1)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain import _ops
+from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.network_output import NetworkOutput, normalize_scaled, read_output, reconstruct_scaled, scale
-from ernet_fast.stain.parameters import check_parameters, check_policy, is_number
+from ernet_fast.stain.options import check_parameters, check_policy, is_number
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
 from ernet_fast.stain.upload import to_device
@@ -75,10 +75,10 @@ def fit_collection(
     numbers = float(Io), float(alpha), float(beta), percentile == "nearest", float(range)
 
     def fit(pixels: torch.Tensor) -> MacenkoFit:
-        return _ops.fit(pixels, *numbers)
+        return operators.fit(pixels, *numbers)
 
     def fit_inside(pixels: torch.Tensor, inside: torch.Tensor) -> MacenkoFit | None:
-        return _ops.fit_inside(pixels, inside, *numbers)
+        return operators.fit_inside(pixels, inside, *numbers)
 
     if mask is not None:
         return fit_pixels_inside(collection, read_masks(mask, collection), fit, fit_inside)
@@ -161,7 +161,7 @@ def macenko_normalize(
     results = []
     for part in collection.parts:
         arguments = part.pixels, part.take_fit(usable), part.take_fit(wanted), float(Io), float(range)
-        out = _ops.reconstruct(*arguments) if network is None else reconstruct_scaled(*arguments, network)
+        out = operators.reconstruct(*arguments) if network is None else reconstruct_scaled(*arguments, network)
         if on_degenerate == "identity":
             unchanged = part.pixels if network is None else scale(part.pixels, network, float(range))
             out = keep_degenerate(out, unchanged, part.take(source.status))
@@ -180,7 +180,7 @@ def _fit_and_reconstruct(
         theirs = part.take_fit(target)
         try:
             if network is None:
-                done = _ops.normalize(part.pixels, theirs, *numbers)
+                done = operators.normalize(part.pixels, theirs, *numbers)
             else:
                 done = normalize_scaled(part.pixels, theirs, network, *numbers)
         except RuntimeError:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain import _ops
+from ernet_fast.stain import operators
 from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.upload import to_device
 
@@ -76,10 +76,10 @@ def reconstruct_scaled(
     differentiable = images.is_floating_point() and torch.is_grad_enabled()
     wanted = images.requires_grad or any(part.requires_grad for part in (*source[:2], *target[:2]))
     if not (differentiable and wanted):
-        out = _ops.reconstruct_scaled(images, source, target, output.mean, output.std, Io, range, output.dtype)
+        out = operators.reconstruct_scaled(images, source, target, output.mean, output.std, Io, range, output.dtype)
         if out is not None:
             return out
-    return scale(_ops.reconstruct(images, source, target, Io, range), output, range)
+    return scale(operators.reconstruct(images, source, target, Io, range), output, range)
 
 
 def normalize_scaled(
@@ -95,4 +95,4 @@ def normalize_scaled(
 ) -> tuple[torch.Tensor, MacenkoFit] | None:
     """Fit and `reconstruct_scaled` in one operator; None where that operator does not serve."""
     numbers = Io, alpha, beta, nearest, identity, range
-    return _ops.normalize_scaled(images, target, output.mean, output.std, *numbers, output.dtype)
+    return operators.normalize_scaled(images, target, output.mean, output.std, *numbers, output.dtype)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain import _ops
+from ernet_fast.stain import operators
 from ernet_fast.stain.collection import read_collection
 from ernet_fast.stain.functional import (
     check_range,
@@ -21,7 +21,7 @@ from ernet_fast.stain.functional import (
 )
 from ernet_fast.stain.multi_target import fit_targets
 from ernet_fast.stain.network_output import read_output
-from ernet_fast.stain.parameters import check_parameters, check_policy
+from ernet_fast.stain.options import check_parameters, check_policy
 from ernet_fast.stain.published import DEFAULT_MAXIMA, DEFAULT_STAINS
 from ernet_fast.stain.result import MacenkoFit, expand_fit
 from ernet_fast.stain.separate import one_stain
@@ -190,7 +190,7 @@ class MacenkoNormalizer(torch.nn.Module):
             ours, theirs = part.take_fit(usable), part.take_fit(target)
             for kept, result in zip(((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)), results, strict=True):
                 drawn = one_stain(theirs, kept)
-                result.append(_ops.reconstruct(part.pixels, ours, drawn, float(Io), float(self.range)))
+                result.append(operators.reconstruct(part.pixels, ours, drawn, float(Io), float(self.range)))
             if self.on_degenerate == "identity":
                 results[0][-1] = keep_degenerate(results[0][-1], part.pixels, part.take(known.status))
         image, haematoxylin, eosin = (collection.restore(result) for result in results)

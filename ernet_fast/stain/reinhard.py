@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain.batched import PIXELS_AT_A_TIME
 from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.functional import check_range, keep_degenerate, refuse_failures
 from ernet_fast.stain.lab import lab_of_linear, lab_to_rgb, linear_of_bytes, linear_of_rgb
-from ernet_fast.stain.parameters import check_policy
+from ernet_fast.stain.options import check_policy
 from ernet_fast.stain.result import MacenkoStatus
 from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
+from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
 
 METHODS = (None, "modified")
 

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain import _ops
-from ernet_fast.stain.batched import concentration_rows
+from ernet_fast.stain import operators
 from ernet_fast.stain.collection import read_collection
 from ernet_fast.stain.functional import (
     check_range,
@@ -18,9 +17,10 @@ from ernet_fast.stain.functional import (
     refuse_failures,
     usable_source,
 )
-from ernet_fast.stain.parameters import check_parameters
+from ernet_fast.stain.options import check_parameters
 from ernet_fast.stain.published import published_stains
 from ernet_fast.stain.result import MacenkoFit, check_fit, expand_fit
+from ernet_fast.stain.torch_backend import concentration_rows
 
 
 class Separation(NamedTuple):
@@ -99,14 +99,16 @@ def separate(
     concentrations: list[torch.Tensor] = []
     for part in collection.parts:
         ours, theirs = part.take_fit(usable), part.take_fit(drawn)
-        if _ops.served_on_cuda(part.pixels) and not any(tensor.requires_grad for tensor in (*ours[:2], *theirs[:2])):
-            whole = _ops.separate(part.pixels, ours, theirs, target is not None, float(Io), float(range))
+        if operators.served_on_cuda(part.pixels) and not any(
+            tensor.requires_grad for tensor in (*ours[:2], *theirs[:2])
+        ):
+            whole = operators.separate(part.pixels, ours, theirs, target is not None, float(Io), float(range))
             for results, result in zip((haematoxylin, eosin, concentrations), whole, strict=True):
                 results.append(result)
             continue
         for stain, kept in ((haematoxylin, (1.0, 0.0)), (eosin, (0.0, 1.0))):
             alone = one_stain(theirs, kept)
-            stain.append(_ops.reconstruct(part.pixels, ours, alone, float(Io), float(range)))
+            stain.append(operators.reconstruct(part.pixels, ours, alone, float(Io), float(range)))
         amounts = _concentrations(part.pixels, ours.stain_matrix, float(Io), float(range))
         gain = theirs.max_concentration / ours.max_concentration
         concentrations.append(amounts if target is None else amounts * gain[:, :, None, None].to(amounts.dtype))

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ernet_fast.stain import _ops
+from ernet_fast.stain import operators
 from ernet_fast.stain.colour_counts import ColourCounts
 from ernet_fast.stain.functional import check_source, check_target, on_device, refuse_failures, usable_source
 from ernet_fast.stain.layout import is_channels_last, read_images
-from ernet_fast.stain.parameters import check_parameters, check_policy
+from ernet_fast.stain.options import check_parameters, check_policy
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, expand_fit
 
 STRIP_PIXELS = 1 << 22
@@ -132,7 +132,7 @@ class _Strips:
 
 def _reconstructed(strip: np.ndarray, layout: str, source: MacenkoFit, target: MacenkoFit, Io: float) -> np.ndarray:
     form = read_images(strip, layout, "slide")
-    return np.asarray(form.restore(_ops.reconstruct(form.pixels, source, target, Io, 255.0)))
+    return np.asarray(form.restore(operators.reconstruct(form.pixels, source, target, Io, 255.0)))
 
 
 def _as_array(array: Any) -> Any:

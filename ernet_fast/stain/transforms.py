@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ernet_fast.stain.augment import _check_widths, macenko_augment
-from ernet_fast.stain.parameters import check_policy
+from ernet_fast.stain.options import check_policy
 
 
 class StainNormalize:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.train.atomic_file import atomic_write
+from ernet_fast.console.atomic_file import atomic_write
 
 FORMAT = 1
 _KEYS = ("format", "version", "model", "optimizer", "schedule", "precision", "epoch", "step", "history", "best", "rng",

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.progress import Reporter
 from ernet_fast.data import BreakHis, Sample, Skipped, Splits
-from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.images import ImageSet
-from ernet_fast.train.progress import Reporter
 from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization, fit_to_image, most_typical
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, Skipped, parse_name
-from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.checkpoint import load_checkpoint
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
@@ -26,7 +27,6 @@ from ernet_fast.train.metrics import (
 )
 from ernet_fast.train.network import build_network
 from ernet_fast.train.predictions import Predictions, predict
-from ernet_fast.train.progress import Reporter
 from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization
 

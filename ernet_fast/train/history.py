@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.train.atomic_file import write_text
+from ernet_fast.console.atomic_file import write_text
 
 
 def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:

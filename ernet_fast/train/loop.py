@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ernet_fast import _version
+from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.progress import Reporter
 from ernet_fast.data import write_split_csv
-from ernet_fast.train.atomic_file import write_text
 from ernet_fast.train.checkpoint import FORMAT, generator_state, load_checkpoint, restore_generators, save_checkpoint
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
@@ -28,7 +29,6 @@ from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
 from ernet_fast.train.network import build_network
 from ernet_fast.train.predictions import predict
-from ernet_fast.train.progress import Reporter
 from ernet_fast.train.resume import check_same_run
 from ernet_fast.train.schedule import build_optimizer, build_schedule
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ernet_fast._optional import require
-from ernet_fast.train.atomic_file import atomic_write
+from ernet_fast.console.atomic_file import atomic_write
 from ernet_fast.train.metrics import confusion_matrix
 from ernet_fast.train.predictions import Predictions
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ernet_fast.console.atomic_file import write_text
 from ernet_fast.data import Sample
-from ernet_fast.train.atomic_file import write_text
 
 
 @dataclass(frozen=True)

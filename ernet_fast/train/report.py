@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ernet_fast.train.atomic_file import write_text
+from ernet_fast.console.atomic_file import write_text
 
 Block = str
 """A piece of finished HTML."""

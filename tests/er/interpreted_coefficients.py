@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_coefficients import NORMS, assert_close, vectors
 
-from ernet_fast.er import triton_coefficients_launch as launch
 from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.triton import coefficient_launch as launch
 
 COUNT, NORM_EPS, EPS = 30, 1e-2, 1e-3
 COMPILED = torch.ops.ernet

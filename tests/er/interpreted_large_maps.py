@@ -16,8 +16,8 @@ import torch
 from er_cases import LAYOUTS
 from triton.runtime import interpreter
 
-from ernet_fast.er import triton_kernels, triton_launch, triton_tiling
-from ernet_fast.er.triton_tiling import Shape, reduction, sum_tile
+from ernet_fast.er.triton import map_kernels, map_launch, tiling
+from ernet_fast.er.triton.tiling import Shape, reduction, sum_tile
 
 SHAPE = (17, 128, 1024, 1024)
 ELEMENTS = 2**31 + 2**27
@@ -38,7 +38,7 @@ class LastPrograms:
         self.launches: list[tuple[str, int, tuple[Any, ...]]] = []
 
     def __getattr__(self, name: str) -> Any:
-        kernel, launches = getattr(triton_kernels, name), self.launches
+        kernel, launches = getattr(map_kernels, name), self.launches
 
         class Kernel:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -63,12 +63,12 @@ def last_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[LastPrograms]:
     monkeypatch.setattr(builder, "set_grid_idx", last)
     # tensors of the CPU are not copied there and back; the interpreter would touch all of them
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    monkeypatch.setattr(triton_launch, "kernels", lambda: kernels)
+    monkeypatch.setattr(map_launch, "kernels", lambda: kernels)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(triton_tiling, "_PROGRAMS", 1 << 15)  # short slabs: the interpreter is slow
-    triton_tiling.reduction.cache_clear()
+    monkeypatch.setattr(tiling, "_PROGRAMS", 1 << 15)  # short slabs: the interpreter is slow
+    tiling.reduction.cache_clear()
     yield kernels
-    triton_tiling.reduction.cache_clear()
+    tiling.reduction.cache_clear()
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -91,7 +91,7 @@ def test_weighted_sum(last_programs, large, per_sample):
     if per_sample:
         a = torch.zeros(1, 17, 128)
         a[:, -1] = scale
-    y = triton_launch.weighted_sum([large], a, None, False)
+    y = map_launch.weighted_sum([large], a, None, False)
     tile, _ = sum_tile(shape_of(large, per_sample), 2)
     channels = min(tile.rows, 128) if large.is_contiguous() else 128  # of the last tile
     expected = (large[-1, :, -1, -1].float() * scale).bfloat16()
@@ -105,7 +105,7 @@ def test_reductions(last_programs, large, per_sample):
     cut = reduction(shape_of(large, per_sample), 2)
     channels = cut.tile.rows if large.is_contiguous() else 128
     values = torch.arange(1.0, 129.0)[-channels:]
-    triton_launch.weighted_dot(large, [large], large, per_sample)
+    map_launch.weighted_dot(large, [large], large, per_sample)
     name, programs, (_, _, g, _, partial, *_) = last_programs.launches[0]
     assert name == "weighted_dot_kernel" and programs == cut.programs
     assert torch.equal(partial[-1, 0, -1, -channels:], values.square())
@@ -113,7 +113,7 @@ def test_reductions(last_programs, large, per_sample):
     assert torch.equal(g[-1, -channels:, -1, -1].float(), values) and float(g[0, 0, 0, 0]) == 0
 
     last_programs.launches.clear()
-    triton_launch.channel_moments(large, per_sample)
+    map_launch.channel_moments(large, per_sample)
     name, programs, (_, partial, *_) = last_programs.launches[0]
     pixels = cut.runs * cut.run_length - (cut.slabs - 1) * cut.units_per_slab * cut.step
     assert name == "channel_moments_kernel" and programs == cut.programs and pixels > 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from er_cases import DTYPES, LAYOUTS, maps_like, relative_error, tolerance
 
-from ernet_fast.er import triton_launch, triton_tiling
+from ernet_fast.er.triton import map_launch, tiling
 
 # N, C, H, W: multiples of nothing, single pixels and samples, several tiles along either side
 SHAPES = [(2, 3, 7, 11), (1, 65, 7, 7), (5, 33, 1, 1), (3, 1, 1, 49), (2, 136, 5, 5), (1, 2, 31, 67)]
@@ -44,7 +44,7 @@ def test_weighted_sum(shape, dtype, layout, per_sample):
         sizes = shape[:2] if per_sample else shape[1:2]
         a = torch.randn(num_maps, *sizes, dtype=acc_dtype(dtype))
         b = torch.randn(sizes, dtype=acc_dtype(dtype)) if with_b else None
-        y = triton_launch.weighted_sum(maps, a, b, relu)
+        y = map_launch.weighted_sum(maps, a, b, relu)
         expected = sum(spread(a[i]).double() * x.double() for i, x in enumerate(maps))
         expected = expected if b is None else expected + spread(b).double()
         expected = expected.relu() if relu else expected
@@ -58,7 +58,7 @@ def test_weighted_sum_of_many_maps(num_maps, layout):
     maps = maps_like((2, 5, 4, 3), num_maps, torch.float32, layout)
     a = torch.randn(num_maps, 5)
     expected = sum(spread(a[i]).double() * x.double() for i, x in enumerate(maps))
-    assert relative_error(triton_launch.weighted_sum(maps, a, None, False), expected) <= stored(torch.float32, num_maps)
+    assert relative_error(map_launch.weighted_sum(maps, a, None, False), expected) <= stored(torch.float32, num_maps)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
@@ -66,7 +66,7 @@ def test_weighted_dot(shape, dtype, layout, per_sample):
     for num_maps, with_y in ((3, True), (9, True), (2, False)):
         dy, y, *maps = maps_like(shape, num_maps + 2, dtype, layout)
         mask = y.relu() if with_y else None
-        da, db, g = triton_launch.weighted_dot(dy, maps, mask, per_sample)
+        da, db, g = map_launch.weighted_dot(dy, maps, mask, per_sample)
         g64 = dy.double() if mask is None else dy.double() * (mask.double() > 0)
         if mask is None:
             assert g.numel() == 0
@@ -84,7 +84,7 @@ def test_weighted_dot(shape, dtype, layout, per_sample):
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
 def test_channel_moments(shape, dtype, layout, per_sample):
     (x,) = maps_like(shape, 1, dtype, layout)
-    mean, var = triton_launch.channel_moments(x, per_sample)
+    mean, var = map_launch.channel_moments(x, per_sample)
     dims = (2, 3) if per_sample else (0, 2, 3)
     bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
     scale = x.double().square().mean(dims).sqrt().norm()
@@ -100,7 +100,7 @@ def test_moments_of_a_large_mean(layout, per_sample):
     """Mean 1e4 and standard deviation 1 in float32: the variance must survive, across slabs too."""
     x = torch.randn((4, 8, 40, 41), generator=torch.Generator().manual_seed(0)) + 1e4
     x = x.contiguous(memory_format=layout)
-    mean, var = triton_launch.channel_moments(x, per_sample)
+    mean, var = map_launch.channel_moments(x, per_sample)
     dims = (2, 3) if per_sample else (0, 2, 3)
     torch.testing.assert_close(var.double(), x.double().var(dims, correction=0), rtol=1e-3, atol=0)
     torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=torch.finfo(torch.float32).eps, atol=0)
@@ -111,14 +111,14 @@ def small_tiles(monkeypatch):
     """Cut small maps into as many tiles as large ones get; the value sets the least number of tiles in a slab."""
 
     def cut(least_units: int) -> None:
-        monkeypatch.setattr(triton_tiling, "_LEAST_UNITS", least_units)
-        monkeypatch.setattr(triton_tiling, "_LOAD_BYTES", 8)
-        monkeypatch.setattr(triton_tiling, "_CHANNELS", 8)
-        monkeypatch.setattr(triton_tiling, "_PLANAR_COLS", (8, 16))
-        triton_tiling.reduction.cache_clear()
+        monkeypatch.setattr(tiling, "_LEAST_UNITS", least_units)
+        monkeypatch.setattr(tiling, "_LOAD_BYTES", 8)
+        monkeypatch.setattr(tiling, "_CHANNELS", 8)
+        monkeypatch.setattr(tiling, "_PLANAR_COLS", (8, 16))
+        tiling.reduction.cache_clear()
 
     yield cut
-    triton_tiling.reduction.cache_clear()
+    tiling.reduction.cache_clear()
 
 
 @pytest.mark.parametrize("least_units", [1, 20])
@@ -131,17 +131,17 @@ def test_many_slabs_and_long_ones(small_tiles, layout, per_sample, least_units):
     shape, dims = (2, 5, 28, width), (2, 3) if per_sample else (0, 2, 3)
     dy, y, x = maps_like(shape, 3, torch.float32, layout)
     x += 100 + torch.linspace(0, 3, 28)[:, None]  # tiles whose means differ
-    cut = triton_tiling.reduction(triton_tiling.Shape(2, 5, 28 * width, layout == torch.channels_last, per_sample), 4)
+    cut = tiling.reduction(tiling.Shape(2, 5, 28 * width, layout == torch.channels_last, per_sample), 4)
     if least_units == 1:
         assert cut.slabs > (20 if per_sample else 64)
     else:
         assert cut.slabs > 1 and cut.units_per_slab > 16
     bound = tolerance(torch.float32, 56 * width, stored=False)
-    da, db, _ = triton_launch.weighted_dot(dy, [x], y, per_sample)
+    da, db, _ = map_launch.weighted_dot(dy, [x], y, per_sample)
     g = dy.double() * (y.double() > 0)
     assert float((da[0].double() - (g * x).sum(dims)).norm()) <= bound * float((g * x).abs().sum(dims).norm())
     assert float((db.double() - g.sum(dims)).norm()) <= bound * float(g.abs().sum(dims).norm())
-    mean, var = triton_launch.channel_moments(x, per_sample)
+    mean, var = map_launch.channel_moments(x, per_sample)
     # A mean of n numbers near 100 is known to roundoff; deviations from it, squared, are off by the square of that.
     torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=2e-7, atol=0)
     torch.testing.assert_close(var.double(), x.double().var(dims, correction=0), rtol=1e-5, atol=0)
@@ -151,28 +151,28 @@ def test_offsets_of_64_bits(monkeypatch):
     """The specialisation for rows so long that a tile spans 2^31 elements, at a size that fits here."""
     maps = maps_like((2, 5, 4, 3), 3, torch.float32, torch.channels_last)
     a, dy = torch.randn(3, 5), maps[0]
-    narrow = triton_launch.weighted_sum(maps, a, None, False)
+    narrow = map_launch.weighted_sum(maps, a, None, False)
     narrow_dot, narrow_moments = (
-        triton_launch.weighted_dot(dy, maps, dy, False),
-        triton_launch.channel_moments(dy, False),
+        map_launch.weighted_dot(dy, maps, dy, False),
+        map_launch.channel_moments(dy, False),
     )
-    original = triton_tiling._tile
-    monkeypatch.setattr(triton_tiling, "_tile", lambda *args: original(*args)._replace(wide=True))
-    triton_tiling.sum_tile.cache_clear(), triton_tiling.reduction.cache_clear()
+    original = tiling._tile
+    monkeypatch.setattr(tiling, "_tile", lambda *args: original(*args)._replace(wide=True))
+    tiling.sum_tile.cache_clear(), tiling.reduction.cache_clear()
     try:
-        assert torch.equal(triton_launch.weighted_sum(maps, a, None, False), narrow)
-        for wide, expected in zip(triton_launch.weighted_dot(dy, maps, dy, False), narrow_dot, strict=True):
+        assert torch.equal(map_launch.weighted_sum(maps, a, None, False), narrow)
+        for wide, expected in zip(map_launch.weighted_dot(dy, maps, dy, False), narrow_dot, strict=True):
             assert torch.equal(wide, expected)
-        for wide, expected in zip(triton_launch.channel_moments(dy, False), narrow_moments, strict=True):
+        for wide, expected in zip(map_launch.channel_moments(dy, False), narrow_moments, strict=True):
             assert torch.equal(wide, expected)
     finally:
-        triton_tiling.sum_tile.cache_clear(), triton_tiling.reduction.cache_clear()
+        tiling.sum_tile.cache_clear(), tiling.reduction.cache_clear()
 
 
 def test_per_sample_results_do_not_depend_on_the_batch():
     dy, y, *maps = maps_like((4, 37, 13, 9), 4, torch.float32, torch.channels_last)
-    whole = triton_launch.weighted_dot(dy, maps, y, True)
-    one = triton_launch.weighted_dot(dy[2:3], [x[2:3] for x in maps], y[2:3], True)
+    whole = map_launch.weighted_dot(dy, maps, y, True)
+    one = map_launch.weighted_dot(dy[2:3], [x[2:3] for x in maps], y[2:3], True)
     assert torch.equal(whole[0][:, 2:3], one[0]) and torch.equal(whole[1][2:3], one[1])
 
 
@@ -180,12 +180,12 @@ def test_per_sample_results_do_not_depend_on_the_batch():
 def test_relu_and_nan_are_those_of_torch(layout):
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1.0]).reshape(1, 6, 1, 1)
     x = x.contiguous(memory_format=layout)
-    y = triton_launch.weighted_sum([x], torch.ones(1, 6), None, True)
+    y = map_launch.weighted_sum([x], torch.ones(1, 6), None, True)
     torch.testing.assert_close(y, x.relu(), equal_nan=True, rtol=0, atol=0)
     leaf = x.clone().requires_grad_()
     leaf.relu().sum().backward()
-    torch.testing.assert_close(triton_launch.weighted_dot(torch.ones_like(x), [x], x.relu(), False)[2], leaf.grad)
-    mean, var = triton_launch.channel_moments(x, False)
+    torch.testing.assert_close(map_launch.weighted_dot(torch.ones_like(x), [x], x.relu(), False)[2], leaf.grad)
+    mean, var = map_launch.channel_moments(x, False)
     assert not bool(mean[:3].isfinite().any()) and bool(var[:3].isnan().all())
     assert torch.equal(mean[3:], x.flatten()[3:]) and not bool(var[3:].any())
 
@@ -193,10 +193,10 @@ def test_relu_and_nan_are_those_of_torch(layout):
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 0, 3, 3)])
 def test_empty_maps(shape):
     x = torch.ones(shape)
-    assert triton_launch.weighted_sum([x, x], torch.ones(2, shape[1]), None, False).shape == shape
-    da, db, _ = triton_launch.weighted_dot(x, [x], None, False)
+    assert map_launch.weighted_sum([x, x], torch.ones(2, shape[1]), None, False).shape == shape
+    da, db, _ = map_launch.weighted_dot(x, [x], None, False)
     assert torch.equal(da, torch.zeros(1, shape[1])) and torch.equal(db, torch.zeros(shape[1]))
-    mean, var = triton_launch.channel_moments(x, False)
+    mean, var = map_launch.channel_moments(x, False)
     assert torch.equal(mean, torch.zeros(shape[1])) and var.shape == (shape[1],) and bool(var.isnan().all())
 
 
@@ -220,6 +220,6 @@ def test_operators_name_what_is_wrong():
         (mixed, torch.ones(2, 3), None, "one layout"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            triton_launch.weighted_sum(maps, a_, b, False)
+            map_launch.weighted_sum(maps, a_, b, False)
     with pytest.raises(RuntimeError, match="one shape; y"):
-        triton_launch.weighted_dot(x, [x], x[:1], False)
+        map_launch.weighted_dot(x, [x], x[:1], False)

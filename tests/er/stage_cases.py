@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ernet_fast import ERShortcut
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er.stage import StageMaps
 
 CHANNELS = 6
 STEPS = " by steps"

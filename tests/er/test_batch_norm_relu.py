@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from traffic import bytes_moved
 
 from ernet_fast import _backend
-from ernet_fast.er.batch_norm_relu import batch_norm_relu, projection_sum
+from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum
 
 compiled = pytest.mark.skipif(not _backend.extension_available(), reason=str(_backend.why_unavailable()))
 

@@ -15,7 +15,7 @@ from ernet_fast.er.coefficients import (
     new_table,
     new_totals,
 )
-from ernet_fast.er.statistics import MapStatistics, map_statistics, shortcut_coefficients
+from ernet_fast.er.unfused_coefficients import MapStatistics, map_statistics, shortcut_coefficients
 
 EPS, NORM_EPS, COUNT = 1e-3, 1e-2, 30
 DTYPES = [torch.float32, torch.float64]

@@ -16,8 +16,8 @@ import torch
 from er_cases import DTYPES, LAYOUTS, maps_like, relative_error, tolerance
 
 from ernet_fast import _backend, er_resnet50
-from ernet_fast.er import _ops
-from ernet_fast.er.kept_memory import kept_memory, release_kept_memory, set_kept_memory_limit
+from ernet_fast.er import operators
+from ernet_fast.output_cache import kept_memory, release_kept_memory, set_kept_memory_limit
 
 pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason=str(_backend.why_unavailable()))
 
@@ -37,7 +37,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
-    return _ops.weighted_sum([x], torch.full((1, x.shape[1]), 2.0))
+    return operators.weighted_sum([x], torch.full((1, x.shape[1]), 2.0))
 
 
 def test_memory_is_used_again():
@@ -133,14 +133,14 @@ def test_zero_switches_it_off():
 def test_large_results(dtype, layout):
     """Every element of large results is written; the memory holds NaN before, and is that of an earlier result."""
     dy, y, *maps = maps_like((2, 65, 71, 37), 5, dtype, layout)
-    a = torch.randn(3, 65, dtype=_ops.acc_dtype(dy), generator=torch.Generator().manual_seed(3))
+    a = torch.randn(3, 65, dtype=operators.acc_dtype(dy), generator=torch.Generator().manual_seed(3))
     expected = sum(a[i].double()[None, :, None, None] * x.double() for i, x in enumerate(maps))
     scale = sum(a[i].double()[None, :, None, None].abs() * x.double().abs() for i, x in enumerate(maps))
     for _ in range(2):
-        result = _ops.weighted_sum(maps, a)
+        result = operators.weighted_sum(maps, a)
         assert float((result.double() - expected).norm() / scale.norm()) <= tolerance(dtype, 3)
         assert result.stride() == dy.stride()
-        g = _ops.weighted_dot(dy, maps, y)[2]
+        g = operators.weighted_dot(dy, maps, y)[2]
         assert torch.equal(g, dy.masked_fill(y <= 0, 0)) and g.stride() == dy.stride()
 
 
@@ -150,9 +150,9 @@ def test_results_written_past_the_cache(dtype, layout):
     """Large outputs take other stores; rows of 49 and 65 elements are not aligned."""
     for shape in ((2, 65, 260, 260), (90, 2048, 7, 7)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).contiguous(memory_format=layout)
-        y = _ops.weighted_sum([x, x], torch.tensor([[1.0], [0.5]]).expand(2, shape[1]).contiguous(), None, True)
+        y = operators.weighted_sum([x, x], torch.tensor([[1.0], [0.5]]).expand(2, shape[1]).contiguous(), None, True)
         assert relative_error(y, (1.5 * x.double()).relu()) <= tolerance(dtype, 2)
-        assert torch.equal(_ops.weighted_dot(x, [x], y)[2], x.relu())
+        assert torch.equal(operators.weighted_dot(x, [x], y)[2], x.relu())
 
 
 def test_tensors_behave_like_others():
@@ -200,17 +200,17 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 FORK = """
 import os, torch
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 torch.set_num_threads(1)
 x = torch.randn(4, 64, 56, 20)
 two = torch.full((1, 64), 2.0)
-y = _ops.weighted_sum([x], two)
-freed = _ops.weighted_sum([x], two); del freed
+y = operators.weighted_sum([x], two)
+freed = operators.weighted_sum([x], two); del freed
 child = os.fork()
-mine = _ops.weighted_sum([-x if child else x], two)
+mine = operators.weighted_sum([-x if child else x], two)
 right = torch.equal(y, 2 * x) and torch.equal(mine, (-2 if child else 2) * x)
 del y, mine
-again = _ops.weighted_sum([x], two)
+again = operators.weighted_sum([x], two)
 right = right and torch.equal(again, 2 * x)
 if child == 0:
     os._exit(0 if right else 1)
@@ -225,7 +225,7 @@ def test_fork():
 
 
 def test_environment_variable():
-    show = "from ernet_fast.er.kept_memory import kept_memory; print(kept_memory().limit_bytes)"
+    show = "from ernet_fast.output_cache import kept_memory; print(kept_memory().limit_bytes)"
     assert run(show, ERNET_KEEP_MB="3").stdout.strip() == str(3 << 20)
     assert run(show, ERNET_KEEP_MB="0").stdout.strip() == "0"
     bad = run("from ernet_fast import _backend; print(_backend.why_unavailable())", ERNET_KEEP_MB="much")

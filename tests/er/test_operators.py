@@ -8,7 +8,7 @@ import pytest
 import torch
 from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, relative_error, tolerance
 
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 
 CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))
 
@@ -21,7 +21,7 @@ def spread(t: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
 def test_channel_moments(shape, dtype, layout, per_sample):
     (x,) = maps_like(shape, 1, dtype, layout)
-    mean, var = _ops.channel_moments(x, per_sample)
+    mean, var = operators.channel_moments(x, per_sample)
     dims = (2, 3) if per_sample else (0, 2, 3)
     bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
     expected = x.double().mean(dims)
@@ -39,7 +39,7 @@ def test_moments_of_a_large_mean(layout, per_sample):
     x = (torch.randn((4, 16, 56, 56), generator=torch.Generator().manual_seed(0)) + 1e4).contiguous(
         memory_format=layout
     )
-    mean, var = _ops.channel_moments(x, per_sample)
+    mean, var = operators.channel_moments(x, per_sample)
     dims = (2, 3) if per_sample else (0, 2, 3)
     torch.testing.assert_close(var.double(), x.double().var(dims, correction=0), rtol=1e-3, atol=0)
     torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=1e-7, atol=0)
@@ -52,7 +52,7 @@ def test_moments_with_outliers_at_the_start(outliers, layout):
     x = torch.randn((4, 3, 96, 96), generator=torch.Generator().manual_seed(0))
     for sample in x:
         sample.flatten(1)[:, :outliers] = 1e4
-    mean, var = _ops.channel_moments(x.contiguous(memory_format=layout))
+    mean, var = operators.channel_moments(x.contiguous(memory_format=layout))
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-5, atol=0)
     # at most 1 + 32 times the rounding errors of a plain sum of squares
     bound = 33 * tolerance(torch.float32, 4 * 96 * 96, stored=False)
@@ -65,13 +65,13 @@ def test_weighted_sum(shape, dtype, layout, per_sample, num_maps):
     if num_maps == 40 and shape not in SHAPES[:2]:
         num_maps = 13
     maps = maps_like(shape, num_maps, dtype, layout)
-    acc = _ops.acc_dtype(maps[0])
+    acc = operators.acc_dtype(maps[0])
     sizes = shape[:2] if per_sample else shape[1:2]
     generator = torch.Generator().manual_seed(num_maps)
     a, b = (torch.randn(s, dtype=acc, generator=generator) for s in ((num_maps, *sizes), sizes))
     before = [x.clone() for x in maps]
     for bias, relu in ((b, False), (b, True), (None, True)):
-        y = _ops.weighted_sum(maps, a, bias, relu)
+        y = operators.weighted_sum(maps, a, bias, relu)
         expected = sum(spread(a[i]).double() * x.double() for i, x in enumerate(maps))
         expected = expected if bias is None else expected + spread(bias).double()
         expected = expected.relu() if relu else expected
@@ -90,7 +90,7 @@ def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
     dims = (2, 3) if per_sample else (0, 2, 3)
     bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
     for mask in (y, None):
-        da, db, g = _ops.weighted_dot(dy, maps, mask, per_sample)
+        da, db, g = operators.weighted_dot(dy, maps, mask, per_sample)
         g64 = dy.double() if mask is None else dy.double() * (mask.double() > 0)
         if mask is not None:
             assert torch.equal(g.double(), g64) and g.stride() == dy.stride()
@@ -104,15 +104,15 @@ def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_threads(dtype, layout):
     dy, y, *maps = maps_like((6, 37, 23, 29), 5, dtype, layout)
-    a = torch.randn(3, 37, dtype=_ops.acc_dtype(dy))
+    a = torch.randn(3, 37, dtype=operators.acc_dtype(dy))
 
     def everything() -> list[torch.Tensor]:
         return [
-            *_ops.channel_moments(dy),
-            *_ops.channel_moments(dy, True),
-            _ops.weighted_sum(maps, a),
-            *_ops.weighted_dot(dy, maps, y),
-            *_ops.weighted_dot(dy, maps, y, True),
+            *operators.channel_moments(dy),
+            *operators.channel_moments(dy, True),
+            operators.weighted_sum(maps, a),
+            *operators.weighted_dot(dy, maps, y),
+            *operators.weighted_dot(dy, maps, y, True),
         ]
 
     threads = torch.get_num_threads()
@@ -128,8 +128,8 @@ def test_results_do_not_depend_on_threads(dtype, layout):
 
 def test_per_sample_results_do_not_depend_on_the_batch():
     dy, y, *maps = maps_like((6, 37, 13, 9), 5, torch.float32, torch.channels_last)
-    whole = _ops.weighted_dot(dy, maps, y, True)
-    one = _ops.weighted_dot(dy[2:3], [x[2:3] for x in maps], y[2:3], True)
+    whole = operators.weighted_dot(dy, maps, y, True)
+    one = operators.weighted_dot(dy[2:3], [x[2:3] for x in maps], y[2:3], True)
     assert torch.equal(whole[0][:, 2:3], one[0]) and torch.equal(whole[1][2:3], one[1])
 
 
@@ -139,9 +139,9 @@ def test_relu_and_nan_are_those_of_torch(layout):
     x = x.contiguous(memory_format=layout)
     for dtype in DTYPES:
         ones = torch.ones(1, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        y = _ops.weighted_sum([x.to(dtype)], ones, None, True)
+        y = operators.weighted_sum([x.to(dtype)], ones, None, True)
         torch.testing.assert_close(y, x.to(dtype).relu(), equal_nan=True, rtol=0, atol=0)
-    g = _ops.weighted_dot(torch.ones_like(x), [x], x.relu())[2]
+    g = operators.weighted_dot(torch.ones_like(x), [x], x.relu())[2]
     leaf = x.clone().requires_grad_()
     leaf.relu().sum().backward()
     torch.testing.assert_close(g, leaf.grad)
@@ -152,7 +152,7 @@ def test_every_half_number_survives(dtype):
     """All 65,536 bit patterns pass unchanged through a sum with coefficient 1: conversions are exact."""
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).reshape(1, 1, 256, 256)
-    y = _ops.weighted_sum([x], torch.ones(1, 1))
+    y = operators.weighted_sum([x], torch.ones(1, 1))
     torch.testing.assert_close(y, x, equal_nan=True, rtol=0, atol=0)
 
 
@@ -160,17 +160,17 @@ def test_every_half_number_survives(dtype):
 def test_rounding_to_half_is_to_nearest_even(dtype):
     exact = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 5, 64)
     x, factor = torch.ones(1, 4096, 1, 1, dtype=dtype), exact.reshape(1, 4096)
-    y = _ops.weighted_sum([x], factor)
+    y = operators.weighted_sum([x], factor)
     torch.testing.assert_close(y.flatten(), factor.flatten().to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 0, 3, 3)])
 def test_empty_maps(shape):
     x = torch.ones(shape)
-    assert _ops.weighted_sum([x, x], torch.ones(2, shape[1])).shape == shape
-    da, db, _ = _ops.weighted_dot(x, [x], None)
+    assert operators.weighted_sum([x, x], torch.ones(2, shape[1])).shape == shape
+    da, db, _ = operators.weighted_dot(x, [x], None)
     assert torch.equal(da, torch.zeros(1, shape[1])) and torch.equal(db, torch.zeros(shape[1]))
-    mean, var = _ops.channel_moments(x)
+    mean, var = operators.channel_moments(x)
     assert mean.shape == var.shape == (shape[1],) and bool(var.isnan().all())
 
 
@@ -178,7 +178,7 @@ def test_empty_maps(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_opcheck(dtype, layout):
     dy, *maps = maps_like((2, 3, 5, 4), 3, dtype, layout)
-    a, b = torch.randn(2, 3, dtype=_ops.acc_dtype(dy)), torch.randn(3, dtype=_ops.acc_dtype(dy))
+    a, b = torch.randn(2, 3, dtype=operators.acc_dtype(dy)), torch.randn(3, dtype=operators.acc_dtype(dy))
     leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for x in (dy, *maps, a, b)]
     dy, *maps, a, b = leaves
     ops = torch.ops.ernet
@@ -197,32 +197,32 @@ def test_operator_gradients():
         torch.randn(3, dtype=torch.float64, requires_grad=True),
     )
     mask = y.detach().relu()
-    assert torch.autograd.gradcheck(lambda x: _ops.channel_moments(x), (dy,))
-    assert torch.autograd.gradgradcheck(lambda *t: _ops.weighted_sum(t[:2], t[2], t[3]), (*maps, a, b))
-    assert torch.autograd.gradgradcheck(lambda *t: _ops.weighted_sum(t[:2], t[2], t[3], True), (*maps, a, b))
-    assert torch.autograd.gradcheck(lambda d, *x: _ops.weighted_dot(d, x, mask), (dy, *maps))
-    assert torch.autograd.gradcheck(lambda d, *x: _ops.weighted_dot(d, x, None, True)[:2], (dy, *maps))
+    assert torch.autograd.gradcheck(lambda x: operators.channel_moments(x), (dy,))
+    assert torch.autograd.gradgradcheck(lambda *t: operators.weighted_sum(t[:2], t[2], t[3]), (*maps, a, b))
+    assert torch.autograd.gradgradcheck(lambda *t: operators.weighted_sum(t[:2], t[2], t[3], True), (*maps, a, b))
+    assert torch.autograd.gradcheck(lambda d, *x: operators.weighted_dot(d, x, mask), (dy, *maps))
+    assert torch.autograd.gradcheck(lambda d, *x: operators.weighted_dot(d, x, None, True)[:2], (dy, *maps))
 
 
 def test_operators_name_what_is_wrong():
     x = torch.ones(2, 3, 4, 4)
     a = torch.ones(1, 3)
     for call, message in [
-        (lambda: _ops.weighted_sum([], a), "at least one map"),
-        (lambda: _ops.weighted_sum([x[0]], a), "4 dimensions"),
-        (lambda: _ops.weighted_sum([x.int()], a), "float32, float64, bfloat16 or float16"),
-        (lambda: _ops.weighted_sum([x, x[:1]], torch.ones(2, 3)), "one shape"),
-        (lambda: _ops.weighted_sum([x, x.double()], torch.ones(2, 3)), "one dtype"),
-        (lambda: _ops.weighted_sum([x], torch.ones(2, 3)), r"a must have shape \[1, 3\]; got \[2, 3\]"),
-        (lambda: _ops.weighted_sum([x], a.double()), "a must be float32"),
-        (lambda: _ops.weighted_sum([x], a, torch.ones(4)), r"b must have shape \[3\]"),
-        (lambda: _ops.weighted_sum([x], torch.ones(1, 6)[:, ::2]), "contiguous"),
-        (lambda: _ops.weighted_sum([x[..., ::2]], a), "dense in one layout"),
+        (lambda: operators.weighted_sum([], a), "at least one map"),
+        (lambda: operators.weighted_sum([x[0]], a), "4 dimensions"),
+        (lambda: operators.weighted_sum([x.int()], a), "float32, float64, bfloat16 or float16"),
+        (lambda: operators.weighted_sum([x, x[:1]], torch.ones(2, 3)), "one shape"),
+        (lambda: operators.weighted_sum([x, x.double()], torch.ones(2, 3)), "one dtype"),
+        (lambda: operators.weighted_sum([x], torch.ones(2, 3)), r"a must have shape \[1, 3\]; got \[2, 3\]"),
+        (lambda: operators.weighted_sum([x], a.double()), "a must be float32"),
+        (lambda: operators.weighted_sum([x], a, torch.ones(4)), r"b must have shape \[3\]"),
+        (lambda: operators.weighted_sum([x], torch.ones(1, 6)[:, ::2]), "contiguous"),
+        (lambda: operators.weighted_sum([x[..., ::2]], a), "dense in one layout"),
         (
-            lambda: _ops.weighted_sum([x, x.contiguous(memory_format=torch.channels_last)], torch.ones(2, 3)),
+            lambda: operators.weighted_sum([x, x.contiguous(memory_format=torch.channels_last)], torch.ones(2, 3)),
             "one layout",
         ),
-        (lambda: _ops.weighted_dot(x, [x], x[:1]), "one shape"),
+        (lambda: operators.weighted_dot(x, [x], x[:1]), "one shape"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -235,10 +235,10 @@ def test_sums_that_are_written_past_the_cache(channels, dtype, layout):
     """Of 2 MiB and more, with planes that are no whole cache lines, and samples that begin within one."""
     maps = maps_like((12, channels, 7, 7), 2, dtype, layout)
     assert maps[0].numel() * maps[0].element_size() >= 2 << 20
-    acc = _ops.acc_dtype(maps[0])
+    acc = operators.acc_dtype(maps[0])
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(size, generator=generator, dtype=acc) for size in ((2, channels), (channels,)))
-    y = _ops.weighted_sum(maps, a, b, True)
+    y = operators.weighted_sum(maps, a, b, True)
     expected = sum(x.double() * spread(k.double()) for x, k in zip(maps, a, strict=True)) + spread(b.double())
     assert y.stride() == maps[0].stride()
     assert relative_error(y, expected.relu()) <= tolerance(dtype, 3)

@@ -12,8 +12,8 @@ from stage_cases import CHANNELS, NORMS, STEPS, Tails, assert_same, loss_of_all,
 from torch import nn
 from torch.func import functional_call
 
-from ernet_fast.er import _ops, _whole_nodes
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er import nodes, operators
+from ernet_fast.er.stage import StageMaps
 
 
 def compare(fused: Tails, naive: Tails, zs: list[torch.Tensor], **tolerances: object) -> None:
@@ -81,11 +81,13 @@ def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, norm, layout):
     fused, naive = tails(4, norm)
     calls: list[str] = []
     for name in ("weighted_sum", "weighted_dot", "channel_moments"):
-        original = getattr(_ops, name)
-        monkeypatch.setattr(_ops, name, lambda *args, f=original, n=name, **kw: (calls.append(n), f(*args, **kw))[1])
-    backward = _whole_nodes.er_block_backward
+        original = getattr(operators, name)
+        monkeypatch.setattr(
+            operators, name, lambda *args, f=original, n=name, **kw: (calls.append(n), f(*args, **kw))[1]
+        )
+    backward = nodes.er_block_backward
     monkeypatch.setattr(
-        _whole_nodes,
+        nodes,
         "er_block_backward",
         lambda *args, **kw: (calls.append(f"dots={kw['dots']}"), backward(*args, **kw))[1],
     )

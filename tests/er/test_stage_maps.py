@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ernet_fast import ERShortcut
-from ernet_fast.er import _ops
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er import operators
+from ernet_fast.er.stage import StageMaps
 
 
 @pytest.mark.parametrize("loss", [loss_of_last, loss_of_middle, loss_of_all])
@@ -181,7 +181,7 @@ def test_each_gradient_is_written_once(monkeypatch, norm, groups):
     calls: Counter[str] = Counter()
     written: list[int] = []
     for name in ("weighted_sum", "weighted_dot", "channel_moments"):
-        original = getattr(_ops, name)
+        original = getattr(operators, name)
 
         def counted(*args, _name=name, _original=original, **kwargs):
             calls[_name] += 1
@@ -190,7 +190,7 @@ def test_each_gradient_is_written_once(monkeypatch, norm, groups):
                 written.append(result.numel())
             return result
 
-        monkeypatch.setattr(_ops, name, counted)
+        monkeypatch.setattr(operators, name, counted)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         loss_of_last(ys).backward()
     whole = [e for e in profile.events() if e.name == "ernet::er_block_backward"]

@@ -17,7 +17,7 @@ from traffic import bytes_moved
 
 from ernet_fast import er_resnet50
 from ernet_fast.er.shortcut import ERShortcut
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er.stage import StageMaps
 
 CHANNELS = 8
 DTYPES = [torch.float32, torch.bfloat16]

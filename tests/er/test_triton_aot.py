@@ -17,8 +17,8 @@ import pytest
 import torch
 from triton_launches import Launch, record
 
-from ernet_fast.er import triton_coefficients_launch, triton_launch
 from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.triton import coefficient_launch, map_launch
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -61,9 +61,9 @@ def compile_for(launch: Launch, architecture: int, folder: Path) -> Machine:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ernet_fast.er import triton_kernels
+    from ernet_fast.er.triton import map_kernels
 
-    kernel = getattr(triton_kernels, launch.kernel)
+    kernel = getattr(map_kernels, launch.kernel)
     constants = dict(launch.constants)
     options = {"num_warps": constants.pop("num_warps", 4)}
     signature = dict(zip(kernel.arg_names, launch.types(), strict=False)) | dict.fromkeys(constants, "constexpr")
@@ -88,9 +88,9 @@ def stage(dtype: torch.dtype, layout: torch.memory_format, num_maps: int, size: 
     a, b = torch.empty(num_maps, 256, dtype=acc, device="meta"), torch.empty(256, dtype=acc, device="meta")
 
     def call() -> None:
-        triton_launch.weighted_sum([x] * num_maps, a, b, True)
-        triton_launch.weighted_dot(x, [x] * num_maps, x, False)
-        triton_launch.channel_moments(x, False)
+        map_launch.weighted_sum([x] * num_maps, a, b, True)
+        map_launch.weighted_dot(x, [x] * num_maps, x, False)
+        map_launch.channel_moments(x, False)
 
     return call
 
@@ -142,12 +142,12 @@ def algebra(
     count = table.new_empty(1) if spread else None
 
     def call() -> None:
-        triton_coefficients_launch.block_coefficients(
+        coefficient_launch.block_coefficients(
             table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum, 1e-5,
             rows, rows, rows, counted[1], running, momentum, 1e-5,
         )  # fmt: skip
         readers = [a.new_empty(reader + 1, 256) for reader in range(index, num_maps)]
-        triton_coefficients_launch.block_coefficients_backward(
+        coefficient_launch.block_coefficients_backward(
             table, index, doubles, new_totals(table), a[: index + 1], a[0], count, elements, norm, rows,
             rows, rows, running, 1e-5, readers, not running, False,
         )  # fmt: skip
@@ -235,9 +235,9 @@ def test_maps_beyond_32_bits_compile(layout, monkeypatch, tmp_path):
     x = torch.empty((1, 8, 1 << 16, 1 << 15), dtype=torch.bfloat16, device="meta").contiguous(memory_format=layout)
 
     def call() -> None:
-        triton_launch.weighted_sum([x, x], torch.empty(2, 8, device="meta"), None, False)
-        triton_launch.weighted_dot(x, [x, x], x, False)
-        triton_launch.channel_moments(x, False)
+        map_launch.weighted_sum([x, x], torch.empty(2, 8, device="meta"), None, False)
+        map_launch.weighted_dot(x, [x, x], x, False)
+        map_launch.channel_moments(x, False)
 
     launches = record(monkeypatch, call)
     for launch in launches:
@@ -297,23 +297,23 @@ def test_calls_reach_the_driver(monkeypatch):
     """Through Triton's own argument handling, up to the launch: what it is given, and one compilation a variant."""
     import triton
 
-    from ernet_fast.er import triton_kernels
+    from ernet_fast.er.triton import map_kernels
 
     driver = _Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(triton_launch, "_interpreted", lambda: True)
+    monkeypatch.setattr(map_launch, "_interpreted", lambda: True)
     maps = [torch.zeros(2, 64, 4, 4).contiguous(memory_format=torch.channels_last) for _ in range(10)]
 
     def pointers(arguments: tuple[Any, ...]) -> list[int]:
         return [x.data_ptr() for x in next(a for a in arguments if isinstance(a, tuple))]
 
     for count, padded in ((3, 4), (4, 4), (7, 8), (8, 8)):
-        y = triton_launch.weighted_sum(maps[:count], torch.ones(count, 64), torch.ones(64), True)
+        y = map_launch.weighted_sum(maps[:count], torch.ones(count, 64), torch.ones(64), True)
         name, programs, arguments = driver.launched.pop()
         assert (name, programs) == ("weighted_sum_kernel", 1)  # 32 pixels of 64 channels
         assert pointers(arguments) == [x.data_ptr() for x in maps[:count]] + [maps[0].data_ptr()] * (padded - count)
         assert arguments[3].data_ptr() == y.data_ptr() and arguments[4] == count
-    compiled = triton_kernels.weighted_sum_kernel.device_caches[1000][0]
+    compiled = map_kernels.weighted_sum_kernel.device_caches[1000][0]
     assert len(compiled) == 2
 
     def wide_loads() -> int:
@@ -322,11 +322,11 @@ def test_calls_reach_the_driver(monkeypatch):
     # a map that starts between two multiples of 16 bytes: its two loads, and only its, are narrow
     aligned = wide_loads()
     odd = torch.zeros(2 * 4 * 4 * 64 + 1)[1:].view(2, 4, 4, 64).permute(0, 3, 1, 2)
-    triton_launch.weighted_sum([*maps[:7], odd], torch.ones(8, 64), torch.ones(64), True)
+    map_launch.weighted_sum([*maps[:7], odd], torch.ones(8, 64), torch.ones(64), True)
     assert len(compiled) == 3 and wide_loads() == aligned - 2
     driver.launched.clear()
-    triton_launch.weighted_dot(maps[0], maps, maps[1], False)
-    triton_launch.channel_moments(maps[0], True)
+    map_launch.weighted_dot(maps[0], maps, maps[1], False)
+    map_launch.channel_moments(maps[0], True)
     names = [name for name, _, _ in driver.launched]
     assert names == ["weighted_dot_kernel"] * 2 + ["merge_dot_kernel", "channel_moments_kernel", "merge_moments_kernel"]
     first, second = (arguments for _, _, arguments in driver.launched[:2])

@@ -12,7 +12,7 @@ from test_coefficients import assert_close, backward, forward, vectors
 
 import ernet_fast
 from ernet_fast import reference
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
 
 pytestmark = pytest.mark.gpu
@@ -20,10 +20,10 @@ CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))
 
 
 @pytest.fixture(autouse=True)
-def operators():
-    if not _ops.serves(torch.empty(1, device="cuda")):
+def triton_operators():
+    if not operators.serves(torch.empty(1, device="cuda")):
         pytest.fail("a CUDA device is present, but the Triton operators are not registered (is triton installed?)")
-    if not _ops.serves(torch.empty(1)):
+    if not operators.serves(torch.empty(1)):
         pytest.fail("the CPU path, which these tests compare with, is not built (python3 dev.py build)")
 
 
@@ -47,8 +47,8 @@ def test_weighted_sum(shape, dtype, layout, per_sample, num_maps):
     before = [x.cuda() for x in maps]
     moved = [x.clone() for x in before]
     for bias, relu in ((b, True), (None, False)):
-        expected = _ops.weighted_sum(exact, a.double(), None if bias is None else bias.double(), relu)
-        y = _ops.weighted_sum(moved, *on_gpu(a, bias), relu)
+        expected = operators.weighted_sum(exact, a.double(), None if bias is None else bias.double(), relu)
+        y = operators.weighted_sum(moved, *on_gpu(a, bias), relu)
         assert y.is_cuda and y.dtype == dtype and y.stride() == moved[0].stride()
         assert relative_error(y.cpu(), expected) <= tolerance(dtype, num_maps)
     assert all(torch.equal(x, kept) for x, kept in zip(moved, before, strict=True))
@@ -62,9 +62,9 @@ def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
     for mask in (y.relu(), None):
         exact = [None if t is None else t.double() for t in (dy, mask, *maps)]
         sizes = [t.abs() for t in exact if t is not None]
-        da, db, g = _ops.weighted_dot(exact[0], exact[2:], exact[1], per_sample)
-        scale = _ops.weighted_dot(sizes[0], sizes[-num_maps:], None, per_sample)
-        found = _ops.weighted_dot(dy.cuda(), on_gpu(*maps), *on_gpu(mask), per_sample)
+        da, db, g = operators.weighted_dot(exact[0], exact[2:], exact[1], per_sample)
+        scale = operators.weighted_dot(sizes[0], sizes[-num_maps:], None, per_sample)
+        found = operators.weighted_dot(dy.cuda(), on_gpu(*maps), *on_gpu(mask), per_sample)
         assert float((found[0].cpu().double() - da).norm()) <= bound * float(scale[0].norm())
         assert float((found[1].cpu().double() - db).norm()) <= bound * float(scale[1].norm())
         assert torch.equal(found[2].cpu().double(), g)
@@ -73,8 +73,8 @@ def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
 def test_channel_moments(shape, dtype, layout, per_sample):
     (x,) = maps_like(shape, 1, dtype, layout)
-    expected = _ops.channel_moments(x.double(), per_sample)
-    mean, var = _ops.channel_moments(x.cuda(), per_sample)
+    expected = operators.channel_moments(x.double(), per_sample)
+    mean, var = operators.channel_moments(x.cuda(), per_sample)
     bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
     scale = (expected[0].square() + expected[1]).sqrt().norm()
     assert float((mean.cpu().double() - expected[0]).norm() / scale) <= bound
@@ -86,7 +86,7 @@ def test_channel_moments(shape, dtype, layout, per_sample):
 def test_moments_of_a_large_mean(layout, per_sample):
     x = torch.randn((16, 64, 56, 56), generator=torch.Generator().manual_seed(0)) + 1e4
     x = x.contiguous(memory_format=layout)
-    mean, var = _ops.channel_moments(x.cuda(), per_sample)
+    mean, var = operators.channel_moments(x.cuda(), per_sample)
     dims = (2, 3) if per_sample else (0, 2, 3)
     torch.testing.assert_close(var.cpu().double(), x.double().var(dims, correction=0), rtol=1e-3, atol=0)
     torch.testing.assert_close(mean.cpu().double(), x.double().mean(dims), rtol=torch.finfo(x.dtype).eps, atol=0)
@@ -96,10 +96,10 @@ def test_moments_of_a_large_mean(layout, per_sample):
 def test_halves_are_kept_and_rounded_to_nearest_even(dtype):
     bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     x = bits.view(dtype).reshape(1, 1, 256, 256).cuda()
-    y = _ops.weighted_sum([x], torch.ones(1, 1, device="cuda"))
+    y = operators.weighted_sum([x], torch.ones(1, 1, device="cuda"))
     torch.testing.assert_close(y, x, equal_nan=True, rtol=0, atol=0)
     factor = (torch.randn(64, 64) * torch.logspace(-9, 5, 64)).reshape(1, 4096).cuda()
-    y = _ops.weighted_sum([torch.ones(1, 4096, 1, 1, dtype=dtype, device="cuda")], factor)
+    y = operators.weighted_sum([torch.ones(1, 4096, 1, 1, dtype=dtype, device="cuda")], factor)
     torch.testing.assert_close(y.flatten(), factor.flatten().to(dtype), rtol=0, atol=0)
 
 
@@ -130,32 +130,32 @@ def test_algebra_on_channel_vectors(dtype, norm, use_running):
 
 def test_not_a_number_and_infinity():
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 0.0, 1.0], device="cuda").reshape(1, 6, 1, 1)
-    y = _ops.weighted_sum([x], torch.ones(1, 6, device="cuda"), None, True)
+    y = operators.weighted_sum([x], torch.ones(1, 6, device="cuda"), None, True)
     torch.testing.assert_close(y, x.relu(), equal_nan=True, rtol=0, atol=0)
     leaf = x.clone().requires_grad_()
     leaf.relu().sum().backward()
-    torch.testing.assert_close(_ops.weighted_dot(torch.ones_like(x), [x], x.relu())[2], leaf.grad)
-    assert bool(_ops.channel_moments(x)[1][:3].isnan().all())
+    torch.testing.assert_close(operators.weighted_dot(torch.ones_like(x), [x], x.relu())[2], leaf.grad)
+    assert bool(operators.channel_moments(x)[1][:3].isnan().all())
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 0, 3, 3)])
 def test_empty_maps(shape):
     x = torch.ones(shape, device="cuda")
-    assert _ops.weighted_sum([x, x], torch.ones(2, shape[1], device="cuda")).shape == shape
-    da, db, _ = _ops.weighted_dot(x, [x], None)
+    assert operators.weighted_sum([x, x], torch.ones(2, shape[1], device="cuda")).shape == shape
+    da, db, _ = operators.weighted_dot(x, [x], None)
     assert not bool(da.any()) and not bool(db.any())
-    mean, var = _ops.channel_moments(x)
+    mean, var = operators.channel_moments(x)
     assert mean.shape == var.shape == (shape[1],) and bool(var.isnan().all())
 
 
 def everything(maps, a):
     dy, y, *rest = maps
     return [
-        *_ops.channel_moments(dy),
-        *_ops.channel_moments(dy, True),
-        _ops.weighted_sum(rest, a, None, True),
-        *_ops.weighted_dot(dy, rest, y),
-        *_ops.weighted_dot(dy, rest, y, True),
+        *operators.channel_moments(dy),
+        *operators.channel_moments(dy, True),
+        operators.weighted_sum(rest, a, None, True),
+        *operators.weighted_dot(dy, rest, y),
+        *operators.weighted_dot(dy, rest, y, True),
     ]
 
 
@@ -163,12 +163,12 @@ def everything(maps, a):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_repeats_are_identical(dtype, layout):
     maps = on_gpu(*maps_like((32, 192, 28, 28), 6, dtype, layout))
-    a = torch.randn(4, 192, dtype=_ops.acc_dtype(maps[0]), device="cuda")
+    a = torch.randn(4, 192, dtype=operators.acc_dtype(maps[0]), device="cuda")
     first = everything(maps, a)
     for _ in range(5):
         assert all(torch.equal(x, y) for x, y in zip(first, everything(maps, a), strict=True))
-    one = _ops.weighted_dot(maps[0][3:4], [x[3:4] for x in maps[2:]], maps[1][3:4], True)
-    whole = _ops.weighted_dot(maps[0], maps[2:], maps[1], True)
+    one = operators.weighted_dot(maps[0][3:4], [x[3:4] for x in maps[2:]], maps[1][3:4], True)
+    whole = operators.weighted_dot(maps[0], maps[2:], maps[1], True)
     assert torch.equal(whole[0][:, 3:4], one[0]) and torch.equal(whole[1][3:4], one[1])
 
 
@@ -250,18 +250,18 @@ def test_more_than_2_to_31_elements(layout):
     x.copy_(value[:, None, None])
     x[-1, :, -1, -1] = 100.0
     a = torch.linspace(-2, 2, channels, device="cuda")[None]
-    y = _ops.weighted_sum([x], a)
+    y = operators.weighted_sum([x], a)
     torch.testing.assert_close(y[-1, :, -1, -1], (100 * a[0]).bfloat16())
     torch.testing.assert_close(y[-1, :, -1, -2], (value * a[0]).bfloat16())
     torch.testing.assert_close(y[0, :, 0, 0], (value * a[0]).bfloat16())
     del y
     count = samples * size * size
-    mean, var = _ops.channel_moments(x)
+    mean, var = operators.channel_moments(x)
     torch.testing.assert_close(mean.double(), value.double() + (100.0 - value) / count, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         var.double(), (100.0 - value).double().square() * (count - 1) / count**2, rtol=1e-3, atol=1e-12
     )
-    da, db, g = _ops.weighted_dot(x, [x], x)
+    da, db, g = operators.weighted_dot(x, [x], x)
     positive = value.clamp_min(0).double()
     torch.testing.assert_close(db.double(), positive * (count - 1) + 100, rtol=1e-5, atol=0)
     torch.testing.assert_close(da[0].double(), positive.square() * (count - 1) + 1e4, rtol=1e-5, atol=0)
@@ -319,6 +319,6 @@ def test_opcheck():
 def test_devices_that_differ_are_named():
     x, a = torch.ones(2, 3, 4, 4, device="cuda"), torch.ones(1, 3, device="cuda")
     with pytest.raises(RuntimeError, match="a must be on the device of the maps"):
-        _ops.weighted_sum([x], a.cpu())
+        operators.weighted_sum([x], a.cpu())
     with pytest.raises(RuntimeError, match=r"maps\[1\] is on cpu"):
-        _ops.weighted_sum([x, x.cpu()], torch.ones(2, 3, device="cuda"))
+        operators.weighted_sum([x, x.cpu()], torch.ones(2, 3, device="cuda"))

@@ -27,7 +27,7 @@ import sys, torch
 torch.version.cuda = "13.0"
 import ernet_fast
 from ernet_fast import _backend
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 assert "triton" not in sys.modules
 assert _backend.extension_available() is not DISABLED
 for name in NAMES:
@@ -35,10 +35,10 @@ for name in NAMES:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CPU") is not DISABLED, name
 class OnCuda:
     device = torch.device("cuda")
-assert _ops.serves(OnCuda()) and _ops.serves(torch.ones(1)) is not DISABLED
+assert operators.serves(OnCuda()) and operators.serves(torch.ones(1)) is not DISABLED
 x = torch.empty(2, 3, 4, 5, device="meta", requires_grad=True)
 a = torch.empty(2, 3, device="meta", requires_grad=True)
-y = _ops.weighted_sum([x, x], a, None, True)
+y = operators.weighted_sum([x, x], a, None, True)
 assert y.shape == x.shape and y.requires_grad
 y.sum().backward()
 assert x.grad.shape == x.shape and a.grad.shape == a.shape
@@ -52,14 +52,14 @@ WITHOUT_CUDA = """
 import sys, torch
 torch.version.cuda = torch.version.hip = None
 import ernet_fast
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 assert "triton" not in sys.modules
 for name in NAMES:
     assert not (hasattr(torch.ops.ernet, name)
                 and torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA")), name
 class OnCuda:
     device = torch.device("cuda")
-assert not _ops.serves(OnCuda())
+assert not operators.serves(OnCuda())
 print("as expected")
 """
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernet_fast.er.triton_tiling import Shape, ceil_div, merge_tile, padded_count, power_of_two, reduction, sum_tile
+from ernet_fast.er.triton.tiling import Shape, ceil_div, merge_tile, padded_count, power_of_two, reduction, sum_tile
 
 shapes = st.builds(
     Shape,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ernet_fast import ERShortcut
 from ernet_fast.er.coefficients import NO_NORM, BranchNorm, ShortcutArguments, new_table
-from ernet_fast.er.stage_maps import StageMaps
-from ernet_fast.er.whole_block import LaterBlock, er_block, er_block_backward
+from ernet_fast.er.epilogue import LaterBlock, er_block, er_block_backward
+from ernet_fast.er.stage import StageMaps
 
 # the last two are so large that contiguous maps are cut into strips, the last of them narrower
 SHAPES = [

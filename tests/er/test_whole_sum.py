@@ -7,7 +7,7 @@ import torch
 from er_cases import DTYPES, LAYOUTS, maps_like
 
 import ernet_fast
-from ernet_fast.er import _ops
+from ernet_fast.er import operators
 from ernet_fast.er.coefficients import NO_NORM, TABLE_ROWS, ShortcutArguments, new_table
 from ernet_fast.reference import er_shortcut_sum as reference
 
@@ -17,7 +17,7 @@ OPS = torch.ops.ernet
 def leaves(shape, num_maps, dtype, layout):
     xs = [x.requires_grad_() for x in maps_like(shape, num_maps, dtype, layout)]
     weight = torch.randn(
-        num_maps - 1, shape[1], dtype=_ops.acc_dtype(xs[0]), generator=torch.Generator().manual_seed(1)
+        num_maps - 1, shape[1], dtype=operators.acc_dtype(xs[0]), generator=torch.Generator().manual_seed(1)
     )
     return xs, weight.requires_grad_()
 

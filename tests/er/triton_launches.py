@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from ernet_fast.er import triton_launch
+from ernet_fast.er.triton import map_launch
 
 TYPES = {
     torch.float32: "*fp32",
@@ -77,7 +77,7 @@ def record(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Lau
     """The launches of `call`, made on tensors of any device."""
     recorder = _Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(triton_launch, "kernels", lambda: recorder)
-        patch.setattr(triton_launch, "_interpreted", lambda: True)
+        patch.setattr(map_launch, "kernels", lambda: recorder)
+        patch.setattr(map_launch, "_interpreted", lambda: True)
         call()
     return recorder.launches

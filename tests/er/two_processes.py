@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ernet_fast import ERShortcut
-from ernet_fast.er.stage_maps import StageMaps
+from ernet_fast.er.stage import StageMaps
 from ernet_fast.models import ERStage
 from ernet_fast.models.resnet import ERResNet
 

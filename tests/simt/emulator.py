@@ -14,13 +14,10 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "macenko" / "cuda"
 SOURCES = [
-    ROOT / "csrc" / "cuda" / "macenko_moments.cu",
-    ROOT / "csrc" / "cuda" / "macenko_reconstruct.cu",
-    ROOT / "csrc" / "cuda" / "macenko_separate.cu",
-    ROOT / "csrc" / "cuda" / "macenko_streaming.cu",
-    ROOT / "csrc" / "cuda" / "macenko_team.cu",
-    ROOT / "csrc" / "cuda" / "plan.cpp",
+    *sorted(CUDA.glob("*.cu")),
+    CUDA / "plan.cpp",
     HERE / "planted.cu",
     HERE / "simt.cpp",
     HERE / "macenko_entry.cpp",
@@ -91,7 +88,7 @@ class Device(ctypes.Structure):
 
 
 class Plan(NamedTuple):
-    """As in csrc/cuda/plan.h; kind is a number of PLANS."""
+    """As in csrc/macenko/cuda/plan.h; kind is a number of PLANS."""
 
     kind: int
     blocks: int
@@ -141,7 +138,7 @@ class Network(NamedTuple):
 
 def missing_tools() -> str | None:
     """Why the emulator cannot be built here, or None."""
-    if not (ROOT / "csrc" / "cuda").is_dir():
+    if not CUDA.is_dir():
         return "the CUDA sources are not beside the tests"
     if shutil.which("g++") is None:
         return "g++ is not installed"
@@ -186,7 +183,7 @@ def run_compiler(arguments: list[str]) -> None:
 
 
 class Emulator:
-    """The launchers of csrc/cuda/macenko.h on NumPy arrays."""
+    """The launchers of csrc/macenko/cuda/kernels.h on NumPy arrays."""
 
     def __init__(self, library: Path, seed: int = 0) -> None:
         self.lib = ctypes.CDLL(str(library))

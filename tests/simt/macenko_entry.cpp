@@ -1,7 +1,7 @@
 // C functions over the Macenko launchers, for ctypes.
-#include "cuda/macenko.h"
-#include "cuda/plan.h"
-#include "macenko/fit_state.h"
+#include "macenko/cuda/kernels.h"
+#include "macenko/cuda/plan.h"
+#include "macenko/steps/fit_state.h"
 #include "simt.h"
 
 using namespace ernet::cuda;

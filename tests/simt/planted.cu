@@ -1,7 +1,7 @@
 // Kernels with planted errors: the emulator has to find them.
 #include <cuda_runtime.h>
 
-#include "cuda/launch.h"
+#include "macenko/cuda/launch.h"
 
 namespace {
 

@@ -9,8 +9,8 @@
 #include <cpuid.h>
 #endif
 
-#include "cpu/macenko_loops.h"
-#include "macenko/order_statistic.h"
+#include "macenko/cpu/kernels.h"
+#include "macenko/steps/order_statistic.h"
 
 namespace {
 

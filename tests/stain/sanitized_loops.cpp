@@ -10,9 +10,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/macenko_colours.h"
-#include "cpu/macenko_image.h"
-#include "cpu/macenko_scaled.h"
+#include "macenko/cpu/colour_counts.h"
+#include "macenko/cpu/image.h"
+#include "macenko/cpu/network_input.h"
 
 int check_exactness();
 

@@ -18,12 +18,12 @@ from ernet_fast import _backend, reference
 from ernet_fast.stain import (
     MacenkoNormalizer,
     MacenkoStatus,
-    _ops,
-    batched,
     macenko_augment,
     macenko_fit,
     macenko_normalize,
+    operators,
     separate,
+    torch_backend,
 )
 from ernet_fast.stain.principal_plane import principal_plane
 from ernet_fast.stain.published import published_stains
@@ -39,8 +39,8 @@ DTYPES = [torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat
 @pytest.fixture
 def composed(monkeypatch):
     """Every call takes the path of a GPU for which there are no kernels."""
-    monkeypatch.setattr(_ops, "_compiled_for", lambda images: False)
-    monkeypatch.setattr(_ops, "_composed", lambda images: True)
+    monkeypatch.setattr(operators, "_compiled_for", lambda images: False)
+    monkeypatch.setattr(operators, "_composed", lambda images: True)
 
 
 def with_bad_images(dtype):
@@ -110,7 +110,7 @@ def test_real_images_equal_the_reference(composed, parameter):
 def test_results_do_not_depend_on_the_batch(composed, dtype, monkeypatch):
     images, _ = with_bad_images(dtype)
     whole = (macenko_normalize(images, TARGET), *macenko_fit(images))
-    monkeypatch.setattr(batched, "PIXELS_AT_A_TIME", 3 * 61 * 47)
+    monkeypatch.setattr(torch_backend, "PIXELS_AT_A_TIME", 3 * 61 * 47)
     groups = (macenko_normalize(images, TARGET), *macenko_fit(images))
     ones = [(macenko_normalize(one, TARGET), *macenko_fit(one)) for one in images.split(1)]
     for a, b, c in zip(whole, groups, (torch.cat(parts) for parts in zip(*ones, strict=True)), strict=True):
@@ -126,14 +126,14 @@ class TestAgainstTheOperators:
         images[0] = torch.arange(256, dtype=torch.uint8).reshape(16, 16).repeat(4, 4)
         for beta in (0.0, 0.15):
             expected = torch.ops.ernet.macenko_moments(images, Io, beta)
-            assert torch.equal(batched.macenko_moments(images, Io, beta), expected)
+            assert torch.equal(torch_backend.macenko_moments(images, Io, beta), expected)
 
     def test_moments_of_floats(self):
         images = IMAGES.float() + 0.37
         expected = torch.ops.ernet.macenko_moments(images, 240.0, 0.15)
         # At most one unit of the fixed-point OD a pixel, times ODs below 6, as the logarithms may differ by an ulp.
         atol = 12 * 2.0**-24 * images[0, 0].numel()
-        torch.testing.assert_close(batched.macenko_moments(images, 240.0, 0.15), expected, rtol=0, atol=atol)
+        torch.testing.assert_close(torch_backend.macenko_moments(images, 240.0, 0.15), expected, rtol=0, atol=atol)
 
     def test_everything_else_of_the_interface(self, monkeypatch):
         images, _ = with_bad_images(torch.float32)
@@ -155,8 +155,8 @@ class TestAgainstTheOperators:
             ]
 
         expected = everything()
-        monkeypatch.setattr(_ops, "_compiled_for", lambda images: False)
-        monkeypatch.setattr(_ops, "_composed", lambda images: True)
+        monkeypatch.setattr(operators, "_compiled_for", lambda images: False)
+        monkeypatch.setattr(operators, "_composed", lambda images: True)
         for found, wanted in zip(everything(), expected, strict=True):
             assert found.dtype == wanted.dtype and found.stride() == wanted.stride()
             if found.dtype in (torch.uint8, torch.int32):
@@ -221,7 +221,7 @@ def test_nothing_waits_for_the_device(composed, dtype, monkeypatch):
     normalizer = MacenkoNormalizer(on_degenerate="identity")
     source = macenko_fit(images)
     with NothingWaits():
-        batched.macenko_normalize(images, *TARGET[:2], 240.0, 1.0, 0.15, False, False)
+        torch_backend.macenko_normalize(images, *TARGET[:2], 240.0, 1.0, 0.15, False, False)
         normalizer(images)
         normalizer(images, source)
         normalizer.normalize(images)
@@ -253,7 +253,7 @@ def test_directions_of_hard_matrices():
     ).repeat(40, 1)
     matrices = (basis * values[:, None]) @ basis.mT
     matrices = torch.cat([(matrices + matrices.mT) / 2, torch.diag_embed(values)])
-    upper = tuple(matrices[:, i, j] for i, j in batched.PAIRS)
+    upper = tuple(matrices[:, i, j] for i, j in torch_backend.PAIRS)
     found = principal_plane(upper)
     expected = torch.linalg.eigvalsh(matrices)
     scale = expected.abs().amax(dim=1).clamp(min=1e-300)
@@ -281,7 +281,7 @@ def test_directions_of_hard_matrices():
 def test_why_no_kernels_serve_a_device(monkeypatch, available, architectures, capability, reason):
     monkeypatch.setattr(_backend, "extension_available", lambda: True)
     monkeypatch.setattr(_backend, "build_info", lambda: {"cuda_archs": architectures})
-    monkeypatch.setattr(batched, "cuda_kernels_available", lambda: available)
+    monkeypatch.setattr(torch_backend, "cuda_kernels_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = batched.why_no_kernels.__wrapped__(0)
+    found = torch_backend.why_no_kernels.__wrapped__(0)
     assert found is None if reason is None else re.search(reason, found)

@@ -1,4 +1,4 @@
-"""On a CUDA device: every plan of csrc/cuda/plan.h gives the same bits, in every call, on every kind of image."""
+"""On CUDA: every plan of csrc/macenko/cuda/plan.h gives the same bits, in every call, on every kind of image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from stain_images import batch, load, real_parameters, synthetic_tissue
 
-from ernet_fast.stain import MacenkoNormalizer, batched, macenko_augment, macenko_fit, macenko_normalize
+from ernet_fast.stain import MacenkoNormalizer, macenko_augment, macenko_fit, macenko_normalize, torch_backend
 
 pytestmark = pytest.mark.gpu
 TARGET = MacenkoNormalizer().target
@@ -18,7 +18,7 @@ LARGEST = {"resident": 224 * 224, "cluster2": 300 * 300}  # pixels; the others h
 
 @pytest.fixture(params=PLANS)
 def plan(request, monkeypatch):
-    if reason := batched.why_no_kernels(torch.cuda.current_device()):
+    if reason := torch_backend.why_no_kernels(torch.cuda.current_device()):
         pytest.fail(f"a CUDA device is present, but {reason}")
     capability = torch.cuda.get_device_capability()
     if request.param.startswith("cluster") and capability < (9, 0):

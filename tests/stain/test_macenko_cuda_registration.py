@@ -7,7 +7,7 @@ import torch
 
 from ernet_fast import _backend
 from ernet_fast.diagnosis import _macenko_on_cuda
-from ernet_fast.stain import _ops, batched
+from ernet_fast.stain import operators, torch_backend
 
 pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason="the compiled operators are not built")
 WITH_KERNELS = (
@@ -28,18 +28,18 @@ def has_cuda(name):
 
 
 def test_every_operator_is_a_kernel_or_a_composition():
-    if batched.cuda_kernels_available():
-        assert all(map(has_cuda, WITH_KERNELS)) and not _ops.COMPOSED
+    if torch_backend.cuda_kernels_available():
+        assert all(map(has_cuda, WITH_KERNELS)) and not operators.COMPOSED
     else:
-        assert {name for name in WITH_KERNELS if has_cuda(name)} == _ops.COMPOSED
-        assert {"macenko_fit", "macenko_normalize"} == _ops.COMPOSED
+        assert {name for name in WITH_KERNELS if has_cuda(name)} == operators.COMPOSED
+        assert {"macenko_fit", "macenko_normalize"} == operators.COMPOSED
 
 
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_the_doctor_says_which(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(batched, "why_no_kernels", lambda device: None)
-    if batched.cuda_kernels_available():
+    monkeypatch.setattr(torch_backend, "why_no_kernels", lambda device: None)
+    if torch_backend.cuda_kernels_available():
         assert _macenko_on_cuda(name) == ("CUDA", "compiled kernels")
-    monkeypatch.setattr(batched, "why_no_kernels", lambda device: "no nvcc")
+    monkeypatch.setattr(torch_backend, "why_no_kernels", lambda device: "no nvcc")
     assert _macenko_on_cuda(name) == ("PyTorch", "batched torch operations; no nvcc")

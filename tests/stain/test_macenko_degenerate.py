@@ -8,7 +8,7 @@ import torch
 from stain_images import batch, synthetic_tissue
 
 from ernet_fast import reference
-from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, batched, macenko_fit, macenko_normalize
+from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_fit, macenko_normalize, torch_backend
 
 TARGET = MacenkoNormalizer().target
 SIZE = (48, 64)
@@ -98,7 +98,7 @@ def test_status_of_every_backend(image, status, dtype):
     assert macenko_fit(images).status.tolist() == [OK, status, OK]
     assert macenko_fit(images.to(memory_format=torch.channels_last)).status.tolist() == [OK, status, OK]
     assert reference.macenko_fit(images).status.tolist() == [OK, status, OK]
-    assert batched.macenko_fit(images, 240.0, 1.0, 0.15, False)[2].tolist() == [OK, status, OK]
+    assert torch_backend.macenko_fit(images, 240.0, 1.0, 0.15, False)[2].tolist() == [OK, status, OK]
 
 
 @pytest.mark.parametrize(("image", "status", "dtype"), TABLE)

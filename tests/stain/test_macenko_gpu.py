@@ -11,11 +11,11 @@ from ernet_fast import reference
 from ernet_fast.stain import (
     MacenkoNormalizer,
     ReinhardNormalizer,
-    batched,
     macenko_augment,
     macenko_fit,
     macenko_normalize,
     separate,
+    torch_backend,
 )
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +25,7 @@ SIZES = [(3, 1, 1), (2, 4, 4), (3, 7, 11), (2, 33, 65), (4, 224, 224), (1, 460, 
 
 @pytest.fixture(autouse=True)
 def kernels():
-    if not batched.cuda_kernels_available():
+    if not torch_backend.cuda_kernels_available():
         pytest.fail("a CUDA device is present, but the package was built without its CUDA kernels (set ERNET_CUDA=1)")
 
 

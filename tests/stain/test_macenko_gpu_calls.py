@@ -13,11 +13,11 @@ from stain_images import batch, synthetic_tissue
 from ernet_fast.stain import (
     MacenkoNormalizer,
     MacenkoStatus,
-    batched,
     macenko_augment,
     macenko_fit,
     macenko_normalize,
     separate,
+    torch_backend,
 )
 
 pytestmark = pytest.mark.gpu
@@ -28,8 +28,8 @@ SIZES = [(61, 47), (224, 224)]
 def path(request, monkeypatch):
     """Both ways of serving a device."""
     if request.param == "torch operations":
-        monkeypatch.setattr(batched, "why_no_kernels", lambda device: "not in this test")
-    elif reason := batched.why_no_kernels(torch.cuda.current_device()):
+        monkeypatch.setattr(torch_backend, "why_no_kernels", lambda device: "not in this test")
+    elif reason := torch_backend.why_no_kernels(torch.cuda.current_device()):
         pytest.fail(f"a CUDA device is present, but {reason}")
     return request.param
 

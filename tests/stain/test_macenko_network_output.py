@@ -10,7 +10,7 @@ import torch
 from stain_images import batch, synthetic_tissue
 
 from ernet_fast import _backend
-from ernet_fast.stain import MacenkoNormalizer, _ops, macenko_fit, macenko_normalize
+from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize, operators
 
 TARGET = MacenkoNormalizer().target
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,9 +30,9 @@ def scaled(images, dtype, mean=MEAN, std=STD, unit=255.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_normalisation_then_scaling(dtype, given, channels_last, path, monkeypatch):
     if path != "one operator":
-        monkeypatch.setattr(_ops, "normalize_scaled", lambda *arguments: None)
+        monkeypatch.setattr(operators, "normalize_scaled", lambda *arguments: None)
     if path == "composed":
-        monkeypatch.setattr(_ops, "reconstruct_scaled", lambda *arguments: None)
+        monkeypatch.setattr(operators, "reconstruct_scaled", lambda *arguments: None)
     images = batch(*IMAGES, WHITE).to(given)
     images = images.to(memory_format=torch.channels_last) if channels_last else images
     for policy in ("reference", "identity"):

@@ -11,7 +11,7 @@ import torch
 from stain_images import batch, synthetic_tissue
 
 from ernet_fast import _backend, reference
-from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, batched, macenko_fit, macenko_normalize
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, macenko_fit, macenko_normalize, torch_backend
 
 compiled = pytest.mark.skipif(not _backend.extension_available(), reason="the compiled operators are not built")
 TARGET = MacenkoNormalizer().target
@@ -39,7 +39,7 @@ def test_opcheck(dtype, channels_last):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
 def test_moments_equal_sums_over_tissue(dtype):
     images = some_images(dtype, False)
-    expected = batched.macenko_moments(images, 240.0, 0.15)
+    expected = torch_backend.macenko_moments(images, 240.0, 0.15)
     # Each fixed-point OD is off by at most 1.5 units of 2^-24, a product of ODs below 6 by twelve times that.
     count = images.shape[2] * images.shape[3]
     for layout in (images, images.to(memory_format=torch.channels_last)):

@@ -8,7 +8,7 @@ import torch
 from stain_images import batch, load, real_parameters, synthetic_parameters, synthetic_tissue
 
 from ernet_fast import reference
-from ernet_fast.stain import MacenkoNormalizer, batched, macenko_fit, macenko_normalize
+from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize, torch_backend
 
 TARGET = MacenkoNormalizer().target
 IMAGES = [*real_parameters(), *synthetic_parameters()]
@@ -64,7 +64,7 @@ def test_batched_torch_path_equals_the_reference(percentile, dtype):
     numbers = 240.0, 1.0, 0.15, percentile == "nearest"
     target = TARGET.stain_matrix, TARGET.max_concentration
     for identity in (False, True):
-        out, stain, maximum, status = batched.macenko_normalize(images, *target, *numbers, identity)
+        out, stain, maximum, status = torch_backend.macenko_normalize(images, *target, *numbers, identity)
         policy = "identity" if identity else "reference"
         expected, statuses = reference.macenko_normalize(
             images, TARGET, percentile=percentile, on_degenerate=policy, return_status=True
@@ -85,9 +85,9 @@ def test_groups_of_the_batched_path_change_nothing(monkeypatch):
     images = batch(*(synthetic_tissue(20, 30, seed) for seed in range(5)))
     numbers = 240.0, 1.0, 0.15, False
     target = TARGET.stain_matrix, TARGET.max_concentration
-    whole = batched.macenko_normalize(images, *target, *numbers, False)
-    monkeypatch.setattr(batched, "PIXELS_AT_A_TIME", 1300)
-    for a, b in zip(whole, batched.macenko_normalize(images, *target, *numbers, False), strict=True):
+    whole = torch_backend.macenko_normalize(images, *target, *numbers, False)
+    monkeypatch.setattr(torch_backend, "PIXELS_AT_A_TIME", 1300)
+    for a, b in zip(whole, torch_backend.macenko_normalize(images, *target, *numbers, False), strict=True):
         assert torch.equal(a, b)
 
 

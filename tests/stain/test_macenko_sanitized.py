@@ -15,7 +15,8 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 ISAS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 ISAS["avx512vbmi"] = [*ISAS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
-DRIVERS = ("macenko_colours", "macenko_image", "macenko_scaled", "macenko_select", "isa")
+MACENKO = CSRC / "macenko" / "cpu"
+DRIVERS = [MACENKO / f"{name}.cpp" for name in ("colour_counts", "image", "network_input", "percentiles")]
 COMPILE = ["g++", "-O1", "-std=c++17", f"-I{CSRC}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -30,10 +31,11 @@ def program(tmp_path_factory) -> tuple[Path, list[str]]:
     jobs = [
         (loops, f"{loops.stem}.{isa}.o", [f"-DERNET_ISA={isa}", *ISAS[isa]])
         for isa in isas
-        for loops in sorted((CSRC / "cpu").glob("macenko_*loops.cpp"))
+        for loops in sorted((MACENKO / "simd").glob("*.cpp"))
     ]
     sources = [
-        *(CSRC / "cpu" / f"{name}.cpp" for name in DRIVERS),
+        *DRIVERS,
+        CSRC / "simd" / "isa.cpp",
         HERE / "sanitized_loops.cpp",
         HERE / "exact_loops.cpp",
     ]

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
-from ernet_fast.train import atomic_file
-from ernet_fast.train.atomic_file import atomic_write, write_text
+from ernet_fast.console import atomic_file
+from ernet_fast.console.atomic_file import atomic_write, write_text
 from ernet_fast.train.checkpoint import (
     FORMAT,
     generator_state,

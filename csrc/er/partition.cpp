@@ -1,0 +1,196 @@
+// How the ER loops are cut into work items, how partial sums are merged, and which instruction set runs.
+#include "er/kernels.h"
+
+namespace ernet::cpu {
+namespace {
+
+constexpr int64_t kSumElements = 16384;    // elements of a map in one channels-last item of weighted_sum
+constexpr int64_t kRowElements = 2048;     // planar: samples share a slab up to this many elements of a channel
+constexpr int64_t kSlabElements = 262144;  // channels-last: elements of a slab, about
+constexpr int64_t kMaxSlabs = 64;          // bounds the partial results of a group
+// What a strip may take of the second-level cache: of 2 MiB, as servers have, with room for what streams through.
+constexpr int64_t kStripBytes = int64_t{1536} << 10;
+constexpr int64_t kPlanarRun = 4096;  // planar: bytes that a strip has of a sample in one run, at least
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t at_least_one(int64_t a) { return a > 0 ? a : 1; }
+int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// What a group is cut along: samples in the planar layout, pixels in channels-last.
+int64_t group_units(const MapShape& s) {
+  if (!s.channels_last) return s.per_sample ? 1 : s.N;
+  return s.per_sample ? s.P : s.N * s.P;
+}
+
+int64_t slab_units(const MapShape& s) {
+  const int64_t units = group_units(s);
+  if (!s.channels_last) return at_least_one(at_most(kRowElements / at_least_one(s.P), units));
+  const int64_t slabs = at_most(ceil_div(units * s.C, kSlabElements), kMaxSlabs);
+  return at_least_one(ceil_div(units, at_least_one(slabs)));  // equal slabs: threads get equal shares
+}
+
+int64_t block_channels(const MapShape& s) {
+  if (s.channels_last) return kPixelChannels;
+  return at_most(at_least_one(kPlanarElements / at_least_one(slab_units(s) * s.P)), kPlanarChannels);
+}
+
+int64_t channel_blocks(const MapShape& s) { return ceil_div(s.C, block_channels(s)); }
+
+int64_t sum_pixels(const MapShape& s) { return at_least_one(kSumElements / at_least_one(s.C)); }
+
+}  // namespace
+
+int64_t bit_row_bytes(const MapShape& s) { return ceil_div(s.channels_last ? s.C : s.P, 64) * 8; }
+
+int64_t bit_bytes(const MapShape& s) { return s.N * (s.channels_last ? s.P : s.C) * bit_row_bytes(s) + kBitsPast; }
+
+int64_t slabs_per_group(const MapShape& s) { return ceil_div(group_units(s), slab_units(s)); }
+
+int64_t reduce_items(const MapShape& s) { return s.groups() * slabs_per_group(s) * channel_blocks(s); }
+
+ReduceItem reduce_item(const MapShape& s, int64_t item) {
+  const int64_t blocks = channel_blocks(s), width = block_channels(s), channel = (item % blocks) * width;
+  return slab_item(s, item / blocks, channel, at_most(width, s.C - channel));
+}
+
+ReduceItem slab_item(const MapShape& s, int64_t slab, int64_t channel, int64_t channels) {
+  const int64_t slabs = slabs_per_group(s), begin = (slab % slabs) * slab_units(s);
+  return {slab, (slab / slabs) * group_units(s) + begin, at_most(slab_units(s), group_units(s) - begin), channel,
+          channels};
+}
+
+int64_t reduce_channels(const MapShape& s) { return block_channels(s); }
+
+int64_t strip_channels(const MapShape& s, int64_t num_maps, int64_t element_size) {
+  if (s.channels_last) return s.C;  // a strip's runs would lie a power of two apart and share a few sets of the cache
+  const int64_t channel_bytes = at_least_one(s.N * s.P * element_size);
+  // A map that was read in the pass before is still there if all that has come since leaves room for it.
+  const int64_t fits = kStripBytes / (channel_bytes * (num_maps + 2));
+  const int64_t run = ceil_div(kPlanarRun, at_least_one(s.P * element_size));
+  int64_t channels = 1;
+  while (channels * 2 <= fits) channels *= 2;
+  while (channels < run) channels *= 2;
+  return channels * channel_bytes * 3 > kStripBytes ? s.C : at_most(channels, s.C);
+}
+
+int64_t slab_elements(const MapShape& s, int64_t slab) {
+  const int64_t units = at_most(slab_units(s), group_units(s) - slab * slab_units(s));
+  return s.channels_last ? units : units * s.P;
+}
+
+int64_t sum_items(const MapShape& s) { return s.channels_last ? s.N * ceil_div(s.P, sum_pixels(s)) : s.N * s.C; }
+
+PixelRange sum_item(const MapShape& s, int64_t item) {
+  if (!s.channels_last) return {s.per_sample ? item / s.C : 0, item * s.P, s.P};
+  const int64_t runs = ceil_div(s.P, sum_pixels(s)), n = item / runs, begin = (item % runs) * sum_pixels(s);
+  const int64_t left = s.P - begin;
+  return {s.per_sample ? n : 0, n * s.P + begin, left < sum_pixels(s) ? left : sum_pixels(s)};
+}
+
+int64_t item_elements(const MapShape& s, bool reduction) {
+  if (!reduction) return at_least_one(s.channels_last ? sum_pixels(s) * s.C : s.P);
+  return at_least_one(slab_elements(s, 0) * at_most(block_channels(s), s.C));
+}
+
+// Chan's update: two sets of count, mean and sum of squared deviations become one. Slabs are merged into the first one,
+// all channels at a time.
+template <typename A>
+void merge_moments(const ChannelMoments& args, const Strip& strip, A* mean, A* var) {
+  const MapShape& s = args.shape;
+  const int64_t slabs = slabs_per_group(s);
+  for (int64_t group = 0; group < s.groups(); ++group) {
+    double* first = args.partial + group * slabs * 2 * s.C;
+    double count = slabs > 0 ? static_cast<double>(slab_elements(s, 0)) : 0;
+    for (int64_t slab = 1; slab < slabs; ++slab) {
+      const double* part = first + slab * 2 * s.C;
+      const double n = static_cast<double>(slab_elements(s, slab)), total = count + n;
+      const double weight = n / total, spread = count * weight;
+      for (int64_t c = strip.begin; c < strip.end; ++c) {
+        const double delta = part[c] - first[c];
+        first[c] += delta * weight;
+        first[s.C + c] += part[s.C + c] + delta * delta * spread;
+      }
+      count = total;
+    }
+    for (int64_t c = strip.begin; c < strip.end; ++c) {  // no values: 0 / 0 = NaN, as torch.var gives
+      mean[group * s.C + c] = count > 0 ? static_cast<A>(first[c]) : A(0);
+      var[group * s.C + c] = static_cast<A>((count > 0 ? first[s.C + c] : 0) / count);
+    }
+  }
+}
+
+namespace {
+
+// Rows of partial sums of one group: slabs are added to the first one.
+void add_slabs(double* first, int64_t slabs, int64_t rows, int64_t C, const Strip& strip) {
+  for (int64_t slab = 1; slab < slabs; ++slab) {
+    const double* part = first + slab * rows * C;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t c = strip.begin; c < strip.end; ++c) first[row * C + c] += part[row * C + c];
+    }
+  }
+}
+
+}  // namespace
+
+template <typename A>
+void merge_dot(const WeightedDot& args, const Strip& strip, A* da, A* db) {
+  const MapShape& s = args.shape;
+  const int64_t slabs = slabs_per_group(s), rows = args.num_maps + 1;
+  for (int64_t group = 0; group < s.groups(); ++group) {
+    double* first = args.partial + group * slabs * rows * s.C;
+    add_slabs(first, slabs, rows, s.C, strip);
+    for (int64_t row = 0; row < rows; ++row) {
+      A* out = row < args.num_maps ? da + (row * s.groups() + group) * s.C : db + group * s.C;
+      for (int64_t c = strip.begin; c < strip.end; ++c) {
+        out[c] = slabs > 0 ? static_cast<A>(first[row * s.C + c]) : A(0);
+      }
+    }
+  }
+}
+
+template <typename A>
+void merge_rows(double* partial, const MapShape& shape, int64_t rows, const Strip& strip, A* sums) {
+  add_slabs(partial, slabs_per_group(shape), rows, shape.C, strip);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c = strip.begin; c < strip.end; ++c) {
+      sums[row * shape.C + c] = static_cast<A>(partial[row * shape.C + c]);
+    }
+  }
+}
+
+template <typename A>
+void merge_map_dots(const MapDots& args, const Strip& strip, A* sums) {
+  merge_rows(args.partial, args.shape, args.rows(), strip, sums);
+}
+
+template <typename A>
+void merge_sum_dots(const SumDots& args, A* sums) {
+  merge_rows(args.partial, args.shape, args.num_g, {0, args.shape.C}, sums);
+}
+
+template void merge_moments<float>(const ChannelMoments&, const Strip&, float*, float*);
+template void merge_moments<double>(const ChannelMoments&, const Strip&, double*, double*);
+template void merge_dot<float>(const WeightedDot&, const Strip&, float*, float*);
+template void merge_dot<double>(const WeightedDot&, const Strip&, double*, double*);
+template void merge_sum_dots<float>(const SumDots&, float*);
+template void merge_sum_dots<double>(const SumDots&, double*);
+template void merge_map_dots<float>(const MapDots&, const Strip&, float*);
+template void merge_map_dots<double>(const MapDots&, const Strip&, double*);
+
+const ErLoops& er_loops() {
+  switch (selected_isa()) {
+#ifdef ERNET_HAS_AVX512
+    case Isa::avx512:
+      return isa_avx512::er_loops;
+#endif
+#ifdef ERNET_HAS_AVX2
+    case Isa::avx2:
+      return isa_avx2::er_loops;
+#endif
+    default:
+      return isa_portable::er_loops;
+  }
+}
+
+}  // namespace ernet::cpu

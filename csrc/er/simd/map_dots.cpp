@@ -1,0 +1,299 @@
+// map_dots: of one map x, sum g_l * x for all g_l that are known when its gradient is due, and for the block that x was
+// made in the bits of its ReLU and the sums of g * x and g. A few g at once stream past x, which is in the cache for
+// the next few. Products are summed in the accumulation type within a tile and in double across tiles. Compiled once
+// per instruction set.
+#include "er/simd/relu_mask.h"
+#include "er/simd/table.h"
+
+namespace ernet::cpu::ERNET_ISA_NAMESPACE {
+namespace {
+
+constexpr int64_t kPlaneChunk = 8192;    // planar: most elements of one plane in a tile
+constexpr int64_t kTilePixels = 64;      // channels-last: pixels of a tile
+constexpr int64_t kPairChannels = 1024;  // channels-last: with more channels, pixels are taken in pairs
+constexpr int64_t kLaterAtOnce = 4;      // more streams at once than that slow the prefetcher down
+constexpr int64_t kSums = kLaterAtOnce + 2;
+static_assert(kPlaneChunk <= kAllLanes && kPixelChannels <= kAllLanes);
+
+// A row of x and some g: a plane or a chunk of one, or a pixel.
+template <typename T>
+struct Row {
+  const T* x;
+  const T* dy;  // of the block's own g
+  const T* y;   // null: g = dy
+  uint8_t* bits;
+  const T* later[kLaterAtOnce];
+  const uint8_t* later_bits[kLaterAtOnce];
+};
+
+template <typename T>
+inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, int64_t first, int64_t later) {
+  Row<T> row = {
+      at<T>(args.x, offset), at<T>(args.dy, offset), at<T>(args.y, offset), at<uint8_t>(args.bits, bit_offset), {}, {}};
+  for (int64_t l = 0; l < later; ++l) {
+    const uint8_t* const bits = args.later_bits[first + l];
+    row.later[l] = at<T>(args.later[first + l], offset);
+    row.later_bits[l] = bits == nullptr ? all_lanes.bits : bits + bit_offset;
+  }
+  return row;
+}
+
+// The row `stride` elements and `bit_stride` bytes on.
+template <int kLater, bool kOwn, typename T>
+inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
+  row.x += stride;
+  if constexpr (kOwn) {
+    row.dy += stride;
+    if (row.y != nullptr) {
+      row.y += stride;
+      row.bits += bit_stride;
+    }
+  }
+  for (int l = 0; l < kLater; ++l) {
+    row.later[l] += stride;
+    if (row.later_bits[l] != all_lanes.bits) row.later_bits[l] += bit_stride;
+  }
+  return row;
+}
+
+template <typename T, typename A>
+inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
+  __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 3);
+  return keep_lanes(load_upto<A>(row.later[l] + j, left), load_bits<A>(row.later_bits[l], j));
+}
+
+template <typename T, typename A>
+inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
+  const Vec<A> dy = load_upto<A>(row.dy + j, left);
+  __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
+  __builtin_prefetch(row.x + j + kFetchAhead<T>, 0, 3);
+  if (row.y == nullptr) return dy;
+  __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 3);
+  const uint32_t alive = lanes_alive(load_upto<A>(row.y + j, left));
+  store_bits<A>(row.bits, j, alive);
+  return keep_lanes(dy, alive);
+}
+
+template <int kLater, bool kOwn, typename T, typename A>
+inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sums) {
+  const Vec<A> x = load_upto<A>(row.x + j, left);
+  for (int l = 0; l < kLater; ++l) sums[l] += later_g<T, A>(row, l, j, left) * x;
+  if constexpr (kOwn) {
+    const Vec<A> g = own_g<T, A>(row, j, left);
+    sums[kLater] += g * x;
+    sums[kLater + 1] += g;
+  }
+}
+
+// Channels of one sample: planes, or a chunk of each, `stride` elements and `bit_stride` bytes apart.
+template <typename T>
+struct Planes {
+  Row<T> row;
+  int64_t channels, count, stride, bit_stride;
+};
+
+// Adds each channel's sums to its `sums`: of the later g, then of g * x and g.
+template <int kLater, bool kOwn, typename T, typename A>
+struct PlaneRows {
+  static void run(const Planes<T>& p, Vec<A> (*sums)[kSums]) {
+    constexpr int kOwnSums = kLater + 2 * kOwn;
+    Row<T> row = p.row;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      Vec<A> own[kOwnSums + 1];  // none of no sums
+      for (int l = 0; l < kOwnSums; ++l) own[l] = sums[c][l];
+      int64_t j = 0;
+      for (; j + kLanes<A> <= p.count; j += kLanes<A>) {
+        plane_vector<kLater, kOwn, T, A>(row, j, static_cast<int64_t>(kLanes<A>), own);
+      }
+      if (j < p.count) plane_vector<kLater, kOwn, T, A>(row, j, p.count - j, own);
+      for (int l = 0; l < kOwnSums; ++l) sums[c][l] = own[l];
+      row = next_row<kLater, kOwn>(row, p.stride, p.bit_stride);
+    }
+  }
+};
+
+// Channels-last: pixels that lie `stride` elements and `bit_stride` bytes apart, and where their sums wait.
+template <typename T, typename A>
+struct Pixels {
+  Row<T> row;
+  int64_t stride, bit_stride, channels;
+  A (*sums)[kPixelChannels];
+};
+
+// One vector of channels, `left` of them, of kRows pixels.
+template <int kRows, int kLater, bool kOwn, typename T, typename A>
+inline void pixel_vector(const Row<T>* rows, A (*sums)[kPixelChannels], int64_t c, int64_t left) {
+  Vec<A> x[kRows], g[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    x[i] = load_upto<A>(rows[i].x + c, left);
+    if constexpr (kOwn) g[i] = own_g<T, A>(rows[i], c, left);
+  }
+  for (int l = 0; l < kLater; ++l) {
+    Vec<A> sum = load_upto<A>(sums[l] + c, left);
+    for (int i = 0; i < kRows; ++i) sum += later_g<T, A>(rows[i], l, c, left) * x[i];
+    store_upto<A>(sums[l] + c, sum, left);
+  }
+  if constexpr (kOwn) {
+    Vec<A> product = load_upto<A>(sums[kLater] + c, left), sum = load_upto<A>(sums[kLater + 1] + c, left);
+    for (int i = 0; i < kRows; ++i) {
+      product += g[i] * x[i];
+      sum += g[i];
+    }
+    store_upto<A>(sums[kLater] + c, product, left);
+    store_upto<A>(sums[kLater + 1] + c, sum, left);
+  }
+}
+
+template <int kRows, int kLater, bool kOwn, typename T, typename A>
+inline void pixel_rows(const Pixels<T, A>& p, int64_t r) {
+  Row<T> rows[kRows];
+  for (int i = 0; i < kRows; ++i) rows[i] = next_row<kLater, kOwn>(p.row, (r + i) * p.stride, (r + i) * p.bit_stride);
+  int64_t c = 0;
+  for (; c + kLanes<A> <= p.channels; c += kLanes<A>) {
+    pixel_vector<kRows, kLater, kOwn>(rows, p.sums, c, static_cast<int64_t>(kLanes<A>));
+  }
+  if (c < p.channels) pixel_vector<kRows, kLater, kOwn>(rows, p.sums, c, p.channels - c);
+}
+
+// One pixel at a time over all channels, so that memory is read in long runs; two where the sums of so many channels
+// would leave the L1 cache between them.
+template <int kLater, bool kOwn, typename T, typename A>
+struct PixelTile {
+  static void run(const Pixels<T, A>& p, int64_t pixels) {
+    int64_t r = 0;
+    for (; p.channels > kPairChannels && r + 2 <= pixels; r += 2) pixel_rows<2, kLater, kOwn>(p, r);
+    for (; r < pixels; ++r) pixel_rows<1, kLater, kOwn>(p, r);
+  }
+};
+
+// Loop<later, own, T, A>::run(...) for as many later g as there are.
+template <template <int, bool, typename, typename> class Loop, bool kOwn, typename T, typename A, typename... Arguments>
+inline void run(int64_t later, Arguments... arguments) {
+  static_assert(kLaterAtOnce == 4, "one case for each possible number");
+  switch (later) {
+    case 0:
+      return Loop<0, kOwn, T, A>::run(arguments...);
+    case 1:
+      return Loop<1, kOwn, T, A>::run(arguments...);
+    case 2:
+      return Loop<2, kOwn, T, A>::run(arguments...);
+    case 3:
+      return Loop<3, kOwn, T, A>::run(arguments...);
+    default:
+      return Loop<4, kOwn, T, A>::run(arguments...);
+  }
+}
+
+// Some later g, from `first` on; with those from 0 on the block's own.
+struct Group {
+  int64_t first, later;
+  bool own;
+
+  int64_t sums() const { return later + (own ? 2 : 0); }
+  // The row of partial results of sum l.
+  int64_t row(const MapDots& args, int64_t l) const { return l < later ? first + l : args.num_later + l - later; }
+};
+
+template <typename Work>
+inline void over_groups(const MapDots& args, const Work& work) {
+  int64_t first = 0;
+  do {
+    const int64_t left = args.num_later - first;
+    work(Group{first, left < kLaterAtOnce ? left : kLaterAtOnce, first == 0 && args.dy != nullptr});
+    first += kLaterAtOnce;
+  } while (first < args.num_later);
+}
+
+// Planes, or chunks of planes from element j on.
+template <typename T, typename A>
+void planes(const MapDots& args, const ReduceItem& item, const Group& group, int64_t j, int64_t count,
+            double* partial) {
+  const MapShape& s = args.shape;
+  const int64_t row_bytes = bit_row_bytes(s);
+  Vec<A> sums[kPlanarChannels][kSums];
+  for (int64_t c = 0; c < item.channels; ++c) {
+    for (int64_t l = 0; l < group.sums(); ++l) sums[c][l] = Vec<A>{};
+  }
+  for (int64_t r = 0; r < item.count; ++r) {
+    const int64_t plane = (item.begin + r) * s.C + item.channel;
+    const Planes<T> p = {row_at<T>(args, plane * s.P + j, plane * row_bytes + j / 8, group.first, group.later),
+                         item.channels, count, s.P, row_bytes};
+    group.own ? run<PlaneRows, true, T, A, const Planes<T>&>(group.later, p, sums)
+              : run<PlaneRows, false, T, A, const Planes<T>&>(group.later, p, sums);
+  }
+  for (int64_t l = 0; l < group.sums(); ++l) {
+    double* out = partial + group.row(args, l) * s.C;
+    for (int64_t c = 0; c < item.channels; ++c) out[c] += sum_lanes(sums[c][l]);
+  }
+}
+
+template <typename T, typename A>
+void planar(const MapDots& args, const ReduceItem& item) {
+  const MapShape& s = args.shape;
+  double* partial = args.partial + item.slab * args.rows() * s.C + item.channel;
+  for (int64_t row = 0; row < args.rows(); ++row) {
+    for (int64_t c = 0; c < item.channels; ++c) partial[row * s.C + c] = 0;
+  }
+  const int64_t chunk = s.P < kPlaneChunk ? s.P : kPlaneChunk;
+  for (int64_t j = 0; j < s.P; j += chunk) {
+    const int64_t count = s.P - j < chunk ? s.P - j : chunk;
+    over_groups(args, [&](const Group& group) { planes<T, A>(args, item, group, j, count, partial); });
+  }
+}
+
+template <typename T, typename A>
+void channels_last(const MapDots& args, const ReduceItem& item) {
+  const MapShape& s = args.shape;
+  const int64_t row_bytes = bit_row_bytes(s);
+  double* partial = args.partial + item.slab * args.rows() * s.C + item.channel;
+  A sums[kSums][kPixelChannels];
+  for (int64_t begin = 0; begin < item.count; begin += kTilePixels) {
+    const int64_t pixels = item.count - begin < kTilePixels ? item.count - begin : kTilePixels;
+    const int64_t pixel = item.begin + begin;
+    over_groups(args, [&](const Group& group) {
+      for (int64_t l = 0; l < group.sums(); ++l) {
+        for (int64_t c = 0; c < item.channels; ++c) sums[l][c] = 0;
+      }
+      const Pixels<T, A> p = {
+          row_at<T>(args, pixel * s.C + item.channel, pixel * row_bytes + item.channel / 8, group.first, group.later),
+          s.C, row_bytes, item.channels, sums};
+      group.own ? run<PixelTile, true, T, A, const Pixels<T, A>&>(group.later, p, pixels)
+                : run<PixelTile, false, T, A, const Pixels<T, A>&>(group.later, p, pixels);
+      for (int64_t l = 0; l < group.sums(); ++l) {
+        double* out = partial + group.row(args, l) * s.C;
+        for (int64_t c = 0; c < item.channels; ++c) {
+          out[c] = (begin == 0 ? 0 : out[c]) + static_cast<double>(sums[l][c]);
+        }
+      }
+    });
+  }
+}
+
+template <typename T>
+inline void dots(const MapDots& args, const ReduceItem& item) {
+  using A = typename Accumulate<T>::type;
+  args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
+}
+
+}  // namespace
+
+template <typename T>
+void map_dots(const MapDots& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) dots<T>(args, reduce_item(args.shape, i));
+}
+
+template <typename T>
+void map_dots_strip(const MapDots& args, const Strip& strip) {
+  over_strip(args.shape, strip, [&](const ReduceItem& item) { dots<T>(args, item); });
+}
+
+template void map_dots<float>(const MapDots&, int64_t, int64_t);
+template void map_dots_strip<float>(const MapDots&, const Strip&);
+template void map_dots<double>(const MapDots&, int64_t, int64_t);
+template void map_dots_strip<double>(const MapDots&, const Strip&);
+template void map_dots<bf16>(const MapDots&, int64_t, int64_t);
+template void map_dots_strip<bf16>(const MapDots&, const Strip&);
+template void map_dots<f16>(const MapDots&, int64_t, int64_t);
+template void map_dots_strip<f16>(const MapDots&, const Strip&);
+
+}  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -1,0 +1,89 @@
+// Checks of the Macenko operators' arguments, and images as pointer and strides: shared by the CPU and the CUDA
+// registration.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "macenko/steps/od.h"
+
+namespace ernet {
+
+// Strides in elements. pixel_stride is 1 (planar) or 3 (channels-last).
+struct DenseImages {
+  void* data;
+  int64_t count;
+  int64_t pixels;
+  int64_t image_stride;
+  int64_t channel_stride;
+  int64_t pixel_stride;
+};
+
+inline std::string shape_of(const torch::stable::Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+inline bool rows_follow(const torch::stable::Tensor& t, int64_t pixel_stride) {
+  return (t.size(3) == 1 || t.stride(3) == pixel_stride) && (t.size(2) == 1 || t.stride(2) == pixel_stride * t.size(3));
+}
+
+inline DenseImages dense_images(const torch::stable::Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(1) == 3, "ernet: ", name, " must be RGB, [B, 3, H, W]; got ", shape_of(t));
+  const int64_t pixels = t.size(2) * t.size(3);
+  STD_TORCH_CHECK(pixels > 0 || t.size(0) == 0, "ernet: ", name, " have no pixels; got ", shape_of(t));
+  DenseImages images = {t.data_ptr(), t.size(0), pixels, t.stride(0), t.stride(1), 1};
+  if (t.numel() == 0 || rows_follow(t, 1)) return images;
+  STD_TORCH_CHECK(t.stride(1) == 1 && rows_follow(t, 3), "ernet: the pixels of ", name,
+                  " must be dense, contiguous or channels-last. Call .contiguous() or "
+                  ".contiguous(memory_format=torch.channels_last)");
+  images.pixel_stride = 3;
+  return images;
+}
+
+// The output of an operator, allocated like its input, seen with the input's kind of layout.
+inline DenseImages output_images(const torch::stable::Tensor& t, const DenseImages& like) {
+  DenseImages images = dense_images(t, "the output");
+  if (images.pixel_stride != like.pixel_stride && t.numel() > 0) {
+    // Where H W = 1 both layouts describe the same memory.
+    STD_TORCH_CHECK(like.pixels == 1, "ernet: the output was allocated in another layout");
+    images.pixel_stride = like.pixel_stride;
+  }
+  return images;
+}
+
+// The loops write a planar result at the distances of the input's planes.
+inline void check_same_planes(const DenseImages& in, const DenseImages& out) {
+  STD_TORCH_CHECK(
+      in.pixel_stride == 3 || in.count == 0 || in.channel_stride == out.channel_stride,
+      "ernet: the channels of planar images must follow each other, as the result's do. Call .contiguous()");
+}
+
+inline void check_fit_parameters(double io, double alpha, double beta, double range) {
+  STD_TORCH_CHECK(io > 1 && io <= macenko::kMaxIo, "ernet: Io must be in (1, 1024]; got ", io);
+  STD_TORCH_CHECK(alpha >= 0 && alpha < 50, "ernet: alpha must be in [0, 50) percent; got ", alpha);
+  STD_TORCH_CHECK(beta >= 0 && beta < std::log(io), "ernet: beta must be in [0, ln(Io)); got ", beta);
+  STD_TORCH_CHECK(range > 0 && std::isfinite(range), "ernet: range must be positive and finite; got ", range);
+}
+
+// `name`_stain [1 or count, 3, 2] and `name`_max [1 or count, 2], float64 and contiguous.
+inline void check_stains(const torch::stable::Tensor& stain, const torch::stable::Tensor& maximum, int64_t count,
+                         const char* name) {
+  const bool shapes = stain.dim() == 3 && maximum.dim() == 2 && stain.size(1) == 3 && stain.size(2) == 2 &&
+                      maximum.size(1) == 2 && stain.size(0) == maximum.size(0) &&
+                      (stain.size(0) == 1 || stain.size(0) == count);
+  STD_TORCH_CHECK(shapes, "ernet: ", name, "_stain and ", name, "_max must be [B, 3, 2] and [B, 2] with B = 1 or ",
+                  count, "; got ", shape_of(stain), " and ", shape_of(maximum));
+  STD_TORCH_CHECK(stain.scalar_type() == torch::headeronly::ScalarType::Double &&
+                      maximum.scalar_type() == torch::headeronly::ScalarType::Double,
+                  "ernet: ", name, "_stain and ", name, "_max must be float64");
+  STD_TORCH_CHECK(stain.is_contiguous() && maximum.is_contiguous(), "ernet: ", name, "_stain and ", name,
+                  "_max must be contiguous");
+}
+
+}  // namespace ernet

@@ -1,0 +1,194 @@
+#include "macenko/cpu/image.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "macenko/cpu/percentiles.h"
+
+namespace ernet::cpu {
+
+#define ERNET_DECLARE_TABLE(isa)                           \
+  namespace isa {                                          \
+  extern const MacenkoLoops macenko_table[kNumPixelTypes]; \
+  }
+ERNET_DECLARE_TABLE(isa_portable)
+#ifdef ERNET_HAS_AVX2
+ERNET_DECLARE_TABLE(isa_avx2)
+#endif
+#ifdef ERNET_HAS_AVX512
+ERNET_DECLARE_TABLE(isa_avx512)
+#endif
+#ifdef ERNET_HAS_AVX512VBMI
+ERNET_DECLARE_TABLE(isa_avx512vbmi)
+#endif
+#undef ERNET_DECLARE_TABLE
+
+const MacenkoLoops& macenko_loops(Pixel type) {
+  switch (finest_isa()) {
+#ifdef ERNET_HAS_AVX512VBMI
+    case Isa::avx512vbmi:
+      return isa_avx512vbmi::macenko_table[int(type)];
+#endif
+#ifdef ERNET_HAS_AVX512
+    case Isa::avx512:
+      return isa_avx512::macenko_table[int(type)];
+#endif
+#ifdef ERNET_HAS_AVX2
+    case Isa::avx2:
+      return isa_avx2::macenko_table[int(type)];
+#endif
+    default:
+      return isa_portable::macenko_table[int(type)];
+  }
+}
+
+Strips one_strip() {
+  return {1, [](int64_t tasks, const std::function<void(int64_t)>& body) {
+            for (int64_t task = 0; task < tasks; ++task) body(task);
+          }};
+}
+
+namespace {
+
+// Largest exponent of one input channel: with three, and log2 Io, 2^z stays within float32.
+constexpr double kSingleExponent = 25.0;
+
+// True if every exponent M_ck OD_k of an 8-bit image is small enough; false for NaN.
+bool fits_single(const double matrix[3][3], const macenko::OdTable& table) {
+  // OD falls with the level, so the ends bound the rest.
+  const double od = std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
+  bool fits = true;
+  for (int c = 0; c < 3; ++c) {
+    for (int k = 0; k < 3; ++k) fits &= std::fabs(matrix[c][k]) * od < kSingleExponent;
+  }
+  return fits;
+}
+
+Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p,
+               const macenko::OdTable& table) {
+  return {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
+}
+
+// Every so many pixels of an image, planar, to look for percentiles in. More of them narrow the search but cost time
+// themselves.
+class ImageSample {
+ public:
+  ImageSample(Pixel type, const ImageView& image) : view_{nullptr, 1, 0, 0, image.scale} {
+    if (image.pixels <= kCollectAll) return;
+    const int64_t wanted = std::clamp(image.pixels / kPixelsPerSample, kSmallSample, kLargeSample);
+    const int64_t stride =
+        (image.pixels / wanted) | 1;  // odd, so that it does not walk down the columns of an even width
+    if (type == Pixel::u8) take<uint8_t>(image, stride);
+    if (type == Pixel::f32) take<float>(image, stride);
+    if (type == Pixel::f64) take<double>(image, stride);
+  }
+
+  const ImageView& view() const { return view_; }
+
+ private:
+  static constexpr int64_t kPixelsPerSample = 32;
+  static constexpr int64_t kSmallSample = 1024;
+  static constexpr int64_t kLargeSample = 8192;
+
+  template <class T>
+  void take(const ImageView& image, int64_t stride) {
+    const int64_t count = (image.pixels + stride - 1) / stride;
+    bytes_.reset(new unsigned char[size_t(3 * count) * sizeof(T)]);
+    const T* from = static_cast<const T*>(image.data);
+    T* to = reinterpret_cast<T*>(bytes_.get());
+    for (int64_t i = 0; i < count; ++i) {
+      const T* pixel = from + i * stride * image.pixel_stride;
+      for (int k = 0; k < 3; ++k) to[k * count + i] = pixel[k * image.channel_stride];
+    }
+    view_.data = to;
+    view_.channel_stride = view_.pixels = count;
+  }
+
+  std::unique_ptr<unsigned char[]> bytes_;
+  ImageView view_;
+};
+
+}  // namespace
+
+int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
+                        const Strips& strips, double moments[macenko::kMomentCount]) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  std::vector<MomentSums> partial(size_t(strips.tasks), MomentSums{});
+  strips.run(strips.tasks, [&](int64_t strip) {
+    loops.moments(image, span_of_strip(image.pixels, strip, strips.tasks), table, p.io, p.beta, partial[strip]);
+  });
+  MomentSums sums = {};
+  for (const MomentSums& part : partial) {
+    sums.count += part.count;
+    sums.invalid += part.invalid;
+    for (int k = 0; k < 3; ++k) sums.sum[k] += part.sum[k];
+    for (int k = 0; k < 6; ++k) sums.product[k] += part.product[k];
+  }
+  const double scale = 1 / macenko::kOdScale;
+  moments[0] = double(sums.count);
+  for (int k = 0; k < 3; ++k) moments[1 + k] = double(sums.sum[k]) * scale;
+  for (int k = 0; k < 6; ++k) moments[4 + k] = double(sums.product[k]) * (scale * scale);
+  return sums.invalid;
+}
+
+MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p,
+                            const macenko::OdTable& table, const Strips& strips) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  const double nan = std::nan("");
+  MacenkoImageFit fit = {{{nan, nan, nan}, {nan, nan, nan}}, {nan, nan}, macenko::kNonFinite};
+  double moments[macenko::kMomentCount];
+  if (macenko_moments(type, image, p, table, strips, moments) > 0) return fit;
+
+  macenko::Plane plane;
+  fit.status = macenko::plane_of_moments(moments, plane);
+  if (fit.status != macenko::kOk) return fit;
+  const ImageSample sample(type, image);
+  const double extremes[2] = {p.alpha, 100 - p.alpha};
+  double angle[2];
+  const Keys angles = make_keys(KeyKind::angle, plane.first, plane.second, p, table);
+  macenko_percentiles(loops, image, sample.view(), angles, int64_t(moments[0]), extremes, p.nearest, true, strips,
+                      angle);
+
+  macenko::Stain stain;
+  fit.status = macenko::stain_of_angles(plane, angle[0], angle[1], stain);
+  if (fit.status != macenko::kOk) return fit;
+  double rows[2][3];
+  macenko::concentration_rows(stain, rows);
+  const double top[2] = {99, 99};
+  double maximum[2];
+  const Keys concentrations = make_keys(KeyKind::linear, rows[0], rows[1], p, table);
+  macenko_percentiles(loops, image, sample.view(), concentrations, image.pixels, top, p.nearest, false, strips,
+                      maximum);
+  if (!(maximum[0] > macenko::kMinConcentration && maximum[1] > macenko::kMinConcentration)) {
+    fit.status = macenko::kZeroConcentration;
+    return fit;
+  }
+  fit.stain = stain;
+  fit.max_concentration[0] = maximum[0];
+  fit.max_concentration[1] = maximum[1];
+  return fit;
+}
+
+Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const macenko::OdTable& table, double io) {
+  Reconstruction r = {};
+  for (int c = 0; c < 3; ++c) {
+    for (int k = 0; k < 3; ++k) r.matrix[c][k] = matrix[c][k];
+  }
+  r.io = io;
+  r.table = &table;
+  r.single = type == Pixel::u8 && fits_single(matrix, table);
+  return r;
+}
+
+void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
+                         double io, const Strips& strips, void* out) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  Reconstruction r = make_reconstruction(type, matrix, table, io);
+  r.out = out;
+  strips.run(strips.tasks,
+             [&](int64_t strip) { loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r); });
+}
+
+}  // namespace ernet::cpu

@@ -1,0 +1,144 @@
+// The loops over pixels behind the Macenko operators, free of torch. One table of functions per instruction set.
+//
+// Every function works on a range of pixels of one image, and its results add up: the caller may cut an image into any
+// ranges and gets the same bits. Temporary memory is a few blocks on the stack.
+#pragma once
+
+#include <stdint.h>
+
+#include "macenko/steps/reconstruct.h"
+#include "simd/isa.h"
+
+namespace ernet::cpu {
+
+enum class Pixel : int { u8 = 0, f32 = 1, f64 = 2 };
+constexpr int kNumPixelTypes = 3;
+
+// One RGB image. Strides are in elements: (1, H W) in the planar layout, (3, 1) channels-last.
+struct ImageView {
+  const void* data;
+  int64_t pixel_stride;
+  int64_t channel_stride;
+  int64_t pixels;
+  double scale;  // grey level of the value 1
+};
+
+struct PixelSpan {
+  int64_t begin;
+  int64_t end;
+};
+
+__extension__ typedef unsigned __int128 uint128;
+
+// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/od.h, products with twice the fractional
+// bits.
+struct MomentSums {
+  int64_t count;
+  int64_t invalid;  // pixels with a value that is no grey level
+  int64_t sum[3];
+  uint128 product[6];
+};
+
+// What is ordered: `angle` gives tissue pixels the pseudo-angle of (a . OD, b . OD) as both keys; `linear` gives all
+// pixels the keys a . OD and b . OD.
+enum class KeyKind : int { angle = 0, linear = 1 };
+struct Keys {
+  KeyKind kind;
+  double a[3];
+  double b[3];
+  double beta;
+  double io;
+  const macenko::OdTable* table;
+};
+
+// Counts keys below `low`, and collects those in [low, high]. The loops for 8-bit images compare in float32: a key
+// within `margin` of an end may count as either side of it, so what was collected is right if the keys sought are at
+// least that far inside. A margin of infinity says that these loops cannot order this image's keys.
+struct Bracket {
+  double low;
+  double high;
+  double fraction;  // of all keys that are expected below the bracket
+  double margin;
+  int64_t below;
+  int64_t inside;     // how many there are, also beyond `capacity`
+  double* collected;  // the first `capacity` of them
+  int64_t capacity;
+};
+
+constexpr int kRadixBits = 11;
+constexpr int kRadixBins = 1 << kRadixBits;
+
+// Counts, among the keys whose ordered bits above `shift + kRadixBits` equal those of `prefix`, the digits at `shift`.
+struct RadixPass {
+  int which;  // key a or b
+  int shift;
+  uint64_t prefix;
+  uint64_t prefix_mask;
+  int64_t* counts;  // [kRadixBins], added to
+};
+
+struct Reconstruction {
+  double matrix[3][3];
+  double io;
+  bool single;  // float32 holds the exponents: 8-bit images may be computed in it
+  const macenko::OdTable* table;
+  void* out;
+};
+
+// What becomes of the levels of a network's input, and where all the pixels of the image go, interleaved.
+struct ScaledLevels {
+  int value_bytes;    // 4, or 2 for 16-bit types
+  const void* value;  // [3][256], of every channel and level
+  void* out;
+};
+
+// A key of some rank, and the one of the next rank (infinity if there is none).
+struct Neighbours {
+  double lower;
+  double upper;
+};
+
+struct MacenkoLoops {
+  void (*moments)(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
+  void (*scan)(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+  // Keys of all pixels of an image; returns how many were written (angle: tissue only) to a and, if linear, b.
+  int64_t (*keys)(const ImageView&, const Keys&, double* a, double* b);
+  void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
+  void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
+  // The same for 8-bit images and `single`, scaled; null where nothing is faster than one step after the other.
+  void (*reconstruct_scaled)(const ImageView&, PixelSpan, const Reconstruction&, const ScaledLevels&);
+  // Among `count` finite or infinite keys, which are overwritten, as is scratch[0 .. count - 1].
+  Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
+};
+
+// The instruction sets avx512 and avx512vbmi.
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define ERNET_AVX512 1
+#endif
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#define ERNET_VBMI 1
+#endif
+
+// Defined by macenko_order_loops.cpp; by macenko_float_scan_loops.cpp, for the other images; by the files
+// macenko_bytes_*_loops.cpp, for 8-bit images.
+#ifdef ERNET_ISA
+namespace ERNET_ISA_NAMESPACE {
+Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank);
+void scan_f32(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
+void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction&);
+// By macenko_avx512_*_loops.cpp and macenko_vbmi_*_loops.cpp, for instruction sets that have them: faster again.
+void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction&);
+void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
+void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
+void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction&);
+void reconstruct_scaled_vbmi(const ImageView&, PixelSpan, const Reconstruction&, const ScaledLevels&);
+}  // namespace ERNET_ISA_NAMESPACE
+#endif
+
+// Loops of the selected instruction set.
+const MacenkoLoops& macenko_loops(Pixel type);
+
+}  // namespace ernet::cpu

@@ -1,0 +1,171 @@
+#include "macenko/cpu/network_input.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace ernet::cpu {
+
+namespace {
+
+// A block's pixels stay in the first-level cache between its reconstruction and its scaling.
+constexpr int64_t kScaledBlock = 1024;
+
+// 16-bit floats are handled as their bits.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// All round to nearest, ties to even.
+void convert(float value, float& out) { out = value; }
+
+void convert(float value, Bfloat16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  out.bits = std::isnan(value) ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+void convert(float value, Half& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = bits >> 31 << 15;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;  // NaN
+  } else if (magnitude >= 0x477ff000) {
+    half = 0x7c00;  // rounds to 65536 or beyond
+  } else if (magnitude >= 0x38800000) {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  } else {
+    // Subnormal: multiples of 2^-24, to which the sum with 1/2 rounds.
+    const float sum = std::fabs(value) + 0.5f;
+    std::memcpy(&half, &sum, 4);
+    half -= 0x3f000000;
+  }
+  out.bits = uint16_t(sign | half);
+}
+
+float scaled(double value, const NetworkInput& out, int channel) {
+  return float((value / out.range - out.mean[channel]) / out.std[channel]);
+}
+
+// Scaled values of every grey level and channel.
+template <class Out>
+struct LevelTable {
+  Out value[3][256];
+
+  explicit LevelTable(const NetworkInput& out) {
+    for (int c = 0; c < 3; ++c) {
+      for (int level = 0; level < 256; ++level) convert(scaled(level, out, c), value[c][level]);
+    }
+  }
+};
+
+template <class T, class Out>
+void scale_block(const T* level, const ImageView& block, const NetworkInput& out, const LevelTable<Out>* table,
+                 Out* result) {
+  for (int64_t i = 0; i < block.pixels; ++i) {
+    for (int c = 0; c < 3; ++c) {
+      const T value = level[i * block.pixel_stride + c * block.channel_stride];
+      if constexpr (sizeof(T) == 1) {
+        result[3 * i + c] = table->value[c][value];
+      } else {
+        convert(scaled(double(value), out, c), result[3 * i + c]);
+      }
+    }
+  }
+}
+
+template <class T, class Out>
+void reconstruct_strip(const ImageView& image, PixelSpan span, Pixel type, Reconstruction r, const NetworkInput& out,
+                       const LevelTable<Out>* table) {
+  const MacenkoLoops& loops = macenko_loops(type);
+  const T* data = static_cast<const T*>(image.data);
+  T planes[3 * kScaledBlock];  // of a planar image, whose own planes lie too far apart for a small result
+  T level[3 * kScaledBlock];
+  r.out = level;
+  for (int64_t begin = span.begin; begin < span.end; begin += kScaledBlock) {
+    const int64_t count = span.end - begin < kScaledBlock ? span.end - begin : kScaledBlock;
+    ImageView block = {data + begin * image.pixel_stride, image.pixel_stride, image.channel_stride, count, image.scale};
+    if (image.pixel_stride == 1) {
+      for (int c = 0; c < 3; ++c) {
+        std::memcpy(planes + c * kScaledBlock, data + begin + c * image.channel_stride, size_t(count) * sizeof(T));
+      }
+      block.data = planes;
+      block.channel_stride = kScaledBlock;
+    }
+    loops.reconstruct(block, {0, count}, r);
+    scale_block<T, Out>(level, block, out, table, static_cast<Out*>(out.data) + 3 * begin);
+  }
+}
+
+template <class T, class Out>
+void scale_strip(const ImageView& image, PixelSpan span, const NetworkInput& out, const LevelTable<Out>* table) {
+  const T* data = static_cast<const T*>(image.data) + span.begin * image.pixel_stride;
+  const ImageView part = {data, image.pixel_stride, image.channel_stride, span.end - span.begin, image.scale};
+  scale_block<T, Out>(data, part, out, table, static_cast<Out*>(out.data) + 3 * span.begin);
+}
+
+// `r` is null where the image stays as it is.
+template <class T, class Out>
+void write_strips(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
+                  const NetworkInput& out) {
+  const LevelTable<Out> table(out);
+  const auto fused = macenko_loops(type).reconstruct_scaled;
+  if (fused != nullptr && r != nullptr && r->single) {
+    const ScaledLevels scaled = {int(sizeof(Out)), table.value, out.data};
+    strips.run(strips.tasks,
+               [&](int64_t strip) { fused(image, span_of_strip(image.pixels, strip, strips.tasks), *r, scaled); });
+    return;
+  }
+  strips.run(strips.tasks, [&](int64_t strip) {
+    const PixelSpan span = span_of_strip(image.pixels, strip, strips.tasks);
+    if (r == nullptr) {
+      scale_strip<T, Out>(image, span, out, &table);
+    } else {
+      reconstruct_strip<T, Out>(image, span, type, *r, out, &table);
+    }
+  });
+}
+
+template <class Out>
+void write_as(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
+              const NetworkInput& out) {
+  switch (type) {
+    case Pixel::u8:
+      return write_strips<uint8_t, Out>(type, image, r, strips, out);
+    case Pixel::f32:
+      return write_strips<float, Out>(type, image, r, strips, out);
+    case Pixel::f64:
+      return write_strips<double, Out>(type, image, r, strips, out);
+  }
+}
+
+void write(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips, const NetworkInput& out) {
+  switch (out.type) {
+    case NetworkType::f32:
+      return write_as<float>(type, image, r, strips, out);
+    case NetworkType::bf16:
+      return write_as<Bfloat16>(type, image, r, strips, out);
+    case NetworkType::f16:
+      return write_as<Half>(type, image, r, strips, out);
+  }
+}
+
+}  // namespace
+
+void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const double matrix[3][3],
+                                const macenko::OdTable& table, double io, const Strips& strips,
+                                const NetworkInput& out) {
+  const Reconstruction r = make_reconstruction(type, matrix, table, io);
+  write(type, image, &r, strips, out);
+}
+
+void macenko_scaled(Pixel type, const ImageView& image, const Strips& strips, const NetworkInput& out) {
+  write(type, image, nullptr, strips, out);
+}
+
+}  // namespace ernet::cpu

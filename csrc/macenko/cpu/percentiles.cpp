@@ -1,0 +1,216 @@
+#include "macenko/cpu/percentiles.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+namespace ernet::cpu {
+
+namespace {
+
+using macenko::Ranks;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Half width of a bracket in standard deviations of a sampled rank. A miss costs time, never exactness.
+constexpr double kBracketDeviations = 3.0;
+
+// The interval that very probably holds the order statistics at the bracket's fraction, from sampled keys; `room` is
+// for twice as many.
+void guess_bracket(const MacenkoLoops& loops, const double* keys, int64_t count, double* room, Bracket& bracket) {
+  if (count < 64) return;
+  const double rank = bracket.fraction * double(count - 1);
+  const double margin = kBracketDeviations * std::sqrt(rank * (1 - bracket.fraction)) + 2;
+  const auto at_rank = [&](double wanted) {
+    std::copy(keys, keys + count, room);
+    return loops.select(room, room + count, count, int64_t(wanted)).lower;
+  };
+  const double low = std::floor(rank - margin);
+  const double high = std::ceil(rank + margin);
+  if (low >= 0) bracket.low = at_rank(low);
+  if (high < double(count)) bracket.high = at_rank(high);
+}
+
+// Both order statistics by counting digits of the keys' bits, from the highest: exact for any distribution, in constant
+// memory.
+class RadixSelect {
+ public:
+  RadixSelect(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, int which, const Strips& strips)
+      : loops_(loops), image_(image), keys_(keys), which_(which), strips_(strips) {}
+
+  Neighbours find(const Ranks& ranks) {
+    const double lower = at_rank(ranks.lower);
+    return {lower, ranks.upper == ranks.lower ? lower : at_rank(ranks.upper)};
+  }
+
+ private:
+  double at_rank(int64_t rank) {
+    uint64_t prefix = 0;
+    uint64_t mask = 0;
+    for (int top = 64; top > 0;) {
+      const int shift = std::max(0, top - kRadixBits);
+      const std::vector<int64_t> counts = digits(shift, prefix, mask);
+      const uint64_t bins = uint64_t(1) << (top - shift);
+      uint64_t digit = 0;
+      while (digit + 1 < bins && rank >= counts[digit]) rank -= counts[digit++];
+      prefix |= digit << shift;
+      mask |= (bins - 1) << shift;
+      top = shift;
+    }
+    return macenko::value_of_ordered_bits(prefix);
+  }
+
+  // The last pass has fewer than kRadixBits fresh bits; the mask keeps the others equal to those of the prefix.
+  std::vector<int64_t> digits(int shift, uint64_t prefix, uint64_t mask) {
+    std::vector<int64_t> partial(size_t(strips_.tasks) * kRadixBins, 0);
+    strips_.run(strips_.tasks, [&](int64_t strip) {
+      const RadixPass pass = {which_, shift, prefix, mask, partial.data() + strip * kRadixBins};
+      loops_.radix(image_, span_of_strip(image_.pixels, strip, strips_.tasks), keys_, pass);
+    });
+    const uint64_t fresh = ~mask >> shift & (kRadixBins - 1);
+    std::vector<int64_t> counts(kRadixBins, 0);
+    for (size_t i = 0; i < partial.size(); ++i) counts[(i % kRadixBins) & fresh] += partial[i];
+    return counts;
+  }
+
+  const MacenkoLoops& loops_;
+  const ImageView& image_;
+  const Keys& keys_;
+  int which_;
+  const Strips& strips_;
+};
+
+// A bracket of an image, and what was collected in it: as many keys as there was room for.
+struct Collected {
+  Bracket total;
+  double* keys;
+  int64_t kept;
+};
+
+// Looks for both percentiles in one scan of an image after the other.
+class BracketSearch {
+ public:
+  BracketSearch(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const Strips& strips)
+      : loops_(loops), image_(image), keys_(keys), strips_(strips) {
+    // Room for what a good bracket holds; a key that many pixels share overflows it and is found the other way.
+    const int64_t n = image.pixels;
+    tasks_ = n > kCollectAll ? strips.tasks : 1;
+    capacity_ = n > kCollectAll ? n / tasks_ / 16 + 512 : n;
+    room_.reset(new double[size_t(2 * tasks_ * capacity_)]);  // left uninitialised
+  }
+
+  void scan(const Bracket guess[2], Collected collected[2]) {
+    std::vector<Bracket> brackets(size_t(2 * tasks_));
+    strips_.run(tasks_, [&](int64_t task) {
+      for (int i = 0; i < 2; ++i) {
+        Bracket& bracket = brackets[2 * task + i];
+        bracket = guess[i];
+        bracket.collected = room(i, task);
+        bracket.capacity = capacity_;
+      }
+      const PixelSpan span = span_of_strip(image_.pixels, task, tasks_);
+      loops_.scan(image_, span, keys_, brackets[2 * task], brackets[2 * task + 1]);
+    });
+    for (int i = 0; i < 2; ++i) {
+      collected[i] = {guess[i], room(i, 0), 0};
+      for (int64_t task = 0; task < tasks_; ++task) add(brackets[2 * task + i], collected[i]);
+    }
+  }
+
+  // True, and the two order statistics, if the collected keys certainly hold both. Overwrites the keys.
+  bool select(Collected& collected, const Ranks& ranks, Neighbours& found) {
+    const Bracket& total = collected.total;
+    const bool complete = total.inside == collected.kept;
+    if (!complete || ranks.lower < total.below || ranks.upper >= total.below + total.inside) return false;
+    if (int64_t(scratch_size_) < collected.kept) {
+      scratch_size_ = collected.kept;
+      scratch_.reset(new double[size_t(scratch_size_)]);
+    }
+    found = loops_.select(collected.keys, scratch_.get(), collected.kept, ranks.lower - total.below);
+    if (ranks.upper == ranks.lower) found.upper = found.lower;
+    return found.lower >= total.low + total.margin && found.upper <= total.high - total.margin;
+  }
+
+ private:
+  double* room(int bracket, int64_t task) { return room_.get() + (bracket * tasks_ + task) * capacity_; }
+
+  // Keys of all tasks end up behind each other.
+  static void add(const Bracket& part, Collected& all) {
+    Bracket& total = all.total;
+    total.below += part.below;
+    total.inside += part.inside;
+    total.margin = std::max(total.margin, part.margin);
+    const int64_t kept = std::min(part.inside, part.capacity);
+    double* end = all.keys + all.kept;
+    if (end != part.collected) std::copy(part.collected, part.collected + kept, end);
+    all.kept += kept;
+  }
+
+  const MacenkoLoops& loops_;
+  const ImageView& image_;
+  const Keys& keys_;
+  const Strips& strips_;
+  int64_t tasks_;
+  int64_t capacity_;
+  std::unique_ptr<double[]> room_;
+  std::unique_ptr<double[]> scratch_;
+  int64_t scratch_size_ = 0;
+};
+
+// Where the sample says the percentiles are; everything for small images.
+void guess_brackets(const MacenkoLoops& loops, const ImageView& sample, const Keys& keys, const double percent[2],
+                    Bracket guess[2]) {
+  for (int i = 0; i < 2; ++i) guess[i] = {-kInfinity, kInfinity, percent[i] / 100, 0, 0, 0, nullptr, 0};
+  const int64_t n = sample.pixels;
+  if (n == 0) return;
+  const std::unique_ptr<double[]> room(new double[size_t(4 * n)]);
+  double* a = room.get();
+  double* b = a + n;
+  const int64_t found = loops.keys(sample, keys, a, b);
+  guess_bracket(loops, a, found, b + n, guess[0]);
+  guess_bracket(loops, keys.kind == KeyKind::angle ? a : b, found, b + n, guess[1]);
+}
+
+// A second, wider look after one that found nothing; an empty one where that would not help, or nothing is missing.
+void widen(const Collected& collected, bool done, Bracket& guess) {
+  const Bracket& total = collected.total;
+  if (done || total.inside > collected.kept || total.margin >= 1) {
+    guess.low = guess.high = guess.fraction > 0.5 ? kInfinity : -kInfinity;
+    return;
+  }
+  const double width = total.high - total.low < 1e30 ? total.high - total.low : 0.0;
+  guess.low -= width + 8 * total.margin;
+  guess.high += width + 8 * total.margin;
+}
+
+}  // namespace
+
+void macenko_percentiles(const MacenkoLoops& loops, const ImageView& image, const ImageView& sample, const Keys& keys,
+                         int64_t count, const double percent[2], bool nearest, bool interpolate_angles,
+                         const Strips& strips, double result[2]) {
+  Bracket guess[2];
+  guess_brackets(loops, sample, keys, percent, guess);
+  bool done[2] = {false, false};
+  Neighbours found[2];
+  Ranks ranks[2];
+  for (int i = 0; i < 2; ++i) ranks[i] = macenko::percentile_ranks(count, percent[i], nearest);
+  BracketSearch search(loops, image, keys, strips);
+  // A second, wider look costs less than the radix selection.
+  for (int attempt = 0; attempt < 2 && !(done[0] && done[1]); ++attempt) {
+    Collected collected[2];
+    search.scan(guess, collected);
+    for (int i = 0; i < 2; ++i) {
+      if (!done[i]) done[i] = search.select(collected[i], ranks[i], found[i]);
+      widen(collected[i], done[i], guess[i]);
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    if (!done[i]) found[i] = RadixSelect(loops, image, keys, i, strips).find(ranks[i]);
+    if (interpolate_angles) found[i] = {macenko::angle_of_key(found[i].lower), macenko::angle_of_key(found[i].upper)};
+    result[i] = macenko::interpolate(found[i].lower, found[i].upper, ranks[i].weight);
+  }
+}
+
+}  // namespace ernet::cpu

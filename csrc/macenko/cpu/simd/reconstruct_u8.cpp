@@ -1,0 +1,83 @@
+// Reconstruction of 8-bit images: float32 logarithms and exponentials by polynomials.
+#include "macenko/cpu/simd/log_fine.h"
+
+namespace ernet::cpu::ERNET_ISA_NAMESPACE {
+
+// Bytes of the levels Io 2^z, clipped at 255 and truncated, for |z| < 117.
+static void levels_of_exponents(const float* z, int n, float io, uint8_t* out) {
+  for (int i = 0; i < n; ++i) {
+    union {
+      float real;
+      int32_t bits;
+    } whole, power;
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    whole.real = z[i] + shift;
+    const float f = z[i] - (whole.real - shift);
+    float p = kExp2[0];
+    p = p * f + kExp2[1];
+    p = p * f + kExp2[2];
+    p = p * f + kExp2[3];
+    p = p * f + kExp2[4];
+    p = p * f + kExp2[5];
+    power.real = p * f + kExp2[6];
+    power.bits += int32_t(uint32_t(whole.bits) << 23);
+    const float light = io * power.real;
+    const float level = light < 255.0f ? light : 255.0f;
+    out[i] = uint8_t(int32_t(level));
+  }
+}
+
+static void store(const ImageView& image, int64_t begin, int count, void* out, const uint8_t (*level)[kBlock]) {
+  uint8_t* data = static_cast<uint8_t*>(out) + begin * image.pixel_stride;
+  if (image.pixel_stride == 1) {
+    for (int c = 0; c < 3; ++c) __builtin_memcpy(data + c * image.channel_stride, level[c], size_t(count));
+  } else {
+    for (int i = 0; i < count; ++i) {
+      data[3 * i] = level[0][i];
+      data[3 * i + 1] = level[1][i];
+      data[3 * i + 2] = level[2][i];
+    }
+  }
+}
+
+// log2((I + 1) / 2^origin) of a block.
+static void fine_light(const ImageView& image, int64_t begin, int count, float origin, LightBlock& light) {
+  if (image.pixel_stride == 1) {
+    for (int k = 0; k < 3; ++k) {
+      const uint8_t* plane = static_cast<const uint8_t*>(image.data) + begin + k * image.channel_stride;
+      for (int i = 0; i < count; ++i) light.log2[k][i] = fine_log2(plane[i], origin);
+      for (int i = count; i < padded(count); ++i) light.log2[k][i] = 0;
+    }
+    return;
+  }
+  PackedBlock block;
+  pack(image, begin, count, block);
+  const int n = padded(count);
+  for (int k = 0; k < 3; ++k) {
+    for (int i = 0; i < n; ++i) light.log2[k][i] = fine_log2(int(block.pixel[i] >> (8 * k) & 255), origin);
+  }
+}
+
+void reconstruct_bytes(const ImageView& image, PixelSpan span, const Reconstruction& r) {
+  Affine exponent[3];
+  const float origin = log2_exponents(r, exponent);
+  const float io = float(r.io);
+  LightBlock light;
+  alignas(64) float z[kBlock];
+  alignas(64) uint8_t level[3][kBlock];
+  for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
+    const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
+    const int n = padded(count);
+    fine_light(image, begin, count, origin, light);
+    for (int c = 0; c < 3; ++c) {
+      const Affine m = exponent[c];
+      for (int i = 0; i < n; ++i) {
+        z[i] = m.n[0] * light.log2[0][i] + (m.n[1] * light.log2[1][i] + (m.n[2] * light.log2[2][i] + m.n0));
+      }
+      levels_of_exponents(z, n, io, level[c]);
+    }
+    store(image, begin, count, r.out, level);
+  }
+}
+
+}  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -1,0 +1,59 @@
+// Launch of a persistent grid of teams: as many blocks as the device holds at a time, in clusters where a team has more
+// than one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "macenko/cuda/launch.h"
+#include "macenko/cuda/plan.h"
+
+namespace ernet::cuda {
+
+// Teams that the device holds at a time, by its answer for one launch of a whole number of them.
+inline cudaError_t teams_held(const void* kernel, const Plan& plan, const Device& device,
+                              const cudaLaunchConfig_t& config, int64_t& teams) {
+  int found = 0;
+  cudaError_t error;
+  if (plan.blocks > 1) {
+    error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
+    teams = found;
+  } else {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, plan.threads, size_t(plan.shared_bytes));
+    teams = int64_t(found) * device.multiprocessors;
+  }
+  if (error != cudaSuccess) return error;
+  return teams > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+}
+
+// cudaErrorInvalidConfiguration, and nothing launched, if the device holds not a single team.
+template <class Job>
+cudaError_t launch_team(void (*kernel)(Job), const Plan& plan, const Device& device, const Job& job, int64_t images,
+                        cudaStream_t stream) {
+  const auto* entry = reinterpret_cast<const void*>(kernel);
+  // Always the same limit: another thread may be about to launch with other plans.
+  const int limit = int(device.block_shared_bytes);
+  cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error == cudaSuccess && plan.blocks > kPortableCluster) {
+    error = cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(plan.blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  const auto configured = [&](int64_t teams) {
+    return cudaLaunchConfig_t{dim3(unsigned(teams * plan.blocks)),
+                              dim3(unsigned(plan.threads)),
+                              size_t(plan.shared_bytes),
+                              stream,
+                              &cluster,
+                              plan.blocks > 1 ? 1u : 0u};
+  };
+  int64_t held = 0;
+  error = teams_held(entry, plan, device, configured(1), held);
+  if (error != cudaSuccess) return error;
+  const cudaLaunchConfig_t config = configured(images < held ? images : held);
+  return ERNET_LAUNCH_CONFIGURED(config, kernel, job);
+}
+
+}  // namespace ernet::cuda

@@ -1,0 +1,110 @@
+// Macenko kernels for CUDA: launchers, free of torch. They neither allocate nor wait, so they can be captured in a CUDA
+// graph. Every result is the same to the bit whatever the plan, the batch and the order of threads.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+namespace ernet::cuda {
+
+enum class Pixel : int { u8 = 0, f32 = 1 };
+
+// RGB images of one size. Strides are in elements; pixel_stride is 1 (planar, channel_stride apart) or 3
+// (channels-last).
+struct Images {
+  const void* data;
+  Pixel type;
+  int64_t count;
+  int64_t pixels;
+  int64_t image_stride;
+  int64_t channel_stride;
+  int64_t pixel_stride;
+  double scale;  // grey level of the value 1
+};
+
+// Bytes of workspace that macenko_moments needs, at a multiple of 8.
+int64_t macenko_moments_workspace(const Images& images);
+
+// Count, sums and products of the tissue ODs (macenko/od.h) of every image to `moments`, [count][10] float64. The count
+// is NaN where a value is no grey level. Integer sums: the same bits for any batch, and the CPU's bits for 8-bit
+// images.
+cudaError_t macenko_moments(const Images& images, double io, double beta, void* workspace, double* moments,
+                            cudaStream_t stream);
+
+// Stains as [1 or count][3][2] and [1 or count][2] float64; `shared` says that one serves all images.
+struct Stains {
+  const double* stain;
+  const double* maximum;
+  bool shared;
+};
+
+struct Parameters {
+  double io;
+  double alpha;  // percent
+  double beta;
+  bool nearest;
+};
+
+// [count][3][2], [count][2] and [count]; NaN where the status is not 0.
+struct FitResult {
+  double* stain;
+  double* maximum;
+  int32_t* status;
+};
+
+// Where rebuilt images go: in the images' own type and layout, with strides in elements as in `images`, or as the input
+// of a network, [count][pixels][3] of (value / range - mean) / std.
+enum class OutputType : int { image = 0, f32 = 1, bf16 = 2, f16 = 3 };
+struct Output {
+  void* data;
+  int64_t image_stride;
+  int64_t channel_stride;
+  OutputType type;
+  double range;
+  double mean[3];
+  double std[3];
+};
+
+// How stains are replaced. Images with a status other than 0 (null: none) have the stains `target` in place of those of
+// `source`, or stay as they are under `identity`. With `gain` and `shift`, [count][2], the stains of an image stay, and
+// its concentrations C become gain C + shift.
+struct Recipe {
+  Stains source;
+  const int32_t* status;
+  Stains target;
+  bool identity;
+  const double* gain;
+  const double* shift;
+};
+
+cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
+                                cudaStream_t stream);
+
+// Haematoxylin and eosin alone, as images drawn with the stains `drawn`, and the concentrations of both, [count][2]
+// [pixels], in units of the stains `source`; under `scaled` times the ratio of the maxima, as normalisation has it.
+struct Separation {
+  Stains source;
+  Stains drawn;
+  bool scaled;
+  Output alone[2];
+  float* concentrations;
+};
+
+cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream);
+
+// The streaming plan: a fit by kernels that read the images again and again, in groups of images that stay in a cache
+// of `cache_bytes`, and, if `recipe` and `out` are not null, the reconstruction of each group from the stains found;
+// `recipe->source` and `recipe->status` are not looked at. The workspace is at a multiple of 16.
+int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes);
+cudaError_t macenko_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
+                              const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
+
+struct Device;
+struct Plan;
+
+// The resident or the cluster plan (macenko/cuda/plan.h), to the same effect. One launch; cudaErrorInvalidConfiguration
+// if the device, or the part of it that this process has, holds not a single cluster of this size.
+cudaError_t macenko_team(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
+                         const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
+
+}  // namespace ernet::cuda

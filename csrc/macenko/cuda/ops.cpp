@@ -1,0 +1,354 @@
+// CUDA registration of the Macenko operators: tensors to pointers, the current stream, errors. The kernels know nothing
+// of torch.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <tuple>
+
+#include "macenko/checks.h"
+#include "macenko/cuda/kernels.h"
+#include "macenko/cuda/plan.h"
+
+namespace {
+
+using ernet::DenseImages;
+using ernet::cuda::Device;
+using ernet::cuda::FitResult;
+using ernet::cuda::Images;
+using ernet::cuda::Output;
+using ernet::cuda::OutputType;
+using ernet::cuda::Parameters;
+using ernet::cuda::Pixel;
+using ernet::cuda::Plan;
+using ernet::cuda::PlanKind;
+using ernet::cuda::Recipe;
+using ernet::cuda::Stains;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The stream that torch works on. Its getter lives in libtorch_cuda, which a CPU build of torch does not have and which
+// this binary therefore does not link; it is loaded by the time a CUDA tensor exists.
+cudaStream_t current_stream(int32_t device) {
+  using Getter = int32_t (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(getter != nullptr,
+                  "ernet: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream; torch >= 2.11 has it");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(getter(device, &stream) == 0, "ernet: the current CUDA stream could not be read");
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "ernet: ", what, " failed: ", cudaGetErrorString(error));
+}
+
+Images cuda_images(const Tensor& t, double range) {
+  STD_TORCH_CHECK(t.is_cuda(), "ernet: images must be on a CUDA device here");
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float,
+                  "ernet: images must be uint8 or float32 on CUDA");
+  const DenseImages dense = ernet::dense_images(t, "images");
+  const bool bytes = type == ScalarType::Byte;
+  return {dense.data,         bytes ? Pixel::u8 : Pixel::f32, dense.count,        dense.pixels,
+          dense.image_stride, dense.channel_stride,           dense.pixel_stride, bytes ? 1.0 : 255.0 / range};
+}
+
+Tensor macenko_moments(const Tensor& images, double io, double beta, double range) {
+  ernet::check_fit_parameters(io, 1.0, beta, range);
+  const Images in = cuda_images(images, range);
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor moments = torch::stable::new_empty(images, {in.count, ernet::macenko::kMomentCount}, ScalarType::Double);
+  const int64_t words = ernet::cuda::macenko_moments_workspace(in) / 8;
+  Tensor workspace = torch::stable::new_empty(images, {words}, ScalarType::Long);
+  check(ernet::cuda::macenko_moments(in, io, beta, workspace.mutable_data_ptr(),
+                                     static_cast<double*>(moments.mutable_data_ptr()),
+                                     current_stream(images.get_device_index())),
+        "macenko_moments");
+  return moments;
+}
+
+Stains cuda_stains(const Tensor& stain, const Tensor& maximum, const Tensor& images, const char* name) {
+  ernet::check_stains(stain, maximum, images.size(0), name);
+  const bool same = stain.is_cuda() && maximum.is_cuda() && stain.get_device_index() == images.get_device_index() &&
+                    maximum.get_device_index() == images.get_device_index();
+  STD_TORCH_CHECK(same, "ernet: ", name, " stains must be on the device of the images");
+  return {static_cast<const double*>(stain.const_data_ptr()), static_cast<const double*>(maximum.const_data_ptr()),
+          stain.size(0) == 1};
+}
+
+// An image of the input's own layout.
+Output image_output(Tensor& result, const Tensor& images) {
+  const DenseImages out = ernet::output_images(result, ernet::dense_images(images, "images"));
+  return {out.data, out.image_stride, out.channel_stride, OutputType::image, 1, {}, {}};
+}
+
+Recipe given_stains(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                    const Tensor& target_stain, const Tensor& target_max) {
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  return {source, nullptr, target, false, nullptr, nullptr};
+}
+
+Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                           const Tensor& target_stain, const Tensor& target_max, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, image_output(result, images),
+                                         current_stream(images.get_device_index())),
+        "macenko_reconstruct");
+  return result;
+}
+
+// mean and std: [3] float64, contiguous, on the CPU.
+void set_scale(const Tensor& mean, const Tensor& std, Output& out) {
+  for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == 3 && tensor->is_contiguous() &&
+                        tensor->scalar_type() == ScalarType::Double,
+                    "ernet: ", name, " must be [3] float64 on the CPU; got ", ernet::shape_of(*tensor));
+    std::memcpy(values, tensor->const_data_ptr(), 3 * sizeof(double));
+  }
+  for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
+}
+
+Tensor new_network_input(const Tensor& images, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "ernet: a network's input must be float32, bfloat16 or float16");
+  return torch::stable::new_empty(images, {images.size(0), images.size(2), images.size(3), 3}, dtype);
+}
+
+Output network_output(Tensor& result, const Tensor& images, const Tensor& mean, const Tensor& std, double range) {
+  const ScalarType dtype = result.scalar_type();
+  const OutputType type = dtype == ScalarType::Float      ? OutputType::f32
+                          : dtype == ScalarType::BFloat16 ? OutputType::bf16
+                                                          : OutputType::f16;
+  const double unit = images.scalar_type() == ScalarType::Byte ? 255.0 : range;
+  Output out = {result.mutable_data_ptr(), 0, 0, type, unit, {}, {}};
+  set_scale(mean, std, out);
+  return out;
+}
+
+Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                                  const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
+                                  const Tensor& std, double io, ScalarType dtype, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = new_network_input(images, dtype);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, network_output(result, images, mean, std, range),
+                                         current_stream(images.get_device_index())),
+        "macenko_reconstruct_scaled");
+  return result;
+}
+
+int attribute(cudaDeviceAttr which, int32_t device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, device), "reading an attribute of the device");
+  return value;
+}
+
+Device device_limits(int32_t device) {
+  return {attribute(cudaDevAttrComputeCapabilityMajor, device), attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), attribute(cudaDevAttrL2CacheSize, device)};
+}
+
+// What ERNET_MACENKO_PLAN asks for: streaming, resident, cluster, or cluster2 to cluster16. Empty: any.
+std::string asked_plan() {
+  const char* text = std::getenv("ERNET_MACENKO_PLAN");
+  const std::string asked = text == nullptr ? "" : text;
+  return asked == "auto" ? "" : asked;
+}
+
+Plan plan_of(const Device& device, const Images& images, bool network, const std::string& asked) {
+  PlanKind wanted = PlanKind::automatic;
+  int blocks = 0;
+  if (asked == "streaming") wanted = PlanKind::streaming;
+  if (asked == "resident") wanted = PlanKind::resident;
+  if (asked.rfind("cluster", 0) == 0) {
+    wanted = PlanKind::cluster;
+    blocks = std::atoi(asked.c_str() + 7);
+  }
+  STD_TORCH_CHECK(asked.empty() || wanted != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
+                  "; expected auto, streaming, resident, cluster, or cluster2 to cluster16");
+  const Plan plan = ernet::cuda::choose_plan(device, images, network, wanted, blocks);
+  STD_TORCH_CHECK(plan.kind != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
+                  " does not serve these images on this device. Unset it");
+  return plan;
+}
+
+// The tensors of a fit, and the kernels that fill them.
+class FitCall {
+ public:
+  FitCall(const Tensor& images, const Images& in)
+      : stain(torch::stable::new_empty(images, {in.count, 3, 2}, ScalarType::Double)),
+        maximum(torch::stable::new_empty(images, {in.count, 2}, ScalarType::Double)),
+        status(torch::stable::new_empty(images, {in.count}, ScalarType::Int)),
+        in_(in),
+        images_(images) {}
+
+  FitResult result() {
+    return {static_cast<double*>(stain.mutable_data_ptr()), static_cast<double*>(maximum.mutable_data_ptr()),
+            static_cast<int32_t*>(status.mutable_data_ptr())};
+  }
+
+  // A fit and, if there is a recipe and an output, the reconstruction. Images without pixels are not launched for.
+  void run(const Parameters& parameters, const Recipe* recipe, const Output* out) {
+    if (in_.count == 0) return;
+    const int32_t index = images_.get_device_index();
+    const Device device = device_limits(index);
+    const std::string asked = asked_plan();
+    const Plan plan = plan_of(device, in_, out != nullptr && out->type != OutputType::image, asked);
+    const cudaStream_t stream = current_stream(index);
+    if (plan.kind != PlanKind::streaming) {
+      const cudaError_t error = ernet::cuda::macenko_team(in_, parameters, plan, device, result(), recipe, out, stream);
+      // A part of a device may hold no cluster of this size.
+      const bool elsewhere = error == cudaErrorInvalidConfiguration && plan.kind == PlanKind::cluster && asked.empty();
+      if (!elsewhere) return check(error, "the Macenko kernel");
+      cudaGetLastError();  // not for the next one to find
+    }
+    const int64_t bytes = ernet::cuda::macenko_streaming_workspace(in_, device.cache_bytes);
+    Tensor workspace = torch::stable::new_empty(images_, {bytes}, ScalarType::Byte);
+    check(ernet::cuda::macenko_streaming(in_, parameters, device.cache_bytes, workspace.mutable_data_ptr(), result(),
+                                         recipe, out, stream),
+          "the streaming Macenko kernels");
+  }
+
+  Tensor stain, maximum, status;
+
+ private:
+  Images in_;
+  const Tensor& images_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, double alpha, double beta, bool nearest,
+                                               double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  FitCall fit(images, in);
+  fit.run({io, alpha, beta, nearest}, nullptr, nullptr);
+  return {fit.stain, fit.maximum, fit.status};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
+                                                             const Tensor& target_max, double io, double alpha,
+                                                             double beta, bool nearest, bool identity, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  FitCall fit(images, in);
+  const Recipe recipe = {{}, nullptr, target, identity, nullptr, nullptr};
+  const Output out = image_output(result, images);
+  fit.run({io, alpha, beta, nearest}, &recipe, &out);
+  return {result, fit.stain, fit.maximum, fit.status};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize_scaled(const Tensor& images, const Tensor& target_stain,
+                                                                    const Tensor& target_max, const Tensor& mean,
+                                                                    const Tensor& std, double io, double alpha,
+                                                                    double beta, bool nearest, bool identity,
+                                                                    ScalarType dtype, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = new_network_input(images, dtype);
+  FitCall fit(images, in);
+  const Recipe recipe = {{}, nullptr, target, identity, nullptr, nullptr};
+  const Output out = network_output(result, images, mean, std, range);
+  fit.run({io, alpha, beta, nearest}, &recipe, &out);
+  return {result, fit.stain, fit.maximum, fit.status};
+}
+
+// Gain or shift of the two stains of every image, [B, 2] float64.
+const double* change_of(const Tensor& change, const Tensor& images, const char* name) {
+  STD_TORCH_CHECK(change.is_cuda() && change.get_device_index() == images.get_device_index() && change.dim() == 2 &&
+                      change.size(0) == images.size(0) && change.size(1) == 2 && change.is_contiguous() &&
+                      change.scalar_type() == ScalarType::Double,
+                  "ernet: ", name, " must be [", images.size(0),
+                  ", 2] float64, contiguous, on the device of the images; got ", ernet::shape_of(change));
+  return static_cast<const double*>(change.const_data_ptr());
+}
+
+Tensor macenko_change(const Tensor& images, const Tensor& source_stain, const Tensor& source_max, const Tensor& gain,
+                      const Tensor& shift, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Recipe recipe = {
+      source, nullptr, source, false, change_of(gain, images, "gain"), change_of(shift, images, "shift")};
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, image_output(result, images),
+                                         current_stream(images.get_device_index())),
+        "macenko_change");
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images, const Tensor& reference_stain,
+                                                           const Tensor& reference_max, const Tensor& gain,
+                                                           const Tensor& shift, double io, double alpha, double beta,
+                                                           bool nearest, bool identity, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const Images in = cuda_images(images, range);
+  const Stains reference = cuda_stains(reference_stain, reference_max, images, "reference");
+  const Recipe recipe = {
+      {}, nullptr, reference, identity, change_of(gain, images, "gain"), change_of(shift, images, "shift")};
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor result = torch::stable::empty_like(images);
+  FitCall fit(images, in);
+  const Output out = image_output(result, images);
+  fit.run({io, alpha, beta, nearest}, &recipe, &out);
+  return {result, fit.stain, fit.maximum, fit.status};
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const Tensor& source_stain,
+                                                    const Tensor& source_max, const Tensor& drawn_stain,
+                                                    const Tensor& drawn_max, bool scaled, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Stains drawn = cuda_stains(drawn_stain, drawn_max, images, "drawn");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor haematoxylin = torch::stable::empty_like(images);
+  Tensor eosin = torch::stable::empty_like(images);
+  Tensor concentrations =
+      torch::stable::new_empty(images, {in.count, 2, images.size(2), images.size(3)}, ScalarType::Float);
+  const ernet::cuda::Separation what = {source,
+                                        drawn,
+                                        scaled,
+                                        {image_output(haematoxylin, images), image_output(eosin, images)},
+                                        static_cast<float*>(concentrations.mutable_data_ptr())};
+  check(ernet::cuda::macenko_separate(in, what, io, current_stream(images.get_device_index())), "macenko_separate");
+  return {haematoxylin, eosin, concentrations};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
+  m.impl("macenko_moments", TORCH_BOX(&macenko_moments));
+  m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
+  m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
+  m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
+  m.impl("macenko_normalize_scaled", TORCH_BOX(&macenko_normalize_scaled));
+  m.impl("macenko_change", TORCH_BOX(&macenko_change));
+  m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
+  m.impl("macenko_separate", TORCH_BOX(&macenko_separate));
+}

@@ -1,0 +1,325 @@
+// The streaming plan of a fit: every kernel reads the images once and moves each on by one phase. Blocks of an image
+// count in shared memory, add their counts to those of the image, and the last of them decides what comes next.
+#include <cuda_runtime.h>
+
+#include "macenko/cuda/fit_job.h"
+#include "macenko/cuda/kernels.h"
+#include "macenko/cuda/launch.h"
+#include "macenko/cuda/select_bins.h"
+
+namespace ernet::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+// Blocks of a launch to aim at: a few for each multiprocessor of a large GPU.
+constexpr int64_t kBlocks = 2048;
+constexpr int64_t kLeastBlockPixels = 4096;
+// Products of one thread are summed in int64.
+constexpr int64_t kMostBlockPixels = int64_t(kThreads) * macenko::kMaxFixedProducts;
+// Images up to this size have counts that a few rounds narrow to kept keys; what is left is finished by one block.
+constexpr int64_t kSmallPixels = 1 << 16;
+constexpr int64_t kMediumPixels = 1 << 24;
+
+// Blocks that a multiprocessor is to hold side by side while they count the keys of 8-bit images: as many as there are
+// registers for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kByteBlocks = 2;
+#else
+constexpr int kByteBlocks = 3;
+#endif
+constexpr int kFloatBlocks = 2;
+
+// An image's part of the workspace.
+struct ImageWork {
+  FitState state;
+  Counters counters;
+  unsigned arrived;
+  unsigned long long totals[kPartials];
+  unsigned long long bins[2][kBins];
+  Kept kept[2];
+};
+
+struct StreamingJob {
+  FitJob job;
+  ImageWork* work;
+  int64_t first_image;
+  int64_t blocks_an_image;
+  bool until_finished;
+};
+
+__device__ __forceinline__ unsigned long long load_fresh(const unsigned long long* p) {
+  return *const_cast<const volatile unsigned long long*>(p);
+}
+
+// Counts of all blocks of an image, read past the first-level cache.
+struct GlobalCounts {
+  const ImageWork* work;
+  __device__ __forceinline__ unsigned long long count(int t, int bin) const { return load_fresh(&work->bins[t][bin]); }
+  __device__ __forceinline__ unsigned long long key(int t, int i) const { return load_fresh(&work->kept[t][i]); }
+  __device__ __forceinline__ int64_t below(int t) const { return int64_t(load_fresh(&work->counters.below[t])); }
+  __device__ __forceinline__ uint64_t largest(int t) const { return load_fresh(&work->counters.largest[t]); }
+  __device__ __forceinline__ uint64_t smallest(int t) const { return load_fresh(&work->counters.smallest[t]); }
+  __device__ __forceinline__ unsigned inside(int t) const {
+    return *const_cast<const volatile unsigned*>(&work->counters.inside[t]);
+  }
+};
+
+// True in the block of an image that arrives last, for all its threads; the others' writes are visible then.
+__device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == unsigned(blocks - 1);
+  __syncthreads();
+  const bool result = last;
+  if (result) {
+    __threadfence();
+    if (threadIdx.x == 0) *arrived = 0;
+  }
+  __syncthreads();
+  return result;
+}
+
+template <class T>
+__device__ __forceinline__ SharedPixels<T> pixels_of_block(const StreamingJob& s, int64_t image) {
+  const Images& images = s.job.images;
+  const T* base = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
+  return {{{base, base + images.channel_stride, base + 2 * images.channel_stride}},
+          images.pixels,
+          (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x,
+          s.blocks_an_image * kThreads};
+}
+
+// Shared memory is declared outside templates, so that the emulator can fill it with garbage.
+struct BeginShared {
+  SumScratch scratch;
+  int32_t fixed[256];
+};
+
+__device__ __forceinline__ BeginShared& begin_shared() {
+  __shared__ BeginShared block;
+  return block;
+}
+
+template <class T, bool kInterleaved>
+__device__ __forceinline__ Sums sums_of_thread(const StreamingJob& s, const SharedPixels<T>& shared) {
+  Sums sums;
+  const auto add_all = [&](const auto& to_fixed) {
+    for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+      add_group<kInterleaved>(group, shared.planes, first, count, to_fixed, sums);
+    });
+  };
+  if constexpr (sizeof(T) == 1) {
+    int32_t* fixed = begin_shared().fixed;
+    fill_fixed_table(s.job.fixed_offset, s.job.p.tissue_limit, 0, fixed);
+    __syncthreads();
+    add_all(FixedOfByte{level_table(fixed, 0)});
+  } else {
+    add_all(FixedOfFloat{s.job.images.scale, 1 / s.job.p.io, s.job.p.beta});
+  }
+  return sums;
+}
+
+template <class T, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__ StreamingJob s) {
+  SumScratch& scratch = begin_shared().scratch;
+  const int64_t image = blockIdx.x / s.blocks_an_image;
+  ImageWork& work = s.work[image];
+  store_sums(sums_of_thread<T, kInterleaved>(s, pixels_of_block<T>(s, image)), scratch);
+  __syncthreads();
+  if (threadIdx.x < kPartials) {
+    const int64_t total = total_of_block(int(threadIdx.x), scratch);
+    atomicAdd(&work.totals[threadIdx.x], static_cast<unsigned long long>(total));
+  }
+  if (!is_last_block(&work.arrived, s.blocks_an_image)) return;
+  if (threadIdx.x != 0) return;
+  int64_t totals[kPartials];
+  for (int k = 0; k < kPartials; ++k) totals[k] = int64_t(load_fresh(&work.totals[k]));
+  double moments[macenko::kMomentCount];
+  moments_of_totals(totals, moments);
+  reset_counters(work.counters);
+  macenko::begin_fit(moments, totals[1], s.job.p, work.state);
+  if (work.state.phase == Phase::finished) write_fit(s.job.fit, s.first_image + image, work.state);
+}
+
+struct AdvanceShared {
+  FitState state;
+  ResolveScratch scratch;
+  uint32_t bins[2][kBins];
+  float light[256];
+};
+
+__device__ __forceinline__ AdvanceShared& advance_shared() {
+  __shared__ AdvanceShared block;
+  return block;
+}
+
+__device__ __forceinline__ void add_bins(const uint32_t (*bins)[kBins], ImageWork& work) {
+  for (int i = int(threadIdx.x); i < 2 * kBins; i += kThreads) {
+    const uint32_t count = bins[i / kBins][i % kBins];
+    if (count != 0) atomicAdd(&work.bins[i / kBins][i % kBins], static_cast<unsigned long long>(count));
+  }
+}
+
+// The last block of an image moves its fit on and clears the counts for the next pass.
+__device__ __forceinline__ void move_on(const StreamingJob& s, int64_t image, AdvanceShared& block) {
+  ImageWork& work = s.work[image];
+  resolve(GlobalCounts{&work}, s.job.p, block.state, block.scratch);
+  for (int i = int(threadIdx.x); i < 2 * kBins; i += kThreads) work.bins[i / kBins][i % kBins] = 0;
+  if (threadIdx.x == 0) {
+    reset_counters(work.counters);
+    if (block.state.phase == Phase::finished) write_fit(s.job.fit, s.first_image + image, block.state);
+  }
+  copy_state(block.state, work.state);
+  __threadfence();
+  __syncthreads();
+}
+
+template <class T, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloatBlocks)
+    advance_kernel(const __grid_constant__ StreamingJob s) {
+  using Reader = std::conditional_t<sizeof(T) == 1, ByteReader, FloatReader>;
+  AdvanceShared& block = advance_shared();
+  const int64_t image = blockIdx.x / s.blocks_an_image;
+  ImageWork& work = s.work[image];
+  if (work.state.phase == Phase::finished) return;
+  copy_state(work.state, block.state);
+  Reader reader;
+  if constexpr (sizeof(T) == 1) {
+    fill_light_table(s.job.od, 0, block.light);
+    reader = {level_table(block.light, 0), s.job.od, s.job.p.tissue_limit};
+  } else {
+    reader = {s.job.images.scale, 1 / s.job.p.io, s.job.p.beta};
+  }
+  const SharedPixels<T> shared = pixels_of_block<T>(s, image);
+  do {
+    for (int i = int(threadIdx.x); i < 2 * kBins; i += kThreads) block.bins[i / kBins][i % kBins] = 0;
+    __syncthreads();
+    count_keys<Reader, kInterleaved>(shared, reader, block.state, block.bins, work.counters, work.kept);
+    __syncthreads();
+    add_bins(block.bins, work);
+    if (!is_last_block(&work.arrived, s.blocks_an_image)) return;
+    move_on(s, image, block);
+  } while (s.until_finished && block.state.phase != Phase::finished);
+}
+
+enum class Kernel { begin, advance };
+
+template <class T, bool kInterleaved>
+cudaError_t launch(Kernel which, const StreamingJob& s, int64_t images, cudaStream_t stream) {
+  const unsigned grid = unsigned(images * s.blocks_an_image);
+  if (which == Kernel::begin) {
+    const auto kernel = begin_kernel<T, kInterleaved>;
+    ERNET_LAUNCH(kernel, grid, kThreads, stream, s);
+  } else {
+    const auto kernel = advance_kernel<T, kInterleaved>;
+    ERNET_LAUNCH(kernel, grid, kThreads, stream, s);
+  }
+  return cudaGetLastError();
+}
+
+cudaError_t launch(Kernel which, const StreamingJob& s, int64_t images, cudaStream_t stream) {
+  const bool interleaved = s.job.images.pixel_stride == 3;
+  if (s.job.images.type == Pixel::u8) {
+    return interleaved ? launch<uint8_t, true>(which, s, images, stream)
+                       : launch<uint8_t, false>(which, s, images, stream);
+  }
+  return interleaved ? launch<float, true>(which, s, images, stream) : launch<float, false>(which, s, images, stream);
+}
+
+// Images whose pixels fit in the cache together, and half of it for what else there is.
+int64_t images_at_a_time(const Images& images, int64_t cache_bytes) {
+  const int64_t image_bytes = 3 * images.pixels * (images.type == Pixel::u8 ? 1 : 4) + int64_t(sizeof(ImageWork));
+  int64_t group = cache_bytes / 2 / image_bytes;
+  group = group < 1 ? 1 : group;
+  return group < images.count ? group : images.count;
+}
+
+int64_t blocks_an_image(int64_t pixels, int64_t images) {
+  const int64_t wanted = kBlocks / images > 0 ? kBlocks / images : 1;
+  const int64_t most = (pixels + kLeastBlockPixels - 1) / kLeastBlockPixels;
+  const int64_t least = (pixels + kMostBlockPixels - 1) / kMostBlockPixels;
+  const int64_t blocks = wanted < most ? wanted : most;
+  return blocks > least ? blocks : least;
+}
+
+// Passes that all images take together. Coarse and exact, for the angles and for the concentrations; larger images hold
+// too many keys in an interval and take more rounds.
+int passes(int64_t pixels) {
+  if (pixels <= kSmallPixels) return 4;
+  return pixels <= kMediumPixels ? 6 : 2 + 2 * macenko::kMaxRounds;
+}
+
+cudaError_t fit_group(StreamingJob s, int64_t images, cudaStream_t stream) {
+  cudaError_t error = cudaMemsetAsync(s.work, 0, size_t(images) * sizeof(ImageWork), stream);
+  if (error != cudaSuccess) return error;
+  s.blocks_an_image = blocks_an_image(s.job.images.pixels, images);
+  if (images * s.blocks_an_image > 0x7fffffff) return cudaErrorInvalidValue;
+  error = launch(Kernel::begin, s, images, stream);
+  const int count = passes(s.job.images.pixels);
+  for (int pass = 0; pass < count && error == cudaSuccess; ++pass) error = launch(Kernel::advance, s, images, stream);
+  if (error != cudaSuccess) return error;
+  s.blocks_an_image = 1;
+  s.until_finished = true;
+  return launch(Kernel::advance, s, images, stream);
+}
+
+// The images from `first` on of all that is there.
+Images part_of(Images images, int64_t first, int64_t count) {
+  const int64_t size = images.type == Pixel::u8 ? 1 : 4;
+  images.data = static_cast<const unsigned char*>(images.data) + first * images.image_stride * size;
+  images.count = count;
+  return images;
+}
+
+Stains part_of(Stains stains, int64_t first) {
+  if (stains.shared) return stains;
+  return {stains.stain + 6 * first, stains.maximum + 2 * first, false};
+}
+
+Recipe part_of(Recipe recipe, int64_t first) {
+  recipe.source = part_of(recipe.source, first);
+  recipe.target = part_of(recipe.target, first);
+  if (recipe.status != nullptr) recipe.status += first;
+  if (recipe.gain != nullptr) recipe.gain += 2 * first;
+  if (recipe.shift != nullptr) recipe.shift += 2 * first;
+  return recipe;
+}
+
+Output part_of(Output out, const Images& images, int64_t first) {
+  const int64_t network = 3 * images.pixels;
+  const int64_t image = out.image_stride * (images.type == Pixel::u8 ? 1 : 4);
+  const int64_t bytes = out.type == OutputType::image ? image : network * (out.type == OutputType::f32 ? 4 : 2);
+  out.data = static_cast<unsigned char*>(out.data) + first * bytes;
+  return out;
+}
+
+}  // namespace
+
+int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes) {
+  return images_at_a_time(images, cache_bytes) * int64_t(sizeof(ImageWork));
+}
+
+cudaError_t macenko_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
+                              const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream) {
+  if (images.count == 0) return cudaSuccess;
+  StreamingJob s = {make_fit_job(images, parameters, fit), static_cast<ImageWork*>(workspace), 0, 1, false};
+  const int64_t group = images_at_a_time(images, cache_bytes);
+  for (int64_t first = 0; first < images.count; first += group) {
+    const int64_t count = images.count - first < group ? images.count - first : group;
+    s.first_image = first;
+    cudaError_t error = fit_group(s, count, stream);
+    if (error == cudaSuccess && recipe != nullptr) {
+      Recipe fitted = *recipe;
+      fitted.source = {fit.stain, fit.maximum, false};
+      fitted.status = fit.status;
+      error = macenko_reconstruct(part_of(images, first, count), part_of(fitted, first), parameters.io,
+                                  part_of(*out, images, first), stream);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace ernet::cuda

@@ -1,0 +1,189 @@
+"""The ER operators as Python functions: layouts, fake kernels, autograd.
+
+    channel_moments(x)             mean and biased variance of each channel
+    weighted_sum(maps, a, b)       y = sum_l a_l * maps_l + b, then ReLU if asked
+    weighted_dot(dy, maps, y)      g = dy where y > 0;  da_l = sum g * maps_l,  db = sum g
+
+Maps are [N, C, H, W], all contiguous or all channels-last. Coefficients, means and sums are per channel ([C], stacked
+[L, C]) or per sample and channel ([N, C], [L, N, C]); they are float64 for float64 maps and float32 for all others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernet_fast import _backend
+from ernet_fast.er import coefficients
+from ernet_fast.er.triton import map_launch
+
+# Constants, so that torch.compile need not trace how they are found.
+_COMPILED = _backend.extension_available()
+_TRITON = map_launch.available()
+_NO_GUARD = contextlib.nullcontext()
+
+
+def serves(x: Tensor) -> bool:
+    """True if operators exist for the device of `x`: compiled ones for the CPU, Triton's for CUDA devices."""
+    return (_COMPILED and x.device.type == "cpu") or (_TRITON and x.device.type == "cuda")
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of coefficients and sums for maps like `x`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _is_dense(x: Tensor, memory_format: torch.memory_format) -> bool:
+    return x.is_contiguous(memory_format=memory_format)
+
+
+def layout_of(maps: Sequence[Tensor]) -> torch.memory_format:
+    """The layout to compute in: one that all maps have, else that of the last dense map, else contiguous."""
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if all(_is_dense(x, memory_format) for x in maps):
+            return memory_format
+    for x in reversed(maps):
+        if _is_dense(x, torch.contiguous_format):
+            return torch.contiguous_format
+        if _is_dense(x, torch.channels_last):
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def in_layout(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`x` itself if it is dense in this layout, else a copy that is."""
+    return x.contiguous(memory_format=memory_format)
+
+
+def _autograd_if_needed() -> contextlib.AbstractContextManager[object]:
+    """A call without gradients need not pass through the Python of autograd, which outlasts the work on small maps."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _NO_GUARD
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def channel_moments(x: Tensor, per_sample: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of `x` [N, C, H, W]: two [C], or [N, C] with `per_sample`."""
+    with _autograd_if_needed():
+        return torch.ops.ernet.channel_moments.default(x, per_sample)
+
+
+def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None = None, relu: bool = False) -> Tensor:
+    """`sum_l a[l] * maps[l] + b` [N, C, H, W], then ReLU if asked; `a` [L, C] or [L, N, C], `b` [C] or [N, C]."""
+    with _autograd_if_needed():
+        return torch.ops.ernet.weighted_sum.default(maps, a, b, relu)
+
+
+def weighted_dot(
+    dy: Tensor, maps: Sequence[Tensor], y: Tensor | None = None, per_sample: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`da` [L, C], `db` [C] (or [L, N, C], [N, C]) and `g`; without `y`, g is `dy` and the third result is empty."""
+    with _autograd_if_needed():
+        return torch.ops.ernet.weighted_dot.default(dy, maps, y, per_sample)
+
+
+def _channels(x: Tensor, per_sample: bool, leading: tuple[int, ...] = ()) -> Tensor:
+    sizes = (*leading, x.shape[0], x.shape[1]) if per_sample else (*leading, x.shape[1])
+    return x.new_empty(sizes, dtype=acc_dtype(x))
+
+
+def _moments_fake(x: Tensor, per_sample: bool = False) -> tuple[Tensor, Tensor]:
+    return _channels(x, per_sample), _channels(x, per_sample)
+
+
+def _sum_fake(maps: list[Tensor], a: Tensor, b: Tensor | None = None, relu: bool = False) -> Tensor:
+    return torch.empty_like(maps[0])
+
+
+def _dot_fake(
+    dy: Tensor, maps: list[Tensor], y: Tensor | None = None, per_sample: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = dy.new_empty((0,)) if y is None else torch.empty_like(dy)
+    return _channels(dy, per_sample, (len(maps),)), _channels(dy, per_sample), g
+
+
+def moments_gradient(
+    x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Coefficients k1, k0 of `dx = k1 * x + k0` for the gradients of mean and biased variance."""
+    count = x.shape[2] * x.shape[3] * (1 if mean.dim() == 2 else x.shape[0])
+    k0 = None if dmean is None else dmean / count
+    if dvar is None:
+        return None, k0
+    k1 = dvar * (2.0 / count)
+    shift = k1 * mean
+    return k1, -shift if k0 is None else k0 - shift
+
+
+def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _moments_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, None]:
+    x, mean = ctx.saved_tensors
+    k1, k0 = moments_gradient(x, mean, dmean, dvar)
+    assert k1 is not None
+    return weighted_sum([x], k1.unsqueeze(0), k0), None
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    maps, a, b, relu = inputs
+    ctx.relu, ctx.has_b, ctx.num_maps = relu, b is not None, len(maps)
+    ctx.save_for_backward(a, *maps, *([output] if relu else []))
+
+
+def _sum_backward(ctx: Any, dy: Tensor) -> tuple[list[Tensor], Tensor, Tensor | None, None]:
+    a, *maps = ctx.saved_tensors
+    y = maps.pop() if ctx.relu else None
+    layout = layout_of([*maps] if y is None else [*maps, y])
+    dy = in_layout(dy, layout)
+    da, db, g = weighted_dot(dy, maps, y, a.dim() == 3)
+    g = dy if y is None else g
+    dmaps = [weighted_sum([g], a[i : i + 1]) for i in range(len(maps))]
+    return dmaps, da, db if ctx.has_b else None, None
+
+
+def _dot_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    dy, maps, y, per_sample = inputs
+    ctx.per_sample, ctx.has_y = per_sample, y is not None
+    ctx.save_for_backward(dy, *maps, *([] if y is None else [y]))
+
+
+def _dot_backward(ctx: Any, dda: Tensor, ddb: Tensor, dg: Tensor | None) -> tuple[Tensor, list[Tensor], None, None]:
+    """With g = m * dy, m = [y > 0]: ddy = m * (sum_l dda_l * x_l + ddb + dg) and dx_l = dda_l * g."""
+    dy, *maps = ctx.saved_tensors
+    y = maps.pop() if ctx.has_y else None
+    layout = layout_of([dy, *maps])
+    terms, a = list(maps), dda
+    if y is not None and dg is not None:
+        terms.append(in_layout(dg, layout))
+        a = torch.cat([dda, torch.ones_like(dda[:1])])
+    ddy = weighted_sum([in_layout(term, layout) for term in terms], a.contiguous(), ddb.contiguous())
+    g = dy
+    if y is not None:
+        off = y <= 0
+        ddy = ddy.masked_fill(off, 0)
+        g = dy.masked_fill(off, 0)
+    dmaps = [weighted_sum([in_layout(g, layout)], dda[i : i + 1].contiguous()) for i in range(len(maps))]
+    return ddy, dmaps, None, None
+
+
+def _register() -> None:
+    """Give the operators what torch.compile, export and autograd need."""
+    torch.library.register_fake("ernet::channel_moments", _moments_fake)
+    torch.library.register_fake("ernet::weighted_sum", _sum_fake)
+    torch.library.register_fake("ernet::weighted_dot", _dot_fake)
+    torch.library.register_autograd("ernet::channel_moments", _moments_backward, setup_context=_moments_setup)
+    torch.library.register_autograd("ernet::weighted_sum", _sum_backward, setup_context=_sum_setup)
+    torch.library.register_autograd("ernet::weighted_dot", _dot_backward, setup_context=_dot_setup)
+
+
+if _TRITON:
+    map_launch.register(define=not _COMPILED)
+if _COMPILED or _TRITON:
+    _register()
+    coefficients.register()

@@ -1,0 +1,1 @@
+"""The ER operators in Triton: kernels, launches, tiling and registration."""

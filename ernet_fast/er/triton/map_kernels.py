@@ -1,0 +1,400 @@
+"""The ER operators as Triton kernels: device code only, launched by `triton_launch`.
+
+    weighted_sum_kernel      y = sum_l a_l * maps_l + b, then ReLU if asked
+    weighted_dot_kernel      g = dy where y > 0;  of each slab: sum g * maps_l and sum g
+    merge_dot_kernel         the sums over all slabs
+    channel_moments_kernel   of each slab: mean and sum of squared deviations
+    merge_moments_kernel     mean and biased variance of all slabs
+
+A map is seen as a matrix whose rows are contiguous. Channels-last: a row is a pixel, its columns are channels. Planar
+(contiguous [N, C, H, W]): a row is a plane, its columns are pixels. Programs work on tiles of ROWS x COLS elements.
+Maps come as a tuple of pointers, padded to a few lengths; `num_maps` of them are real and the loads of the others are
+masked off. So no table of addresses is copied to the device, and no kernel is compiled for every count.
+
+The place of a tile is a 64-bit scalar; offsets in it are 32-bit, or 64-bit with WIDE. ALIGN divides the length of a
+row: with it the compiler proves that loads and stores of 16 bytes are aligned. Values are converted to float32
+(float64 for float64 maps) as soon as they are loaded.
+"""
+
+# Triton has no starred tuples, and its tuples grow in loops that it unrolls.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ernet_fast.er.triton.coefficient_kernels import (  # noqa: F401  (all kernels are found in this module)
+    block_coefficients_backward_kernel,
+    block_coefficients_kernel,
+)
+
+# weighted_sum: maps that are loaded together. More loads in flight would need more registers and gain nothing.
+MAPS_TOGETHER = tl.constexpr(8)
+
+
+@triton.jit
+def _aligned(length, ALIGN: tl.constexpr):
+    """`length`, which ALIGN divides, in a form that shows it to the compiler."""
+    return length // ALIGN * ALIGN
+
+
+@triton.jit
+def _tile(row_length, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
+    """Row numbers [ROWS, 1] and column numbers [1, COLS] of a tile, and the offsets of its elements [ROWS, COLS]."""
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    if WIDE:
+        return row, col, row.to(tl.int64) * row_length + col
+    return row, col, row * row_length + col
+
+
+@triton.jit(do_not_specialize=["num_maps", "groups", "rows", "row_length", "coefficients"])
+def weighted_sum_kernel(
+    maps,
+    a,
+    b,
+    y,
+    num_maps,
+    groups,
+    rows,
+    row_length,
+    coefficients,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_B: tl.constexpr,
+    RELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`y = sum_l a_l * maps_l + b, then ReLU if asked`: a program writes one tile of y.
+
+    Bytes: each map is read once and y written once, (L + 1) * elements * itemsize. That over the copy bandwidth is the
+    floor. Coefficients (4 or 8 bytes for ROWS elements of a map, or COLS in the planar layout) come from the caches.
+
+    Channels-last: `groups` groups of `rows` pixels, each with coefficients of its own for its `row_length` = C columns.
+    Planar: one group of `rows` = N * C planes of `row_length` pixels. There are `coefficients` of them, C or N * C:
+    a is [L, coefficients] and b [coefficients].
+    """
+    row_length = _aligned(row_length, ALIGN)
+    col_tiles = tl.cdiv(row_length, COLS)
+    row_tiles = tl.cdiv(rows, ROWS)
+    tile = tl.program_id(0)
+    col0 = (tile % col_tiles) * COLS
+    tile_row = tile // col_tiles
+    row0 = (tile_row % row_tiles).to(tl.int64) * ROWS
+    group = (tile_row // row_tiles).to(tl.int64)
+
+    row, col, offsets = _tile(row_length, ROWS, COLS, WIDE)
+    row_mask = row < tl.minimum(rows - row0, ROWS).to(tl.int32)
+    col_mask = col < row_length - col0
+    inside = row_mask & col_mask
+    place = (group * rows + row0) * row_length + col0
+    if CHANNELS_LAST:
+        coefficient = group * row_length + col0 + col
+        stride = tl.cast(groups, tl.int64) * row_length  # = coefficients, but known to be a multiple of ALIGN
+        known = col_mask
+    else:
+        coefficient = ((row0 % coefficients).to(tl.int32) + row) % coefficients
+        stride = tl.cast(coefficients, tl.int64)
+        known = row_mask
+
+    total = tl.zeros([ROWS, COLS], a.dtype.element_ty)
+    if HAS_B:
+        total += tl.load(b + coefficient, mask=known, other=0.0)
+    for first in tl.static_range(0, len(maps), MAPS_TOGETHER):
+        if first < num_maps:
+            for i in tl.static_range(first, min(first + MAPS_TOGETHER, len(maps))):
+                x = tl.load(maps[i] + place + offsets, mask=inside & (i < num_maps), other=0.0).to(total.dtype)
+                total += x * tl.load(a + i * stride + coefficient, mask=known & (i < num_maps), other=0.0)
+    if RELU:
+        total = tl.where(total < 0.0, 0.0, total)  # NaN stays NaN
+    tl.store(y + place + offsets, total.to(y.dtype.element_ty), mask=inside)
+
+
+# The reductions see a map as groups (one, or one a sample) of `runs` runs of `run_length` pixels: a plane of each of
+# its samples, or in channels-last one run of all its pixels. A unit is up to ROWS (planar: COLS) consecutive pixels of
+# a run, a slab is `units_per_slab` units. A program reduces COLS (planar: ROWS) channels of one slab, tile by tile.
+
+
+@triton.jit
+def _slab(channels, runs, tiles, units_per_slab, CHANNELS: tl.constexpr):
+    """Group, slab, first channel, first unit and the unit after the last one of this program."""
+    units = runs * tiles
+    slabs = tl.cdiv(units, units_per_slab)
+    blocks = tl.cdiv(channels, CHANNELS)
+    program = tl.program_id(0)
+    slab = (program // blocks) % slabs
+    begin = slab * units_per_slab
+    return (
+        program // blocks // slabs,
+        slab,
+        (program % blocks) * CHANNELS,
+        begin,
+        tl.minimum(begin + units_per_slab, units),
+    )
+
+
+@triton.jit
+def _place(
+    run,
+    tile,
+    channel0,
+    channels,
+    run_length,
+    row,
+    col,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Where tile `tile` of a run starts in the map, and which of its elements [ROWS, COLS] exist."""
+    step: tl.constexpr = ROWS if CHANNELS_LAST else COLS
+    pixel0 = tile.to(tl.int64) * step
+    left = tl.minimum(run_length - pixel0, step).to(tl.int32)
+    if CHANNELS_LAST:
+        return (run * run_length + pixel0) * channels + channel0, (row < left) & (col < channels - channel0)
+    return (run * channels + channel0) * run_length + pixel0, (row < channels - channel0) & (col < left)
+
+
+@triton.jit
+def _next_tile(run, tile, tiles):
+    """Run and number of the tile after this one."""
+    last = tile + 1 == tiles
+    return tl.where(last, run + 1, run), tl.where(last, 0, tile + 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_maps",
+        "first_map",
+        "all_maps",
+        "groups",
+        "channels",
+        "runs",
+        "run_length",
+        "units_per_slab",
+    ]
+)
+def weighted_dot_kernel(
+    dy,
+    y,
+    g,
+    maps,
+    partial,
+    num_maps,
+    first_map,
+    all_maps,
+    groups,
+    channels,
+    runs,
+    run_length,
+    units_per_slab,
+    HAS_Y: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`g = dy where y > 0`; partial[slab] = (sum g * maps_l for each l, sum g) of a slab.
+
+    partial is [slabs, all_maps + 1, groups, channels]; `maps` are those from `first_map` on. More maps than have
+    accumulators in registers take further launches, which read g instead of dy and y.
+
+    Bytes: dy, y and L maps are read once and g is written once, (L + 3) * elements * itemsize, without y (L + 1); one
+    map more for each further launch. partial adds 4 bytes a slab, channel and map.
+    """
+    axis: tl.constexpr = 0 if CHANNELS_LAST else 1
+    if CHANNELS_LAST:
+        channels = _aligned(channels, ALIGN)
+        tiles = tl.cdiv(run_length, ROWS)
+        row, col, offsets = _tile(channels, ROWS, COLS, WIDE)
+    else:
+        run_length = _aligned(run_length, ALIGN)
+        tiles = tl.cdiv(run_length, COLS)
+        row, col, offsets = _tile(run_length, ROWS, COLS, WIDE)
+    group, slab, channel0, begin, end = _slab(channels, runs, tiles, units_per_slab, COLS if CHANNELS_LAST else ROWS)
+    run = tl.cast(group, tl.int64) * runs + begin // tiles
+    tile = begin % tiles
+
+    zeros = tl.zeros([ROWS, COLS], partial.dtype.element_ty)
+    sums = (zeros,)
+    for _ in tl.static_range(len(maps)):
+        sums = sums + (zeros,)
+    for _ in range(begin, end):
+        place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+        run, tile = _next_tile(run, tile, tiles)
+        gradient = tl.load(dy + place + offsets, mask=inside, other=0.0)
+        if HAS_Y:
+            off = tl.load(y + place + offsets, mask=inside, other=0.0).to(zeros.dtype) <= 0.0  # NaN passes
+            gradient = tl.where(off, tl.zeros_like(gradient), gradient)
+            tl.store(g + place + offsets, gradient, mask=inside)
+        gradient = gradient.to(zeros.dtype)
+        added = (sums[0] + gradient,)
+        for i in tl.static_range(len(maps)):
+            x = tl.load(maps[i] + place + offsets, mask=inside & (i < num_maps), other=0.0)
+            added = added + (sums[i + 1] + gradient * x.to(zeros.dtype),)
+        sums = added
+
+    kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
+    here = kept < channels - channel0
+    first_row = tl.cast(slab, tl.int64) * (all_maps + 1)
+    for i in tl.static_range(len(maps)):
+        result = ((first_row + first_map + i) * groups + group) * channels + channel0 + kept
+        tl.store(partial + result, tl.sum(sums[i + 1], axis), mask=here & (i < num_maps))
+    result = ((first_row + all_maps) * groups + group) * channels + channel0 + kept
+    tl.store(partial + result, tl.sum(sums[0], axis), mask=here & (first_map == 0))
+
+
+@triton.jit(do_not_specialize=["slabs", "columns", "split"])
+def merge_dot_kernel(partial, da, db, slabs, columns, split, SLABS: tl.constexpr, COLS: tl.constexpr):
+    """The sums over the slabs of partial [slabs, columns], in float64: the first `split` go to da, the others to db."""
+    col0 = tl.program_id(0).to(tl.int64) * COLS
+    col = tl.arange(0, COLS)
+    inside = col < tl.minimum(columns - col0, COLS).to(tl.int32)
+    slab = tl.arange(0, SLABS)[:, None]
+    total = tl.zeros([SLABS, COLS], tl.float64)
+    for first in range(0, slabs, SLABS):
+        offsets = (first + slab).to(tl.int64) * columns + col0 + col[None, :]
+        total += tl.load(partial + offsets, mask=(first + slab < slabs) & inside[None, :], other=0.0).to(tl.float64)
+    result = tl.sum(total, 0).to(da.dtype.element_ty)
+    column = col0 + col
+    tl.store(da + column, result, mask=inside & (column < split))
+    tl.store(db + (column - split), result, mask=inside & (column >= split))
+
+
+@triton.jit(do_not_specialize=["groups", "channels", "runs", "run_length", "units_per_slab"])
+def channel_moments_kernel(
+    x,
+    partial,
+    groups,
+    channels,
+    runs,
+    run_length,
+    units_per_slab,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Mean, and sum of squared deviations from it, of each channel in a slab: partial [slabs, 2, groups, channels].
+
+    Each element of the tile keeps count, mean and squared deviations of the pixels that it sees. UNITS units at a time
+    are loaded, their own mean and deviations taken, and merged into the running ones (Chan, Golub and LeVeque 1983):
+
+        mean += d n' / n,    m2 += m2' + d^2 n' (n - n') / n,    d = mean' - mean,  n = all counted so far
+
+    so a mean much larger than the deviation costs no digits. In the end the elements of a channel are merged likewise.
+
+    Bytes: the map is read once, elements * itemsize, which over the read bandwidth is the floor.
+    """
+    axis: tl.constexpr = 0 if CHANNELS_LAST else 1
+    if CHANNELS_LAST:
+        channels = _aligned(channels, ALIGN)
+        tiles = tl.cdiv(run_length, ROWS)
+        row, col, offsets = _tile(channels, ROWS, COLS, WIDE)
+    else:
+        run_length = _aligned(run_length, ALIGN)
+        tiles = tl.cdiv(run_length, COLS)
+        row, col, offsets = _tile(run_length, ROWS, COLS, WIDE)
+    group, slab, channel0, begin, end = _slab(channels, runs, tiles, units_per_slab, COLS if CHANNELS_LAST else ROWS)
+    run = tl.cast(group, tl.int64) * runs + begin // tiles
+    tile = begin % tiles
+
+    count = tl.zeros([ROWS, COLS], tl.float64 if DOUBLE else tl.float32)
+    mean = count
+    m2 = count
+    for unit in range(begin, end, UNITS):
+        values = ()
+        masks = ()
+        new_count = tl.zeros_like(count)
+        new_mean = tl.zeros_like(count)
+        for i in tl.static_range(UNITS):
+            place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+            run, tile = _next_tile(run, tile, tiles)
+            inside = inside & (unit + i < end)
+            value = tl.load(x + place + offsets, mask=inside, other=0.0).to(count.dtype)
+            new_count += inside.to(count.dtype)
+            new_mean += value
+            values = values + (value,)
+            masks = masks + (inside,)
+        new_mean /= tl.maximum(new_count, 1.0)
+        for i in tl.static_range(UNITS):
+            deviation = tl.where(masks[i], values[i] - new_mean, 0.0)
+            m2 += deviation * deviation
+        share = new_count / tl.maximum(count + new_count, 1.0)
+        difference = new_mean - mean
+        mean += difference * share
+        m2 += difference * difference * (count * share)
+        count += new_count
+
+    # Twice: the first mean carries the rounding error of large numbers, the second corrects it with small ones.
+    total = tl.maximum(tl.sum(count, axis), 1.0)
+    rough = tl.sum(count * mean, axis) / total
+    difference = mean - tl.expand_dims(rough, axis)
+    correction = tl.sum(count * difference, axis) / total
+    squares = tl.sum(m2 + count * difference * difference, axis) - total * correction * correction
+    kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
+    here = kept < channels - channel0
+    result = (tl.cast(slab, tl.int64) * 2 * groups + group) * channels + channel0 + kept
+    tl.store(partial + result, rough + correction, mask=here)
+    tl.store(partial + result + tl.cast(groups, tl.int64) * channels, squares, mask=here)
+
+
+@triton.jit
+def _pixels_before(unit, tiles, run_length, STEP: tl.constexpr):
+    """How many pixels of a group come before a unit."""
+    return (unit // tiles).to(tl.int64) * run_length + (unit % tiles).to(tl.int64) * STEP
+
+
+@triton.jit(do_not_specialize=["slabs", "columns", "runs", "run_length", "units_per_slab"])
+def merge_moments_kernel(
+    partial,
+    mean,
+    var,
+    slabs,
+    columns,
+    runs,
+    run_length,
+    units_per_slab,
+    STEP: tl.constexpr,
+    SLABS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Mean and biased variance of each column from partial [slabs, 2, columns], in float64.
+
+    With n_s pixels in slab s and d_s = mean_s - mean_0:  mean = mean_0 + D,  D = sum n_s d_s / n,
+    var = sum (m2_s + n_s d_s^2) / n - D^2.
+    """
+    tiles = tl.cdiv(run_length, STEP)
+    units = runs * tiles
+    col0 = tl.program_id(0).to(tl.int64) * COLS
+    col = tl.arange(0, COLS)
+    inside = col < tl.minimum(columns - col0, COLS).to(tl.int32)
+    slab = tl.arange(0, SLABS)[:, None]
+    pivot = tl.load(partial + col0 + col, mask=inside, other=0.0).to(tl.float64)
+    first_moment = tl.zeros([SLABS, COLS], tl.float64)
+    second_moment = tl.zeros([SLABS, COLS], tl.float64)
+    for first in range(0, slabs, SLABS):
+        begin = tl.minimum((first + slab) * units_per_slab, units)
+        end = tl.minimum(begin + units_per_slab, units)
+        here = (first + slab < slabs) & inside[None, :]
+        offsets = (first + slab).to(tl.int64) * 2 * columns + col0 + col[None, :]
+        difference = tl.load(partial + offsets, mask=here, other=0.0).to(tl.float64) - pivot[None, :]
+        squares = tl.load(partial + columns + offsets, mask=here, other=0.0).to(tl.float64)
+        count = _pixels_before(end, tiles, run_length, STEP) - _pixels_before(begin, tiles, run_length, STEP)
+        weighted = tl.where(here, difference * count.to(tl.float64), 0.0)
+        first_moment += weighted
+        second_moment += squares + weighted * difference
+    pixels = (tl.cast(runs, tl.int64) * run_length).to(tl.float64)
+    shift = tl.sum(first_moment, 0) / pixels
+    variance = tl.sum(second_moment, 0) / pixels - shift * shift
+    tl.store(mean + col0 + col, (pivot + shift).to(mean.dtype.element_ty), mask=inside)
+    variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays NaN
+    tl.store(var + col0 + col, variance.to(var.dtype.element_ty), mask=inside)

@@ -1,0 +1,314 @@
+"""The ER operators on CUDA devices: argument checks, launches of the Triton kernels, registration.
+
+Nothing here waits for the device, and every result is allocated by PyTorch, so calls can be captured in a CUDA graph
+(after one call outside it, which compiles the kernels). Triton itself is imported by the first call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ernet_fast.er.triton import tiling
+from ernet_fast.er.triton.tiling import REDUCTION_WARPS, SUM_WARPS, Shape, ceil_div, merge_tile, padded_count
+
+MAX_SUM_MAPS = 256
+_DOT_MAPS = 8  # whose sums a program of weighted_dot keeps in registers
+_MOMENT_UNITS = 8  # tiles of channel_moments that are loaded together
+_ACCUMULATE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+_SCHEMAS = (
+    "channel_moments(Tensor x, bool per_sample) -> (Tensor mean, Tensor var)",
+    "weighted_sum(Tensor[] maps, Tensor a, Tensor? b, bool relu) -> Tensor",
+    "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) -> (Tensor da, Tensor db, Tensor g)",
+    "block_coefficients(Tensor(a!) table, int index, bool doubles, Tensor? mean, Tensor? var, Tensor? count, "
+    "int elements, int norm, Tensor? gamma, Tensor? beta, Tensor(b!)? norm_mean, Tensor(c!)? norm_var, "
+    "Tensor(d!)? norm_batches, float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, "
+    "Tensor(f!)? running_var, Tensor(g!)? batches, bool use_running, float? momentum, float eps) "
+    "-> (Tensor a, Tensor b)",
+    "block_coefficients_backward(Tensor table, int index, bool doubles, Tensor(a!) totals, Tensor? da, Tensor? db, "
+    "Tensor? count, int elements, int norm, Tensor? weight, Tensor? running_mean, Tensor? running_var, "
+    "bool use_running, float eps, Tensor[] readers, bool measured, bool pass_on) "
+    "-> (Tensor rows, Tensor k0, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dmoments)",
+)
+
+
+@functools.lru_cache(maxsize=1)
+def kernels() -> ModuleType:
+    """The module of all kernels."""
+    from ernet_fast.er.triton import map_kernels  # here, because it imports triton
+
+    return map_kernels
+
+
+@functools.lru_cache(maxsize=1)
+def _interpreted() -> bool:
+    """True under TRITON_INTERPRET=1: kernels run on the CPU, and so on CPU tensors."""
+    import triton
+
+    return not isinstance(kernels().weighted_sum_kernel, triton.JITFunction)
+
+
+def _fail(message: str) -> None:
+    raise RuntimeError(f"ernet: {message}")
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sample: bool) -> Shape:
+    """One shape, dtype, device and dense layout; returns the shape. `name_of` names a map in an error."""
+    first = maps[0]
+    if first.dim() != 4:
+        _fail(f"{name_of(0)} must have 4 dimensions [N, C, H, W]; got {list(first.shape)}")
+    if first.dtype not in _ACCUMULATE:
+        _fail(f"{name_of(0)} must be float32, float64, bfloat16 or float16; got {first.dtype}")
+    if not (first.is_cuda or _interpreted()):
+        _fail(f"{name_of(0)} must be on a CUDA device here; it is on {first.device}")
+    planar = channels_last = True
+    for i, x in enumerate(maps):
+        if x.shape != first.shape:
+            _fail(f"all maps must have one shape; {name_of(i)} has {list(x.shape)}, expected {list(first.shape)}")
+        if x.dtype != first.dtype:
+            _fail(f"all maps must have one dtype; {name_of(i)} has {x.dtype}, expected {first.dtype}")
+        if x.device != first.device:
+            _fail(f"all maps must be on one device; {name_of(i)} is on {x.device}, expected {first.device}")
+        planar = planar and x.is_contiguous()
+        channels_last = channels_last and _is_channels_last(x)
+    if not (planar or channels_last or first.numel() == 0):
+        _fail(
+            "all maps must be dense in one layout, contiguous or channels-last. Call .contiguous() or "
+            ".contiguous(memory_format=torch.channels_last) on the others"
+        )
+    samples, channels, height, width = first.shape
+    pixels = height * width
+    # Single pixels are dense in both layouts, and as rows of channels they make wide loads.
+    return Shape(samples, channels, pixels, not planar or (channels_last and pixels == 1), per_sample)
+
+
+def _check_coefficients(t: Tensor, name: str, sizes: list[int], like: Tensor) -> None:
+    if list(t.shape) != sizes:
+        _fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
+    if t.device != like.device:
+        _fail(f"{name} must be on the device of the maps, {like.device}; it is on {t.device}")
+    if t.dtype != _ACCUMULATE[like.dtype]:
+        _fail(
+            f"{name} must be "
+            + (
+                "float64 for float64 maps"
+                if like.dtype == torch.float64
+                else "float32 for float32, bfloat16 and float16 maps"
+            )
+            + f"; got {t.dtype}"
+        )
+    if not (t.is_contiguous() or t.numel() == 0):
+        _fail(f"{name} must be contiguous")
+
+
+def _channel_sizes(shape: Shape) -> list[int]:
+    return [shape.N, shape.C] if shape.per_sample else [shape.C]
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the device of `x` the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _padded(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (*maps, *([maps[0]] * (padded_count(len(maps)) - len(maps))))
+
+
+def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """`ernet::channel_moments` on a CUDA device: mean and biased variance, [C] or [N, C]."""
+    shape = _check_maps([x], lambda _: "x", per_sample)
+    mean, var = (x.new_empty(_channel_sizes(shape), dtype=_ACCUMULATE[x.dtype]) for _ in range(2))
+    if x.numel() == 0:
+        return mean.zero_(), var.fill_(float("nan"))
+    cut = tiling.reduction(shape, x.element_size())
+    partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=_ACCUMULATE[x.dtype])
+    tile = cut.tile
+    columns = shape.groups * shape.C
+    slabs_together, columns_together = merge_tile(cut.slabs)
+    with on_device_of(x):
+        kernels().channel_moments_kernel[(cut.programs,)](
+            x,
+            partial,
+            shape.groups,
+            shape.C,
+            cut.runs,
+            cut.run_length,
+            cut.units_per_slab,
+            CHANNELS_LAST=shape.channels_last,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            ALIGN=tile.align,
+            WIDE=tile.wide,
+            DOUBLE=x.dtype == torch.float64,
+            UNITS=_MOMENT_UNITS,
+            num_warps=REDUCTION_WARPS,
+        )
+        kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
+            partial,
+            mean,
+            var,
+            cut.slabs,
+            columns,
+            cut.runs,
+            cut.run_length,
+            cut.units_per_slab,
+            STEP=cut.step,
+            SLABS=slabs_together,
+            COLS=columns_together,
+        )
+    return mean, var
+
+
+def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool) -> Tensor:
+    """`ernet::weighted_sum` on a CUDA device: `sum_l a[l] * maps[l] + b`, then ReLU if asked."""
+    if not maps:
+        _fail("maps must hold at least one map")
+    if len(maps) > MAX_SUM_MAPS:
+        _fail(f"maps must hold at most {MAX_SUM_MAPS} maps on a CUDA device; got {len(maps)}")
+    shape = _check_maps(maps, lambda i: f"maps[{i}]", a.dim() == 3)
+    sizes = _channel_sizes(shape)
+    if b is not None:
+        _check_coefficients(b, "b", sizes, maps[0])
+    _check_coefficients(a, "a", [len(maps), *sizes], maps[0])
+    y = torch.empty_like(maps[0])
+    if y.numel() == 0:
+        return y
+    tile, tiles = tiling.sum_tile(shape, y.element_size())
+    channels_last = shape.channels_last
+    with on_device_of(y):
+        kernels().weighted_sum_kernel[(tiles,)](
+            _padded(maps),
+            a,
+            a if b is None else b,
+            y,
+            len(maps),
+            shape.groups,
+            shape.N * shape.P // shape.groups if channels_last else shape.N * shape.C,
+            shape.C if channels_last else shape.P,
+            shape.groups * shape.C,
+            CHANNELS_LAST=channels_last,
+            HAS_B=b is not None,
+            RELU=relu,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            ALIGN=tile.align,
+            WIDE=tile.wide,
+            num_warps=SUM_WARPS,
+        )
+    return y
+
+
+def weighted_dot(
+    dy: Tensor, maps: Sequence[Tensor], y: Tensor | None, per_sample: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ernet::weighted_dot` on a CUDA device: da, db and g (empty without `y`)."""
+    if not maps:
+        _fail("maps must hold at least one map")
+    everything = [dy, *maps] if y is None else [dy, *maps, y]
+    shape = _check_maps(everything, lambda i: ["dy", *(f"maps[{k}]" for k in range(len(maps))), "y"][i], per_sample)
+    sizes, dtype = _channel_sizes(shape), _ACCUMULATE[dy.dtype]
+    da, db = dy.new_empty((len(maps), *sizes), dtype=dtype), dy.new_empty(sizes, dtype=dtype)
+    g = dy.new_empty((0,)) if y is None else torch.empty_like(dy)
+    if dy.numel() == 0:
+        return da.zero_(), db.zero_(), g
+    cut = tiling.reduction(shape, dy.element_size())
+    partial = dy.new_empty((cut.slabs, len(maps) + 1, shape.groups, shape.C), dtype=dtype)
+    split = len(maps) * shape.groups * shape.C
+    columns = split + shape.groups * shape.C
+    slabs_together, columns_together = merge_tile(cut.slabs)
+    with on_device_of(dy):
+        for first in range(0, len(maps), _DOT_MAPS):
+            # The first launch makes g; the others read it.
+            masks = y is not None and first == 0
+            _launch_dot(
+                dy if y is None or masks else g,
+                y if masks else None,
+                g,
+                maps[first : first + _DOT_MAPS],
+                partial,
+                first,
+                shape,
+                cut,
+            )
+        kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
+            partial, da, db, cut.slabs, columns, split, SLABS=slabs_together, COLS=columns_together
+        )
+    return da, db, g
+
+
+def _launch_dot(
+    dy: Tensor,
+    y: Tensor | None,
+    g: Tensor,
+    maps: Sequence[Tensor],
+    partial: Tensor,
+    first_map: int,
+    shape: Shape,
+    cut: tiling.Reduction,
+) -> None:
+    tile = cut.tile
+    kernels().weighted_dot_kernel[(cut.programs,)](
+        dy,
+        dy if y is None else y,
+        dy if y is None else g,
+        _padded(maps),
+        partial,
+        len(maps),
+        first_map,
+        partial.shape[1] - 1,
+        shape.groups,
+        shape.C,
+        cut.runs,
+        cut.run_length,
+        cut.units_per_slab,
+        HAS_Y=y is not None,
+        CHANNELS_LAST=shape.channels_last,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        ALIGN=tile.align,
+        WIDE=tile.wide,
+        num_warps=REDUCTION_WARPS,
+    )
+
+
+def available() -> bool:
+    """True if this PyTorch has CUDA (or HIP) devices and Triton is installed; neither is initialised or imported."""
+    on_gpu = torch.version.cuda is not None or torch.version.hip is not None
+    return on_gpu and importlib.util.find_spec("triton") is not None
+
+
+_LIBRARY: torch.library.Library | None = None  # what is registered lives as long as this
+
+
+def register(*, define: bool) -> None:
+    """Register the operators for CUDA tensors; with `define` their schemas too, for where no binary has done it."""
+    global _LIBRARY
+    from ernet_fast.er.triton import coefficient_launch as algebra  # which imports this module
+
+    _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
+    if define:
+        for schema in _SCHEMAS:
+            _LIBRARY.define(schema)
+    for function in (
+        channel_moments,
+        weighted_sum,
+        weighted_dot,
+        algebra.block_coefficients,
+        algebra.block_coefficients_backward,
+    ):
+        _LIBRARY.impl(function.__name__, function, "CUDA")
