@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_coefficients import NORMS, assert_close, vectors
 
-from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.epilogue_arguments import BranchNorm, new_table, new_totals
 from ernet_fast.er.triton import coefficient_launch as launch
 
 COUNT, NORM_EPS, EPS = 30, 1e-2, 1e-3

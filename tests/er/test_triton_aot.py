@@ -17,7 +17,7 @@ import pytest
 import torch
 from triton_launches import Launch, record
 
-from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.epilogue_arguments import BranchNorm, new_table, new_totals
 from ernet_fast.er.triton import coefficient_launch, map_launch
 
 pytestmark = [

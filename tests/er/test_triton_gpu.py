@@ -13,7 +13,7 @@ from test_coefficients import assert_close, backward, forward, vectors
 import ernet_fast
 from ernet_fast import reference
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.epilogue_arguments import BranchNorm, new_table, new_totals
 
 pytestmark = pytest.mark.gpu
 CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ernet_fast.er import coefficients
-from ernet_fast.er.coefficients import BranchNorm
+from ernet_fast.er import epilogue_arguments as coefficients
+from ernet_fast.er.epilogue_arguments import BranchNorm
 from ernet_fast.er.triton import map_launch
 from ernet_fast.er.triton.tiling import ceil_div, padded_count
 
