@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ernet_fast import _backend
 from ernet_fast.er import coefficients
-from ernet_fast.er.triton import map_launch
+from ernet_fast.er.triton import register as triton_operators
 
 # Constants, so that torch.compile need not trace how they are found.
 _COMPILED = _backend.extension_available()
-_TRITON = map_launch.available()
+_TRITON = triton_operators.available()
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -183,7 +183,7 @@ def _register() -> None:
 
 
 if _TRITON:
-    map_launch.register(define=not _COMPILED)
+    triton_operators.register(define=not _COMPILED)
 if _COMPILED or _TRITON:
     _register()
     coefficients.register()
