@@ -128,7 +128,9 @@ class ERResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's map [N, num_features, H / 32, W / 32] of images [N, in_channels, H, W]."""
-        x = self.maxpool(batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=self.stages[0].fused))
+        x = self.maxpool(
+            batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=None if self.stages[0].fused else False)
+        )
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         for stage in self.stages:
             x = checkpoint_stage(stage, x) if checkpointing else stage(x)
