@@ -17,6 +17,7 @@ from turns import in_turns, percentiles
 
 from ernet_fast import ERShortcut, er_shortcut_sum
 from ernet_fast.er import operators
+from ernet_fast.er.epilogue import er_block, er_block_backward
 from ernet_fast.er.epilogue_arguments import (
     NO_NORM,
     NO_SHORTCUT,
@@ -28,7 +29,6 @@ from ernet_fast.er.epilogue_arguments import (
     new_table,
     new_totals,
 )
-from ernet_fast.er.epilogue import er_block, er_block_backward
 
 CHANNELS, NUM_MAPS = 64, 3
 BAR_US = 30

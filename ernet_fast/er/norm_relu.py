@@ -25,7 +25,7 @@ from ernet_fast.er.plain import is_plain
 
 
 def norms_supported(x: Tensor) -> bool:
-    """True if the operators of this module support maps like `x` [N, C, H, W]; on a GPU `projection_sum` alone uses them.
+    """True if the operators of this module support maps like `x` [N, C, H, W]; on a GPU `projection_sum` alone does.
 
     By count of map accesses BatchNorm and ReLU have little to win over cuDNN there (docs/er-shortcuts.md).
     """
