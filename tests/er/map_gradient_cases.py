@@ -16,7 +16,7 @@ import torch
 from test_coefficients import COUNT, EPS, NORM_EPS, assert_close, vectors
 from torch import Tensor
 
-from ernet_fast.er.coefficients import TABLE_ROWS, BranchNorm
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 
 
 class Stage:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ernet_fast.er.coefficients import TABLE_ROWS, BranchNorm
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 from ernet_fast.er.triton.map_launch import fail, on_device_of, padded
 from ernet_fast.er.triton.tiling import ceil_div
 
@@ -32,7 +32,7 @@ def kernels() -> ModuleType:
 
 
 class BlockArguments(NamedTuple):
-    """The arguments of `ernet::block_coefficients`, which `coefficients` describes."""
+    """The arguments of `ernet::block_coefficients`, which `epilogue_arguments` describes in part."""
 
     table: Tensor
     index: int
