@@ -17,7 +17,7 @@ from turns import in_turns, percentiles
 
 from ernet_fast import ERShortcut, er_shortcut_sum
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import (
+from ernet_fast.er.epilogue_arguments import (
     NO_NORM,
     NO_SHORTCUT,
     BranchNorm,

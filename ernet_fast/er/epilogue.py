@@ -29,8 +29,14 @@ from ernet_fast.er.epilogue_arguments import (
     EpilogueState,
     record_updates,
 )
+from ernet_fast.er.process_group import ProcessGroup
 
 _NO_COLUMNS: tuple[list[Tensor], ...] = ([],) * len(LaterBlock._fields)
+
+
+def block_operator_supports(x: Tensor, group: ProcessGroup | None) -> bool:
+    """True if one operator a block each way serves maps like `x`, with statistics over `group`."""
+    return group is None and x.device.type == "cpu"
 
 
 def er_block(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ernet_fast import _backend
-from ernet_fast.er import operators
+from ernet_fast.er import epilogue, operators
 from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, norm_arguments
 from ernet_fast.er.nodes import FusedStage
 from ernet_fast.er.plain import is_plain, why_not_plain
@@ -79,7 +79,7 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
         choice = Choice(Path.TRACEABLE, "norm='group': statistics of each sample")
     elif len({shortcut.eps for shortcut in shortcuts}) > 1:
         choice = Choice(Path.TRACEABLE, "the shortcuts of the stage differ in eps")
-    elif block_operator_supports(x0, group):
+    elif epilogue.block_operator_supports(x0, group):
         choice = Choice(Path.BLOCK_OPERATOR, "compiled operators for the CPU")
     elif group is None:
         choice = Choice(Path.COMPOSED, "Triton's operators")
@@ -88,11 +88,6 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
     if group is not None and choice.group is None:
         raise RuntimeError(f"{NO_NAIVE_GROUP} Here: {choice.reason}.")
     return choice
-
-
-def block_operator_supports(x0: Tensor, group: ProcessGroup | None) -> bool:
-    """True if one operator a block each way serves maps like x0, with statistics over `group`."""
-    return group is None and x0.device.type == "cpu"
 
 
 def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowed: bool) -> str | None:

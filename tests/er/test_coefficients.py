@@ -8,7 +8,7 @@ import pytest
 import torch
 from other_isa import ISAS, run_on
 
-from ernet_fast.er.coefficients import BranchNorm, block_coefficients, new_table
+from ernet_fast.er.epilogue_arguments import BranchNorm, block_coefficients, new_table
 from ernet_fast.er.unfused_coefficients import MapStatistics, map_statistics, shortcut_coefficients
 
 EPS, NORM_EPS, COUNT = 1e-3, 1e-2, 30

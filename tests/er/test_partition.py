@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ernet_fast import _backend
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments, new_table
+from ernet_fast.er.epilogue_arguments import NO_NORM, ShortcutArguments, new_table
 
 OPS = torch.ops.ernet
 EPS = 1e-3

@@ -8,7 +8,7 @@ from er_cases import DTYPES, LAYOUTS, maps_like
 
 import ernet_fast
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import NO_NORM, TABLE_ROWS, ShortcutArguments, new_table
+from ernet_fast.er.epilogue_arguments import NO_NORM, TABLE_ROWS, ShortcutArguments, new_table
 from ernet_fast.reference import er_shortcut_sum as reference
 
 OPS = torch.ops.ernet

@@ -14,7 +14,7 @@ from stage_cases import STEPS, Tails, tails
 from torch import Tensor, nn
 
 from ernet_fast import ERShortcut
-from ernet_fast.er.coefficients import NO_NORM, BranchNorm, ShortcutArguments, new_table
+from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, ShortcutArguments, new_table
 from ernet_fast.er.epilogue import LaterBlock, er_block, er_block_backward
 from ernet_fast.er.stage import StageMaps
 
