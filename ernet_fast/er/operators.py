@@ -68,12 +68,27 @@ def check_first_order(*gradients: Tensor | None) -> None:
         )
     batched = torch._C._functorch.peek_interpreter_stack() is not None
     for gradient in gradients:
-        batched |= gradient is not None and torch._C._dispatch_keys(gradient).has(torch._C.DispatchKey.Batched)
+        batched |= gradient is not None and _is_batched(gradient)
     if batched:
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
             "Build the model with fused=False for them."
         )
+
+
+_NOT_BATCHED: set[int] = set()
+"""Sets of dispatch keys that were found not to be those of a batched tensor."""
+
+
+def _is_batched(x: Tensor) -> bool:
+    """True for a tensor of `torch.autograd`'s own vmap, which has no other mark than a dispatch key without a name."""
+    keys = torch._C._dispatch_keys(x)
+    if keys.raw_repr() in _NOT_BATCHED:
+        return False
+    if "Batched" in str(keys):
+        return True
+    _NOT_BATCHED.add(keys.raw_repr())
+    return False
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -130,7 +130,9 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
         ValueError: shortcuts or BatchNorms of one stage that name different groups.
     """
     shortcuts, norms = modules.shortcuts, modules.norms
-    if not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group":  # of samples; SyncBatchNorm runs as it is
+    if (
+        not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group"
+    ):  # of samples; SyncBatchNorm runs as it is
         return None
     named, synchronised = False, []
     for bn in norms:
