@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "er/coefficients.h"
+#include "er/stack_arguments.h"
 #include "memory/outputs.h"
 
 namespace ernet {
@@ -26,8 +27,6 @@ using cpu::BranchNorm;
 using cpu::kTableRows;
 using cpu::kTotalRows;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrainValues = 32768;  // values of C-vectors below which a second thread costs more than it brings
 
@@ -37,10 +36,12 @@ inline std::string sizes_text(const std::vector<int64_t>& sizes) {
   return text + "]";
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+inline std::string shape_text(const Tensor& t) { return sizes_text(sizes_of(t)); }
+
 inline void check_vector(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> found;
-  for (int64_t i = 0; i < t.dim(); ++i) found.push_back(t.size(i));
-  STD_TORCH_CHECK(found == sizes, "ernet: ", name, " must have shape ", sizes_text(sizes), "; got ", sizes_text(found));
+  STD_TORCH_CHECK(sizes_of(t) == sizes, "ernet: ", name, " must have shape ", sizes_text(sizes), "; got ",
+                  shape_text(t));
   STD_TORCH_CHECK(t.is_cpu(), "ernet: ", name, " must be on the CPU here");
   STD_TORCH_CHECK(t.is_contiguous() || t.numel() == 0, "ernet: ", name, " must be contiguous");
 }
@@ -197,46 +198,52 @@ void over_channels(int64_t channels, int64_t rows, const Work& work) {
   torch::stable::parallel_for(0, channels, kGrainValues / rows + 1, work);
 }
 
-struct ForwardTensors {
-  const Tensor& table;
-  const OptionalTensor &gamma, &beta, &norm_mean, &norm_var, &norm_batches;
-  const OptionalTensor &weight, &running_mean, &running_var, &batches;
-};
-
-struct ForwardNumbers {
-  int64_t index, elements;
-  BranchNorm norm;
-  std::optional<double> norm_momentum;
-  double norm_eps;
-  bool use_running;
-  std::optional<double> momentum;
-  double eps;
+// Of the schemas of er_block and block_coefficients: how x comes from z, and the block's shortcuts.
+struct EpilogueParameters {
+  StackArguments& in;
+  int64_t norm = in.integer();
+  OptionalTensor gamma = in.optional_tensor();
+  OptionalTensor beta = in.optional_tensor();
+  OptionalTensor norm_mean = in.optional_tensor();
+  OptionalTensor norm_var = in.optional_tensor();
+  OptionalTensor norm_batches = in.optional_tensor();
+  std::optional<double> norm_momentum = in.optional_number();
+  double norm_eps = in.number();
+  OptionalTensor weight = in.optional_tensor();
+  OptionalTensor running_mean = in.optional_tensor();
+  OptionalTensor running_var = in.optional_tensor();
+  OptionalTensor batches = in.optional_tensor();
+  bool use_running = in.boolean();
+  std::optional<double> momentum = in.optional_number();
+  double eps = in.number();
 };
 
 // The arguments of the loops but a and b. `moments`: mean and variance of the map, null where nothing depends on them.
 // Counts a batch where running statistics are to be moved, so whatever else is checked must have been before.
 template <typename A>
-BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const ForwardTensors& t, const ForwardNumbers& k,
-                                       std::pair<const A*, const A*> moments, double count) {
-  const int64_t channels = t.table.dim() == 3 ? t.table.size(2) : 0;
-  const std::vector<int64_t> one = {channels}, all = {k.index, channels};
-  const bool batch = k.norm == BranchNorm::batch;
+BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const Tensor& table, int64_t index,
+                                       const EpilogueParameters& k, std::pair<const A*, const A*> moments,
+                                       double count) {
+  const int64_t channels = table.dim() == 3 ? table.size(2) : 0;
+  const std::vector<int64_t> one = {channels}, all = {index, channels};
+  const BranchNorm norm = branch_norm(k.norm);
+  const bool batch = norm == BranchNorm::batch;
   BlockCoefficients<A> args{};
-  args.index = k.index;
+  args.index = index;
   args.C = channels;
-  args.table = stage_rows(t.table, "table", kTableRows, k.index, channels);
+  args.table = stage_rows(table, "table", kTableRows, index, channels);
   args.mean = moments.first;
   args.var = moments.second;
   args.count = count;
-  args.norm = k.norm;
-  args.gamma = vectors.read(t.gamma, "gamma", one);
-  args.beta = vectors.read(t.beta, "beta", one);
-  args.norm_mean = vectors.change_if(batch, t.norm_mean, "norm_mean", one);
-  args.norm_var = vectors.change_if(batch, t.norm_var, "norm_var", one);
+  args.norm = norm;
+  args.gamma = vectors.read(k.gamma, "gamma", one);
+  args.beta = vectors.read(k.beta, "beta", one);
+  args.norm_mean = vectors.change_if(batch, k.norm_mean, "norm_mean", one);
+  args.norm_var = vectors.change_if(batch, k.norm_var, "norm_var", one);
   args.norm_eps = k.norm_eps;
-  args.weight = vectors.read(t.weight, "weight", all);
-  args.running_mean = vectors.change_if(!k.use_running, t.running_mean, "running_mean", all);
-  args.running_var = vectors.change_if(!k.use_running, t.running_var, "running_var", all);
+  args.weight = vectors.read(k.weight, "weight", all);
+  args.running_mean = vectors.change_if(!k.use_running, k.running_mean, "running_mean", all);
+  args.running_var = vectors.change_if(!k.use_running, k.running_var, "running_var", all);
   args.use_running = k.use_running;
   args.eps = k.eps;
   STD_TORCH_CHECK((args.norm_mean == nullptr) == (args.norm_var == nullptr),
@@ -244,55 +251,16 @@ BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const ForwardTensors
   STD_TORCH_CHECK((args.running_mean == nullptr) == (args.running_var == nullptr),
                   "ernet: running_mean and running_var go together");
   STD_TORCH_CHECK(!batch || args.mean != nullptr, "ernet: norm 1 (batch) needs mean and var");
-  STD_TORCH_CHECK(k.norm != BranchNorm::running || args.norm_mean != nullptr,
+  STD_TORCH_CHECK(norm != BranchNorm::running || args.norm_mean != nullptr,
                   "ernet: norm 2 (running) needs norm_mean and norm_var");
   STD_TORCH_CHECK(!k.use_running || args.running_mean != nullptr,
                   "ernet: use_running needs running_mean and running_var");
-  const bool move_norm = batch && t.norm_mean.has_value(), move = !k.use_running && t.running_mean.has_value();
-  if (move_norm) check_batches(t.norm_batches, k.norm_momentum, "norm_batches");
-  if (move) check_batches(t.batches, k.momentum, "batches");
-  if (move_norm) args.norm_momentum = next_momentum(t.norm_batches, k.norm_momentum);
-  if (move) args.momentum = next_momentum(t.batches, k.momentum);
+  const bool move_norm = batch && k.norm_mean.has_value(), move = !k.use_running && k.running_mean.has_value();
+  if (move_norm) check_batches(k.norm_batches, k.norm_momentum, "norm_batches");
+  if (move) check_batches(k.batches, k.momentum, "batches");
+  if (move_norm) args.norm_momentum = next_momentum(k.norm_batches, k.norm_momentum);
+  if (move) args.momentum = next_momentum(k.batches, k.momentum);
   return args;
 }
-
-// Where the coefficients stand with which later blocks read map `index`.
-template <typename A>
-std::vector<const A*> reader_rows(const std::vector<Tensor>& readers, int64_t index, int64_t channels) {
-  std::vector<const A*> rows;
-  for (const Tensor& reader : readers) {
-    STD_TORCH_CHECK(reader.dim() == 2 && reader.size(0) > index && reader.size(1) == channels && reader.is_cpu() &&
-                        reader.is_contiguous() && reader.scalar_type() == vector_type(std::is_same_v<A, double>),
-                    "ernet: readers must be coefficients [> index, C] of later blocks");
-    rows.push_back(static_cast<const A*>(reader.const_data_ptr()) + index * channels);
-  }
-  return rows;
-}
-
-// Rows of coefficients of dz: those with which later blocks read the map, k1, and ones for a gradient passed on; and
-// k0.
-template <typename A>
-struct GradientRows {
-  std::vector<const A*> readers;
-  bool measured, pass_on;
-  cpu::MomentsGradient<A> moments;  // k1 is set here
-  A* rows;                          // [readers + measured + pass_on][C]
-  int64_t C;
-
-  void fill(int64_t begin, int64_t end) const {
-    A* row = rows;
-    for (const A* reader : readers) {
-      std::copy(reader + begin, reader + end, row + begin);
-      row += C;
-    }
-    if (measured) {
-      cpu::MomentsGradient<A> args = moments;
-      args.k1 = row;
-      run(args, begin, end);
-      row += C;
-    }
-    if (pass_on) std::fill(row + begin, row + end, A(1));
-  }
-};
 
 }  // namespace ernet

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "er/channel_vectors.h"
 #include "er/kernels.h"
 #include "memory/outputs.h"
 
@@ -18,24 +19,8 @@ namespace ernet {
 
 using cpu::MapShape;
 using cpu::Storage;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kGrainElements = 32768;  // below this, a second thread costs more than it brings
-
-inline std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
-}
 
 inline Storage storage_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -80,8 +65,8 @@ struct MapChecker {
   }
 
   void add(const Tensor& map, const char* name) {
-    STD_TORCH_CHECK(same_shape(map, first), "ernet: all maps must have one shape; ", name, " has ", shape_text(map),
-                    ", expected ", shape_text(first));
+    STD_TORCH_CHECK(sizes_of(map) == sizes_of(first), "ernet: all maps must have one shape; ", name, " has ",
+                    shape_text(map), ", expected ", shape_text(first));
     STD_TORCH_CHECK(map.scalar_type() == first.scalar_type(), "ernet: all maps must have one dtype; ", name,
                     " differs");
     STD_TORCH_CHECK(map.is_cpu(), "ernet: all maps must be on one device; ", name, " is not on the CPU");
@@ -108,18 +93,10 @@ inline MapChecker checked_maps(const std::vector<Tensor>& maps) {
 
 // Checks a coefficient tensor against `sizes` and returns its data.
 inline const void* coefficients(const Tensor& t, const char* name, const std::vector<int64_t>& sizes, Storage storage) {
-  std::string wanted = "[";
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    wanted += (i ? ", " : "") + std::to_string(sizes[i]);
-    same = same && t.size(static_cast<int64_t>(i)) == sizes[i];
-  }
-  STD_TORCH_CHECK(same, "ernet: ", name, " must have shape ", wanted, "]; got ", shape_text(t));
-  STD_TORCH_CHECK(t.is_cpu(), "ernet: ", name, " must be on the device of the maps");
+  check_vector(t, name, sizes);
   STD_TORCH_CHECK(
       t.scalar_type() == acc_type(storage), "ernet: ", name, " must be ",
       storage == Storage::f64 ? "float64 for float64 maps" : "float32 for float32, bfloat16 and float16 maps");
-  STD_TORCH_CHECK(t.is_contiguous() || t.numel() == 0, "ernet: ", name, " must be contiguous");
   return t.const_data_ptr();
 }
 

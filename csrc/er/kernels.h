@@ -58,7 +58,8 @@ struct MapDots {
   const void* x;
   const void* dy;  // null: there is no such block, or its output has no gradient
   const void* y;   // null: no ReLU, g = dy
-  uint8_t* bits;   // where y > 0; written only where y is given
+  uint8_t* bits;   // where y > 0; written where y is given and g is null
+  void* g;         // g itself; written where y is given
   int64_t num_later;
   const void* const* later;          // [num_later]
   const uint8_t* const* later_bits;  // [num_later], null for those that count whole
@@ -104,8 +105,12 @@ int64_t slabs_per_group(const MapShape& shape);
 // so many that an item of small planes is a long run of each sample; their sums wait in vectors until the slab ends.
 constexpr int64_t kPixelChannels = 2048;
 constexpr int64_t kPlanarChannels = 64;
-// Planar: most elements of an item's slab if it holds more than one channel, and of a chunk of a plane otherwise.
+// Planar: most elements of an item's slab if it holds more than one channel.
 constexpr int64_t kPlanarElements = 32768;
+// Planar: most elements of one plane that a reduction takes at once. A larger plane is taken in chunks, and then it is
+// the only channel of its item: the chunks of several channels would not lie one after the other in memory.
+constexpr int64_t kPlaneChunk = 8192;
+static_assert(kPlaneChunk % 64 == 0, "the ReLU bitmask of a chunk begins with a word");
 
 // Independent work items of a reduction: some channels of one slab.
 struct ReduceItem {

@@ -61,6 +61,44 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
   return {da, db, g};
 }
 
+template <typename A>
+std::tuple<Tensor, Tensor> inner_products(const MapShape& shape, Storage storage, const cpu::MapDots& args,
+                                          const Tensor& z, const Tensor& g) {
+  Tensor sums = like_channels(z, {args.rows(), shape.C}, storage);
+  if (z.numel() == 0) {
+    std::fill_n(data_of<A>(sums), sums.numel(), A(0));
+  } else if (args.rows() > 0) {
+    MapDotsPass<A>(storage, args, data_of<A>(sums)).whole();
+  }
+  return {sums, g};
+}
+
+std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>& dy, const std::optional<Tensor>& y,
+                                    const std::vector<Tensor>& later_g) {
+  MapChecker checker(z, "z");
+  STD_TORCH_CHECK(dy.has_value() || !y.has_value(), "ernet: y is given without dy");
+  if (dy.has_value()) checker.add(*dy, "dy");
+  if (y.has_value()) checker.add(*y, "y");
+  for (size_t l = 0; l < later_g.size(); ++l) checker.add(later_g[l], ("later_g[" + std::to_string(l) + "]").c_str());
+  const Storage storage = storage_of(z, "z");
+  const MapShape shape = checker.shape(false);
+  const Tensor g = y.has_value() ? empty_map_like(z) : torch::stable::new_empty(z, std::vector<int64_t>{0});
+  const std::vector<const void*> later = pointers(later_g);
+  const std::vector<const uint8_t*> all(later.size(), nullptr);
+  const cpu::MapDots args{shape,
+                          z.const_data_ptr(),
+                          dy.has_value() ? dy->const_data_ptr() : nullptr,
+                          y.has_value() ? y->const_data_ptr() : nullptr,
+                          nullptr,
+                          y.has_value() ? g.mutable_data_ptr() : nullptr,
+                          static_cast<int64_t>(later.size()),
+                          later.data(),
+                          all.data(),
+                          nullptr};
+  return storage == Storage::f64 ? inner_products<double>(shape, storage, args, z, g)
+                                 : inner_products<float>(shape, storage, args, z, g);
+}
+
 }  // namespace
 }  // namespace ernet
 
@@ -70,10 +108,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
   m.def(
       "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) "
       "-> (Tensor da, Tensor db, Tensor g)");
+  m.def("map_dots(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g) -> (Tensor sums, Tensor g)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
   m.impl("channel_moments", TORCH_BOX(&ernet::channel_moments));
   m.impl("weighted_sum", TORCH_BOX(&ernet::weighted_sum));
   m.impl("weighted_dot", TORCH_BOX(&ernet::weighted_dot));
+  m.impl("map_dots", TORCH_BOX(&ernet::map_dots));
 }

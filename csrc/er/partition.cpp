@@ -31,6 +31,7 @@ int64_t slab_units(const MapShape& s) {
 
 int64_t block_channels(const MapShape& s) {
   if (s.channels_last) return kPixelChannels;
+  if (s.P > kPlaneChunk) return 1;
   return at_most(at_least_one(kPlanarElements / at_least_one(slab_units(s) * s.P)), kPlanarChannels);
 }
 

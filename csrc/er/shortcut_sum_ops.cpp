@@ -9,13 +9,13 @@
 #include <tuple>
 #include <vector>
 
+#include "er/map_algebra.h"
 #include "er/strips.h"
 
 namespace ernet {
 namespace {
 
 constexpr int64_t kGradientElements = 16384;  // elements of g that stay in cache while every map streams past
-static_assert(cpu::kDVar == cpu::kDMean + 1, "the totals of mean and variance are the gradients of the moments");
 
 MapChecker checked(const std::vector<Tensor>& maps) {
   MapChecker checker = checked_maps(maps);
@@ -38,122 +38,123 @@ void map_gradients(const MapShape& shape, Storage storage, const std::vector<cpu
                               });
 }
 
-struct Saved {
-  const Tensor &weight, &table, &a;
-  const OptionalTensor &running_mean, &running_var;
-  double eps;
+struct BackwardParameters {
+  StackArguments& in;
+  Tensor dy = in.tensor();
+  std::vector<Tensor> maps = in.tensors();
+  OptionalTensor y = in.optional_tensor();
+  Tensor weight = in.tensor();
+  Tensor table = in.tensor();
+  Tensor a = in.tensor();
+  OptionalTensor running_mean = in.optional_tensor();
+  OptionalTensor running_var = in.optional_tensor();
+  double eps = in.number();
+  std::vector<bool> needed = in.booleans();
+
+  bool measured() const { return !running_mean.has_value(); }
 };
 
-// What da and db say: dweight, and of each earlier map the coefficients of dx_i = a_i g + k1_i x_i + k0_i.
+// What da and db say of every earlier map: dweight, and coefficients of dx_i = a_i g + k1_i x_i + k0_i.
 template <typename A>
 class Algebra {
  public:
-  Algebra(const Saved& saved, Storage storage, const A* da, const A* db, int64_t last, int64_t C, double count,
-          A* dweight)
-      : last_(last),
-        C_(C),
-        a_(static_cast<const A*>(coefficients(saved.a, "a", {last + 1, C}, storage))),
-        totals_(static_cast<size_t>(last * cpu::kTotalRows * C)),
-        rows_(static_cast<size_t>(last * 3 * C)) {
-    const double* const table = static_cast<const double*>(saved.table.const_data_ptr());
-    const A* const weight = static_cast<const A*>(coefficients(saved.weight, "weight", {last, C}, storage));
-    const bool use_running = saved.running_mean.has_value();
-    const A *mean = nullptr, *var = nullptr;
-    if (use_running) {
-      mean = static_cast<const A*>(coefficients(*saved.running_mean, "running_mean", {last, C}, storage));
-      var = static_cast<const A*>(coefficients(*saved.running_var, "running_var", {last, C}, storage));
-    }
-    for (int64_t l = 0; l < last; ++l) {
-      const double* const map = table + l * cpu::kTableRows * C;
-      double* const totals = totals_.data() + l * cpu::kTotalRows * C;
-      pairs_.push_back({C, map, totals, weight + l * C, da + l * C, db, use_running ? mean + l * C : nullptr,
-                        use_running ? var + l * C : nullptr, saved.eps, dweight + l * C});
-      if (use_running) continue;
-      A* const row = rows_.data() + l * 3 * C;
-      moments_.push_back({C, map + cpu::kMean * C, totals + cpu::kDMean * C, count, row + C, row + 2 * C});
+  Algebra(const BackwardParameters& k, Storage storage, int64_t C, double count, A* dweight)
+      : C_(C), last_(static_cast<int64_t>(k.maps.size())), da_(array(last_)), db_(array(1)), rows_(array(3 * last_)) {
+    const std::vector<int64_t> sizes = {last_, C};
+    const auto acc = [&](const Tensor& t, const char* name) {
+      return static_cast<const A*>(coefficients(t, name, sizes, storage));
+    };
+    const A* const a = static_cast<const A*>(coefficients(k.a, "a", {last_ + 1, C}, storage));
+    const A* const weight = acc(k.weight, "weight");
+    const A* const mean = k.measured() ? nullptr : acc(*k.running_mean, "running_mean");
+    const A* const var = k.measured() ? nullptr : acc(*k.running_var, "running_var");
+    const double* const table = static_cast<const double*>(k.table.const_data_ptr());
+    dmoments_.reset(new double[static_cast<size_t>(last_ * 2 * C)]);
+    for (int64_t l = 0; l < last_; ++l) {
+      const int64_t at = l * C;
+      MapVectors<A> v{};
+      v.C = C;
+      v.row = table + l * kTableRows * C;
+      v.norm = BranchNorm::none;
+      v.eps = k.eps;
+      v.count = count;
+      v.later = {{a + at, db_.get(), weight + at, mean == nullptr ? nullptr : mean + at,
+                  var == nullptr ? nullptr : var + at, dweight + at}};
+      v.sums = da_.get() + at;
+      v.measured = k.measured();
+      v.rows = rows_.get() + 3 * at;
+      v.k0 = v.rows + 2 * C;
+      v.dmoments = dmoments_.get() + 2 * at;
+      maps_.emplace_back(std::move(v));
     }
   }
 
-  Algebra(const Algebra&) = delete;  // its calls point into its own vectors
-  Algebra& operator=(const Algebra&) = delete;
-
+  // [maps][C] and [C], to be filled before run().
+  A* da() const { return da_.get(); }
+  A* db() const { return db_.get(); }
   // [3][C]: a, and where statistics are those of the maps, k1 and k0.
-  const A* row(int64_t l) const { return rows_.data() + l * 3 * C_; }
+  const A* row(int64_t l) const { return rows_.get() + l * 3 * C_; }
 
-  void run(int64_t begin, int64_t end) {
-    for (const cpu::PairGradient<A>& pair : pairs_) ernet::run(pair, begin, end);
-    for (const cpu::MomentsGradient<A>& moments : moments_) ernet::run(moments, begin, end);
-    for (int64_t l = 0; l < last_; ++l) {
-      std::copy(a_ + l * C_ + begin, a_ + l * C_ + end, rows_.data() + l * 3 * C_ + begin);
-    }
+  void run(int64_t begin, int64_t end) const {
+    for (const MapAlgebra<A>& map : maps_) map.run(begin, end);
   }
 
  private:
-  int64_t last_, C_;
-  const A* a_;
-  std::vector<double> totals_;
-  std::vector<A> rows_;
-  std::vector<cpu::PairGradient<A>> pairs_;
-  std::vector<cpu::MomentsGradient<A>> moments_;
+  std::unique_ptr<A[]> array(int64_t rows) const { return std::unique_ptr<A[]>(new A[static_cast<size_t>(rows * C_)]); }
+
+  const int64_t C_, last_;
+  const std::unique_ptr<A[]> da_, db_, rows_;
+  std::unique_ptr<double[]> dmoments_;
+  std::vector<MapAlgebra<A>> maps_;
 };
 
+using Gradients = std::tuple<std::vector<Tensor>, Tensor, Tensor>;
+
 template <typename A>
-std::tuple<std::vector<Tensor>, Tensor, Tensor> backward(const MapShape& shape, Storage storage, const Tensor& dy,
-                                                         const std::vector<Tensor>& maps, const OptionalTensor& y,
-                                                         const Saved& saved, const std::vector<bool>& needed) {
-  const int64_t last = static_cast<int64_t>(maps.size()), C = shape.C;
-  const std::vector<const void*> data = pointers(maps);
-  std::vector<A> da(static_cast<size_t>(last * C)), db(static_cast<size_t>(C));
-  Tensor g = y.has_value() ? empty_map_like(dy) : dy;
-  void* const g_data = y.has_value() ? g.mutable_data_ptr() : nullptr;
-  const DotPass<A> dots(shape, storage, dy, y, g_data, data, da.data(), db.data());
-  Tensor dweight = like_channels(dy, {last, C}, storage);
-  Algebra<A> algebra(saved, storage, da.data(), db.data(), last, C, static_cast<double>(shape.N * shape.P),
-                     data_of<A>(dweight));
-  const bool measured = !saved.running_mean.has_value();
+Gradients backward(const BackwardParameters& k, const MapShape& shape, Storage storage) {
+  const int64_t last = static_cast<int64_t>(k.maps.size()), C = shape.C;
+  const std::vector<const void*> data = pointers(k.maps);
+  const Tensor g = k.y.has_value() ? empty_map_like(k.dy) : k.dy;
+  const Tensor dweight = like_channels(k.dy, {last, C}, storage);
+  const Algebra<A> algebra(k, storage, C, static_cast<double>(shape.N * shape.P), data_of<A>(dweight));
+  const DotPass<A> dots(shape, storage, k.dy, k.y, k.y.has_value() ? g.mutable_data_ptr() : nullptr, data, algebra.da(),
+                        algebra.db());
   std::vector<Tensor> dmaps;
   std::vector<const void*> inputs(static_cast<size_t>(2 * last));  // of each map: g, x
   std::vector<cpu::WeightedSum> sums;
   for (int64_t l = 0; l < last; ++l) {
-    if (!needed[static_cast<size_t>(l)]) continue;
+    if (!k.needed[static_cast<size_t>(l)]) continue;
     const void** const pair = inputs.data() + 2 * l;
     pair[0] = g.const_data_ptr();
     pair[1] = data[static_cast<size_t>(l)];
-    dmaps.push_back(empty_map_like(dy));
+    dmaps.push_back(empty_map_like(k.dy));
     const A* const row = algebra.row(l);
-    sums.push_back({shape, measured ? 2 : 1, pair, nullptr, row, measured ? row + 2 * C : nullptr,
-                    dmaps.back().mutable_data_ptr(), false, streams(dy)});
+    sums.push_back({shape, k.measured() ? 2 : 1, pair, nullptr, row, k.measured() ? row + 2 * C : nullptr,
+                    dmaps.back().mutable_data_ptr(), false, streams(k.dy)});
   }
-  over_strips(shape, last + 1, dy.element_size(), [&](const Strip* strip) {
+  over_strips(shape, last + 1, k.dy.element_size(), [&](const Strip* strip) {
     over(strip, dots);
     over_vectors(strip, C, last + 1, [&](int64_t begin, int64_t end) { algebra.run(begin, end); });
     if (strip == nullptr) return map_gradients(shape, storage, sums);
     const auto loop = cpu::er_loops().weighted_sum_strip[static_cast<int>(storage)];
     for (const cpu::WeightedSum& sum : sums) loop(sum, *strip);
   });
-  return {dmaps, dweight, y.has_value() ? g : torch::stable::new_empty(dy, {0})};  // without y it is dy itself
+  return {dmaps, dweight, k.y.has_value() ? g : torch::stable::new_empty(k.dy, {0})};  // without y it is dy itself
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> shortcut_sum_backward(const Tensor& dy, const std::vector<Tensor>& maps,
-                                                                      const OptionalTensor& y, const Tensor& weight,
-                                                                      const Tensor& table, const Tensor& a,
-                                                                      const OptionalTensor& running_mean,
-                                                                      const OptionalTensor& running_var, double eps,
-                                                                      const std::vector<bool>& needed) {
-  MapChecker checker = checked(maps);
-  checker.add(dy, "dy");
-  if (y.has_value()) checker.add(*y, "y");
+Gradients shortcut_sum_backward(const BackwardParameters& k) {
+  MapChecker checker = checked(k.maps);
+  checker.add(k.dy, "dy");
+  if (k.y.has_value()) checker.add(*k.y, "y");
   const MapShape shape = checker.shape(false);
-  const Storage storage = storage_of(dy, "dy");
-  const int64_t num_maps = static_cast<int64_t>(maps.size());
-  STD_TORCH_CHECK(needed.size() == maps.size(), "ernet: needed must have one entry for each of the ", num_maps,
-                  " maps; got ", needed.size());
-  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+  const Storage storage = storage_of(k.dy, "dy");
+  const int64_t num_maps = static_cast<int64_t>(k.maps.size());
+  STD_TORCH_CHECK(k.needed.size() == k.maps.size(), "ernet: needed must have one entry for each of the ", num_maps,
+                  " maps; got ", k.needed.size());
+  STD_TORCH_CHECK(k.running_mean.has_value() == k.running_var.has_value(),
                   "ernet: running_mean and running_var go together");
-  coefficients(table, "table", {num_maps + 1, cpu::kTableRows, shape.C}, Storage::f64);
-  const Saved saved{weight, table, a, running_mean, running_var, eps};
-  if (storage == Storage::f64) return backward<double>(shape, storage, dy, maps, y, saved, needed);
-  return backward<float>(shape, storage, dy, maps, y, saved, needed);
+  coefficients(k.table, "table", {num_maps + 1, kTableRows, shape.C}, Storage::f64);
+  return storage == Storage::f64 ? backward<double>(k, shape, storage) : backward<float>(k, shape, storage);
 }
 
 }  // namespace
@@ -166,4 +167,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "-> (Tensor[] dmaps, Tensor dweight, Tensor g)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) { m.impl("shortcut_sum_backward", TORCH_BOX(&ernet::shortcut_sum_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
+  m.impl("shortcut_sum_backward", &ernet::boxed<ernet::BackwardParameters, ernet::shortcut_sum_backward>);
+}

@@ -1,123 +1,169 @@
-"""The maps of one stage with batch norm in one forward pass."""
+"""The epilogue of an ER block step by step: on CUDA devices, and where statistics are those of several processes.
+
+    forward     channel_moments [gather], block_coefficients, weighted_sum
+    backward    map_dots, map_coefficients_backward [all-reduce], weighted_sum
+
+The operators are Triton's on CUDA devices and C++ on the CPU. Signatures and results are those of `epilogue`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ernet_fast.er import operators
-from ernet_fast.er._batch_nodes import Block, Opening, StageRecord
-from ernet_fast.er.coefficients import (
+from ernet_fast.er.epilogue_arguments import (
+    MEAN_ROW,
     NO_NORM,
     NO_SHORTCUT,
     BranchNorm,
+    LaterBlock,
+    MapGradients,
     NormArguments,
     ShortcutArguments,
-    block_coefficients,
-    count_changes,
-    with_contiguous_vectors,
+    EpilogueState,
 )
-from ernet_fast.er.process_group import ProcessGroup, gather_moments
+from ernet_fast.er.process_group import add_up, gather_moments
 
 
-def one_call_serves(x: Tensor) -> bool:
-    """True if the operators of `coefficients` serve x; compiled and exported programs trace plain PyTorch instead."""
-    return operators.serves(x) and not torch.compiler.is_compiling()
+def er_block(
+    state: EpilogueState,
+    maps: Sequence[Tensor],
+    norm: NormArguments,
+    shortcut: ShortcutArguments,
+    *,
+    measure: bool,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """y of the block of the last map, and a [maps, C] of its weighted sum."""
+    last = len(maps) - 1
+    for index in range(state.filed, last):
+        _file(state, index, maps[index], NO_NORM, NO_SHORTCUT, state.measure)
+    a, b = _file(state, last, maps[last], norm, shortcut, measure)
+    return operators.weighted_sum(maps, a, b, relu), a
 
 
-class BatchStage:
-    """The maps of one forward pass. Maps are filed in order; each block's weighted sum reads all maps up to its own."""
+def _file(
+    state: EpilogueState, index: int, z: Tensor, norm: NormArguments, shortcut: ShortcutArguments, measure: bool
+) -> tuple[Tensor, Tensor]:
+    """Write map `index` into the table; the coefficients of its block, empty without a shortcut."""
+    mean = var = None
+    if measure:
+        mean, var = operators.channel_moments(z)
+        if state.group is not None:
+            mean, var, state.count = gather_moments(mean, var, state.elements, state.group)
+    doubles = z.dtype == torch.float64
+    return torch.ops.ernet.block_coefficients.default(
+        state.table, index, doubles, mean, var, state.count, state.elements, *norm, *shortcut, state.eps
+    )
 
-    def __init__(self, num_maps: int, eps: float, *, measure: bool, group: ProcessGroup | None = None) -> None:
-        """Prepare for a stage.
 
-        Args:
-            num_maps: how many maps will be filed.
-            eps: added to the variances of maps.
-            measure: some shortcut normalises with the batch, so every map is measured.
-            group: the processes over which the statistics of a batch are taken; None for this process alone.
-        """
-        self.num_maps, self.eps, self.measure, self.group = num_maps, eps, measure, group
-        self.maps: list[Tensor] = []
-        self.tokens: list[Tensor] = []  # of the last block, and of maps that have come since as they are
-        self.record: StageRecord
+def er_block_backward(
+    state: EpilogueState,
+    index: int,
+    z: Tensor,
+    norm: BranchNorm,
+    later: Sequence[LaterBlock],
+    *,
+    dy: Tensor | None,
+    y: Tensor | None,
+    passed: Tensor | None,
+    needed: bool,
+) -> MapGradients:
+    """Gradients of map `index`; `relu_mask` is empty, `dy` is that of the weighted sum."""
+    sums, g = None, dy
+    if state.needs_dots:
+        sums, written = operators.map_dots(z, dy, y, [block.dy for block in later])
+        g = dy if y is None else written
+    dz, dgamma, dbeta = map_gradient(state, index, z, norm, later, sums, g, passed, needed=needed)
+    db = state.none if dy is None or sums is None else sums[-1]
+    return MapGradients(dz, state.none if g is None else g, state.none, db, dgamma, dbeta, state.none)
 
-    def open(self, z: Tensor, *, pass_on: bool = False) -> Tensor:
-        """File a map as it is; with `pass_on`, returns z for use elsewhere, else the map itself."""
-        z = self._prepare(z)
-        if not (z.requires_grad and torch.is_grad_enabled()):
-            self.file(z)
-            return z
-        token, passed = Opening.apply(z, self, pass_on)
-        self._add_token(token)
-        return passed if pass_on else z
 
-    def block(
-        self, z: Tensor, norm: NormArguments, shortcut: ShortcutArguments, relu: bool, *, measure: bool = True
-    ) -> Tensor:
-        """File z and return y = ReLU(x + sum_i weight_i * N(x_i)), or without the ReLU.
+def map_gradient(
+    state: EpilogueState,
+    index: int,
+    z: Tensor,
+    norm: BranchNorm,
+    later: Sequence[LaterBlock],
+    sums: Tensor | None,
+    g: Tensor | None,
+    passed: Tensor | None = None,
+    *,
+    needed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz, dgamma and dbeta of map `index`, from its inner products; a row of each dweight is written.
 
-        A last map needs no `measure`.
-        """
-        z = self._prepare(z)
-        norm, shortcut = with_contiguous_vectors(norm, shortcut)
-        if torch.is_grad_enabled():
-            vectors = (shortcut.weight, norm.gamma, norm.beta)
-            learning = any(v is not None and v.requires_grad for v in vectors)
-            if learning or z.requires_grad or self.tokens:
-                self.record.vectors |= learning
-                y, token = Block.apply(z, *vectors, self, norm, shortcut, relu, measure, *self.tokens)
-                self.tokens.clear()
-                self._add_token(token)
-                return y
-        return self.weighted_sum(self.file(z, norm, shortcut, measure=measure), relu)
+    Args:
+        sums: of z with the gradient of each of `later`, then with `g` those of z * g and of g; None if nothing needs
+            them.
+        g: the gradient of the map's own block's weighted sum.
+        passed: a gradient of the map from elsewhere.
+        needed: whether dz is wanted, else it is empty.
+    """
+    measured = state.measured[index]
+    # gradients of moments over several processes are summed up before they become rows
+    count = state.count if measured else None
+    rows, k0, dgamma, dbeta, dmoments = torch.ops.ernet.map_coefficients_backward.default(
+        state.table,
+        index,
+        sums,
+        None if g is None else state.a[index],
+        [block.a for block in later],
+        [block.db for block in later],
+        [block.weight for block in later],
+        [block.running_mean for block in later],
+        [block.running_var for block in later],
+        [block.dweight for block in later],
+        count,
+        state.elements,
+        norm,
+        state.eps,
+        measured and count is None,
+        passed is not None and count is None,
+    )
+    if count is not None:
+        rows, k0 = _rows_of_moments(state, index, rows, dmoments, count, passed is not None)
+    terms = [t for t in (g, *(block.dy for block in later), z if measured else None, passed) if t is not None]
+    if not (needed and terms):
+        return z.new_empty((0,)), dgamma, dbeta
+    return operators.weighted_sum(terms, rows, k0 if measured else None), dgamma, dbeta
 
-    def file(
-        self,
-        z: Tensor,
-        norm: NormArguments = NO_NORM,
-        shortcut: ShortcutArguments = NO_SHORTCUT,
-        *,
-        measure: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """File z, a row of the table, and the coefficients of its block; moves running statistics."""
-        record = self.record
-        mean = var = None
-        if (self.measure and measure) or norm.norm == BranchNorm.BATCH:
-            mean, var = operators.channel_moments(z)
-            record.vectors = True
-            if self.group is not None:
-                mean, var, record.count = gather_moments(mean, var, record.elements, self.group)
-        a, b = block_coefficients(
-            record.table,
-            len(record.a),
-            record.doubles,
-            mean,
-            var,
-            record.count,
-            record.elements,
-            *norm,
-            *shortcut,
-            self.eps,
-        )
-        count_changes(norm, shortcut)
-        self.maps.append(z.detach())
-        record.a.append(a)
-        record.measured.append(mean is not None)
-        return a, b
 
-    def weighted_sum(self, coefficients: tuple[Tensor, Tensor], relu: bool) -> Tensor:
-        """The weighted sum of all maps filed."""
-        return operators.weighted_sum(self.maps, *coefficients, relu)
+def _rows_of_moments(
+    state: EpilogueState, index: int, rows: Tensor, dmoments: Tensor, count: Tensor, passed: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows and constant of dz with the gradients of moments of all processes."""
+    dmean, dvar = add_up(dmoments, state.group)
+    k1 = (dvar * 2 / count).to(rows.dtype)
+    k0 = dmean / count - k1 * state.table[index, MEAN_ROW]
+    more = [k1, torch.ones_like(k1)] if passed else [k1]
+    return torch.cat([rows, torch.stack(more)]), k0.to(rows.dtype)
 
-    def _prepare(self, z: Tensor) -> Tensor:
-        if not self.maps:
-            self.record = StageRecord(z, self.num_maps, self.eps, self.group)
-        elif len(self.maps) == self.num_maps:
-            raise ValueError(f"the stage was started with shortcuts for {self.num_maps} maps; this is one more.")
-        return operators.in_layout(z, self.record.layout)
 
-    def _add_token(self, token: Tensor) -> None:
-        if self.record.passes.last_node < 0:
-            self.record.passes.last_node = len(self.maps) - 1
-        self.tokens.append(token)
+def _coefficients_fake(table: Tensor, index: int, doubles: bool, *rest: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    # of the 19 that follow, in the order of the schema, the 13th is the weight
+    weight, channels = rest[12], table.shape[2]
+    maps, width = (0, 0) if weight is None else (index + 1, channels)
+    dtype = torch.float64 if doubles else torch.float32
+    return table.new_empty((maps, channels), dtype=dtype), table.new_empty((width,), dtype=dtype)
+
+
+def _map_coefficients_fake(
+    table: Tensor, index: int, sums: Tensor | None, a: Tensor | None, later_a: list[Tensor], *rest: object
+) -> tuple[Tensor, ...]:
+    *_, norm, _eps, measured, pass_on = rest
+    channels = table.shape[2]
+    like = next((t for t in (sums, a, *later_a) if t is not None), None)
+    dtype = torch.float32 if like is None else like.dtype
+    affine = channels if norm != BranchNorm.NONE and sums is not None else 0
+    num_rows = (a is not None) + len(later_a) + bool(measured) + bool(pass_on)
+    sizes = [(num_rows, channels), (channels if measured else 0,), (affine,), (affine,)]
+    return *(table.new_empty(size, dtype=dtype) for size in sizes), table.new_empty((2, channels))
+
+
+if operators.COMPILED or operators.TRITON:
+    torch.library.register_fake("ernet::block_coefficients", _coefficients_fake)
+    # TMP torch.library.register_fake("ernet::map_coefficients_backward", _map_coefficients_fake)

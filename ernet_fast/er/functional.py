@@ -10,12 +10,10 @@ from torch import Tensor
 from ernet_fast import _backend
 from ernet_fast.er import operators
 from ernet_fast.er.arguments import check_shortcut_sum
-from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments
-from ernet_fast.er.epilogue_composed import BatchStage, one_call_serves
+from ernet_fast.er.epilogue_arguments import ShortcutArguments
 from ernet_fast.er.process_group import ProcessGroup
-from ernet_fast.er.shortcut_sum import one_operator_serves, whole_shortcut_sum
-from ernet_fast.er.traceable_stage import FusedMaps
-from ernet_fast.er.unfused_coefficients import map_statistics, shortcut_coefficients, update_running
+from ernet_fast.er.shortcut_sum import shortcut_sum
+from ernet_fast.er.traceable_stage import TraceableStage
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
 
@@ -38,12 +36,12 @@ def er_shortcut_sum(
     (Chandana Mani and Kamalakannan, ELCVIA).
 
     Args:
-        xs: l + 1 maps [N, C, H, W] of one shape, dtype (float32, float64, bfloat16, float16) and device, contiguous or
-            channels-last. Maps of mixed or other strides are copied into one layout first.
+        xs: l + 1 feature maps [N, C, H, W] of one shape, dtype (float32, float64, bfloat16, float16) and device,
+            contiguous or channels-last. Maps of mixed or other strides are copied into one layout first.
         weight: [l, C], float32 or the dtype of the maps.
         norm: "batch" (per channel, over N, H and W) or "group" (per sample and group of channels).
         num_groups: for norm="group" (1 is layer norm, C instance norm).
-        running_mean: for norm="batch", l tensors [C] or one [l, C], or None. In training they are moved in place
+        running_mean: for norm="batch", l tensors [C] or one [l, C], or None. In training they are updated in place
             towards the means of the batch; otherwise they are what N uses.
         running_var: likewise, the variances (in training, towards the unbiased ones).
         training: with norm="batch", normalise with the statistics of the batch.
@@ -56,7 +54,8 @@ def er_shortcut_sum(
         of an earlier map make its mean and variance NaN, and so the whole channel (with norm="group" the sample's
         group) of the result, and the running statistics; those of `xs[-1]` stay where they are.
         Differentiable once in the maps and the weight; for second derivatives use
-        `ernet_fast.reference.er_shortcut_sum`.
+        `ernet_fast.reference.er_shortcut_sum`. Under transforms of `torch.func`, forward-mode AD and `torch.jit.trace`
+        the plain composition is computed.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -65,7 +64,7 @@ def er_shortcut_sum(
     means, variances = check_shortcut_sum(
         xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
     )
-    if not operators.serves(xs[0]) or xs[0].numel() == 0:
+    if xs[0].numel() == 0 or operators.why_plain(xs[0]) is not None:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()
         return reference_shortcut_sum(
@@ -80,59 +79,44 @@ def er_shortcut_sum(
             eps=eps,
             relu=relu,
         )
-    layout = operators.layout_of(xs)
-    if one_call_serves(xs[0]) and norm == "batch":
-        mean = var = None
-        if means and variances:
-            mean, var = torch.stack(list(means)), torch.stack(list(variances))
-        shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
-        y = batch_shortcut_sum([operators.in_layout(x, layout) for x in xs], shortcut, training, eps, relu)
-        if training and means and variances and mean is not None and var is not None:
-            with torch.no_grad():
-                torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
-        return y
-    maps = FusedMaps(per_sample=norm == "group")
-    by_batch = norm == "group" or training
-    statistics = []
-    for i, x in enumerate(xs):
-        earlier = i < len(xs) - 1
-        moments, _ = maps.file(operators.in_layout(x, layout), measure=by_batch and earlier)
-        statistics.append(map_statistics(moments, num_groups=num_groups))
-    dtype = operators.acc_dtype(xs[0])
-    count = xs[0].shape[0] * xs[0].shape[2] * xs[0].shape[3]
-    running = None
-    if norm == "batch" and means is not None and variances is not None:
-        if training:
-            for mean, var, measured in zip(means, variances, statistics, strict=False):
-                assert measured.mean is not None and measured.var is not None
-                update_running(mean, var, measured.mean, measured.var, count, momentum)
-        elif means:
-            running = torch.stack(list(means)).to(dtype), torch.stack(list(variances)).to(dtype)
-    a, b = shortcut_coefficients(weight.to(dtype), statistics[:-1], statistics[-1], running, eps, xs[0].shape[0])
-    return maps.weighted_sum(a, b, relu)
+    mean = var = None
+    if means and variances:
+        mean, var = torch.stack(list(means)), torch.stack(list(variances))
+    shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
+    y = fused_shortcut_sum(xs, shortcut, measure=training or norm == "group", num_groups=num_groups, eps=eps, relu=relu)
+    if training and means and variances and mean is not None and var is not None:
+        with torch.no_grad():
+            torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
+    return y
 
 
-def batch_shortcut_sum(
+def fused_shortcut_sum(
     xs: Sequence[Tensor],
     shortcut: ShortcutArguments,
-    training: bool,
+    *,
+    measure: bool,
+    num_groups: int | None,
     eps: float,
     relu: bool,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """The sum with norm="batch" and the algebra in one call.
+    """The sum by fused operators.
 
     Args:
-        xs: maps of one layout, whose arguments have been checked.
-        shortcut: weights, and running statistics to be moved or used.
-        training: normalise with the statistics of the batch.
+        xs: maps whose arguments have been checked.
+        shortcut: weights, and running statistics to update or use.
+        measure: normalise with the moments of the maps.
+        num_groups: of group norm; None for batch norm.
         eps: added to variances.
         relu: apply the ReLU.
         group: processes over which the statistics are taken.
     """
-    if group is None and one_operator_serves(xs[0], shortcut):
-        return whole_shortcut_sum(xs, shortcut, eps, relu)
-    stage = BatchStage(len(xs), eps, measure=training, group=group)
-    for x in xs[:-1]:
-        stage.open(x)
-    return stage.block(xs[-1], NO_NORM, shortcut, relu, measure=False)
+    layout = operators.layout_of(xs)
+    maps = [operators.in_layout(x, layout) for x in xs]
+    compiling = torch.compiler.is_compiling()
+    if num_groups is not None or compiling:
+        traceable = TraceableStage(num_groups=num_groups, eps=eps, measure=measure, nodes=not compiling)
+        for x in maps[:-1]:
+            traceable.start(x, pass_on=False)
+        return traceable.block(maps[-1], None, shortcut, relu=relu, measure=False)
+    return shortcut_sum(maps, shortcut, measure=measure, eps=eps, relu=relu, group=group)

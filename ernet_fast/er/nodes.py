@@ -1,133 +1,143 @@
-"""The autograd nodes of a stage whose blocks are one operator each way: backward by map, each map's gradient once.
+"""The autograd nodes of a stage with batch norm: backward by map, each map's gradient written once.
 
-`Opening` stands where x_0 and all shortcut weights enter the stage, `Block` where a block turns its raw map z_l into
-its output y_l. Earlier maps are read past autograd; what ties the nodes is a token that each returns and the next Block
-takes. So autograd runs them from the last to the first, a map's after those of all Blocks that read the map. Each of
-these has left its dy and the bits of its ReLU, and the node of map i takes the dots of z_i with all of them at once:
-what they say of weight, gamma, beta and moments is known when
+`StageInput` stands where x_0 and all shortcut weights enter the stage, `BlockEpilogue` where a block turns its raw map
+z_l into its output y_l. Earlier maps are read past autograd; what ties the nodes is a token that each returns and the
+next one takes. So autograd runs them from the last to the first, a map's after those of all blocks that read the map.
+Each of these has left the gradient of its weighted sum, and the node of map i takes the inner products of z_i with all
+of them at once: what they say of weights, gamma, beta and moments is known when
 
     dz_i = sum_l a_{l,i} * g_l + k1_i * z_i + k0_i
 
-is due, and the same maps are summed up. A row of each dweight is written with each map; `Opening` runs last and returns
-them.
+is due, and the same maps are summed up. A row of each dweight is written with each map; `StageInput` runs last and
+returns them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ernet_fast.er import operators
-from ernet_fast.er._autograd import forbid_double_backward, in_dtype, relu_gradient
-from ernet_fast.er._backward_passes import BackwardPasses
-from ernet_fast.er.coefficients import BranchNorm, NormArguments, ShortcutArguments, new_table
-from ernet_fast.er.epilogue import LaterBlock, er_block_backward
-
-if TYPE_CHECKING:
-    from ernet_fast.er.whole_stage import WholeStage
+from ernet_fast.er.epilogue import er_block, er_block_backward
+from ernet_fast.er.epilogue_arguments import (
+    BranchNorm,
+    EpilogueState,
+    LaterBlock,
+    MapGradients,
+    NormArguments,
+    ShortcutArguments,
+)
+from ernet_fast.er.operators import check_first_order, dense, relu_gradient
+from ernet_fast.er.process_group import ProcessGroup
 
 
 class BackwardPass:
-    """What the nodes of a stage leave for one another in one backward pass."""
+    """State shared by a stage's autograd nodes during one backward pass."""
+
+    __slots__ = ("blocks", "known")
 
     def __init__(self) -> None:
         self.blocks: dict[int, LaterBlock] = {}
-        self.known: dict[int, Tensor] = {}
-        """Of the map whose gradient is due next, the dots with every g that is known already."""
-
-    def later(self, index: int) -> list[LaterBlock]:
-        """What blocks have left whose maps come after map `index`, in order."""
-        return [self.blocks[reader] for reader in sorted(self.blocks) if reader > index]
+        """By map, from the last to the first."""
+        self.known: Tensor | None = None
+        """Of the map whose gradient is due next, the inner products with every gradient that is known already."""
 
 
-class StageRecord:
-    """What the nodes of one forward pass share: C-vectors, never a map, so that saved tensors alone keep maps alive."""
+class StageState(EpilogueState):
+    """State of a stage during one forward pass and its backward passes, which are independent of one another.
 
-    def __init__(self, z: Tensor, num_maps: int, eps: float) -> None:
-        self.eps = eps
-        self.layout = operators.layout_of([z])
-        self.table = new_table(z, num_maps)
-        self.none = z.new_empty((0,), dtype=operators.acc_dtype(z))
-        self.filed = 0  # maps that have a row of the table
-        self.a: list[Tensor] = []  # of the blocks' sums; `none` for x_0
-        self.measured: list[bool] = []
-        self.vectors = False  # gradients depend on the dots
-        self.passes: BackwardPasses[BackwardPass] = BackwardPasses(BackwardPass)
+    What nodes share is kept by the id of the running backward pass, so passes over a retained graph, at once in several
+    threads or over a part of the stage, never see what belongs to another.
+    """
 
-    def gradients(
+    __slots__ = ("_passes", "last_node")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._passes: dict[int, BackwardPass] = {}
+        self.last_node = -1
+        """The map whose node runs last in backward: the first one that has a node."""
+
+    def backward(
         self,
         index: int,
         z: Tensor,
         norm: BranchNorm,
-        left: BackwardPass,
         *,
         dy: Tensor | None = None,
         y: Tensor | None = None,
         passed: Tensor | None = None,
         before: Tensor | None = None,
         needed: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
-        """The gradient dz (None: there is none), bits, db, dgamma and dbeta of map `index`."""
-        dz, bits, db, dgamma, dbeta, before_dots = er_block_backward(
+    ) -> tuple[MapGradients, BackwardPass]:
+        """The gradients of map `index` in the running backward pass, which its node must end with `node_done`."""
+        running = torch._C._current_graph_task_id()
+        shared = self._passes.get(running)
+        if shared is None:
+            shared = self._passes[running] = BackwardPass()
+            # a pass that an error ends, or that reaches a part of the stage, never comes to the last node
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passes.pop(running, None))
+        later = list(reversed(shared.blocks.values()))  # nodes run from the last to the first
+        if dy is not None:
+            dy = dy.contiguous(memory_format=self.layout)
+            if y is not None and not self.needs_dots:
+                dy, y = relu_gradient(dy, y), None
+        known, shared.known = shared.known, None
+        found = er_block_backward(
+            self,
             index,
             z,
-            dy,
-            y,
-            None if dy is None else self.a[index],
-            left.later(index),
-            passed,
-            self.table,
             norm,
-            self.eps,
-            before=before if index > self.passes.last_node and self.layout == torch.channels_last else None,
-            known=left.known.pop(index, None),
-            dots=self.vectors,
-            measured=self.measured[index],
+            later,
+            dy=dy,
+            y=y if dy is not None else None,
+            passed=None if passed is None else passed.contiguous(memory_format=self.layout),
+            before=before if index > self.last_node and self.layout == torch.channels_last else None,
+            known=known,
             needed=needed,
         )
-        if before_dots.numel():
-            left.known[index - 1] = before_dots
-        return dz if dz.numel() else None, bits, db, dgamma, dbeta
+        if found.earlier_dots.numel():
+            shared.known = found.earlier_dots
+        if index == self.last_node:
+            self._passes.pop(running, None)
+        return found, shared
 
 
-class Opening(torch.autograd.Function):
-    """(z, stage, pass_on, *weights) -> (token, z): x_0 and the weights of all blocks enter the stage.
+class StageInput(torch.autograd.Function):
+    """(z, state, pass_on, *weights) -> (token, z): x_0 and the weights of all blocks enter the stage.
 
     With `pass_on` the second result is z itself, and the gradient that it gets elsewhere joins the same weighted sum;
     else it is empty.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, stage: WholeStage, pass_on: bool, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, state: StageState, pass_on: bool, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
         ctx.set_materialize_grads(False)
-        ctx.record, ctx.dtypes = stage.record, [weight.dtype for weight in weights]
-        stage.enter(z)
+        ctx.state, ctx.dtypes = state, [weight.dtype for weight in weights]
         ctx.save_for_backward(z)
         return z.new_empty((0,)), z.view_as(z) if pass_on else z.new_empty((0,))
 
     @staticmethod
     def backward(ctx: Any, _token: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:
-        forbid_double_backward()
-        record = ctx.record
+        """Gradients of x_0 and of every weight."""
+        check_first_order()
+        state = ctx.state
         (z,) = ctx.saved_tensors
-        if record.filed == 0:  # no block has come
+        if state.filed == 0:  # no block has come
             return passed, None, None, *([None] * len(ctx.dtypes))
-        left = record.passes.current()
-        if passed is not None:
-            passed = operators.in_layout(passed, record.layout)
-        dz, *_ = record.gradients(0, z, BranchNorm.NONE, left, passed=passed, needed=ctx.needs_input_grad[0])
-        record.passes.node_done(0)
-        dweights = [
-            in_dtype(left.blocks[block].dweight, dtype) if block in left.blocks else None
-            for block, dtype in enumerate(ctx.dtypes, start=1)
-        ]
-        return dz, None, None, *dweights
+        found, shared = state.backward(0, z, BranchNorm.NONE, passed=passed, needed=ctx.needs_input_grad[0])
+        dweights: list[Tensor | None] = []
+        for block, (dtype, wanted) in enumerate(zip(ctx.dtypes, ctx.needs_input_grad[3:], strict=True), start=1):
+            left = shared.blocks.get(block) if wanted else None
+            dweights.append(None if left is None else left.dweight.to(dtype))
+        return found.dz if found.dz.numel() else None, None, None, *dweights
 
 
-class Block(torch.autograd.Function):
-    """(z, gamma, beta, stage, norm, shortcut, relu, measure, token) -> (y, token): a block's tail."""
+class BlockEpilogue(torch.autograd.Function):
+    """(z, gamma, beta, token, state, maps, norm, shortcut, measure, relu) -> (y, token): the epilogue of a block."""
 
     @staticmethod
     def forward(
@@ -135,50 +145,122 @@ class Block(torch.autograd.Function):
         z: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
-        stage: WholeStage,
+        _token: Tensor | None,
+        state: StageState,
+        maps: list[Tensor],
         norm: NormArguments,
         shortcut: ShortcutArguments,
-        relu: bool,
         measure: bool,
-        token: Tensor | None,
+        relu: bool,
     ) -> tuple[Tensor, Tensor]:
+        """See the class; `maps` are those of the stage up to z, detached."""
         ctx.set_materialize_grads(False)
-        ctx.record, ctx.index, ctx.norm = stage.record, len(stage.maps), norm.norm
+        ctx.state, ctx.index, ctx.norm = state, len(maps) - 1, norm.norm
         ctx.relu, ctx.use_running = relu, shortcut.use_running
-        ctx.dtypes = [None if v is None else v.dtype for v in (gamma, beta)]
-        y = stage.tail(z, norm, shortcut, relu, measure=measure)
+        ctx.dtypes = None if gamma is None else gamma.dtype, None if beta is None else beta.dtype
+        y = er_block(state, maps, norm, shortcut, measure=measure, relu=relu)
         running = (shortcut.running_mean, shortcut.running_var) if shortcut.use_running else ()
-        ctx.save_for_backward(z, stage.maps[-2], shortcut.weight, *running, *([y] if relu else []))
+        ctx.save_for_backward(z, maps[-2], shortcut.weight, *running, *([y] if relu else []))
         return y, z.new_empty((0,))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _token: Tensor | None) -> tuple[Any, ...]:
-        forbid_double_backward()
-        record, index = ctx.record, ctx.index
+        """Gradients of z, gamma and beta; those of the shortcuts' weights leave through `StageInput`."""
+        check_first_order()
+        state, index = ctx.state, ctx.index
         z, before, weight, *saved = ctx.saved_tensors
         y = saved.pop() if ctx.relu else None
-        running_mean, running_var = saved if ctx.use_running else (record.none, record.none)
-        left = record.passes.current()
+        running_mean, running_var = saved if ctx.use_running else (state.none, state.none)
+        found, shared = state.backward(index, z, ctx.norm, dy=dy, y=y, before=before, needed=ctx.needs_input_grad[0])
         if dy is not None:
-            dy = operators.in_layout(dy, record.layout)
-            if y is not None and not record.vectors:
-                dy, y = relu_gradient(dy, y), None
-        dz, bits, db, *vectors = record.gradients(
-            index,
-            z,
-            ctx.norm,
-            left,
-            dy=dy,
-            y=y if dy is not None else None,
-            before=before,
-            needed=ctx.needs_input_grad[0],
+            dweight = state.none.new_empty(weight.shape)
+            shared.blocks[index] = LaterBlock(
+                found.dy, found.relu_mask, state.a[index], found.db, weight, running_mean, running_var, dweight
+            )
+        dgamma, dbeta = vector_gradients(found, ctx.dtypes)
+        return found.dz if found.dz.numel() else None, dgamma, dbeta, *([None] * 7)
+
+
+def vector_gradients(
+    found: MapGradients, dtypes: tuple[torch.dtype | None, torch.dtype | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of gamma and beta in the dtypes of these; None where there is no such vector, or no gradient."""
+    dgamma, dbeta = found.dgamma, found.dbeta
+    of_gamma, of_beta = dtypes
+    return (
+        None if of_gamma is None or not dgamma.numel() else dgamma.to(of_gamma),
+        None if of_beta is None or not dbeta.numel() else dbeta.to(of_beta),
+    )
+
+
+class FusedStage:
+    """The maps of one forward pass: x_0, and one of each block, which reads all maps up to its own."""
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        eps: float,
+        *,
+        measure: bool,
+        composed: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """Prepare for a stage.
+
+        Args:
+            weights: of the shortcuts of the blocks to come, [maps before, C] each.
+            eps: added to the variances of maps.
+            measure: some shortcut normalises with the batch, so every map is measured.
+            composed: see `EpilogueState`.
+            group: likewise.
+        """
+        self.weights, self.eps, self.measure = weights, eps, measure
+        self.composed, self.group = composed, group
+        self.maps: list[Tensor] = []
+        self._token: Tensor | None = None  # of the last map that has a node
+        self._state: StageState
+
+    def start(self, x0: Tensor) -> Tensor:
+        """File x_0 [N, C, H, W]; returns it for use elsewhere, where its gradient joins those of the shortcuts."""
+        x0 = dense(x0)
+        state = self._state = StageState(
+            x0, len(self.weights) + 1, self.eps, measure=self.measure, composed=self.composed, group=self.group
         )
-        if dy is not None:
-            dweight = record.none.new_empty(weight.shape)
-            left.blocks[index] = LaterBlock(dy, bits, record.a[index], db, weight, running_mean, running_var, dweight)
-        record.passes.node_done(index)
-        dvectors = [
-            in_dtype(v, dtype) if dtype is not None and v.numel() else None
-            for v, dtype in zip(vectors, ctx.dtypes, strict=True)
-        ]
-        return dz, *dvectors, *([None] * 6)
+        self.maps.append(x0.detach())
+        if torch.is_grad_enabled():
+            learning = False
+            for weight in self.weights:
+                learning |= weight.requires_grad
+            if learning or x0.requires_grad:
+                state.needs_dots |= learning
+                state.last_node = 0
+                pass_on = x0.requires_grad  # x_0 is frozen: route no other gradient to it
+                self._token, passed = StageInput.apply(x0, state, pass_on, *self.weights)
+                return passed if pass_on else x0
+        return x0
+
+    def block(
+        self, z: Tensor, norm: NormArguments, shortcut: ShortcutArguments, *, relu: bool, measure: bool = True
+    ) -> Tensor:
+        """File z and return y = ReLU(x + sum_i weight_i * N(x_i)), or without the ReLU.
+
+        The weight is the one that the stage was prepared with. A last map needs no `measure`.
+        """
+        maps, state = self.maps, self._state
+        weight = self.weights[len(maps) - 1]
+        shortcut = shortcut._replace(weight=weight if weight.is_contiguous() else weight.contiguous())
+        z = z.contiguous(memory_format=state.layout)
+        maps.append(z.detach())
+        measure = measure and self.measure
+        if torch.is_grad_enabled():
+            gamma, beta = norm.gamma, norm.beta
+            learning = (gamma is not None and gamma.requires_grad) or (beta is not None and beta.requires_grad)
+            if learning or z.requires_grad or self._token is not None:
+                state.needs_dots |= learning
+                if self._token is None:
+                    state.last_node = len(maps) - 1
+                y, self._token = BlockEpilogue.apply(
+                    z, gamma, beta, self._token, state, maps, norm, shortcut, measure, relu
+                )
+                return y
+        return er_block(state, maps, norm, shortcut, measure=measure, relu=relu)

@@ -1,11 +1,12 @@
-"""The ER operators as Python functions: layouts, fake kernels, autograd.
+"""The ER operators as Python functions: what they support, layouts, fake kernels, autograd.
 
     channel_moments(x)             mean and biased variance of each channel
     weighted_sum(maps, a, b)       y = sum_l a_l * maps_l + b, then ReLU if asked
     weighted_dot(dy, maps, y)      g = dy where y > 0;  da_l = sum g * maps_l,  db = sum g
+    map_dots(z, dy, y, later)      g = dy where y > 0;  sums of z * later_l, z * g and g
 
-Maps are [N, C, H, W], all contiguous or all channels-last. Coefficients, means and sums are per channel ([C], stacked
-[L, C]) or per sample and channel ([N, C], [L, N, C]); they are float64 for float64 maps and float32 for all others.
+Feature maps are [N, C, H, W], all contiguous or all channels-last. Coefficients, means and sums are per channel ([C],
+stacked [L, C]) or per sample and channel ([N, C], [L, N, C]); they are float64 for float64 maps and float32 otherwise.
 """
 
 from __future__ import annotations
@@ -15,21 +16,61 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
 
 from ernet_fast import _backend
-from ernet_fast.er import coefficients
-from ernet_fast.er.triton import map_launch
+from ernet_fast.er.triton import register as triton_operators
 
 # Constants, so that torch.compile need not trace how they are found.
-_COMPILED = _backend.extension_available()
-_TRITON = map_launch.available()
+COMPILED = _backend.extension_available()
+TRITON = triton_operators.available()
 _NO_GUARD = contextlib.nullcontext()
 
 
-def serves(x: Tensor) -> bool:
+def supports_device(x: Tensor) -> bool:
     """True if operators exist for the device of `x`: compiled ones for the CPU, Triton's for CUDA devices."""
-    return (_COMPILED and x.device.type == "cpu") or (_TRITON and x.device.type == "cuda")
+    return (COMPILED and x.device.type == "cpu") or (TRITON and x.device.type == "cuda")
+
+
+def why_plain(x: Tensor) -> str | None:
+    """Why a computation on `x` must be the composition of plain PyTorch operators; None if fused operators do it.
+
+    Transforms that rewrite or differentiate each operator (torch.func, forward-mode AD), tracers, and subclasses of
+    tensors know PyTorch's operators and not ours.
+    """
+    kind = type(x)
+    if not isinstance(x, Tensor):
+        return f"the input is a {kind.__name__}: symbolic tracing records PyTorch's operators"
+    if kind is not Tensor and kind is not nn.Parameter and not kind.__module__.startswith("torch._subclasses"):
+        return f"the input is a {kind.__name__}, a subclass of torch.Tensor"
+    if not supports_device(x):
+        if x.device.type == "cpu":
+            return f"no compiled operators: {_backend.why_unavailable()}"
+        return f"no operators for {x.device.type} devices" + ("" if x.device.type != "cuda" else " without triton")
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._is_tracing():
+        return "torch.jit.trace, or an export to ONNX by it, records PyTorch's operators"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func (grad, vmap, jvp, ...) is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is active"
+    return None
+
+
+def check_first_order() -> None:
+    """Raise RuntimeError in a backward pass that the fused nodes cannot give: a second derivative, batched gradients."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
+            "ernet_fast.reference.er_shortcut_sum) where create_graph=True is needed."
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
+            "Build the model with fused=False for them."
+        )
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -86,6 +127,30 @@ def weighted_dot(
         return torch.ops.ernet.weighted_dot.default(dy, maps, y, per_sample)
 
 
+def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of `z` times each of `later`, then with `dy` those of z * g and of g, [later + 2, C]; and g, empty without `y`."""
+    with _autograd_if_needed():
+        return torch.ops.ernet.map_dots.default(z, dy, y, later)
+
+
+def one_value(z: Tensor) -> ValueError:
+    """The error for a map z [1, C, 1, 1] that is to be normalised with its own statistics."""
+    return ValueError(
+        f"the map has shape {tuple(z.shape)}, one value a channel: BatchNorm cannot train on it. "
+        "Use a larger batch or image, or eval()."
+    )
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if it is contiguous or channels-last, else a contiguous copy."""
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def relu_gradient(dy: Tensor, y: Tensor) -> Tensor:
+    """The gradient through a ReLU: dy where y > 0 (or NaN), in the layout of both."""
+    return torch.ops.aten.threshold_backward.default(dy, y, 0)
+
+
 def _channels(x: Tensor, per_sample: bool, leading: tuple[int, ...] = ()) -> Tensor:
     sizes = (*leading, x.shape[0], x.shape[1]) if per_sample else (*leading, x.shape[1])
     return x.new_empty(sizes, dtype=acc_dtype(x))
@@ -104,6 +169,11 @@ def _dot_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     g = dy.new_empty((0,)) if y is None else torch.empty_like(dy)
     return _channels(dy, per_sample, (len(maps),)), _channels(dy, per_sample), g
+
+
+def _map_dots_fake(z: Tensor, dy: Tensor | None, y: Tensor | None, later: list[Tensor]) -> tuple[Tensor, Tensor]:
+    rows = len(later) + (0 if dy is None else 2)
+    return _channels(z, False, (rows,)), z.new_empty((0,)) if y is None else torch.empty_like(z)
 
 
 def moments_gradient(
@@ -177,13 +247,13 @@ def _register() -> None:
     torch.library.register_fake("ernet::channel_moments", _moments_fake)
     torch.library.register_fake("ernet::weighted_sum", _sum_fake)
     torch.library.register_fake("ernet::weighted_dot", _dot_fake)
+    # TMP torch.library.register_fake("ernet::map_dots", _map_dots_fake)
     torch.library.register_autograd("ernet::channel_moments", _moments_backward, setup_context=_moments_setup)
     torch.library.register_autograd("ernet::weighted_sum", _sum_backward, setup_context=_sum_setup)
     torch.library.register_autograd("ernet::weighted_dot", _dot_backward, setup_context=_dot_setup)
 
 
-if _TRITON:
-    map_launch.register(define=not _COMPILED)
-if _COMPILED or _TRITON:
+if TRITON:
+    triton_operators.register(define=not COMPILED)
+if COMPILED or TRITON:
     _register()
-    coefficients.register()

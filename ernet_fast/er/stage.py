@@ -1,137 +1,289 @@
-"""The maps of one stage during one forward pass: where ER blocks leave their maps and read those of earlier blocks."""
+"""One stage during one forward pass: the path on which it is computed, and the maps that its blocks leave and read.
+
+The path is chosen once, when x_0 comes, from everything that decides (`choose`), and holds for all blocks and for the
+backward pass, so that compiled and eager blocks, or a hook on one of them, cannot make a stage of two halves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import enum
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ernet_fast import _backend
 from ernet_fast.er import operators
-from ernet_fast.er.batch_norms import affine, is_batch_norm, norm_arguments, one_value, spreads, uses_batch
-from ernet_fast.er.coefficients import NO_NORM, BranchNorm
-from ernet_fast.er.epilogue import one_operator_serves
-from ernet_fast.er.epilogue_composed import BatchStage, one_call_serves
-from ernet_fast.er.folded import FoldedShortcut
+from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, norm_arguments
+from ernet_fast.er.nodes import FusedStage
+from ernet_fast.er.plain import is_plain, why_not_plain
 from ernet_fast.er.process_group import NO_NAIVE_GROUP, ProcessGroup, active_group, group_of
-from ernet_fast.er.shortcut import ERShortcut
-from ernet_fast.er.traceable_stage import FusedMaps
-from ernet_fast.er.unfused_coefficients import MapStatistics, map_statistics
-from ernet_fast.er.whole_stage import WholeStage
+from ernet_fast.er.shortcut import ERShortcut, FoldedShortcut
+from ernet_fast.er.traceable_stage import TraceableStage
+
+_LOG = logging.getLogger("ernet_fast.er")
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_RELU = nn.ReLU()
+
+Shortcut = ERShortcut | FoldedShortcut
+
+
+class Path(enum.Enum):
+    """How the epilogues of a stage's blocks are computed."""
+
+    BLOCK_OPERATOR = "one operator a block each way"
+    COMPOSED = "one operator a step"
+    TRACEABLE = "operators that are traced or differentiated one by one"
+    MODULES = "the modules, one after the other"
+
+
+class Choice(NamedTuple):
+    """A stage's path, why it was chosen, and over which processes statistics are taken."""
+
+    path: Path
+    reason: str
+    group: ProcessGroup | None = None
+
+
+class StageModules(NamedTuple):
+    """The modules of a stage's ER blocks whose arithmetic their epilogues stand for, one entry a block."""
+
+    shortcuts: list[Shortcut]
+    norms: list[nn.Module]
+    relus: list[nn.Module]
+
+
+def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
+    """The path of a stage whose first map is `x0`, or one like it.
+
+    Raises:
+        RuntimeError: statistics over processes, which only fused paths take.
+        ValueError: modules that name different process groups.
+    """
+    shortcuts = modules.shortcuts
+    for shortcut in shortcuts:
+        if not isinstance(shortcut, ERShortcut):
+            return Choice(
+                Path.MODULES, "folded for inference: each shortcut is one weighted sum, its coefficients stored"
+            )
+    group = statistics_group(modules)
+    reason = _why_modules(x0, modules, fused=fused, empty_allowed=group is not None)
+    if reason is not None:
+        choice = Choice(Path.MODULES, reason)
+    elif torch.compiler.is_compiling():
+        choice = Choice(Path.TRACEABLE, "compiled or exported programs trace operators")
+    elif shortcuts[0].norm == "group":
+        choice = Choice(Path.TRACEABLE, "norm='group': statistics of each sample")
+    elif len({shortcut.eps for shortcut in shortcuts}) > 1:
+        choice = Choice(Path.TRACEABLE, "the shortcuts of the stage differ in eps")
+    elif block_operator_supports(x0, group):
+        choice = Choice(Path.BLOCK_OPERATOR, "compiled operators for the CPU")
+    elif group is None:
+        choice = Choice(Path.COMPOSED, "Triton's operators")
+    else:
+        choice = Choice(Path.COMPOSED, "statistics over a process group: collectives between steps", group)
+    if group is not None and choice.group is None:
+        raise RuntimeError(f"{NO_NAIVE_GROUP} Here: {choice.reason}.")
+    return choice
+
+
+def block_operator_supports(x0: Tensor, group: ProcessGroup | None) -> bool:
+    """True if one operator a block each way serves maps like x0, with statistics over `group`."""
+    return group is None and x0.device.type == "cpu"
+
+
+def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowed: bool) -> str | None:
+    """Why the stage must be computed by its modules; None if it need not."""
+    if not fused:
+        return "fused=False"
+    reason = operators.why_plain(x0)
+    if reason is not None:
+        if x0.device.type == "cpu" and not operators.COMPILED:
+            _backend.warn_fallback_once()
+        return reason
+    if x0.numel() == 0 and not empty_allowed:
+        return "the maps are empty"
+    first = modules.shortcuts[0]
+    for shortcut in modules.shortcuts:
+        if shortcut.norm != first.norm or shortcut.num_groups != first.num_groups:
+            return "the shortcuts of the stage normalise in different ways"
+    pairs: list[object] = []
+    for shortcut, relu in zip(modules.shortcuts, modules.relus, strict=True):
+        pairs += (shortcut, ERShortcut, relu, nn.ReLU)
+        if shortcut.statistics is not None:
+            pairs += (shortcut.statistics, _BATCH_NORMS)
+    return None if is_plain(*pairs) else _which_is_not_plain(pairs)
+
+
+def _which_is_not_plain(pairs: Sequence[object]) -> str:
+    for module, kind in zip(pairs[::2], pairs[1::2], strict=True):
+        why = why_not_plain(module, kind)
+        if why is not None:
+            what = kind.__name__ if isinstance(kind, type) else "BatchNorm of a shortcut"
+            return f"a module of an epilogue is not plain: the {what} {why}"
+    return "hooks are registered for all modules"
+
+
+def statistics_group(modules: StageModules) -> ProcessGroup | None:
+    """The processes over which a stage takes the statistics of its maps; None for this process alone.
+
+    Raises:
+        ValueError: shortcuts or BatchNorms of one stage that name different groups.
+    """
+    shortcuts, norms = modules.shortcuts, modules.norms
+    if shortcuts[0].norm == "group":  # statistics of samples; a SyncBatchNorm runs as it is
+        return None
+    named, synchronised = False, []
+    for bn in norms:
+        if isinstance(bn, nn.SyncBatchNorm):
+            synchronised.append(bn)  # noqa: PERF401  (this runs in every forward pass, mostly in vain)
+    for shortcut in shortcuts:
+        named |= shortcut.process_group is not None
+        if isinstance(shortcut.statistics, nn.SyncBatchNorm):
+            synchronised.append(shortcut.statistics)
+    if not (synchronised or named):
+        return None
+    groups = [group_of(bn) for bn in synchronised]
+    if named:
+        groups += [active_group(shortcut.process_group) for shortcut in shortcuts]
+    elif any(group is not None for group in groups) and any(type(bn) is nn.BatchNorm2d for bn in norms):
+        raise ValueError(
+            "some blocks of this stage end in nn.SyncBatchNorm and some in nn.BatchNorm2d: convert all of them."
+        )
+    if any(group is not groups[0] for group in groups):
+        raise ValueError("the blocks of a stage must share one process group; different ones were found.")
+    by_batch = any(shortcut.normalises_with_batch() for shortcut in shortcuts) or any(bn.training for bn in norms)
+    return groups[0] if groups and by_batch else None
 
 
 class StageMaps:
-    """The maps x_0 ... x_l of one stage in one forward pass, made anew by each `ERStage.forward`.
+    """The maps x_0 ... x_l of one stage in one forward pass, made anew by each `ERStage.forward`."""
 
-    With `fused=True` the last BatchNorm of a block, all shortcuts, the sum and the ReLU are one weighted sum over the
-    raw maps. With `fused=False`, for empty batches, and where no compiled operator serves the device, they are the
-    naive composition.
-    """
-
-    def __init__(self, *, fused: bool, whole: bool = True) -> None:
+    def __init__(self, *, fused: bool, fuses_norms: bool = False) -> None:
         """Prepare for a forward pass.
 
         Args:
-            fused: see above.
-            whole: let a block's tail be one operator each way where there is one; otherwise, and on GPUs and over
-                processes, it is one operator a step.
+            fused: False is the naive composition.
+            fuses_norms: the BatchNorms inside the branches may be one pass with the ReLU behind them.
         """
-        self.fused, self.whole = fused, whole
-        self._batch: BatchStage | WholeStage | None = None
-        self._shortcuts: list[ERShortcut] = []  # in their order, where the stage knows their weights from its start
-        self._maps: FusedMaps | None = None
-        self._statistics: list[MapStatistics] = []
-        self._xs: list[Tensor] = []
-        self._measure = False
-        self._shape: torch.Size
-        self._dtype: torch.dtype
-        self._device: torch.device
+        self.fused, self.fuses_norms = fused, fuses_norms
+        self.choice: Choice
+        self._modules: StageModules
+        self._stage: FusedStage | TraceableStage | None = None
+        self._xs: list[Tensor] = []  # where the modules compute them
+        self._filed = 0
 
     def start(
-        self, x0: Tensor, shortcuts: Iterable[ERShortcut | FoldedShortcut], norms: Iterable[nn.Module] = ()
+        self,
+        x0: Tensor,
+        shortcuts: Sequence[Shortcut],
+        norms: Sequence[nn.Module] = (),
+        relus: Sequence[nn.Module] | None = None,
     ) -> Tensor:
-        """File x_0, the output of the projection block.
+        """Choose the path, and file x_0, the output of the projection block.
 
         Args:
             x0: [N, C, H, W], after its ReLU.
-            shortcuts: those of the blocks to come; they say how maps are normalised, all in one way.
+            shortcuts: those of the blocks to come.
             norms: the last normalisations of those blocks' branches: with `nn.SyncBatchNorm` the statistics of all maps
                 are taken over the processes of its group.
+            relus: the ReLUs of those blocks; default plain ones.
 
         Returns:
             The tensor to feed to the next block.
         """
+        shortcuts = list(shortcuts)
+        modules = StageModules(shortcuts, list(norms), [_RELU] * len(shortcuts) if relus is None else list(relus))
+        choice = choose(x0, modules, fused=self.fused)
+        self.choice, self._modules = choice, modules
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _LOG.debug("stage of %s: %s (%s)", tuple(x0.shape), choice.path.value, choice.reason)
+        # of the maps to come, only what they must have in common with x_0; the map itself is not kept here
         self._shape, self._dtype, self._device = x0.shape, x0.dtype, x0.device
-        everyone = list(shortcuts)
-        shortcuts = _unfolded(everyone)
-        if len(shortcuts) < len(everyone):
+        self._filed = 1
+        if choice.path is Path.MODULES:
             self._xs.append(x0)
             return x0
-        group = stage_group(shortcuts, list(norms))
-        serves = operators.serves(x0)
-        if self.fused and not serves and x0.device.type == "cpu":
-            _backend.warn_fallback_once()
-        if group is not None and not (self.fused and serves and _one_call_serves(x0, shortcuts)):
-            raise RuntimeError(NO_NAIVE_GROUP)
-        if not (self.fused and serves and (x0.numel() > 0 or group is not None)):
-            self._xs.append(x0)
-            return x0
-        per_group = shortcuts[0].norm == "group"
-        self._measure = per_group or any(shortcut.normalises_with_batch() for shortcut in shortcuts)
-        if _one_call_serves(x0, shortcuts):
-            eps = shortcuts[0].eps
-            if self.whole and one_operator_serves(x0, group):
-                self._shortcuts = shortcuts
-                self._batch = WholeStage([shortcut.weight for shortcut in shortcuts], eps, measure=self._measure)
-            else:
-                self._batch = BatchStage(len(shortcuts) + 1, eps, measure=self._measure, group=group)
-            return self._batch.open(x0, pass_on=True)
-        self._maps = FusedMaps(per_sample=per_group)
-        moments, x0 = self._maps.file(x0, measure=self._measure, pass_on=True)
-        self._statistics.append(map_statistics(moments, num_groups=shortcuts[0].num_groups))
-        return x0
+        first = shortcuts[0]
+        measure = first.norm == "group"
+        for shortcut in shortcuts:
+            measure |= shortcut.normalises_with_batch()
+        if choice.path is Path.TRACEABLE:
+            self._stage = TraceableStage(
+                num_groups=first.num_groups, eps=first.eps, measure=measure, nodes=not torch.compiler.is_compiling()
+            )
+        else:
+            self._stage = FusedStage(
+                [shortcut.weight for shortcut in shortcuts],
+                first.eps,
+                measure=measure,
+                composed=choice.path is Path.COMPOSED,
+                group=choice.group,
+            )
+        return self._stage.start(x0)
 
-    def add(self, z: Tensor, bn: nn.Module, shortcut: ERShortcut | FoldedShortcut) -> Tensor:
+    def add(self, z: Tensor, bn: nn.Module, shortcut: Shortcut, relu: nn.Module = _RELU) -> Tensor:
         """File the output z of a branch and return the block's output.
 
         Args:
             z: [N, C, H, W], output of the branch's last convolution, before its normalisation.
             bn: that normalisation, usually `nn.BatchNorm2d`.
             shortcut: the block's weights, one row for each map filed before.
+            relu: the block's ReLU.
 
         Returns:
             y = ReLU(bn(z) + sum_i weight_i * N(x_i)), [N, C, H, W].
 
         Raises:
-            ValueError: z, or the number of maps filed, does not fit; no statistics have been moved then.
+            ValueError: z, or the number of maps filed, does not fit; no statistics have been updated then.
             TypeError: z has another dtype than x_0, outside autocast, under which it is converted.
         """
+        stage = self._stage
+        if torch.compiler.is_compiling() and not (
+            stage is None or (isinstance(stage, TraceableStage) and not stage.nodes)
+        ):
+            return self._add_uncompiled(z, bn, shortcut, relu)
         self._check(z)
-        if is_batch_norm(bn):
+        collapses = stage is not None and is_plain(bn, _BATCH_NORMS)
+        if collapses or type(bn) in _BATCH_NORMS:
             z = self._in_dtype(z)
-        if isinstance(shortcut, FoldedShortcut):
+        if isinstance(shortcut, ERShortcut):
+            shortcut.check_maps_filed(self._filed, z)
+        if stage is None:
             self._xs.append(self._in_dtype(bn(z)))
-            return shortcut(self._xs, fused=self.fused)
-        if self._batch is not None:
-            return self._add_to_batch(self._batch, z, bn, shortcut)
-        if self._maps is None:
-            shortcut.check_maps_filed(len(self._xs), z)
-            self._xs.append(self._in_dtype(bn(z)))
-            return shortcut(self._xs, fused=False)
-        shortcut.check_maps_filed(len(self._statistics), z)
-        collapse = is_batch_norm(bn) and not spreads(bn)
-        if not collapse:  # any other normalisation runs as it is, and its output is the map
+            self._filed += 1
+            return self._by_modules(shortcut, relu)
+        self._check_expected(shortcut)
+        if not collapses:  # any other normalisation runs as it is, and its output is the map
             z = self._in_dtype(bn(z))
-        moments, _ = self._maps.file(z, measure=self._measure or (collapse and uses_batch(bn)))
-        scale, shift = affine(bn, moments, z) if collapse else (None, None)
-        # moments that bn alone needed say nothing that a shortcut with running statistics would use
-        last = map_statistics(moments if self._measure else None, scale, shift, num_groups=shortcut.num_groups)
-        a, b = shortcut.coefficients(self._statistics, last, z)
-        self._statistics.append(last)
-        return self._maps.weighted_sum(a, b, shortcut.relu)
+        self._filed += 1
+        if isinstance(stage, TraceableStage):
+            return stage.block(z, bn if collapses else None, shortcut.arguments(), relu=shortcut.relu)
+        norm = NO_NORM
+        if collapses:
+            if isinstance(bn, nn.SyncBatchNorm) and stage.group is None and bn.training and group_of(bn) is not None:
+                raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
+            norm = norm_arguments(bn)
+        if stage.group is None and z.numel() == z.shape[1]:
+            if norm.norm == BranchNorm.BATCH or shortcut.normalises_with_batch():
+                raise operators.one_value(z)
+        return stage.block(z, norm, shortcut.arguments(), relu=shortcut.relu)
+
+    # The stage's own nodes are not traced: a compiled block of an eager stage breaks its graph here.
+    _add_uncompiled = _disable_dynamo(add)
+
+    def _by_modules(self, shortcut: Shortcut, relu: nn.Module) -> Tensor:
+        if is_plain(relu, nn.ReLU) or not shortcut.relu:
+            return shortcut(self._xs, fused=self.fused)
+        y: Tensor = relu(shortcut(self._xs, fused=self.fused, relu=False))
+        return y
 
     def _check(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor):  # symbolic tracing: no shape to look at
+            return
         if z.shape != self._shape:
             raise ValueError(
                 f"the block's branch gave a map of shape {tuple(z.shape)}; the maps of this stage have "
@@ -142,9 +294,16 @@ class StageMaps:
                 f"the block's branch gave a map on {z.device}; the maps of this stage are on {self._device}."
             )
 
+    def _check_expected(self, shortcut: Shortcut) -> None:
+        expected = self._modules.shortcuts
+        if self._filed > len(expected):
+            raise ValueError(f"the stage was started with shortcuts for {len(expected) + 1} maps; this is one more.")
+        if shortcut is not expected[self._filed - 1]:
+            raise ValueError(f"this is not the shortcut that map {self._filed} of the stage was started with.")
+
     def _in_dtype(self, x: Tensor) -> Tensor:
         """`x` in the dtype of the stage, which autocast may have left: a float32 x_0 is not cast, convolutions are."""
-        if x.dtype == self._dtype:
+        if not isinstance(x, Tensor) or x.dtype == self._dtype:
             return x
         if not torch.is_autocast_enabled(self._device.type):
             raise TypeError(
@@ -152,55 +311,3 @@ class StageMaps:
                 "Convert the whole stage with .to(dtype), or run it under torch.autocast."
             )
         return x.to(self._dtype)
-
-    def _add_to_batch(self, stage: BatchStage | WholeStage, z: Tensor, bn: nn.Module, shortcut: ERShortcut) -> Tensor:
-        shortcut.check_maps_filed(len(stage.maps), z)
-        if all(other is not shortcut for other in self._shortcuts[len(stage.maps) - 1 : len(stage.maps)]):
-            if len(stage.maps) <= len(self._shortcuts):
-                raise ValueError(f"this is not the shortcut that map {len(stage.maps)} of the stage was started with.")
-        norm = NO_NORM
-        if is_batch_norm(bn):
-            if spreads(bn) and stage.group is None:
-                raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
-            norm = norm_arguments(bn)
-        else:  # any other normalisation runs as it is, and its output is the map
-            z = self._in_dtype(bn(z))
-        alone = stage.group is None
-        if alone and z.numel() == z.shape[1] and (norm.norm == BranchNorm.BATCH or shortcut.training):
-            raise one_value(z)
-        return stage.block(z, norm, shortcut.arguments(), shortcut.relu)
-
-
-def _one_call_serves(x0: Tensor, shortcuts: list[ERShortcut]) -> bool:
-    """True if one operator does the algebra of a block; compiled and exported programs trace plain PyTorch instead."""
-    alike = all(shortcut.norm == "batch" and shortcut.eps == shortcuts[0].eps for shortcut in shortcuts)
-    return alike and one_call_serves(x0)
-
-
-def _unfolded(shortcuts: Iterable[ERShortcut | FoldedShortcut]) -> list[ERShortcut]:
-    return [shortcut for shortcut in shortcuts if isinstance(shortcut, ERShortcut)]
-
-
-def stage_group(shortcuts: Sequence[ERShortcut | FoldedShortcut], norms: Sequence[nn.Module]) -> ProcessGroup | None:
-    """The processes over which a stage takes the statistics of its maps; None for this process alone.
-
-    Raises:
-        ValueError: shortcuts or BatchNorms of one stage that name different groups.
-    """
-    shortcuts = _unfolded(shortcuts)
-    if not shortcuts or shortcuts[0].norm == "group":  # statistics of samples; a SyncBatchNorm runs as it is
-        return None
-    synchronised = [bn for bn in norms if isinstance(bn, nn.SyncBatchNorm)]
-    groups = [shortcut.process_group for shortcut in shortcuts]
-    if any(group is not None for group in groups):
-        groups = [active_group(group) for group in groups] + [group_of(bn) for bn in synchronised]
-    else:
-        groups = [group_of(bn) for bn in synchronised]
-        if any(group is not None for group in groups) and any(type(bn) is nn.BatchNorm2d for bn in norms):
-            raise ValueError(
-                "some blocks of this stage end in nn.SyncBatchNorm and some in nn.BatchNorm2d: convert all of them."
-            )
-    if any(group is not groups[0] for group in groups):
-        raise ValueError("the blocks of a stage must share one process group; different ones were found.")
-    by_batch = [shortcut.normalises_with_batch() for shortcut in shortcuts] + [bn.training for bn in norms]
-    return groups[0] if groups and any(by_batch) else None

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum, watched
+from ernet_fast.er.norm_relu import batch_norm_relu, norms_supported, projection_sum
+from ernet_fast.er.plain import is_plain
 from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.shortcut import ERShortcut
 
@@ -68,15 +69,15 @@ class ResidualBranch(nn.Module):
         """The BatchNorm of the last convolution."""
         return getattr(self, f"bn{len(self.kernel_sizes)}")
 
-    def branch(self, x: Tensor, *, fused: bool = True) -> Tensor:
+    def branch(self, x: Tensor, *, fused: bool | None = None) -> Tensor:
         """The last convolution's output before its BatchNorm, z [N, out_channels, H / stride, W / stride].
 
-        `fused`: the other BatchNorms are one pass with the ReLU behind them.
+        `fused`: the other BatchNorms are one pass with the ReLU behind them, see `batch_norm_relu`.
         """
-        last = len(self.kernel_sizes)
+        modules, last = self._modules, len(self.kernel_sizes)
         for k in range(1, last):
-            x = batch_norm_relu(getattr(self, f"conv{k}")(x), getattr(self, f"bn{k}"), self.relu, fused=fused)
-        return getattr(self, f"conv{last}")(x)
+            x = batch_norm_relu(modules[f"conv{k}"](x), modules[f"bn{k}"], modules["relu"], fused=fused)
+        return modules[f"conv{last}"](x)
 
 
 class ProjectionBlock(ResidualBranch):
@@ -104,21 +105,24 @@ class ProjectionBlock(ResidualBranch):
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
-    def forward(self, x: Tensor, *, fused: bool = True) -> Tensor:
+    def forward(self, x: Tensor, fused: bool | None = None) -> Tensor:
         """x_0 [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W].
 
-        `fused`: each BatchNorm is one pass with the ReLU behind it, the last two with the sum between.
+        `fused`: each BatchNorm is one pass with the ReLU behind it, the last two with the sum between; see
+        `batch_norm_relu`.
         """
+        if fused is None:
+            fused = norms_supported(x)
         z = self.branch(x, fused=fused)
         if self.downsample is None or not fused:
             return self.relu(self.last_bn(z) + (x if self.downsample is None else self.downsample(x)))
         projected, bn = _before_batch_norm(self.downsample, x)
-        return projection_sum(z, self.last_bn, projected, bn, self.relu)
+        return projection_sum(z, self.last_bn, projected, bn, self.relu, fused=True)
 
 
 def _before_batch_norm(downsample: nn.Module, x: Tensor) -> tuple[Tensor, nn.Module]:
     """The input of the BatchNorm that ends a projection shortcut, and that BatchNorm, or anything in its place."""
-    if type(downsample) is not nn.Sequential or len(downsample) == 0 or watched(downsample):
+    if not is_plain(downsample, nn.Sequential) or len(downsample) == 0:
         return downsample(x), nn.Identity()
     *layers, last = downsample
     for layer in layers:
@@ -169,7 +173,7 @@ class ERBlock(ResidualBranch):
 
     def forward(self, y: Tensor, maps: StageMaps) -> Tensor:
         """y_l of y_{l-1}, both [N, channels, H, W]; `maps` holds x_0 ... x_{l-1} and receives x_l."""
-        return maps.add(self.branch(y, fused=maps.fused), self.last_bn, self.shortcut)
+        return maps.add(self.branch(y, fused=maps.fuses_norms), self.last_bn, self.shortcut, self.relu)
 
 
 class ProjectionBasicBlock(ProjectionBlock):

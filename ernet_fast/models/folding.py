@@ -8,8 +8,7 @@ from typing import TypeVar, cast
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ernet_fast.er.folded import FoldedShortcut
-from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.er.shortcut import ERShortcut, FoldedShortcut
 from ernet_fast.models.blocks import ERBlock, ResidualBranch
 from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.stage import ERStage

@@ -291,7 +291,7 @@ class ERResNet(nn.Module):
         )
 
     def _stem(self, x: Tensor) -> Tensor:
-        return batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=self.fused)
+        return batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=None if self.fused else False)
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from ernet_fast.er.norm_relu import norms_supported
 from ernet_fast.er.process_group import ProcessGroup
-from ernet_fast.er.stage import StageMaps, stage_group
+from ernet_fast.er.stage import Choice, Path, StageMaps, StageModules, choose, statistics_group
 from ernet_fast.models.blocks import (
     ERBasicBlock,
     ERBlock,
@@ -155,23 +156,60 @@ class ERStage(nn.Module):
             TypeError: x is no floating tensor.
             ValueError: it has another number of dimensions or channels.
         """
-        self._check(x)
-        opening, *er_blocks = self.children()
-        x_0 = opening(x, fused=self.fused)
+        if isinstance(x, Tensor) or not isinstance(x, torch.fx.Proxy):
+            self._check(x)
+        opening, *er_blocks = self._modules.values()
+        fuses_norms = self.fused and norms_supported(x)
+        x_0 = opening(x, fuses_norms)
         if not er_blocks:
             return x_0
-        blocks = [cast(ERBlock, block) for block in er_blocks]
-        shortcuts, norms = [block.shortcut for block in blocks], [block.last_bn for block in blocks]
-        if torch.compiler.is_compiling() and stage_group(shortcuts, norms) is not None:
-            return self._run_uncompiled(x_0, blocks)
-        return self._run(x_0, blocks)
+        modules = self._modules_of(er_blocks)
+        if torch.compiler.is_compiling() and statistics_group(modules) is not None:
+            return self._run_uncompiled(x_0, er_blocks, modules, fuses_norms)
+        return self._run(x_0, er_blocks, modules, fuses_norms)
 
-    def _run(self, x_0: Tensor, blocks: list[ERBlock]) -> Tensor:
-        maps = StageMaps(fused=self.fused)
-        y = maps.start(x_0, [block.shortcut for block in blocks], [block.last_bn for block in blocks])
+    def _run(self, x_0: Tensor, blocks: list[nn.Module], modules: StageModules, fuses_norms: bool) -> Tensor:
+        maps = StageMaps(fused=self.fused, fuses_norms=fuses_norms)
+        y = maps.start(x_0, *modules)
         for block in blocks:
             y = block(y, maps)
         return y
 
     # Collectives and the stage's own backward are not traced. torch.compiler.disable would import the compiler now.
     _run_uncompiled = _disable_dynamo(_run)
+
+    def choice(self, x: Tensor) -> Choice:
+        """The path on which a forward pass of maps like x would compute the stage, with the reason; nothing is run.
+
+        Args:
+            x: a tensor on the stage's device, as the stage's input [N, in_channels, H, W].
+        """
+        er_blocks = list(self._modules.values())[1:]
+        if not er_blocks:
+            return Choice(Path.MODULES, "the stage has no ER block")
+        weight = self._opening().last_bn.weight
+        dtype = x.dtype if weight is None else weight.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        like = x.new_empty((x.shape[0], self.channels, 2, 2), dtype=dtype)
+        return choose(like, self._modules_of(er_blocks), fused=self.fused)
+
+    @staticmethod
+    def _modules_of(blocks: list[nn.Module]) -> StageModules:
+        modules = StageModules([], [], [])
+        for block in blocks:
+            modules.shortcuts.append(block.shortcut)
+            modules.norms.append(block.last_bn)
+            modules.relus.append(block.relu)
+        return modules
+
+    def __prepare_scriptable__(self) -> ERStage:
+        """TorchScript's compiler asks for what to compile in place of a stage.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "torch.jit.script cannot compile an ERStage. Use torch.export.export(model.eval(), (x,)), or "
+            "torch.jit.trace(model.eval(), x) where TorchScript is needed."
+        )

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import nn
 
 from ernet_fast import ERShortcut
+from ernet_fast.er import stage
 from ernet_fast.er.stage import StageMaps
 
 CHANNELS = 6
 STEPS = " by steps"
 """Of a stage whose blocks are not one operator each way, as on GPUs."""
 NORMS = [("batch", None), ("batch" + STEPS, None), ("group", 1), ("group", 3)]
+
+
+@contextlib.contextmanager
+def step_by_step(active: bool = True) -> Iterator[None]:
+    """Stages that start inside are composed of one operator a step, as on GPUs, if `active`."""
+    if not active:
+        yield
+        return
+    with mock.patch.object(stage, "block_operator_supports", lambda x0, group: False):
+        yield
 
 
 class Stage(nn.Module):
@@ -33,8 +47,9 @@ class Stage(nn.Module):
         self.fused, self.whole = True, not norm.endswith(STEPS)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = StageMaps(fused=self.fused, whole=self.whole)
-        y = maps.start(x.relu(), self.shortcuts)
+        maps = StageMaps(fused=self.fused)
+        with step_by_step(not self.whole):
+            y = maps.start(x.relu(), self.shortcuts)
         outputs = [y]
         for conv, bn, shortcut in zip(self.convs, self.bns, self.shortcuts, strict=True):
             y = maps.add(conv(y), bn, shortcut)
@@ -103,8 +118,9 @@ class Tails(nn.Module):
         self.fused, self.whole = True, not norm.endswith(STEPS)
 
     def forward(self, *zs: torch.Tensor) -> torch.Tensor:
-        maps = StageMaps(fused=self.fused, whole=self.whole)
-        ys = [maps.start(zs[0], self.shortcuts, self.bns)]
+        maps = StageMaps(fused=self.fused)
+        with step_by_step(not self.whole):
+            ys = [maps.start(zs[0], self.shortcuts, self.bns)]
         ys += [maps.add(z, bn, shortcut) for z, bn, shortcut in zip(zs[1:], self.bns, self.shortcuts, strict=True)]
         return torch.stack(ys)
 

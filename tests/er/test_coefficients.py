@@ -1,4 +1,4 @@
-"""The algebra on C-vectors in one call, against the same algebra as differentiable PyTorch in float64."""
+"""The algebra on per-channel vectors in one call, against the same algebra as differentiable PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import pytest
 import torch
 from other_isa import ISAS, run_on
 
-from ernet_fast.er.coefficients import (
-    BranchNorm,
-    block_coefficients,
-    block_coefficients_backward,
-    new_table,
-    new_totals,
-)
+from ernet_fast.er.coefficients import BranchNorm, block_coefficients, new_table
 from ernet_fast.er.unfused_coefficients import MapStatistics, map_statistics, shortcut_coefficients
 
 EPS, NORM_EPS, COUNT = 1e-3, 1e-2, 30
@@ -98,26 +92,38 @@ def forward(table: torch.Tensor, index: int, v: dict[str, Any], use_running: boo
     return block_coefficients(table, index, **(arguments | other))
 
 
-def backward(
-    table: torch.Tensor, totals: torch.Tensor, index: int, v: dict[str, Any], use_running: bool, **other: Any
-) -> Any:
+def backward(table: torch.Tensor, index: int, blocks: list[dict[str, Any]], use_running: bool, **other: Any) -> Any:
+    """Of map `index`, with what its own and all later blocks hold; each has `a`, and `dweight` to be written."""
+    v, later = blocks[index], blocks[max(index, 0) + 1 :]
+    own = [v["da"][index], v["db"]] if index else []
+    sums = torch.stack([*(block["da"][index] for block in later), *own]) if later or own else None
+    none = torch.empty(0)
     arguments: dict[str, Any] = {
-        "doubles": v["da"].dtype == torch.float64,
-        "da": v["da"] if index else None,
-        "db": v["db"] if index else None,
+        "sums": sums,
+        "a": v["a"] if index else None,
+        "later_a": [block["a"] for block in later],
+        "later_db": [block["db"] for block in later],
+        "later_weight": [block["weight"] for block in later],
+        "later_running_mean": [block["running_mean"] if use_running else none for block in later],
+        "later_running_var": [block["running_var"] if use_running else none for block in later],
+        "later_dweight": [block["dweight"] for block in later],
         "count": None,
         "elements": COUNT,
         "norm": int(v["norm"]),
-        "weight": v["weight"] if index else None,
-        "running_mean": v["running_mean"] if use_running and index else None,
-        "running_var": v["running_var"] if use_running and index else None,
-        "use_running": use_running and index > 0,
         "eps": EPS,
-        "readers": [],
         "measured": True,
         "pass_on": False,
     }
-    return block_coefficients_backward(table, index, totals=totals, **(arguments | other))
+    return torch.ops.ernet.map_coefficients_backward(table, index, *(arguments | other).values())
+
+
+def stage_of(blocks: list[dict[str, Any]], use_running: bool) -> torch.Tensor:
+    """The table of a stage of these blocks, which get their `a` and a `dweight` that holds NaN."""
+    table = new_table(torch.empty(2, blocks[0]["mean"].shape[0], 3, 5, dtype=blocks[0]["mean"].dtype), len(blocks))
+    for index, v in enumerate(blocks):
+        v["a"], v["b"] = forward(table, index, v, use_running)
+        v["dweight"] = torch.full_like(v["weight"], float("nan"))
+    return table
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
@@ -146,41 +152,57 @@ def test_a_stage_forward_and_backward(channels, dtype, norm, use_running):
     )
     loss.backward()
 
-    table = new_table(torch.empty(2, channels, 3, 5, dtype=dtype), 4)
-    readers = []
+    table = stage_of(blocks, use_running)
     for index, v in enumerate(blocks):
-        a, b = forward(table, index, v, use_running)
-        assert a.dtype == dtype and b.dtype == dtype
+        assert v["a"].dtype == dtype and v["b"].dtype == dtype
         if index == 0:
-            assert a.shape == (0, channels) and b.shape == (0,)
+            assert v["a"].shape == (0, channels) and v["b"].shape == (0,)
             continue
-        readers.append(a)
-        assert_close(a, wanted[index - 1][0], dtype)
-        assert_close(b, wanted[index - 1][1], dtype)
+        assert_close(v["a"], wanted[index - 1][0], dtype)
+        assert_close(v["b"], wanted[index - 1][1], dtype)
 
-    totals = new_totals(table)
     for index in reversed(range(4)):
         v, leaf = blocks[index], leaves[index]
-        rows, k0, dweight, dgamma, dbeta, dmoments = backward(
-            table, totals, index, v, use_running, readers=readers[max(index - 1, 0) :], pass_on=index == 0
-        )
+        rows, k0, dgamma, dbeta, dmoments = backward(table, index, blocks, use_running, pass_on=index == 0)
         zeros = torch.zeros(channels, dtype=torch.float64)
         dmean, dvar = (zeros if leaf[k].grad is None else leaf[k].grad for k in ("mean", "var"))
         assert_close(dmoments, torch.stack([dmean, dvar]), torch.float64 if dtype == torch.float64 else torch.float32)
-        if index:
-            assert_close(dweight, leaf["weight"].grad, dtype)
         if v["norm"] == BranchNorm.NONE:
             assert dgamma.numel() == dbeta.numel() == 0
         else:
             assert_close(dgamma, leaf["gamma"].grad, dtype)
             assert_close(dbeta, leaf["beta"].grad, dtype)
         k1 = dvar * (2 / COUNT)
-        kept = [reader[index] for reader in readers[max(index - 1, 0) :]]
+        kept = [block["a"][index] for block in blocks[max(index, 1) :]]
         assert torch.equal(rows[: len(kept)], torch.stack(kept))
         assert_close(rows[len(kept)], k1, dtype)
         assert_close(k0, dmean / COUNT - k1 * leaf["mean"].detach(), dtype)
-        assert rows.shape[0] == len(kept) + 1 + (index == 0)
+        assert rows.dtype == dtype and rows.shape[0] == len(kept) + 1 + (index == 0)
         assert index or bool((rows[-1] == 1).all())
+    for v, leaf in zip(blocks[1:], leaves[1:], strict=True):
+        assert_close(v["dweight"], leaf["weight"].grad, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_map_without_inner_products(dtype):
+    """Then rows alone are meant: readers and a gradient passed on; nothing is written to dweight."""
+    blocks = vectors(5, 3, BranchNorm.BATCH, dtype)
+    table = stage_of(blocks, False)
+    rows, k0, dgamma, dbeta, dmoments = backward(table, 1, blocks, False, sums=None, measured=False, pass_on=True)
+    assert torch.equal(rows, torch.stack([blocks[1]["a"][1], blocks[2]["a"][1], torch.ones(5, dtype=dtype)]))
+    assert k0.numel() == dgamma.numel() == dbeta.numel() == 0
+    assert dmoments.dtype == torch.float64 and not dmoments.any()
+    assert bool(blocks[2]["dweight"].isnan().all())
+
+
+def test_a_last_map_whose_output_has_no_gradient():
+    """No later block, none of its own: a gradient passed on is all that there is."""
+    blocks = vectors(5, 2, BranchNorm.NONE, torch.float32)
+    table = stage_of(blocks, False)
+    nothing = {"sums": torch.empty(0, 5), "a": None, "pass_on": True}
+    rows, k0, *_, dmoments = backward(table, 1, blocks, False, **nothing)
+    assert torch.equal(rows, torch.tensor([[0.0], [1.0]]).expand(2, 5))
+    assert not k0.any() and not dmoments.any()
 
 
 @pytest.mark.parametrize("kept_in", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -247,7 +269,8 @@ def test_count_from_a_tensor():
         norm_mean, norm_var = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
         forward(table, 0, v0, False, **kw)
         a, b = forward(table, 1, v1, False, norm_mean=norm_mean, norm_var=norm_var, **kw)
-        results.append([a, b, norm_mean, norm_var, *backward(table, new_totals(table), 1, v1, False, **kw)])
+        v1["a"] = a
+        results.append([a, b, norm_mean, norm_var, *backward(table, 1, [v0, v1], False, **kw)])
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
 
@@ -275,19 +298,25 @@ def test_opcheck(norm, use_running):
         (table, 0, False, *arguments, None, None, None, None, False, 0.0, EPS),
         test_utils=checks,
     )
-    a = torch.randn(2, 3)
-    shortcut = (v1["weight"], v1["running_mean"], v1["running_var"], use_running, EPS)
-    plain = (v1["weight"], None, None, False, EPS)
-    torch.library.opcheck(
-        torch.ops.ernet.block_coefficients_backward.default,
-        (table, 1, False, new_totals(table), v1["da"], v1["db"], None, COUNT, int(norm), *shortcut, [a, a], True, True),
-        test_utils=checks,
-    )
-    torch.library.opcheck(
-        torch.ops.ernet.block_coefficients_backward.default,
-        (table, 1, False, new_totals(table), None, None, None, COUNT, int(norm), *plain, [], False, False),
-        test_utils=checks,
-    )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("use_running", [False, True])
+def test_opcheck_backward(norm, use_running):
+    blocks = vectors(3, 3, norm, torch.float32)
+    table = stage_of(blocks, use_running)
+    none = [torch.empty(0)]
+    later = [[blocks[2][name]] for name in ("a", "db", "weight")]
+    later += [[blocks[2][name]] if use_running else none for name in ("running_mean", "running_var")]
+    dweight = [torch.zeros(2, 3)]
+    for sums, a, measured, pass_on in (
+        (torch.randn(3, 3), blocks[1]["a"], True, True),
+        (torch.randn(1, 3), None, True, False),
+        (None, blocks[1]["a"], False, False),
+    ):
+        arguments = (table, 1, sums, a, *later, dweight, None, COUNT, int(norm), EPS, measured, pass_on)
+        operator = torch.ops.ernet.map_coefficients_backward.default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_errors_come_before_any_change():
@@ -324,10 +353,31 @@ def test_errors_come_before_any_change():
         forward(table, 2, v1 | {"weight": torch.ones(2, 3)}, False)
     with pytest.raises(RuntimeError, match="table must be a contiguous float64 tensor"):
         forward(table.float(), 1, v1, False)
-    with pytest.raises(RuntimeError, match="readers must be coefficients"):
-        backward(table, new_totals(table), 1, v1, False, readers=[torch.ones(1, 3)])
-    with pytest.raises(RuntimeError, match="da and db go together"):
-        backward(table, new_totals(table), 1, v1, False, db=None)
+
+
+def test_errors_of_the_backward():
+    blocks = vectors(3, 3, BranchNorm.BATCH, torch.float32)
+    table = stage_of(blocks, False)
+    for other, message in [
+        ({"sums": torch.ones(2, 3)}, r"sums must have shape \[3, 3\]; got \[2, 3\]"),
+        ({"sums": torch.ones(3, 3, dtype=torch.float64)}, "a must be contiguous tensors .* of float64"),
+        ({"a": torch.ones(1, 3)}, r"a must be contiguous tensors \[> 1, 3\] of float32; got \[1, 3\]"),
+        ({"later_a": [torch.ones(2, 4)]}, r"later_a must be contiguous tensors \[> 1, 3\]"),
+        ({"later_a": []}, "one entry for each of the 0"),
+        ({"later_db": [torch.ones(4)]}, r"later_db must have shape \[3\]; got \[4\]"),
+        ({"later_db": [torch.ones(3, dtype=torch.float64)]}, "later_db must be float32"),
+        ({"later_weight": [torch.ones(1, 3)]}, "later_weight must have rows for map 1"),
+        ({"later_running_mean": [torch.ones(2, 3)]}, "go together"),
+        ({"later_dweight": [torch.ones(2, 3).double()]}, "later_dweight must be contiguous tensors"),
+        ({"count": torch.ones(1)}, "count must be one float64 number"),
+        ({"norm": 5}, "norm must be 0"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            backward(table, 1, blocks, False, **other)
+    with pytest.raises(RuntimeError, match="index 4 is outside the 3 maps of table"):
+        torch.ops.ernet.map_coefficients_backward(
+            table, 4, None, None, [], [], [], [], [], [], None, COUNT, 0, EPS, False, False
+        )
 
 
 EVERY_LOOP = """

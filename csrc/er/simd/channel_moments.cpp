@@ -8,10 +8,9 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kPlaneChunk = 8192;  // planar: most elements of one plane in a tile
-constexpr int64_t kPlaneShift = 256;   // planar: elements whose mean is the shift
-constexpr int64_t kTilePixels = 128;   // channels-last: pixels of a tile
-constexpr int64_t kShiftPixels = 4;    // channels-last: pixels whose mean is the shift
+constexpr int64_t kPlaneShift = 256;  // planar: elements whose mean is the shift
+constexpr int64_t kTilePixels = 128;  // channels-last: pixels of a tile
+constexpr int64_t kShiftPixels = 4;   // channels-last: pixels whose mean is the shift
 static_assert(kPlaneChunk <= 32 * kPlaneShift && kTilePixels <= 32 * kShiftPixels, "n / k as stated above");
 
 // Merges a tile of n values (shift: an approximate mean; d: sum of deviations from it; d2: of their squares) into the
@@ -88,16 +87,13 @@ void planar(const ChannelMoments& args, const ReduceItem& item) {
   double* m2 = mean + s.C;
   for (int64_t c = 0; c < item.channels; ++c) mean[c] = m2[c] = 0;
   if (s.P <= kPlaneChunk) return plane_tiles<T, A>(x, s, item, mean, m2);
-  for (int64_t c = 0; c < item.channels; ++c) {  // large planes: a slab is one sample
-    for (int64_t j = 0; j < s.P; j += kPlaneChunk) {
-      const int64_t count = s.P - j < kPlaneChunk ? s.P - j : kPlaneChunk;
-      const T* chunk = x + c * s.P + j;
-      Sums<A> sums(mean_of<T, A>(chunk, count < kPlaneShift ? count : kPlaneShift));
-      add_row<T, A>(chunk, count, &sums);
-      merge(static_cast<double>(sums.shift), sum_lanes(sums.deviations), sum_lanes(sums.squares),
-            static_cast<double>(count), static_cast<double>(j), mean + c, m2 + c);
-    }
-  }
+  over_plane_chunks(s, [&](int64_t j, int64_t count) {  // large planes: the item is one of one sample
+    const T* chunk = x + j;
+    Sums<A> sums(mean_of<T, A>(chunk, count < kPlaneShift ? count : kPlaneShift));
+    add_row<T, A>(chunk, count, &sums);
+    merge(static_cast<double>(sums.shift), sum_lanes(sums.deviations), sum_lanes(sums.squares),
+          static_cast<double>(count), static_cast<double>(j), mean, m2);
+  });
 }
 
 // Channels-last: the mean of the first pixels.

@@ -8,7 +8,6 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kPlaneChunk = 8192;    // planar: most elements of one plane in a tile
 constexpr int64_t kTilePixels = 64;      // channels-last: pixels of a tile
 constexpr int64_t kPairChannels = 1024;  // channels-last: with more channels, pixels are taken in pairs
 constexpr int64_t kLaterAtOnce = 4;      // more streams at once than that slow the prefetcher down
@@ -21,6 +20,7 @@ struct Row {
   const T* x;
   const T* dy;  // of the block's own g
   const T* y;   // null: g = dy
+  T* g;         // where y is given, g goes there, or, if that is null, its bits
   uint8_t* bits;
   const T* later[kLaterAtOnce];
   const uint8_t* later_bits[kLaterAtOnce];
@@ -28,8 +28,13 @@ struct Row {
 
 template <typename T>
 inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, int64_t first, int64_t later) {
-  Row<T> row = {
-      at<T>(args.x, offset), at<T>(args.dy, offset), at<T>(args.y, offset), at<uint8_t>(args.bits, bit_offset), {}, {}};
+  Row<T> row = {at<T>(args.x, offset),
+                at<T>(args.dy, offset),
+                at<T>(args.y, offset),
+                at<T>(args.g, offset),
+                at<uint8_t>(args.bits, bit_offset),
+                {},
+                {}};
   for (int64_t l = 0; l < later; ++l) {
     const uint8_t* const bits = args.later_bits[first + l];
     row.later[l] = at<T>(args.later[first + l], offset);
@@ -46,7 +51,7 @@ inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
     row.dy += stride;
     if (row.y != nullptr) {
       row.y += stride;
-      row.bits += bit_stride;
+      row.g == nullptr ? void(row.bits += bit_stride) : void(row.g += stride);
     }
   }
   for (int l = 0; l < kLater; ++l) {
@@ -70,8 +75,9 @@ inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
   if (row.y == nullptr) return dy;
   __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 3);
   const uint32_t alive = lanes_alive(load_upto<A>(row.y + j, left));
-  store_bits<A>(row.bits, j, alive);
-  return keep_lanes(dy, alive);
+  const Vec<A> g = keep_lanes(dy, alive);
+  row.g == nullptr ? store_bits<A>(row.bits, j, alive) : store_upto<A>(row.g + j, g, left);
+  return g;
 }
 
 template <int kLater, bool kOwn, typename T, typename A>
@@ -234,11 +240,9 @@ void planar(const MapDots& args, const ReduceItem& item) {
   for (int64_t row = 0; row < args.rows(); ++row) {
     for (int64_t c = 0; c < item.channels; ++c) partial[row * s.C + c] = 0;
   }
-  const int64_t chunk = s.P < kPlaneChunk ? s.P : kPlaneChunk;
-  for (int64_t j = 0; j < s.P; j += chunk) {
-    const int64_t count = s.P - j < chunk ? s.P - j : chunk;
+  over_plane_chunks(s, [&](int64_t j, int64_t count) {
     over_groups(args, [&](const Group& group) { planes<T, A>(args, item, group, j, count, partial); });
-  }
+  });
 }
 
 template <typename T, typename A>

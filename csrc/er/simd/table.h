@@ -35,6 +35,14 @@ inline T* at(const void* p, int64_t offset) {
 template <typename T>
 constexpr int64_t kFetchAhead = 2048 / sizeof(T);
 
+// work(first element, count) for what a planar reduction takes of its planes at once: all of them, of several channels
+// and samples where they are small, or chunks of the one plane of the item.
+template <typename Work>
+inline void over_plane_chunks(const MapShape& s, const Work& work) {
+  const int64_t chunk = s.P < kPlaneChunk ? s.P : kPlaneChunk;
+  for (int64_t j = 0; j < s.P; j += chunk) work(j, s.P - j < chunk ? s.P - j : chunk);
+}
+
 // The items of a reduction that make up a strip: work(item) for each.
 template <typename Work>
 inline void over_strip(const MapShape& s, const Strip& strip, const Work& work) {

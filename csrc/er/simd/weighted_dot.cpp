@@ -11,7 +11,6 @@ constexpr int64_t kTileElements = 32768;  // most elements of g in a tile: 128 K
 constexpr int64_t kTilePixels = 64;       // channels-last: most pixels of a tile
 constexpr int64_t kPairChannels = 1024;   // channels-last: with more channels, pixels are taken in pairs
 constexpr int64_t kMapsAtOnce = 4;        // more streams at once than that slow the prefetcher down
-constexpr int64_t kPlaneChunk = 8192;     // planar: most elements of one plane in a tile
 static_assert(kTileElements >= kPlanarElements && kTileElements >= kPixelChannels);
 
 // g = dy, or dy where y > 0 and zero elsewhere; written to `out` (as T) and to `tile` (as A), which is read again.
@@ -119,12 +118,9 @@ void planar(const WeightedDot& args, const ReduceItem& item) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t c = 0; c < item.channels; ++c) partial[row * s.C + c] = 0;
   }
-  // Whole planes, of several channels and samples where they are small; one plane in chunks where it is large.
-  const int64_t chunk = s.P < kPlaneChunk ? s.P : kPlaneChunk;
-  for (int64_t j = 0; j < s.P; j += chunk) {
-    const int64_t count = s.P - j < chunk ? s.P - j : chunk, run = item.channels * count;
-    for (int64_t r = 0; args.g != nullptr && r < item.count;
-         ++r) {  // a sample's part is one run: one channel in chunks
+  over_plane_chunks(s, [&](int64_t j, int64_t count) {
+    const int64_t run = item.channels * count;  // a sample's part, one after the other in memory
+    for (int64_t r = 0; args.g != nullptr && r < item.count; ++r) {
       const int64_t o = ((item.begin + r) * s.C + item.channel) * s.P + j;
       mask<T, A>(at<T>(args.dy, o), at<T>(args.y, o), at<T>(args.g, o), tile + r * run, run, args.stream);
     }
@@ -132,7 +128,7 @@ void planar(const WeightedDot& args, const ReduceItem& item) {
       const int64_t left = args.num_maps - first, maps = left < kMapsAtOnce ? left : kMapsAtOnce;
       planes_dot<T, A>(args, item, j, count, first, maps, tile, partial);
     }
-  }
+  });
 }
 
 // Channels-last: some pixels of some maps, and where their sums wait.

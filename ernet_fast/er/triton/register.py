@@ -1,0 +1,57 @@
+"""Registration of the Triton operators for CUDA devices; neither CUDA nor Triton is initialised or imported by it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from ernet_fast.er.triton import coefficient_launch as algebra
+from ernet_fast.er.triton import map_launch
+
+# For builds without the C++ extension, which defines the same ones.
+_SCHEMAS = (
+    "channel_moments(Tensor x, bool per_sample) -> (Tensor mean, Tensor var)",
+    "weighted_sum(Tensor[] maps, Tensor a, Tensor? b, bool relu) -> Tensor",
+    "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) -> (Tensor da, Tensor db, Tensor g)",
+    "block_coefficients(Tensor(a!) table, int index, bool doubles, Tensor? mean, Tensor? var, Tensor? count, "
+    "int elements, int norm, Tensor? gamma, Tensor? beta, Tensor(b!)? norm_mean, Tensor(c!)? norm_var, "
+    "Tensor(d!)? norm_batches, float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, "
+    "Tensor(f!)? running_var, Tensor(g!)? batches, bool use_running, float? momentum, float eps) "
+    "-> (Tensor a, Tensor b)",
+    "map_dots(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g) -> (Tensor sums, Tensor g)",
+    "map_coefficients_backward(Tensor table, int index, Tensor? sums, Tensor? a, Tensor[] later_a, Tensor[] later_db, "
+    "Tensor[] later_weight, Tensor[] later_running_mean, Tensor[] later_running_var, Tensor(a!)[] later_dweight, "
+    "Tensor? count, int elements, int norm, float eps, bool measured, bool pass_on) "
+    "-> (Tensor rows, Tensor k0, Tensor dgamma, Tensor dbeta, Tensor dmoments)",
+)
+
+_LIBRARY: torch.library.Library | None = None  # keeps the registrations alive
+
+
+def available() -> bool:
+    """True if this PyTorch has CUDA (or HIP) devices and Triton is installed."""
+    on_gpu = torch.version.cuda is not None or torch.version.hip is not None
+    return on_gpu and importlib.util.find_spec("triton") is not None
+
+
+def register(*, define: bool) -> None:
+    """Register the operators for CUDA tensors; with `define` their schemas too, for builds without the extension."""
+    global _LIBRARY
+    _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
+    if define:
+        for schema in _SCHEMAS:
+            _LIBRARY.define(schema)
+    implementations: dict[str, Callable[..., object]] = {
+        "channel_moments": map_launch.channel_moments,
+        "weighted_sum": map_launch.weighted_sum,
+        "weighted_dot": map_launch.weighted_dot,
+        "map_dots": map_launch.map_dots,
+        "block_coefficients": lambda *arguments: algebra.block_coefficients(algebra.BlockArguments(*arguments)),
+        "map_coefficients_backward": lambda *arguments: algebra.map_coefficients_backward(
+            algebra.MapArguments(*arguments)
+        ),
+    }
+    for name, implementation in implementations.items():
+        _LIBRARY.impl(name, implementation, "CUDA")
