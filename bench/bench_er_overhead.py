@@ -17,7 +17,8 @@ from turns import in_turns, percentiles
 
 from ernet_fast import ERShortcut, er_shortcut_sum
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import (
+from ernet_fast.er.epilogue import er_block, er_block_backward
+from ernet_fast.er.epilogue_arguments import (
     NO_NORM,
     NO_SHORTCUT,
     BranchNorm,
@@ -28,7 +29,6 @@ from ernet_fast.er.coefficients import (
     new_table,
     new_totals,
 )
-from ernet_fast.er.epilogue import er_block, er_block_backward
 
 CHANNELS, NUM_MAPS = 64, 3
 BAR_US = 30

@@ -193,4 +193,4 @@ def _macenko_on_cuda(name: str) -> tuple[str, str]:
 def _triton_serves() -> bool:
     from ernet_fast.er import operators
 
-    return operators.serves(torch.empty(1, 1, 1, 1, device="cuda"))
+    return operators.supports_device(torch.empty(1, 1, 1, 1, device="cuda"))

@@ -3,8 +3,8 @@
     er_block            moments of z, coefficients, weighted sum -> y, and a of the sum
     er_block_backward   dy and what later blocks have left -> dz, gradients of gamma and beta, a row of each dweight
 
-Forward goes by block. Backward goes by map: the inner products of a map with its own and all later gradients of weighted
-sums at once, gradients of per-channel vectors, and then dz, a weighted sum of just those gradients and the map.
+Forward goes by block. Backward goes by map: the inner products of a map with its own and all later gradients of
+weighted sums at once, gradients of per-channel vectors, then dz, a weighted sum of just those gradients and the map.
 
 Two implementations: for maps on the CPU one operator each way (csrc/er/epilogue_ops.cpp), which works channel tile by
 channel tile where that pays, so that each map is read from memory once; `epilogue_composed` everywhere else, one
@@ -22,15 +22,21 @@ from torch import Tensor
 from ernet_fast.er import epilogue_composed, operators
 from ernet_fast.er.epilogue_arguments import (
     BranchNorm,
+    EpilogueState,
     LaterBlock,
     MapGradients,
     NormArguments,
     ShortcutArguments,
-    EpilogueState,
     record_updates,
 )
+from ernet_fast.er.process_group import ProcessGroup
 
 _NO_COLUMNS: tuple[list[Tensor], ...] = ([],) * len(LaterBlock._fields)
+
+
+def block_operator_supports(x: Tensor, group: ProcessGroup | None) -> bool:
+    """True if one operator a block each way serves maps like `x`, with statistics over `group`."""
+    return group is None and x.device.type == "cpu"
 
 
 def er_block(

@@ -163,7 +163,9 @@ def norm_arguments(bn: nn.Module) -> NormArguments:
         ValueError: a cumulative average without its count, or an eps with which PyTorch does not train either.
     """
     assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    gamma, beta, mean, var, batches = bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked
+    gamma: Tensor | None = bn.weight
+    beta: Tensor | None = bn.bias
+    mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
     if not (gamma is None or gamma.is_contiguous()):  # parameters need not be
         gamma = gamma.contiguous()
     if not (beta is None or beta.is_contiguous()):
@@ -193,6 +195,6 @@ def record_updates(norm: NormArguments, shortcut: ShortcutArguments) -> None:
     tracked = []
     for t in changed:
         if t is not None and not t.is_inference():
-            tracked.append(t)  # noqa: PERF401  (a comprehension is one more call, for every block)
+            tracked.append(t)
     if tracked:
         torch.autograd.graph.increment_version(tracked)

@@ -19,11 +19,11 @@ from ernet_fast.er.epilogue_arguments import (
     NO_NORM,
     NO_SHORTCUT,
     BranchNorm,
+    EpilogueState,
     LaterBlock,
     MapGradients,
     NormArguments,
     ShortcutArguments,
-    EpilogueState,
 )
 from ernet_fast.er.process_group import add_up, gather_moments
 
@@ -37,7 +37,7 @@ def er_block(
     measure: bool,
     relu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y of the block of the last map, and a [maps, C] of its weighted sum."""
+    """Y of the block of the last map, and a [maps, C] of its weighted sum."""
     last = len(maps) - 1
     for index in range(state.filed, last):
         _file(state, index, maps[index], NO_NORM, NO_SHORTCUT, state.measure)
@@ -97,6 +97,11 @@ def map_gradient(
     """dz, dgamma and dbeta of map `index`, from its inner products; a row of each dweight is written.
 
     Args:
+        state: of the stage.
+        index: which map of the stage.
+        z: the map [N, C, H, W].
+        norm: how it became x.
+        later: the later blocks whose outputs have a gradient, in order.
         sums: of z with the gradient of each of `later`, then with `g` those of z * g and of g; None if nothing needs
             them.
         g: the gradient of the map's own block's weighted sum.

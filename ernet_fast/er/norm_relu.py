@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ernet_fast.er import epilogue
 from ernet_fast.er.epilogue import er_block, er_block_backward
 from ernet_fast.er.epilogue_arguments import BranchNorm, EpilogueState, NormArguments, ShortcutArguments, norm_arguments
 from ernet_fast.er.nodes import FusedStage, vector_gradients
@@ -24,7 +25,7 @@ from ernet_fast.er.plain import is_plain
 
 
 def norms_supported(x: Tensor) -> bool:
-    """True if the operators of this module support maps like `x` [N, C, H, W]; on a GPU `projection_sum` alone uses them.
+    """True if the operators of this module support maps like `x` [N, C, H, W]; on a GPU `projection_sum` alone does.
 
     By count of map accesses BatchNorm and ReLU have little to win over cuDNN there (docs/er-shortcuts.md).
     """
@@ -92,7 +93,8 @@ def projection_sum(
     var = None if last.var is None else last.var.unsqueeze(0)
     use_running = last.norm == BranchNorm.RUNNING
     shortcut = ShortcutArguments(weight, mean, var, last.batches, use_running, last.momentum)
-    stage = FusedStage([weight], last.eps, measure=not use_running, composed=z.device.type != "cpu")
+    composed = not epilogue.block_operator_supports(z, None)
+    stage = FusedStage([weight], last.eps, measure=not use_running, composed=composed)
     stage.start(s)
     return stage.block(z, norm, shortcut, relu=True, measure=False)
 

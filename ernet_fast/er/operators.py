@@ -60,7 +60,7 @@ def why_plain(x: Tensor) -> str | None:
 
 
 def check_first_order() -> None:
-    """Raise RuntimeError in a backward pass that the fused nodes cannot give: a second derivative, batched gradients."""
+    """Raise RuntimeError in a backward pass that fused nodes cannot give: a second derivative, batched gradients."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
@@ -128,7 +128,7 @@ def weighted_dot(
 
 
 def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of `z` times each of `later`, then with `dy` those of z * g and of g, [later + 2, C]; and g, empty without `y`."""
+    """Sums of z * later_l, then with `dy` those of z * g and of g, [later + 2, C]; and g, empty without `y`."""
     with _autograd_if_needed():
         return torch.ops.ernet.map_dots.default(z, dy, y, later)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -11,7 +13,7 @@ _TENSORS = (nn.Parameter, Tensor, type(None))
 Kind = type[nn.Module] | tuple[type[nn.Module], ...]
 
 
-def is_plain(module: nn.Module, kind: Kind, *more: object) -> bool:
+def is_plain(module: nn.Module, kind: Kind, *more: Any) -> bool:
     """True if `module` is of just this class, and its call would run no more than the class's `forward`.
 
     False for subclasses, parametrised modules (of a class of their own), modules with hooks (pruning, weight norm and
@@ -21,7 +23,7 @@ def is_plain(module: nn.Module, kind: Kind, *more: object) -> bool:
     # one call for all, and none below it: this runs several times in every block
     pairs = (module, kind, *more)
     for i in range(0, len(pairs), 2):
-        module, kind = pairs[i], pairs[i + 1]  # type: ignore[assignment]
+        module, kind = pairs[i], pairs[i + 1]
         if type(module) is not kind and not (isinstance(kind, tuple) and type(module) in kind):
             return False
         state = module.__dict__

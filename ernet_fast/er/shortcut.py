@@ -88,7 +88,7 @@ class ERShortcut(nn.Module):
         self.relu, self.fused = relu, fused
         self.process_group = process_group
         self.weight = nn.Parameter(torch.ones(num_maps, channels))
-        self.statistics: nn.Module | None = None
+        self.statistics: Any = None
         if norm == "batch":
             self.statistics = nn.BatchNorm2d(num_maps * channels, eps, momentum, affine=False)
         else:
@@ -168,7 +168,7 @@ class ERShortcut(nn.Module):
         return f"{self.channels}, num_maps={self.num_maps}, norm={self.norm!r}{groups}, fused={self.fused}"
 
     def normalises_with_batch(self) -> bool:
-        """True if N takes the statistics of the batch at hand: batch norm in training, or without running statistics."""
+        """True if N takes the statistics of the batch at hand: in training, or without running statistics."""
         statistics = self.statistics
         return statistics is not None and ((self.training and statistics.training) or statistics.running_mean is None)
 

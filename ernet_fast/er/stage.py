@@ -9,14 +9,14 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ernet_fast import _backend
-from ernet_fast.er import operators
+from ernet_fast.er import epilogue, operators
 from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, norm_arguments
 from ernet_fast.er.nodes import FusedStage
 from ernet_fast.er.plain import is_plain, why_not_plain
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
 class StageModules(NamedTuple):
     """The modules of a stage's ER blocks whose arithmetic their epilogues stand for, one entry a block."""
 
-    shortcuts: list[Shortcut]
+    shortcuts: list[Any]  # Shortcut, or whatever somebody has put in its place
     norms: list[nn.Module]
     relus: list[nn.Module]
 
@@ -79,7 +79,7 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
         choice = Choice(Path.TRACEABLE, "norm='group': statistics of each sample")
     elif len({shortcut.eps for shortcut in shortcuts}) > 1:
         choice = Choice(Path.TRACEABLE, "the shortcuts of the stage differ in eps")
-    elif block_operator_supports(x0, group):
+    elif epilogue.block_operator_supports(x0, group):
         choice = Choice(Path.BLOCK_OPERATOR, "compiled operators for the CPU")
     elif group is None:
         choice = Choice(Path.COMPOSED, "Triton's operators")
@@ -88,11 +88,6 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
     if group is not None and choice.group is None:
         raise RuntimeError(f"{NO_NAIVE_GROUP} Here: {choice.reason}.")
     return choice
-
-
-def block_operator_supports(x0: Tensor, group: ProcessGroup | None) -> bool:
-    """True if one operator a block each way serves maps like x0, with statistics over `group`."""
-    return group is None and x0.device.type == "cpu"
 
 
 def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowed: bool) -> str | None:
@@ -110,7 +105,7 @@ def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowe
     for shortcut in modules.shortcuts:
         if shortcut.norm != first.norm or shortcut.num_groups != first.num_groups:
             return "the shortcuts of the stage normalise in different ways"
-    pairs: list[object] = []
+    pairs: list[Any] = []
     for shortcut, relu in zip(modules.shortcuts, modules.relus, strict=True):
         pairs += (shortcut, ERShortcut, relu, nn.ReLU)
         if shortcut.statistics is not None:
@@ -118,7 +113,7 @@ def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowe
     return None if is_plain(*pairs) else _which_is_not_plain(pairs)
 
 
-def _which_is_not_plain(pairs: Sequence[object]) -> str:
+def _which_is_not_plain(pairs: Sequence[Any]) -> str:
     for module, kind in zip(pairs[::2], pairs[1::2], strict=True):
         why = why_not_plain(module, kind)
         if why is not None:
@@ -139,7 +134,7 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
     named, synchronised = False, []
     for bn in norms:
         if isinstance(bn, nn.SyncBatchNorm):
-            synchronised.append(bn)  # noqa: PERF401  (this runs in every forward pass, mostly in vain)
+            synchronised.append(bn)
     for shortcut in shortcuts:
         named |= shortcut.process_group is not None
         if isinstance(shortcut.statistics, nn.SyncBatchNorm):
@@ -179,7 +174,7 @@ class StageMaps:
     def start(
         self,
         x0: Tensor,
-        shortcuts: Sequence[Shortcut],
+        shortcuts: Sequence[Any],
         norms: Sequence[nn.Module] = (),
         relus: Sequence[nn.Module] | None = None,
     ) -> Tensor:
@@ -225,7 +220,7 @@ class StageMaps:
             )
         return self._stage.start(x0)
 
-    def add(self, z: Tensor, bn: nn.Module, shortcut: Shortcut, relu: nn.Module = _RELU) -> Tensor:
+    def add(self, z: Tensor, bn: nn.Module, shortcut: Any, relu: nn.Module = _RELU) -> Tensor:
         """File the output z of a branch and return the block's output.
 
         Args:
@@ -275,7 +270,7 @@ class StageMaps:
     # The stage's own nodes are not traced: a compiled block of an eager stage breaks its graph here.
     _add_uncompiled = _disable_dynamo(add)
 
-    def _by_modules(self, shortcut: Shortcut, relu: nn.Module) -> Tensor:
+    def _by_modules(self, shortcut: Any, relu: nn.Module) -> Tensor:
         if is_plain(relu, nn.ReLU) or not shortcut.relu:
             return shortcut(self._xs, fused=self.fused)
         y: Tensor = relu(shortcut(self._xs, fused=self.fused, relu=False))

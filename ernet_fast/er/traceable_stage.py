@@ -177,7 +177,10 @@ class _SumRecord:
         running = torch._C._current_graph_task_id()
         self._left[running] = [g, self.num_readers]
         # a pass that reaches a part of the stage leaves readers that never come
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._left.pop(running, None))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(running))
+
+    def _end(self, running: int) -> None:
+        self._left.pop(running, None)
 
     def take(self) -> Tensor | None:
         """The g of this backward pass, or None if the pass did not reach this sum; freed after its last reader."""

@@ -6,7 +6,7 @@ checkpoints fit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -74,7 +74,8 @@ class ResidualBranch(nn.Module):
 
         `fused`: the other BatchNorms are one pass with the ReLU behind them, see `batch_norm_relu`.
         """
-        modules, last = self._modules, len(self.kernel_sizes)
+        modules: dict[str, Any] = self._modules  # not by attributes: each is a call
+        last = len(self.kernel_sizes)
         for k in range(1, last):
             x = batch_norm_relu(modules[f"conv{k}"](x), modules[f"bn{k}"], modules["relu"], fused=fused)
         return modules[f"conv{last}"](x)
@@ -120,7 +121,7 @@ class ProjectionBlock(ResidualBranch):
         return projection_sum(z, self.last_bn, projected, bn, self.relu, fused=True)
 
 
-def _before_batch_norm(downsample: nn.Module, x: Tensor) -> tuple[Tensor, nn.Module]:
+def _before_batch_norm(downsample: Any, x: Tensor) -> tuple[Tensor, nn.Module]:
     """The input of the BatchNorm that ends a projection shortcut, and that BatchNorm, or anything in its place."""
     if not is_plain(downsample, nn.Sequential) or len(downsample) == 0:
         return downsample(x), nn.Identity()

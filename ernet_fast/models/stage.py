@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class ERStage(nn.Module):
         """
         if isinstance(x, Tensor) or not isinstance(x, torch.fx.Proxy):
             self._check(x)
-        opening, *er_blocks = self._modules.values()
+        opening, *er_blocks = self._blocks()
         fuses_norms = self.fused and norms_supported(x)
         x_0 = opening(x, fuses_norms)
         if not er_blocks:
@@ -168,7 +168,7 @@ class ERStage(nn.Module):
             return self._run_uncompiled(x_0, er_blocks, modules, fuses_norms)
         return self._run(x_0, er_blocks, modules, fuses_norms)
 
-    def _run(self, x_0: Tensor, blocks: list[nn.Module], modules: StageModules, fuses_norms: bool) -> Tensor:
+    def _run(self, x_0: Tensor, blocks: list[Any], modules: StageModules, fuses_norms: bool) -> Tensor:
         maps = StageMaps(fused=self.fused, fuses_norms=fuses_norms)
         y = maps.start(x_0, *modules)
         for block in blocks:
@@ -184,7 +184,7 @@ class ERStage(nn.Module):
         Args:
             x: a tensor on the stage's device, as the stage's input [N, in_channels, H, W].
         """
-        er_blocks = list(self._modules.values())[1:]
+        er_blocks = self._blocks()[1:]
         if not er_blocks:
             return Choice(Path.MODULES, "the stage has no ER block")
         weight = self._opening().last_bn.weight
@@ -194,8 +194,12 @@ class ERStage(nn.Module):
         like = x.new_empty((x.shape[0], self.channels, 2, 2), dtype=dtype)
         return choose(like, self._modules_of(er_blocks), fused=self.fused)
 
+    def _blocks(self) -> list[Any]:
+        """All blocks; anything may stand in a block's place that has its parts."""
+        return list(self._modules.values())
+
     @staticmethod
-    def _modules_of(blocks: list[nn.Module]) -> StageModules:
+    def _modules_of(blocks: list[Any]) -> StageModules:
         modules = StageModules([], [], [])
         for block in blocks:
             modules.shortcuts.append(block.shortcut)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS
+
 # N, C, H, W: multiples of nothing, single pixels and samples, more channels than a tile, more pixels than a chunk
 SHAPES = [(2, 3, 7, 11), (1, 65, 7, 7), (3, 1, 1, 49), (5, 33, 1, 1), (2, 64, 9, 9), (1, 2, 61, 67), (1, 1030, 2, 3)]
 SHAPES += [(2, 37, 14, 14), (2, 5, 24, 43)]  # planes that are a half or a quarter of a cache line too long
@@ -21,6 +23,11 @@ def maps_like(
     generator = torch.Generator().manual_seed(seed)
     maps = [torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5 * i - 1 for i in range(count)]
     return [x.to(dtype).contiguous(memory_format=layout) for x in maps]
+
+
+def new_table(like: Tensor, num_maps: int) -> Tensor:
+    """The table of a stage of `num_maps` maps like `like` [N, C, H, W]."""
+    return like.new_empty((num_maps, TABLE_ROWS, like.shape[1]), dtype=torch.float64)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

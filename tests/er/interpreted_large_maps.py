@@ -101,7 +101,7 @@ def test_weighted_sum(last_programs, large, per_sample):
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_reductions(last_programs, large, per_sample):
-    """The last program of weighted_dot and of channel_moments: sums over the last slab of pixels."""
+    """The last program of weighted_dot, map_dots and channel_moments: sums over the last slab of pixels."""
     cut = reduction(shape_of(large, per_sample), 2)
     channels = cut.tile.rows if large.is_contiguous() else 128
     values = torch.arange(1.0, 129.0)[-channels:]
@@ -111,6 +111,14 @@ def test_reductions(last_programs, large, per_sample):
     assert torch.equal(partial[-1, 0, -1, -channels:], values.square())
     assert torch.equal(partial[-1, 1, -1, -channels:], values)
     assert torch.equal(g[-1, -channels:, -1, -1].float(), values) and float(g[0, 0, 0, 0]) == 0
+
+    if not per_sample:
+        last_programs.launches.clear()
+        map_launch.map_dots(large, large, large, [large])
+        name, programs, (_, _, _, g, _, partial, *_) = last_programs.launches[0]
+        assert name == "map_dots_kernel" and programs == cut.programs
+        assert torch.equal(partial[-1, :, -channels:], torch.stack([values**2, values**2, values]))
+        assert torch.equal(g[-1, -channels:, -1, -1].float(), values) and float(g[0, 0, 0, 0]) == 0
 
     last_programs.launches.clear()
     map_launch.channel_moments(large, per_sample)

@@ -81,6 +81,32 @@ def test_weighted_dot(shape, dtype, layout, per_sample):
         assert da.dtype == db.dtype == acc_dtype(dtype)
 
 
+@pytest.mark.parametrize(("shape", "dtype", "layout"), [case[:3] for case in CASES if not case[3]])
+def test_map_dots(shape, dtype, layout):
+    """With and without a gradient and a ReLU of its own; no later blocks, some, and more than one launch holds."""
+    for num_later, with_dy, with_y in ((0, True, True), (3, True, True), (9, True, True), (8, True, False), (2, 0, 0)):
+        z, dy, y, *later = maps_like(shape, num_later + 3, dtype, layout)
+        check_map_dots(z, dy if with_dy else None, y.relu() if with_y else None, later)
+
+
+def check_map_dots(z, dy, y, later):
+    """Against sums in float64, whose error bound is relative to the sums of magnitudes."""
+    sums, g = map_launch.map_dots(z, dy, y, later)
+    products = [z.double() * x.double() for x in later]
+    if dy is not None:
+        g64 = dy.double() if y is None else dy.double().where(~(y.double() <= 0), 0)
+        products += [z.double() * g64, g64]
+    if y is None:
+        assert g.numel() == 0
+    else:
+        assert g.dtype == dy.dtype and g.stride() == dy.stride() and torch.equal(g.double(), g64)
+    bound = tolerance(z.dtype, z.numel() // z.shape[1], stored=False)
+    assert sums.dtype == acc_dtype(z.dtype) and sums.shape == (len(products), z.shape[1])
+    for found, product in zip(sums.double(), products, strict=True):
+        error = (found - product.sum((0, 2, 3))).norm()
+        assert float(error) <= bound * float(product.abs().sum((0, 2, 3)).norm())
+
+
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
 def test_channel_moments(shape, dtype, layout, per_sample):
     (x,) = maps_like(shape, 1, dtype, layout)
@@ -141,6 +167,8 @@ def test_many_slabs_and_long_ones(small_tiles, layout, per_sample, least_units):
     g = dy.double() * (y.double() > 0)
     assert float((da[0].double() - (g * x).sum(dims)).norm()) <= bound * float((g * x).abs().sum(dims).norm())
     assert float((db.double() - g.sum(dims)).norm()) <= bound * float(g.abs().sum(dims).norm())
+    if not per_sample:
+        check_map_dots(x, dy, y, [y])
     mean, var = map_launch.channel_moments(x, per_sample)
     # A mean of n numbers near 100 is known to roundoff; deviations from it, squared, are off by the square of that.
     torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=2e-7, atol=0)
@@ -152,19 +180,19 @@ def test_offsets_of_64_bits(monkeypatch):
     maps = maps_like((2, 5, 4, 3), 3, torch.float32, torch.channels_last)
     a, dy = torch.randn(3, 5), maps[0]
     narrow = map_launch.weighted_sum(maps, a, None, False)
-    narrow_dot, narrow_moments = (
-        map_launch.weighted_dot(dy, maps, dy, False),
-        map_launch.channel_moments(dy, False),
+    reductions = (
+        lambda: map_launch.weighted_dot(dy, maps, dy, False),
+        lambda: map_launch.map_dots(maps[1], dy, dy, maps),
+        lambda: map_launch.channel_moments(dy, False),
     )
+    narrow_results = [result for reduction in reductions for result in reduction()]
     original = tiling._tile
     monkeypatch.setattr(tiling, "_tile", lambda *args: original(*args)._replace(wide=True))
     tiling.sum_tile.cache_clear(), tiling.reduction.cache_clear()
     try:
         assert torch.equal(map_launch.weighted_sum(maps, a, None, False), narrow)
-        for wide, expected in zip(map_launch.weighted_dot(dy, maps, dy, False), narrow_dot, strict=True):
-            assert torch.equal(wide, expected)
-        for wide, expected in zip(map_launch.channel_moments(dy, False), narrow_moments, strict=True):
-            assert torch.equal(wide, expected)
+        wide_results = [result for reduction in reductions for result in reduction()]
+        assert all(torch.equal(*pair) for pair in zip(wide_results, narrow_results, strict=True))
     finally:
         tiling.sum_tile.cache_clear(), tiling.reduction.cache_clear()
 
@@ -185,6 +213,9 @@ def test_relu_and_nan_are_those_of_torch(layout):
     leaf = x.clone().requires_grad_()
     leaf.relu().sum().backward()
     torch.testing.assert_close(map_launch.weighted_dot(torch.ones_like(x), [x], x.relu(), False)[2], leaf.grad)
+    sums, g = map_launch.map_dots(torch.ones_like(x), torch.ones_like(x), x.relu(), [])
+    torch.testing.assert_close(g, leaf.grad, rtol=0, atol=0)
+    torch.testing.assert_close(sums, leaf.grad.sum((0, 2, 3)).expand(2, -1), rtol=0, atol=0)
     mean, var = map_launch.channel_moments(x, False)
     assert not bool(mean[:3].isfinite().any()) and bool(var[:3].isnan().all())
     assert torch.equal(mean[3:], x.flatten()[3:]) and not bool(var[3:].any())
@@ -196,8 +227,16 @@ def test_empty_maps(shape):
     assert map_launch.weighted_sum([x, x], torch.ones(2, shape[1]), None, False).shape == shape
     da, db, _ = map_launch.weighted_dot(x, [x], None, False)
     assert torch.equal(da, torch.zeros(1, shape[1])) and torch.equal(db, torch.zeros(shape[1]))
+    sums, g = map_launch.map_dots(x, x, x, [x, x])
+    assert torch.equal(sums, torch.zeros(4, shape[1])) and g.shape == x.shape
     mean, var = map_launch.channel_moments(x, False)
     assert torch.equal(mean, torch.zeros(shape[1])) and var.shape == (shape[1],) and bool(var.isnan().all())
+
+
+def test_no_sums():
+    x = torch.ones(2, 3, 4, 5)
+    sums, g = map_launch.map_dots(x, None, None, [])
+    assert sums.shape == (0, 3) and sums.dtype == torch.float32 and g.shape == (0,)
 
 
 def test_operators_name_what_is_wrong():
@@ -223,3 +262,12 @@ def test_operators_name_what_is_wrong():
             map_launch.weighted_sum(maps, a_, b, False)
     with pytest.raises(RuntimeError, match="one shape; y"):
         map_launch.weighted_dot(x, [x], x[:1], False)
+    for arguments, message in [
+        ((x, None, x, []), "y needs dy"),
+        ((x, x[:1], None, []), "one shape; dy"),
+        ((x, x, x[:1], [x]), "one shape; y"),
+        ((x, None, None, [x, x.double()]), r"one dtype; later_g\[1\]"),
+        ((x, x, None, [mixed[1]]), "one layout"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            map_launch.map_dots(*arguments)

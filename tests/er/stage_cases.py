@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ernet_fast import ERShortcut
-from ernet_fast.er import stage
+from ernet_fast.er import epilogue
 from ernet_fast.er.stage import StageMaps
 
 CHANNELS = 6
@@ -26,7 +26,7 @@ def step_by_step(active: bool = True) -> Iterator[None]:
     if not active:
         yield
         return
-    with mock.patch.object(stage, "block_operator_supports", lambda x0, group: False):
+    with mock.patch.object(epilogue, "block_operator_supports", lambda x, group: False):
         yield
 
 

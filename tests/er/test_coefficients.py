@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from er_cases import new_table
 from other_isa import ISAS, run_on
 
-from ernet_fast.er.coefficients import BranchNorm, block_coefficients, new_table
+from ernet_fast.er.epilogue_arguments import BranchNorm
 from ernet_fast.er.unfused_coefficients import MapStatistics, map_statistics, shortcut_coefficients
 
 EPS, NORM_EPS, COUNT = 1e-3, 1e-2, 30
@@ -89,7 +90,7 @@ def forward(table: torch.Tensor, index: int, v: dict[str, Any], use_running: boo
         arguments |= {"gamma": v["gamma"], "beta": v["beta"]}
     if v["norm"] == BranchNorm.RUNNING:
         arguments |= {"norm_mean": v["norm_mean"], "norm_var": v["norm_var"]}
-    return block_coefficients(table, index, **(arguments | other))
+    return torch.ops.ernet.block_coefficients.default(table, index, *(arguments | other).values())
 
 
 def backward(table: torch.Tensor, index: int, blocks: list[dict[str, Any]], use_running: bool, **other: Any) -> Any:

@@ -11,7 +11,7 @@ from stage_cases import NORMS, STEPS
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ernet_fast import ERShortcut, er_shortcut_sum
-from ernet_fast.er import stage
+from ernet_fast.er import epilogue
 from ernet_fast.models import ERResNet
 
 
@@ -32,7 +32,7 @@ def test_asking_for_a_value_raises():
 @pytest.mark.parametrize(("norm", "groups"), NORMS)
 def test_training_and_evaluation(monkeypatch, norm, groups, training):
     if norm.endswith(STEPS):  # as on GPUs
-        monkeypatch.setattr(stage, "one_operator_serves", lambda z, group: False)
+        monkeypatch.setattr(epilogue, "block_operator_supports", lambda x, group: False)
     norm = norm.removesuffix(STEPS)
     model = ERResNet("basic", (2, 3, 1, 1), 4, base_channels=6, norm=norm, num_groups=groups).train(training)
     model(torch.randn(2, 3, 33, 33)).sum().backward()

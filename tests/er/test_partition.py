@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from er_cases import LAYOUTS, maps_like, tolerance
+from er_cases import LAYOUTS, maps_like, new_table, tolerance
 from other_isa import ISAS, run_on
 from torch import Tensor
 
 from ernet_fast import _backend
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import NO_NORM, ShortcutArguments, new_table
+from ernet_fast.er.epilogue_arguments import NO_NORM, ShortcutArguments
 
 OPS = torch.ops.ernet
 EPS = 1e-3

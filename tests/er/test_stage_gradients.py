@@ -80,7 +80,7 @@ def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, norm, layout):
     """Gradients towards maps alone, as of a frozen network: a sum for each map, and nothing is reduced."""
     fused, naive = tails(4, norm)
     calls: list[str] = []
-    for name in ("weighted_sum", "weighted_dot", "channel_moments"):
+    for name in ("weighted_sum", "weighted_dot", "map_dots", "channel_moments"):
         original = getattr(operators, name)
         monkeypatch.setattr(
             operators, name, lambda *args, f=original, n=name, **kw: (calls.append(n), f(*args, **kw))[1]
@@ -89,7 +89,7 @@ def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, norm, layout):
     monkeypatch.setattr(
         nodes,
         "er_block_backward",
-        lambda *args, **kw: (calls.append(f"dots={kw['dots']}"), backward(*args, **kw))[1],
+        lambda *args, **kw: (calls.append(f"dots={args[0].needs_dots}"), backward(*args, **kw))[1],
     )
     zs = maps_like((2, CHANNELS, 3, 5), 4, torch.float64, layout)
     gradients = []
@@ -98,7 +98,8 @@ def test_frozen_parameters_in_evaluation_need_no_dot(monkeypatch, norm, layout):
         leaves = [z.clone(memory_format=torch.preserve_format).requires_grad_() for z in zs]
         module(*leaves).square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
-    assert calls == (["dots=False"] * 4 if fused.whole else ["weighted_sum"] * (3 + 4))
+    sums = ["weighted_sum"]
+    assert calls == (["dots=False"] * 4 if fused.whole else sums * 3 + ["dots=False", *sums] * 4)
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 

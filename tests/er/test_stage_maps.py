@@ -180,7 +180,7 @@ def test_each_gradient_is_written_once(monkeypatch, norm, groups):
     ys = fused(picture())
     calls: Counter[str] = Counter()
     written: list[int] = []
-    for name in ("weighted_sum", "weighted_dot", "channel_moments"):
+    for name in ("weighted_sum", "weighted_dot", "map_dots", "channel_moments"):
         original = getattr(operators, name)
 
         def counted(*args, _name=name, _original=original, **kwargs):
@@ -197,7 +197,8 @@ def test_each_gradient_is_written_once(monkeypatch, norm, groups):
     if fused.whole and norm == "batch":
         assert len(whole) == 6 and not calls
     else:
-        assert not whole and calls == {"weighted_sum": 6, "weighted_dot": 5}
+        dots = {"map_dots": 6} if norm.startswith("batch") else {"weighted_dot": 5}
+        assert not whole and calls == {"weighted_sum": 6, **dots}
         assert written == [ys[0].numel()] * 6
     size = list(ys[0].shape)
     additions = [

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from er_cases import new_table
 from triton_launches import Launch, record
 
-from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.epilogue_arguments import BranchNorm
 from ernet_fast.er.triton import coefficient_launch, map_launch
+from ernet_fast.er.triton.coefficient_launch import BlockArguments, MapArguments
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -30,11 +32,12 @@ ARCHITECTURES = [80, 90, 100, 120]
 REGISTERS = {
     "weighted_sum_kernel": 128,
     "weighted_dot_kernel": 168,
+    "map_dots_kernel": 168,
     "channel_moments_kernel": 168,
     "merge_dot_kernel": 128,
     "merge_moments_kernel": 128,
     "block_coefficients_kernel": 128,
-    "block_coefficients_backward_kernel": 128,
+    "map_coefficients_backward_kernel": 128,
 }
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 
@@ -61,9 +64,9 @@ def compile_for(launch: Launch, architecture: int, folder: Path) -> Machine:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ernet_fast.er.triton import map_kernels
+    from ernet_fast.er.triton import coefficient_kernels, map_kernels
 
-    kernel = getattr(map_kernels, launch.kernel)
+    kernel = getattr(coefficient_kernels if "coefficients" in launch.kernel else map_kernels, launch.kernel)
     constants = dict(launch.constants)
     options = {"num_warps": constants.pop("num_warps", 4)}
     signature = dict(zip(kernel.arg_names, launch.types(), strict=False)) | dict.fromkeys(constants, "constexpr")
@@ -82,7 +85,7 @@ def compile_for(launch: Launch, architecture: int, folder: Path) -> Machine:
 
 
 def stage(dtype: torch.dtype, layout: torch.memory_format, num_maps: int, size: int = 56) -> Callable[[], Any]:
-    """The three operators on maps of ER-ResNet-50's first stage at batch 256, or of its size."""
+    """The four operators on maps of ER-ResNet-50's first stage at batch 256, or of its size."""
     x = torch.empty((256, 256, size, size), dtype=dtype, device="meta").contiguous(memory_format=layout)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     a, b = torch.empty(num_maps, 256, dtype=acc, device="meta"), torch.empty(256, dtype=acc, device="meta")
@@ -90,6 +93,7 @@ def stage(dtype: torch.dtype, layout: torch.memory_format, num_maps: int, size: 
     def call() -> None:
         map_launch.weighted_sum([x] * num_maps, a, b, True)
         map_launch.weighted_dot(x, [x] * num_maps, x, False)
+        map_launch.map_dots(x, x, x, [x] * num_maps)
         map_launch.channel_moments(x, False)
 
     return call
@@ -111,7 +115,7 @@ def check(launch: Launch, machine: Machine, channels_last: bool) -> None:
         assert stores == {"128"} and machine.shared == 0 and not machine.positions("BAR"), (name, stores)
         return
     assert loads == {"128"}, (name, loads)
-    assert name != "weighted_dot_kernel" or "128" in stores, (name, stores)
+    assert name == "channel_moments_kernel" or "128" in stores, (name, stores)  # of g
     # The loop over tiles waits for nobody: barriers only in the reduction that follows it.
     assert max(machine.positions("LDG")) < min(machine.positions("BAR")), name
 
@@ -143,13 +147,25 @@ def algebra(
 
     def call() -> None:
         coefficient_launch.block_coefficients(
-            table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum, 1e-5,
-            rows, rows, rows, counted[1], running, momentum, 1e-5,
+            BlockArguments(
+                table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum,
+                1e-5, rows, rows, rows, counted[1], running, momentum, 1e-5,
+            )
         )  # fmt: skip
-        readers = [a.new_empty(reader + 1, 256) for reader in range(index, num_maps)]
-        coefficient_launch.block_coefficients_backward(
-            table, index, doubles, new_totals(table), a[: index + 1], a[0], count, elements, norm, rows,
-            rows, rows, running, 1e-5, readers, not running, False,
+        later = range(index + 1, num_maps)
+        lists = {
+            "later_a": [a.new_empty(k + 1, 256) for k in later],
+            "later_db": [a[0] for _ in later],
+            "later_weight": [x.new_empty(k, 256) for k in later],
+            "later_running_mean": [x.new_empty(k if running else 0, 256) for k in later],
+            "later_running_var": [x.new_empty(k if running else 0, 256) for k in later],
+            "later_dweight": [a.new_empty(k, 256) for k in later],
+        }
+        coefficient_launch.map_coefficients_backward(
+            MapArguments(
+                table, index, sums=a.new_empty(len(later) + 2, 256), a=a[: index + 1], **lists, count=count,
+                elements=elements, norm=norm, eps=1e-5, measured=not running, pass_on=False,
+            )
         )  # fmt: skip
 
     return call
@@ -168,7 +184,7 @@ CASES = [
 @pytest.mark.parametrize(("dtype", "layout", "architecture"), CASES)
 def test_machine_code(dtype, layout, architecture, monkeypatch, tmp_path):
     launches = record(monkeypatch, stage(dtype, layout, 6))
-    assert len(launches) == 5
+    assert len(launches) == 7
     for launch in launches:
         check(launch, compile_for(launch, architecture, tmp_path), layout == torch.channels_last)
 
@@ -179,7 +195,7 @@ def check_algebra(launches: list[Launch], architecture: int, folder: Path) -> No
     Loads are of one value a thread, its channel's, and of 4 or 8 bytes: neighbouring threads read neighbouring
     channels, so a warp reads whole lines. Wider loads would leave a map of 256 channels to a single warp.
     """
-    assert [launch.kernel for launch in launches] == ["block_coefficients_kernel", "block_coefficients_backward_kernel"]
+    assert [launch.kernel for launch in launches] == ["block_coefficients_kernel", "map_coefficients_backward_kernel"]
     for launch in launches:
         machine = compile_for(launch, architecture, folder)
         assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), launch.kernel
@@ -209,23 +225,46 @@ def test_the_algebra_of_more_than_32_bits_of_values(monkeypatch, tmp_path):
 
 
 def test_few_variants_of_the_algebra(monkeypatch):
-    """Blocks 1 to 39 of one stage: one variant of the forward kernel, one for each padded count of readers backward."""
+    """Blocks 1 to 39 of one stage: one variant forward, backward one for each padded count of later blocks.
+
+    More than 16 of them take further launches: 4 variants of the last launch, with or without one before it.
+    """
     variants: dict[str, set[Any]] = {}
     for index in range(1, 40):
         for launch in record(monkeypatch, algebra(index, 40)):
             variants.setdefault(launch.kernel, set()).add(launch.specialisation())
     assert {name: len(found) for name, found in variants.items()} == {
         "block_coefficients_kernel": 1,
-        "block_coefficients_backward_kernel": 6,
+        "map_coefficients_backward_kernel": 8,
     }
 
 
 @pytest.mark.slow
 def test_machine_code_of_many_maps(monkeypatch, tmp_path):
-    """23 maps, the third stage of ER-ResNet-101: one sum in groups of 8 maps, three launches of the dot."""
+    """23 maps, the third stage of ER-ResNet-101: one sum in groups of 8 maps, three launches of each dot."""
     launches = record(monkeypatch, stage(torch.bfloat16, torch.channels_last, 23, size=14))
-    assert [launch.kernel for launch in launches].count("weighted_dot_kernel") == 3
+    names = [launch.kernel for launch in launches]
+    assert names.count("weighted_dot_kernel") == names.count("map_dots_kernel") == 3
+    further = launches[names.index("map_dots_kernel") + 1]
+    assert not further.constants["HAS_DY"]
+    machine = compile_for(further, 90, tmp_path)
+    assert machine.registers <= REGISTERS["map_dots_kernel"] and machine.stack == 0
     check(launches[0], compile_for(launches[0], 90, tmp_path), True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("with_dy", "with_y", "num_later"), [(True, True, 0), (True, False, 8), (False, False, 3)])
+def test_machine_code_of_map_dots(dtype, with_dy, with_y, num_later, monkeypatch, tmp_path):
+    """Of the last block of a stage, of a block without ReLU, of a map that no block made."""
+    x = torch.empty((256, 256, 56, 56), dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    own = (x if with_dy else None, x if with_y else None)
+    launches = record(monkeypatch, lambda: map_launch.map_dots(x, *own, [x] * num_later))
+    assert [launch.kernel for launch in launches] == ["map_dots_kernel", "merge_dot_kernel"]
+    machine = compile_for(launches[0], 90, tmp_path)
+    assert machine.registers <= REGISTERS["map_dots_kernel"] and machine.stack == 0
+    assert machine.widths("LDG") == {"128"} and max(machine.positions("LDG")) < min(machine.positions("BAR"))
+    assert ("128" in machine.widths("STG")) is with_y
 
 
 @pytest.mark.slow
@@ -237,6 +276,7 @@ def test_maps_beyond_32_bits_compile(layout, monkeypatch, tmp_path):
     def call() -> None:
         map_launch.weighted_sum([x, x], torch.empty(2, 8, device="meta"), None, False)
         map_launch.weighted_dot(x, [x, x], x, False)
+        map_launch.map_dots(x, x, x, [x, x])
         map_launch.channel_moments(x, False)
 
     launches = record(monkeypatch, call)
@@ -250,7 +290,7 @@ def test_maps_beyond_32_bits_compile(layout, monkeypatch, tmp_path):
 
 
 def test_few_variants(monkeypatch):
-    """Counts of maps from 1 to 40 need 6 variants of the sum, and 6 of the dot."""
+    """Counts of maps from 1 to 40 need 6 variants of the sum, and 6 of each dot."""
     variants: dict[str, set[Any]] = {}
     for num_maps in range(1, 41):
         for launch in record(monkeypatch, stage(torch.bfloat16, torch.channels_last, num_maps)):
@@ -258,6 +298,7 @@ def test_few_variants(monkeypatch):
     assert {name: len(found) for name, found in variants.items()} == {
         "weighted_sum_kernel": 6,
         "weighted_dot_kernel": 6,
+        "map_dots_kernel": 6,
         "merge_dot_kernel": 1,
         "channel_moments_kernel": 1,
         "merge_moments_kernel": 1,

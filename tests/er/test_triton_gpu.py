@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 import torch
-from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, relative_error, tolerance
+from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, new_table, relative_error, tolerance
 from test_coefficients import assert_close, backward, forward, vectors
 
 import ernet_fast
 from ernet_fast import reference
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import BranchNorm, new_table, new_totals
+from ernet_fast.er.epilogue_arguments import BranchNorm
 
 pytestmark = pytest.mark.gpu
 CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from ernet_fast.er.triton import map_launch
+from ernet_fast.er.triton import coefficient_launch, map_launch
 
 TYPES = {
     torch.float32: "*fp32",
@@ -77,7 +77,8 @@ def record(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> list[Lau
     """The launches of `call`, made on tensors of any device."""
     recorder = _Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(map_launch, "kernels", lambda: recorder)
+        for module in (map_launch, coefficient_launch):
+            patch.setattr(module, "kernels", lambda: recorder)
         patch.setattr(map_launch, "_interpreted", lambda: True)
         call()
     return recorder.launches

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ernet_fast import ERStage, fold_for_inference
-from ernet_fast.er.folded import FoldedShortcut
+from ernet_fast.er.shortcut import FoldedShortcut
 from ernet_fast.models import ERResNet
 
 LAYERS = (2, 3, 1, 2)

@@ -1,12 +1,15 @@
-"""The algebra on C-vectors of a block with batch norm as two Triton kernels, one launch forward and one backward.
+"""The algebra on per-channel vectors of a block with batch norm as two Triton kernels, one launch each way.
 
-    block_coefficients_kernel            moments, BatchNorm, weights -> a, b; the table; running statistics
-    block_coefficients_backward_kernel   da, db -> gradients of weights, gamma, beta; rows and k0 of dz
+    block_coefficients_kernel          moments, BatchNorm, weights -> a, b; the table; running statistics
+    map_coefficients_backward_kernel   inner products -> gradients of weights, gamma, beta; coefficients of dz
 
-A program serves COLS channels and goes through the earlier maps one by one. Everything is computed in float64, which
-costs nothing beside a launch. What vectors mean, and in which rows the table and the totals hold them, is written in
-`coefficients`; the formulas are in docs/er-shortcuts.md.
+A program serves COLS channels. Everything is computed in float64, which costs nothing beside a launch. What the rows of
+the table hold is written in `coefficients`; the formulas are in docs/er-shortcuts.md.
 """
+
+# Triton has no starred tuples, and its tuples grow in loops that it unrolls.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ import triton.language as tl
 
 TABLE_ROWS = tl.constexpr(7)
 SCALE, RSTD, CENTRE, SHIFT, MEAN, VAR, NORM = (tl.constexpr(row) for row in range(7))
-TOTAL_ROWS = tl.constexpr(4)
-D_SCALE, D_SHIFT, D_MEAN, D_VAR = (tl.constexpr(row) for row in range(4))
 NO_NORM, BATCH_NORM, RUNNING_NORM = (tl.constexpr(kind) for kind in range(3))
+# map_coefficients_backward: later blocks whose vectors are loaded together, before any result of theirs is stored.
+BLOCKS_TOGETHER = tl.constexpr(4)
 
 
 @triton.jit
@@ -52,7 +55,7 @@ def _count_batch(batches, momentum, HAS_BATCHES: tl.constexpr, CUMULATIVE: tl.co
 
 
 @triton.jit
-def _move(running, place, value, momentum, inside):
+def _update(running, place, value, momentum, inside):
     old = _read(running, place, inside)
     _write(running, place, old + momentum * (value - old), inside)
 
@@ -86,12 +89,12 @@ def block_coefficients_kernel(
     BRANCH: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_BETA: tl.constexpr,
-    MOVE_NORM: tl.constexpr,
+    UPDATE_NORM: tl.constexpr,
     NORM_BATCHES: tl.constexpr,
     NORM_CUMULATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_RUNNING: tl.constexpr,
-    MOVE: tl.constexpr,
+    UPDATE: tl.constexpr,
     BATCHES: tl.constexpr,
     CUMULATIVE: tl.constexpr,
     COLS: tl.constexpr,
@@ -126,14 +129,14 @@ def block_coefficients_kernel(
     tl.store(table + own + MEAN * channels, z_mean, mask=inside)
     tl.store(table + own + VAR * channels, z_var, mask=inside)
     tl.store(table + own + NORM * channels, norm, mask=inside)
-    if MOVE_NORM:
+    if UPDATE_NORM:
         step = _count_batch(norm_batches, norm_momentum, NORM_BATCHES, NORM_CUMULATIVE)
-        _move(norm_mean, col, z_mean, step, inside)
-        _move(norm_var, col, z_var * unbiased, step, inside)
+        _update(norm_mean, col, z_mean, step, inside)
+        _update(norm_var, col, z_var * unbiased, step, inside)
 
     if BLOCK:
         step = tl.cast(momentum, tl.float64)
-        if MOVE:
+        if UPDATE:
             step = _count_batch(batches, momentum, BATCHES, CUMULATIVE)
         # The constants go with the coefficients as they are stored: rounding one is not to move a large mean.
         stored = scale.to(a.dtype.element_ty)
@@ -154,105 +157,146 @@ def block_coefficients_kernel(
                 kept = (w * _read(table, row + NORM * channels, inside) * row_scale).to(a.dtype.element_ty)
                 tl.store(a + pair, kept, mask=inside)
                 constant -= kept.to(tl.float64) * row_mean
-                if MOVE:
+                if UPDATE:
                     row_var = _read(table, row + VAR * channels, inside)
-                    _move(running_mean, pair, row_scale * row_mean + row_shift, step, inside)
-                    _move(running_var, pair, row_scale * row_scale * row_var * unbiased, step, inside)
+                    _update(running_mean, pair, row_scale * row_mean + row_shift, step, inside)
+                    _update(running_var, pair, row_scale * row_scale * row_var * unbiased, step, inside)
         _write(b, col, constant, inside)
 
 
 @triton.jit
-def _add(total, value, inside):
-    tl.store(total, tl.load(total, mask=inside, other=0.0) + value, mask=inside)
+def _add_later_block(dscale, dshift, dmean, dvar, row, vectors, running, EPS: tl.constexpr):
+    """Gradient of a later block's weight, and what that block adds to those of a map's scale, shift, mean, variance.
+
+    row: scale, shift, mean and 1 / deviation of x of the map. vectors: inner product of the map with the block's g, sum
+    of that g, weight, running mean and variance (used where the block is `running`).
+    """
+    scale, shift, mean, norm = row
+    dot, constant, weight, running_mean, running_var = vectors
+    if running:
+        s = _inverse_sqrt(running_var + EPS)
+        dweight = s * (scale * dot + (shift - running_mean) * constant)
+        dscale += weight * s * dot
+        dshift += weight * s * constant
+    else:
+        factor = norm * scale
+        centred = dot - mean * constant
+        dweight = factor * centred
+        dscale += weight * centred * EPS * norm * norm * norm
+        dvar -= weight * centred * 0.5 * factor * factor * factor
+        dmean -= weight * factor * constant
+    return dscale, dshift, dmean, dvar, dweight
 
 
-@triton.jit(do_not_specialize=["num_readers", "index", "channels", "elements"])
-def block_coefficients_backward_kernel(
+@triton.jit(do_not_specialize=["num_later", "first_later", "all_later", "running", "index", "channels", "elements"])
+def map_coefficients_backward_kernel(
     table,
-    totals,
-    da,
-    db,
+    sums,
+    a,
+    later_a,
+    later_db,
+    later_weight,
+    later_running_mean,
+    later_running_var,
+    later_dweight,
     count,
-    weight,
-    running_mean,
-    running_var,
-    readers,
+    totals,
     rows,
     k0,
-    dweight,
     dgamma,
     dbeta,
     dmoments,
-    num_readers,
+    num_later,
+    first_later,
+    all_later,
+    running,
     index,
     channels,
     elements,
     EPS: tl.constexpr,
-    REACHED: tl.constexpr,
+    HAS_A: tl.constexpr,
     HAS_COUNT: tl.constexpr,
     BRANCH: tl.constexpr,
-    USE_RUNNING: tl.constexpr,
     MEASURED: tl.constexpr,
     PASS_ON: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """What da and db of block `index` and the totals mean for its vectors and its map; adds to earlier maps' totals."""
+    """Gradients of the vectors that map `index` depends on, and the coefficients and constant of dz.
+
+    The lists hold `num_later` of `all_later` later blocks, from `first_later` on; bit i of `running` says that the
+    i-th of them normalised with running statistics. A launch that is not the LAST leaves its sums in totals
+    [4, channels], gradients of scale, shift, mean and variance, for the next one, which is not the FIRST.
+    """
     channels = tl.cast(channels, tl.int64)
     col = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     inside = col < channels
-    own_place = tl.cast(index, tl.int64) * channels + col
-    own = tl.cast(index, tl.int64) * TABLE_ROWS * channels + col
-    total = tl.cast(index, tl.int64) * TOTAL_ROWS * channels + col
-    dscale = _read(totals, total + D_SCALE * channels, inside)
-    dshift = _read(totals, total + D_SHIFT * channels, inside)
-    dmean = _read(totals, total + D_MEAN * channels, inside)
-    dvar = _read(totals, total + D_VAR * channels, inside)
-    if REACHED:
-        constant = _read(db, col, inside)
-        dshift += constant
-        dscale += _read(da, own_place, inside)
-        for i in range(index):
-            row = tl.cast(i, tl.int64) * TABLE_ROWS * channels + col
-            pair = tl.cast(i, tl.int64) * channels + col
-            added = totals + tl.cast(i, tl.int64) * TOTAL_ROWS * channels + col
-            w = _read(weight, pair, inside)
-            d = _read(da, pair, inside)
-            scale = _read(table, row + SCALE * channels, inside)
-            if USE_RUNNING:
-                s = _inverse_sqrt(_read(running_var, pair, inside) + EPS)
-                offset = _read(table, row + SHIFT * channels, inside) - _read(running_mean, pair, inside)
-                _write(dweight, pair, s * (scale * d + offset * constant), inside)
-                _add(added + D_SCALE * channels, w * s * d, inside)
-                _add(added + D_SHIFT * channels, w * s * constant, inside)
-            else:
-                s = _read(table, row + NORM * channels, inside)
-                factor = s * scale
-                centred = d - _read(table, row + MEAN * channels, inside) * constant
-                _write(dweight, pair, factor * centred, inside)
-                _add(added + D_SCALE * channels, w * centred * EPS * s * s * s, inside)
-                _add(added + D_VAR * channels, w * centred * -0.5 * factor * factor * factor, inside)
-                _add(added + D_MEAN * channels, -w * factor * constant, inside)
-    if BRANCH != NO_NORM:
-        scale = _read(table, own + SCALE * channels, inside)
-        rstd = _read(table, own + RSTD * channels, inside)
-        dscale -= _read(table, own + CENTRE * channels, inside) * dshift
-        _write(dgamma, col, dscale * rstd, inside)
-        _write(dbeta, col, dshift, inside)
-        if BRANCH == BATCH_NORM:
-            dmean -= scale * dshift
-            dvar -= 0.5 * dscale * scale * rstd * rstd
-    tl.store(dmoments + col, dmean, mask=inside)
-    tl.store(dmoments + channels + col, dvar, mask=inside)
+    place = tl.cast(index, tl.int64) * channels + col
+    own = table + tl.cast(index, tl.int64) * TABLE_ROWS * channels
+    scale = _read(own + SCALE * channels, col, inside)
+    mean = _read(own + MEAN * channels, col, inside)
+    row = (scale, _read(own + SHIFT * channels, col, inside), mean, _read(own + NORM * channels, col, inside))
+    known = inside & (not FIRST)
+    dscale = _read(totals, col, known)
+    dshift = _read(totals + channels, col, known)
+    dmean = _read(totals + 2 * channels, col, known)
+    dvar = _read(totals + 3 * channels, col, known)
 
-    for i in tl.static_range(len(readers)):
-        here = inside & (i < num_readers)
-        tl.store(rows + i * channels + col, tl.load(readers[i] + own_place, mask=here, other=0.0), mask=here)
-    row = rows + tl.cast(num_readers, tl.int64) * channels + col
-    if MEASURED:
-        values = tl.load(count) if HAS_COUNT else tl.cast(elements, tl.float64)
-        k1 = (dvar * 2.0 / values).to(rows.dtype.element_ty)
-        tl.store(row, k1, mask=inside)
-        _write(k0, col, dmean / values - k1.to(tl.float64) * _read(table, own + MEAN * channels, inside), inside)
-        row += channels
-    if PASS_ON:
-        tl.store(row, tl.full([COLS], 1.0, rows.dtype.element_ty), mask=inside)
+    first_row = rows + ((1 if HAS_A else 0) + tl.cast(first_later, tl.int64)) * channels
+    dots = sums + tl.cast(first_later, tl.int64) * channels
+    for first in tl.static_range(0, len(later_a), BLOCKS_TOGETHER):
+        if first < num_later:
+            kept = ()
+            vectors = ()
+            for i in tl.static_range(first, min(first + BLOCKS_TOGETHER, len(later_a))):
+                here = inside & (i < num_later)
+                with_running = here & (((running >> i) & 1) != 0)
+                kept = kept + (tl.load(later_a[i] + place, mask=here, other=0.0),)
+                vector = (
+                    _read(dots + i * channels, col, here),
+                    _read(later_db[i], col, here),
+                    _read(later_weight[i], place, here),
+                    _read(later_running_mean[i], place, with_running),
+                    _read(later_running_var[i], place, with_running),
+                )
+                vectors = vectors + (vector,)
+            for i in tl.static_range(first, min(first + BLOCKS_TOGETHER, len(later_a))):
+                if i < num_later:
+                    dscale, dshift, dmean, dvar, dweight = _add_later_block(
+                        dscale, dshift, dmean, dvar, row, vectors[i - first], ((running >> i) & 1) != 0, EPS
+                    )
+                    tl.store(first_row + i * channels + col, kept[i - first], mask=inside)
+                    _write(later_dweight[i], place, dweight, inside)
+
+    if LAST:
+        last = rows + tl.cast(all_later, tl.int64) * channels + col
+        if HAS_A:
+            dots = sums + tl.cast(all_later, tl.int64) * channels
+            dscale += _read(dots, col, inside)
+            dshift += _read(dots + channels, col, inside)
+            tl.store(rows + col, tl.load(a + place, mask=inside), mask=inside)
+            last += channels
+        if BRANCH != NO_NORM:
+            rstd = _read(own + RSTD * channels, col, inside)
+            dscale -= _read(own + CENTRE * channels, col, inside) * dshift
+            _write(dgamma, col, dscale * rstd, inside)
+            _write(dbeta, col, dshift, inside)
+            if BRANCH == BATCH_NORM:
+                dmean -= scale * dshift
+                dvar -= 0.5 * dscale * scale * rstd * rstd
+        tl.store(dmoments + col, dmean, mask=inside)
+        tl.store(dmoments + channels + col, dvar, mask=inside)
+        if MEASURED:
+            values = tl.load(count) if HAS_COUNT else tl.cast(elements, tl.float64)
+            k1 = (dvar * 2.0 / values).to(rows.dtype.element_ty)
+            tl.store(last, k1, mask=inside)
+            _write(k0, col, dmean / values - k1.to(tl.float64) * mean, inside)
+            last += channels
+        if PASS_ON:
+            tl.store(last, tl.full([COLS], 1.0, rows.dtype.element_ty), mask=inside)
+    else:
+        tl.store(totals + col, dscale, mask=inside)
+        tl.store(totals + channels + col, dshift, mask=inside)
+        tl.store(totals + 2 * channels + col, dmean, mask=inside)
+        tl.store(totals + 3 * channels + col, dvar, mask=inside)

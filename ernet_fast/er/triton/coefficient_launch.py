@@ -1,230 +1,325 @@
-"""The algebra on C-vectors on CUDA devices: argument checks and the launches, one for each operator.
+"""The algebra on per-channel vectors on CUDA devices: argument checks and the launches, one for each operator.
 
-As in `triton_launch`, nothing waits for the device, and calls can be captured in a CUDA graph.
+As in `map_launch`, nothing waits for the device, and calls can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ernet_fast.er import coefficients
-from ernet_fast.er.coefficients import BranchNorm
-from ernet_fast.er.triton import map_launch
-from ernet_fast.er.triton.tiling import ceil_div, padded_count
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
+from ernet_fast.er.triton.map_launch import fail, on_device_of, padded
+from ernet_fast.er.triton.tiling import ceil_div
 
 _COLS = 128  # channels of a program: with 256 channels two of them, with 2048 sixteen
 _WARPS = 4
+_LATER_BLOCKS = 16  # of a launch, which goes through them unrolled: compiling it for 32 takes three times as long
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _fail(message: str) -> None:
-    raise RuntimeError(f"ernet: {message}")
+@functools.lru_cache(maxsize=1)
+def kernels() -> ModuleType:
+    """The module of the kernels of the algebra."""
+    from ernet_fast.er.triton import coefficient_kernels  # here, because it imports triton
+
+    return coefficient_kernels
+
+
+class BlockArguments(NamedTuple):
+    """The arguments of `ernet::block_coefficients`, which `coefficients` describes."""
+
+    table: Tensor
+    index: int
+    doubles: bool
+    mean: Tensor | None
+    var: Tensor | None
+    count: Tensor | None
+    elements: int
+    norm: int
+    gamma: Tensor | None
+    beta: Tensor | None
+    norm_mean: Tensor | None
+    norm_var: Tensor | None
+    norm_batches: Tensor | None
+    norm_momentum: float | None
+    norm_eps: float
+    weight: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+    use_running: bool
+    momentum: float | None
+    eps: float
+
+    @property
+    def updates_norm(self) -> bool:
+        """True if running statistics of the branch's BatchNorm are updated."""
+        return self.norm == BranchNorm.BATCH and self.norm_mean is not None
+
+    @property
+    def updates_shortcuts(self) -> bool:
+        """True if running statistics of the shortcuts are updated."""
+        return not self.use_running and self.running_mean is not None
+
+
+class MapArguments(NamedTuple):
+    """The arguments of `ernet::map_coefficients_backward`: of a map, and of all later blocks that have a gradient."""
+
+    table: Tensor
+    """Float64 [maps, TABLE_ROWS, C]."""
+    index: int
+    """Which map of the stage."""
+    sums: Tensor | None
+    """[later + 2, C] of `map_dots`, without `a` [later, C]; None where no gradient depends on inner products."""
+    a: Tensor | None
+    """[index + 1, C] of the map's own block's weighted sum, or None where its output has no gradient."""
+    later_a: Sequence[Tensor]
+    """[> index, C] each."""
+    later_db: Sequence[Tensor]
+    """[C] each: the sum of that block's g."""
+    later_weight: Sequence[Tensor]
+    """[> index, C] each."""
+    later_running_mean: Sequence[Tensor]
+    """[> index, C] each: what the block normalised with; empty: with the moments of the maps."""
+    later_running_var: Sequence[Tensor]
+    later_dweight: Sequence[Tensor]
+    """[> index, C] each, of which row `index` is written."""
+    count: Tensor | None
+    """Float64 [1]: values a channel over all processes; None: `elements`."""
+    elements: int
+    norm: int
+    eps: float
+    measured: bool
+    """The moments of the map were taken: dz has a term in z and a constant."""
+    pass_on: bool
+    """A gradient from elsewhere joins dz as it is."""
+
+
+_LATER = ("later_a", "later_db", "later_weight", "later_running_mean", "later_running_var", "later_dweight")
 
 
 def _check_vector(t: Tensor | None, name: str, sizes: list[int], table: Tensor) -> None:
     if t is None:
         return
     if list(t.shape) != sizes:
-        _fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
+        fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
     if t.device != table.device:
-        _fail(f"{name} must be on the device of the table, {table.device}; it is on {t.device}")
+        fail(f"{name} must be on the device of the table, {table.device}; it is on {t.device}")
     if t.dtype not in _FLOATING:
-        _fail(f"{name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
+        fail(f"{name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
     if not (t.is_contiguous() or t.numel() == 0):
-        _fail(f"{name} must be contiguous")
+        fail(f"{name} must be contiguous")
 
 
-def _check_rows(t: Tensor, name: str, rows: int, index: int) -> None:
-    if t.dim() != 3 or t.shape[1] != rows or t.dtype != torch.float64 or not t.is_contiguous():
-        _fail(f"{name} must be a contiguous float64 tensor [maps, {rows}, C]")
-    if not 0 <= index < t.shape[0]:
-        _fail(f"index {index} is outside the {t.shape[0]} maps of {name}")
+def _check_table(table: Tensor, index: int) -> None:
+    if table.dim() != 3 or table.shape[1] != TABLE_ROWS or table.dtype != torch.float64 or not table.is_contiguous():
+        fail(f"table must be a contiguous float64 tensor [maps, {TABLE_ROWS}, C]")
+    if not 0 <= index < table.shape[0]:
+        fail(f"index {index} is outside the {table.shape[0]} maps of table")
+
+
+def _check_norm(norm: int) -> None:
+    if norm not in list(BranchNorm):
+        fail(f"norm must be 0 (none), 1 (batch) or 2 (running); got {norm}")
 
 
 def _check_pair(first: Tensor | None, second: Tensor | None, names: str) -> None:
     if (first is None) != (second is None):
-        _fail(f"{names} go together")
+        fail(f"{names} go together")
 
 
 def _check_number(t: Tensor | None, name: str, dtype: torch.dtype, table: Tensor) -> None:
     if t is not None and (t.numel() != 1 or t.dtype != dtype or t.device != table.device):
-        _fail(f"{name} must be one {str(dtype).removeprefix('torch.')} number on the device of the table")
+        fail(f"{name} must be one {str(dtype).removeprefix('torch.')} number on the device of the table")
 
 
-def _check_moving(batches: Tensor | None, momentum: float | None, name: str, table: Tensor) -> None:
+def _check_updates(batches: Tensor | None, momentum: float | None, name: str, table: Tensor) -> None:
     _check_number(batches, name, torch.int64, table)
     if momentum is None and batches is None:
-        _fail(f"a momentum of None (a cumulative average) needs {name}")
+        fail(f"a momentum of None (a cumulative average) needs {name}")
 
 
-def block_coefficients(
-    table: Tensor,
-    index: int,
-    doubles: bool,
-    mean: Tensor | None,
-    var: Tensor | None,
-    count: Tensor | None,
-    elements: int,
-    norm: int,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    norm_batches: Tensor | None,
-    norm_momentum: float | None,
-    norm_eps: float,
-    weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    use_running: bool,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def _check_block(k: BlockArguments) -> None:
+    _check_table(k.table, k.index)
+    _check_norm(k.norm)
+    channels = k.table.shape[2]
+    for name in ("mean", "var", "gamma", "beta", "norm_mean", "norm_var"):
+        _check_vector(getattr(k, name), name, [channels], k.table)
+    for name in ("weight", "running_mean", "running_var"):
+        _check_vector(getattr(k, name), name, [k.index, channels], k.table)
+    _check_pair(k.mean, k.var, "mean and var")
+    _check_pair(k.norm_mean, k.norm_var, "norm_mean and norm_var")
+    _check_pair(k.running_mean, k.running_var, "running_mean and running_var")
+    _check_number(k.count, "count", torch.float64, k.table)
+    if k.norm == BranchNorm.BATCH and k.mean is None:
+        fail("norm 1 (batch) needs mean and var")
+    if k.norm == BranchNorm.RUNNING and k.norm_mean is None:
+        fail("norm 2 (running) needs norm_mean and norm_var")
+    if k.use_running and k.running_mean is None:
+        fail("use_running needs running_mean and running_var")
+    if k.updates_norm:
+        _check_updates(k.norm_batches, k.norm_momentum, "norm_batches", k.table)
+    if k.updates_shortcuts:
+        _check_updates(k.batches, k.momentum, "batches", k.table)
+
+
+def block_coefficients(k: BlockArguments) -> tuple[Tensor, Tensor]:
     """`ernet::block_coefficients` on a CUDA device."""
-    _check_rows(table, "table", coefficients.TABLE_ROWS, index)
-    channels = table.shape[2]
-    one = {"mean": mean, "var": var, "gamma": gamma, "beta": beta, "norm_mean": norm_mean, "norm_var": norm_var}
-    for name, vector in one.items():
-        _check_vector(vector, name, [channels], table)
-    for name, vector in {"weight": weight, "running_mean": running_mean, "running_var": running_var}.items():
-        _check_vector(vector, name, [index, channels], table)
-    _check_pair(mean, var, "mean and var")
-    _check_pair(norm_mean, norm_var, "norm_mean and norm_var")
-    _check_pair(running_mean, running_var, "running_mean and running_var")
-    _check_number(count, "count", torch.float64, table)
-    branch = BranchNorm(norm)
-    if branch == BranchNorm.BATCH and mean is None:
-        _fail("norm 1 (batch) needs mean and var")
-    if branch == BranchNorm.RUNNING and norm_mean is None:
-        _fail("norm 2 (running) needs norm_mean and norm_var")
-    if use_running and running_mean is None:
-        _fail("use_running needs running_mean and running_var")
-    move_norm = branch == BranchNorm.BATCH and norm_mean is not None
-    move = not use_running and running_mean is not None
-    if move_norm:
-        _check_moving(norm_batches, norm_momentum, "norm_batches", table)
-    if move:
-        _check_moving(batches, momentum, "batches", table)
-    dtype = torch.float64 if doubles else torch.float32
-    block = weight is not None
-    a = table.new_empty((index + 1 if block else 0, channels), dtype=dtype)
-    b = table.new_empty((channels if block else 0,), dtype=dtype)
+    _check_block(k)
+    channels, dtype = k.table.shape[2], torch.float64 if k.doubles else torch.float32
+    block = k.weight is not None
+    a = k.table.new_empty((k.index + 1 if block else 0, channels), dtype=dtype)
+    b = k.table.new_empty((channels if block else 0,), dtype=dtype)
     if channels == 0:
         return a, b
-    with map_launch.on_device_of(table):
+    with on_device_of(k.table):
         # every program of the kernel reads a count that makes a momentum: it is raised before
-        if move_norm and norm_momentum is None and norm_batches is not None:
-            norm_batches.add_(1)
-        if move and momentum is None and batches is not None:
-            batches.add_(1)
-        map_launch.kernels().block_coefficients_kernel[(ceil_div(channels, _COLS),)](
-            table,
-            *(table if t is None else t for t in (mean, var, count, gamma, beta, norm_mean, norm_var, norm_batches)),
-            *(table if t is None else t for t in (weight, running_mean, running_var, batches)),
+        if k.updates_norm and k.norm_momentum is None and k.norm_batches is not None:
+            k.norm_batches.add_(1)
+        if k.updates_shortcuts and k.momentum is None and k.batches is not None:
+            k.batches.add_(1)
+        vectors = (k.mean, k.var, k.count, k.gamma, k.beta, k.norm_mean, k.norm_var, k.norm_batches)
+        shortcuts = (k.weight, k.running_mean, k.running_var, k.batches)
+        kernels().block_coefficients_kernel[(ceil_div(channels, _COLS),)](
+            k.table,
+            *(k.table if t is None else t for t in (*vectors, *shortcuts)),
             a,
             b,
-            index,
+            k.index,
             channels,
-            elements,
-            0.0 if norm_momentum is None else float(norm_momentum),
-            0.0 if momentum is None else float(momentum),
-            NORM_EPS=float(norm_eps),
-            EPS=float(eps),
-            MEASURED=mean is not None,
-            HAS_COUNT=count is not None,
-            BRANCH=int(branch),
-            HAS_GAMMA=gamma is not None,
-            HAS_BETA=beta is not None,
-            MOVE_NORM=move_norm,
-            NORM_BATCHES=norm_batches is not None,
-            NORM_CUMULATIVE=move_norm and norm_momentum is None,
+            k.elements,
+            0.0 if k.norm_momentum is None else float(k.norm_momentum),
+            0.0 if k.momentum is None else float(k.momentum),
+            NORM_EPS=float(k.norm_eps),
+            EPS=float(k.eps),
+            MEASURED=k.mean is not None,
+            HAS_COUNT=k.count is not None,
+            BRANCH=int(k.norm),
+            HAS_GAMMA=k.gamma is not None,
+            HAS_BETA=k.beta is not None,
+            UPDATE_NORM=k.updates_norm,
+            NORM_BATCHES=k.norm_batches is not None,
+            NORM_CUMULATIVE=k.updates_norm and k.norm_momentum is None,
             BLOCK=block,
-            USE_RUNNING=use_running,
-            MOVE=move,
-            BATCHES=batches is not None,
-            CUMULATIVE=move and momentum is None,
+            USE_RUNNING=k.use_running,
+            UPDATE=k.updates_shortcuts,
+            BATCHES=k.batches is not None,
+            CUMULATIVE=k.updates_shortcuts and k.momentum is None,
             COLS=_COLS,
             num_warps=_WARPS,
         )
     return a, b
 
 
-def block_coefficients_backward(
-    table: Tensor,
-    index: int,
-    doubles: bool,
-    totals: Tensor,
-    da: Tensor | None,
-    db: Tensor | None,
-    count: Tensor | None,
-    elements: int,
-    norm: int,
-    weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    use_running: bool,
-    eps: float,
-    readers: Sequence[Tensor],
-    measured: bool,
-    pass_on: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ernet::block_coefficients_backward` on a CUDA device."""
-    _check_rows(table, "table", coefficients.TABLE_ROWS, index)
-    _check_rows(totals, "totals", coefficients.TOTAL_ROWS, index)
-    channels, dtype = table.shape[2], torch.float64 if doubles else torch.float32
-    _check_vector(da, "da", [index + 1, channels], table)
-    _check_vector(db, "db", [channels], table)
-    for name, vector in {"weight": weight, "running_mean": running_mean, "running_var": running_var}.items():
-        _check_vector(vector, name, [index, channels], table)
-    _check_pair(da, db, "da and db")
-    _check_number(count, "count", torch.float64, table)
-    if da is not None and weight is None:
-        _fail("da needs weight")
-    if use_running and (running_mean is None or running_var is None):
-        _fail("use_running needs running_mean and running_var")
-    for reader in readers:
-        fits = reader.dim() == 2 and reader.shape[0] > index and reader.shape[1] == channels
-        if not (fits and reader.dtype == dtype and reader.device == table.device and reader.is_contiguous()):
-            _fail("readers must be coefficients [> index, C] of later blocks")
-    branch, reached = BranchNorm(norm), da is not None
-    affine = channels if branch != BranchNorm.NONE else 0
-    rows = table.new_empty((len(readers) + measured + pass_on, channels), dtype=dtype)
-    k0 = table.new_empty((channels if measured else 0,), dtype=dtype)
-    dweight = table.new_empty((index if reached else 0, channels), dtype=dtype)
-    dgamma, dbeta = (table.new_empty((affine,), dtype=dtype) for _ in range(2))
-    dmoments = table.new_empty((2, channels))
-    if channels == 0:
-        return rows, k0, dweight, dgamma, dbeta, dmoments
-    # where there is no reader, the kernel gets pointers of the right type that it does not follow
-    padded = (*readers, *([readers[0] if readers else rows] * (padded_count(len(readers)) - len(readers))))
-    with map_launch.on_device_of(table):
-        map_launch.kernels().block_coefficients_backward_kernel[(ceil_div(channels, _COLS),)](
-            table,
+def _check_later(k: MapArguments, dtype: torch.dtype) -> None:
+    """Check what is there of each later block; without sums only a is used."""
+    channels, num_later = k.table.shape[2], len(k.later_a)
+    for name in _LATER:
+        vectors = getattr(k, name)
+        if len(vectors) != num_later:
+            fail(f"{name} must have one tensor for each of the {num_later} of later_a; got {len(vectors)}")
+        if k.sums is None and name != "later_a":
+            continue
+        for i, t in enumerate(vectors):
+            sizes = [channels] if name == "later_db" else [max([k.index + 1, *t.shape[:1]]), channels]
+            if not (t.numel() == 0 and "running" in name):
+                _check_vector(t, f"{name}[{i}]", sizes, k.table)
+            if t.dtype != dtype and name in ("later_a", "later_db", "later_dweight"):
+                fail(f"{name}[{i}] must be {dtype}, as all sums and coefficients are; got {t.dtype}")
+    for i, (mean, var) in enumerate(zip(k.later_running_mean, k.later_running_var, strict=True)):
+        if (mean.numel() == 0) != (var.numel() == 0):
+            fail(f"later_running_mean[{i}] and later_running_var[{i}] go together")
+
+
+def _check_map(k: MapArguments) -> torch.dtype:
+    """Check all arguments; returns the dtype of sums and coefficients."""
+    _check_table(k.table, k.index)
+    _check_norm(k.norm)
+    _check_number(k.count, "count", torch.float64, k.table)
+    channels = k.table.shape[2]
+    found = [t.dtype for t in (k.sums, k.a, *k.later_a) if t is not None]
+    dtype = found[0] if found else torch.float32
+    if dtype not in (torch.float32, torch.float64) or found.count(dtype) < len(found):
+        fail(
+            f"sums, a and later_a must all be float32, or float64 for float64 maps; got {sorted(map(str, set(found)))}"
+        )
+    _check_vector(k.sums, "sums", [len(k.later_a) + (0 if k.a is None else 2), channels], k.table)
+    _check_vector(k.a, "a", [k.index + 1, channels], k.table)
+    _check_later(k, dtype)
+    return dtype
+
+
+def map_coefficients_backward(k: MapArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ernet::map_coefficients_backward` on a CUDA device.
+
+    Returns:
+        rows: coefficients of dz as a weighted sum of the map's own g (with `a`), later g, z (`measured`) and what is
+            passed on (`pass_on`), [so many, C].
+        k0: its constant [C]; empty unless measured.
+        dgamma, dbeta: [C]; empty without a BatchNorm or without sums.
+        dmoments: gradients of mean and variance, float64 [2, C].
+    """
+    dtype, channels, num_later = _check_map(k), k.table.shape[2], len(k.later_a)
+    num_rows = num_later + (k.a is not None) + k.measured + k.pass_on
+    affine = 0 if k.norm == BranchNorm.NONE or k.sums is None else channels
+    k0, dgamma, dbeta = (
+        k.table.new_empty((size,), dtype=dtype) for size in (channels if k.measured else 0, affine, affine)
+    )
+    rows, dmoments = k.table.new_empty((num_rows, channels), dtype=dtype), k.table.new_empty((2, channels))
+    if k.sums is None:
+        kept = [t[k.index] for t in (k.a, *k.later_a) if t is not None]
+        kept += [k0.zero_()] * k.measured + [k0.new_ones(channels)] * k.pass_on
+        if kept:
+            torch.stack(kept, out=rows)
+        return rows, k0, dgamma, dbeta, dmoments.zero_()
+    if channels > 0:
+        with on_device_of(k.table):
+            _launch_map(k, k.sums, rows, (k0, dgamma, dbeta, dmoments))
+    return rows, k0, dgamma, dbeta, dmoments
+
+
+def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tensor, ...]) -> None:
+    """One launch; with more than _LATER_BLOCKS later blocks one for each so many, which add up in `totals`."""
+    channels, num_later = k.table.shape[2], len(k.later_a)
+    totals = k.table.new_empty((4, channels)) if num_later > _LATER_BLOCKS else k.table
+    for first in range(0, max(1, num_later), _LATER_BLOCKS):
+        lists = [getattr(k, name)[first : first + _LATER_BLOCKS] for name in _LATER]
+        running = [mean.numel() > 0 for mean in k.later_running_mean[first : first + _LATER_BLOCKS]]
+        # where nothing is loaded, pointers of a likely type: a type of its own would be compiled for
+        weights = lists[2]
+        lists[3:5] = [
+            [t if used else w for t, w, used in zip(some, weights, running, strict=True)] for some in lists[3:5]
+        ]
+        kernels().map_coefficients_backward_kernel[(ceil_div(channels, _COLS),)](
+            k.table,
+            sums,
+            sums if k.a is None else k.a,
+            *(padded(some, some[0] if some else sums) for some in lists),
+            k.table if k.count is None else k.count,
             totals,
-            *(table if t is None else t for t in (da, db, count, weight, running_mean, running_var)),
-            padded,
             rows,
-            k0,
-            dweight,
-            dgamma,
-            dbeta,
-            dmoments,
-            len(readers),
-            index,
+            *vectors,
+            len(running),
+            first,
+            num_later,
+            sum(1 << i for i, used in enumerate(running) if used),
+            k.index,
             channels,
-            elements,
-            EPS=float(eps),
-            REACHED=reached,
-            HAS_COUNT=count is not None,
-            BRANCH=int(branch),
-            USE_RUNNING=use_running,
-            MEASURED=measured,
-            PASS_ON=pass_on,
+            k.elements,
+            EPS=float(k.eps),
+            HAS_A=k.a is not None,
+            HAS_COUNT=k.count is not None,
+            BRANCH=int(k.norm),
+            MEASURED=k.measured,
+            PASS_ON=k.pass_on,
+            FIRST=first == 0,
+            LAST=first + _LATER_BLOCKS >= num_later,
             COLS=_COLS,
             num_warps=_WARPS,
         )
-    return rows, k0, dweight, dgamma, dbeta, dmoments

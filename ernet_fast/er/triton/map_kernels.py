@@ -1,8 +1,9 @@
-"""The ER operators as Triton kernels: device code only, launched by `triton_launch`.
+"""The ER operators on feature maps as Triton kernels: device code only, launched by `map_launch`.
 
     weighted_sum_kernel      y = sum_l a_l * maps_l + b, then ReLU if asked
     weighted_dot_kernel      g = dy where y > 0;  of each slab: sum g * maps_l and sum g
-    merge_dot_kernel         the sums over all slabs
+    map_dots_kernel          g = dy where y > 0;  of each slab: sum z * later_g_l, sum z * g and sum g
+    merge_dot_kernel         the sums over all slabs, for both
     channel_moments_kernel   of each slab: mean and sum of squared deviations
     merge_moments_kernel     mean and biased variance of all slabs
 
@@ -24,11 +25,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ernet_fast.er.triton.coefficient_kernels import (  # noqa: F401  (all kernels are found in this module)
-    block_coefficients_backward_kernel,
-    block_coefficients_kernel,
-)
 
 # weighted_sum: maps that are loaded together. More loads in flight would need more registers and gain nothing.
 MAPS_TOGETHER = tl.constexpr(8)
@@ -120,21 +116,43 @@ def weighted_sum_kernel(
 
 
 @triton.jit
-def _slab(channels, runs, tiles, units_per_slab, CHANNELS: tl.constexpr):
-    """Group, slab, first channel, first unit and the unit after the last one of this program."""
+def _start(
+    channels,
+    runs,
+    run_length,
+    units_per_slab,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Where this program works, and how elements of a tile are numbered.
+
+    Returns `channels` and `run_length`, one of which is known to be a multiple of ALIGN; tiles of a run; row, col and
+    offsets of a tile; group, slab and first channel; the first unit and the one after the last, and the first one's
+    run and tile.
+    """
+    if CHANNELS_LAST:
+        channels = _aligned(channels, ALIGN)
+        tiles = tl.cdiv(run_length, ROWS)
+        blocks = tl.cdiv(channels, COLS)
+        row, col, offsets = _tile(channels, ROWS, COLS, WIDE)
+    else:
+        run_length = _aligned(run_length, ALIGN)
+        tiles = tl.cdiv(run_length, COLS)
+        blocks = tl.cdiv(channels, ROWS)
+        row, col, offsets = _tile(run_length, ROWS, COLS, WIDE)
     units = runs * tiles
     slabs = tl.cdiv(units, units_per_slab)
-    blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0)
     slab = (program // blocks) % slabs
+    group = program // blocks // slabs
+    channel0 = (program % blocks) * (COLS if CHANNELS_LAST else ROWS)
     begin = slab * units_per_slab
-    return (
-        program // blocks // slabs,
-        slab,
-        (program % blocks) * CHANNELS,
-        begin,
-        tl.minimum(begin + units_per_slab, units),
-    )
+    end = tl.minimum(begin + units_per_slab, units)
+    run = tl.cast(group, tl.int64) * runs + begin // tiles
+    return channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, begin % tiles
 
 
 @triton.jit
@@ -164,6 +182,17 @@ def _next_tile(run, tile, tiles):
     """Run and number of the tile after this one."""
     last = tile + 1 == tiles
     return tl.where(last, run + 1, run), tl.where(last, 0, tile + 1)
+
+
+@triton.jit
+def _load_gradient(dy, y, g, place, inside, dtype: tl.constexpr, HAS_Y: tl.constexpr):
+    """A tile of dy as `dtype`; with HAS_Y a tile of `g = dy where y > 0 or y is NaN`, which is written too."""
+    gradient = tl.load(dy + place, mask=inside, other=0.0)
+    if HAS_Y:
+        off = tl.load(y + place, mask=inside, other=0.0).to(dtype) <= 0.0  # false for NaN
+        gradient = tl.where(off, tl.zeros_like(gradient), gradient)
+        tl.store(g + place, gradient, mask=inside)
+    return gradient.to(dtype)
 
 
 @triton.jit(
@@ -208,17 +237,9 @@ def weighted_dot_kernel(
     map more for each further launch. partial adds 4 bytes a slab, channel and map.
     """
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
-    if CHANNELS_LAST:
-        channels = _aligned(channels, ALIGN)
-        tiles = tl.cdiv(run_length, ROWS)
-        row, col, offsets = _tile(channels, ROWS, COLS, WIDE)
-    else:
-        run_length = _aligned(run_length, ALIGN)
-        tiles = tl.cdiv(run_length, COLS)
-        row, col, offsets = _tile(run_length, ROWS, COLS, WIDE)
-    group, slab, channel0, begin, end = _slab(channels, runs, tiles, units_per_slab, COLS if CHANNELS_LAST else ROWS)
-    run = tl.cast(group, tl.int64) * runs + begin // tiles
-    tile = begin % tiles
+    channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, tile = _start(
+        channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
+    )
 
     zeros = tl.zeros([ROWS, COLS], partial.dtype.element_ty)
     sums = (zeros,)
@@ -227,12 +248,7 @@ def weighted_dot_kernel(
     for _ in range(begin, end):
         place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
         run, tile = _next_tile(run, tile, tiles)
-        gradient = tl.load(dy + place + offsets, mask=inside, other=0.0)
-        if HAS_Y:
-            off = tl.load(y + place + offsets, mask=inside, other=0.0).to(zeros.dtype) <= 0.0  # NaN passes
-            gradient = tl.where(off, tl.zeros_like(gradient), gradient)
-            tl.store(g + place + offsets, gradient, mask=inside)
-        gradient = gradient.to(zeros.dtype)
+        gradient = _load_gradient(dy, y, g, place + offsets, inside, zeros.dtype, HAS_Y)
         added = (sums[0] + gradient,)
         for i in tl.static_range(len(maps)):
             x = tl.load(maps[i] + place + offsets, mask=inside & (i < num_maps), other=0.0)
@@ -247,6 +263,81 @@ def weighted_dot_kernel(
         tl.store(partial + result, tl.sum(sums[i + 1], axis), mask=here & (i < num_maps))
     result = ((first_row + all_maps) * groups + group) * channels + channel0 + kept
     tl.store(partial + result, tl.sum(sums[0], axis), mask=here & (first_map == 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_later",
+        "num_rows",
+        "channels",
+        "runs",
+        "run_length",
+        "units_per_slab",
+    ]
+)
+def map_dots_kernel(
+    z,
+    dy,
+    y,
+    g,
+    later_g,
+    partial,
+    num_later,
+    num_rows,
+    channels,
+    runs,
+    run_length,
+    units_per_slab,
+    HAS_DY: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """`g = dy where y > 0`; partial[slab] = (sum z * later_g_l for each l, then with dy: sum z * g, sum g) of a slab.
+
+    partial is [slabs, num_rows, channels], from the row of the first of `later_g` on; the sums of g, which is made by
+    the launch that starts at row 0, are the last two rows. More later g than have accumulators in registers take
+    further launches, without dy.
+
+    Bytes: z, dy, y and n later g are read once and g is written once, (n + 4) * elements * itemsize; without y (n + 2),
+    without dy (n + 1). Each further launch reads z once more. partial adds 4 bytes a slab, channel and row.
+    """
+    axis: tl.constexpr = 0 if CHANNELS_LAST else 1
+    own: tl.constexpr = 2 if HAS_DY else 0
+    channels, run_length, tiles, row, col, offsets, _group, slab, channel0, begin, end, run, tile = _start(
+        channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
+    )
+    zeros = tl.zeros([ROWS, COLS], partial.dtype.element_ty)
+    sums = (zeros, zeros) if HAS_DY else ()  # of z * g and of g
+    for _ in tl.static_range(len(later_g)):
+        sums = sums + (zeros,)
+    for _ in range(begin, end):
+        place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+        run, tile = _next_tile(run, tile, tiles)
+        x = tl.load(z + place + offsets, mask=inside, other=0.0).to(zeros.dtype)
+        added = ()
+        if HAS_DY:
+            gradient = _load_gradient(dy, y, g, place + offsets, inside, zeros.dtype, HAS_Y)
+            added = (sums[0] + x * gradient, sums[1] + gradient)
+        for i in tl.static_range(len(later_g)):
+            gradient = tl.load(later_g[i] + place + offsets, mask=inside & (i < num_later), other=0.0)
+            added = added + (sums[i + own] + x * gradient.to(zeros.dtype),)
+        sums = added
+
+    kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
+    here = kept < channels - channel0
+    first_row = tl.cast(slab, tl.int64) * num_rows
+    result = partial + channel0 + kept
+    for i in tl.static_range(len(later_g)):
+        place = (first_row + i) * channels
+        tl.store(result + place, tl.sum(sums[i + own], axis), mask=here & (i < num_later))
+    if HAS_DY:
+        place = (first_row + num_rows - 2) * channels
+        tl.store(result + place, tl.sum(sums[0], axis), mask=here)
+        tl.store(result + place + channels, tl.sum(sums[1], axis), mask=here)
 
 
 @triton.jit(do_not_specialize=["slabs", "columns", "split"])
@@ -295,17 +386,9 @@ def channel_moments_kernel(
     Bytes: the map is read once, elements * itemsize, which over the read bandwidth is the floor.
     """
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
-    if CHANNELS_LAST:
-        channels = _aligned(channels, ALIGN)
-        tiles = tl.cdiv(run_length, ROWS)
-        row, col, offsets = _tile(channels, ROWS, COLS, WIDE)
-    else:
-        run_length = _aligned(run_length, ALIGN)
-        tiles = tl.cdiv(run_length, COLS)
-        row, col, offsets = _tile(run_length, ROWS, COLS, WIDE)
-    group, slab, channel0, begin, end = _slab(channels, runs, tiles, units_per_slab, COLS if CHANNELS_LAST else ROWS)
-    run = tl.cast(group, tl.int64) * runs + begin // tiles
-    tile = begin % tiles
+    channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, tile = _start(
+        channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
+    )
 
     count = tl.zeros([ROWS, COLS], tl.float64 if DOUBLE else tl.float32)
     mean = count

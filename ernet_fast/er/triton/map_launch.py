@@ -1,4 +1,4 @@
-"""The ER operators on CUDA devices: argument checks, launches of the Triton kernels, registration.
+"""The ER operators on feature maps on CUDA devices: argument checks and launches of the Triton kernels.
 
 Nothing here waits for the device, and every result is allocated by PyTorch, so calls can be captured in a CUDA graph
 (after one call outside it, which compiles the kernels). Triton itself is imported by the first call.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,25 +27,11 @@ _ACCUMULATE = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
 }
-_SCHEMAS = (
-    "channel_moments(Tensor x, bool per_sample) -> (Tensor mean, Tensor var)",
-    "weighted_sum(Tensor[] maps, Tensor a, Tensor? b, bool relu) -> Tensor",
-    "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) -> (Tensor da, Tensor db, Tensor g)",
-    "block_coefficients(Tensor(a!) table, int index, bool doubles, Tensor? mean, Tensor? var, Tensor? count, "
-    "int elements, int norm, Tensor? gamma, Tensor? beta, Tensor(b!)? norm_mean, Tensor(c!)? norm_var, "
-    "Tensor(d!)? norm_batches, float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, "
-    "Tensor(f!)? running_var, Tensor(g!)? batches, bool use_running, float? momentum, float eps) "
-    "-> (Tensor a, Tensor b)",
-    "block_coefficients_backward(Tensor table, int index, bool doubles, Tensor(a!) totals, Tensor? da, Tensor? db, "
-    "Tensor? count, int elements, int norm, Tensor? weight, Tensor? running_mean, Tensor? running_var, "
-    "bool use_running, float eps, Tensor[] readers, bool measured, bool pass_on) "
-    "-> (Tensor rows, Tensor k0, Tensor dweight, Tensor dgamma, Tensor dbeta, Tensor dmoments)",
-)
 
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> ModuleType:
-    """The module of all kernels."""
+    """The module of the kernels on maps."""
     from ernet_fast.er.triton import map_kernels  # here, because it imports triton
 
     return map_kernels
@@ -59,7 +45,8 @@ def _interpreted() -> bool:
     return not isinstance(kernels().weighted_sum_kernel, triton.JITFunction)
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
+    """Raise the error of an operator."""
     raise RuntimeError(f"ernet: {message}")
 
 
@@ -71,23 +58,23 @@ def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sampl
     """One shape, dtype, device and dense layout; returns the shape. `name_of` names a map in an error."""
     first = maps[0]
     if first.dim() != 4:
-        _fail(f"{name_of(0)} must have 4 dimensions [N, C, H, W]; got {list(first.shape)}")
+        fail(f"{name_of(0)} must have 4 dimensions [N, C, H, W]; got {list(first.shape)}")
     if first.dtype not in _ACCUMULATE:
-        _fail(f"{name_of(0)} must be float32, float64, bfloat16 or float16; got {first.dtype}")
+        fail(f"{name_of(0)} must be float32, float64, bfloat16 or float16; got {first.dtype}")
     if not (first.is_cuda or _interpreted()):
-        _fail(f"{name_of(0)} must be on a CUDA device here; it is on {first.device}")
+        fail(f"{name_of(0)} must be on a CUDA device here; it is on {first.device}")
     planar = channels_last = True
     for i, x in enumerate(maps):
         if x.shape != first.shape:
-            _fail(f"all maps must have one shape; {name_of(i)} has {list(x.shape)}, expected {list(first.shape)}")
+            fail(f"all maps must have one shape; {name_of(i)} has {list(x.shape)}, expected {list(first.shape)}")
         if x.dtype != first.dtype:
-            _fail(f"all maps must have one dtype; {name_of(i)} has {x.dtype}, expected {first.dtype}")
+            fail(f"all maps must have one dtype; {name_of(i)} has {x.dtype}, expected {first.dtype}")
         if x.device != first.device:
-            _fail(f"all maps must be on one device; {name_of(i)} is on {x.device}, expected {first.device}")
+            fail(f"all maps must be on one device; {name_of(i)} is on {x.device}, expected {first.device}")
         planar = planar and x.is_contiguous()
         channels_last = channels_last and _is_channels_last(x)
     if not (planar or channels_last or first.numel() == 0):
-        _fail(
+        fail(
             "all maps must be dense in one layout, contiguous or channels-last. Call .contiguous() or "
             ".contiguous(memory_format=torch.channels_last) on the others"
         )
@@ -99,11 +86,11 @@ def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sampl
 
 def _check_coefficients(t: Tensor, name: str, sizes: list[int], like: Tensor) -> None:
     if list(t.shape) != sizes:
-        _fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
+        fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
     if t.device != like.device:
-        _fail(f"{name} must be on the device of the maps, {like.device}; it is on {t.device}")
+        fail(f"{name} must be on the device of the maps, {like.device}; it is on {t.device}")
     if t.dtype != _ACCUMULATE[like.dtype]:
-        _fail(
+        fail(
             f"{name} must be "
             + (
                 "float64 for float64 maps"
@@ -113,7 +100,7 @@ def _check_coefficients(t: Tensor, name: str, sizes: list[int], like: Tensor) ->
             + f"; got {t.dtype}"
         )
     if not (t.is_contiguous() or t.numel() == 0):
-        _fail(f"{name} must be contiguous")
+        fail(f"{name} must be contiguous")
 
 
 def _channel_sizes(shape: Shape) -> list[int]:
@@ -125,8 +112,37 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _padded(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (*maps, *([maps[0]] * (padded_count(len(maps)) - len(maps))))
+def padded(maps: Sequence[Tensor], fill: Tensor) -> tuple[Tensor, ...]:
+    """`maps` and so many times `fill`, of which nothing is loaded, that kernels are compiled for few lengths."""
+    return (*maps, *([fill] * (padded_count(len(maps)) - len(maps))))
+
+
+def _reduction_constants(shape: Shape, cut: tiling.Reduction) -> dict[str, Any]:
+    tile = cut.tile
+    return {
+        "CHANNELS_LAST": shape.channels_last,
+        "ROWS": tile.rows,
+        "COLS": tile.cols,
+        "ALIGN": tile.align,
+        "WIDE": tile.wide,
+        "num_warps": REDUCTION_WARPS,
+    }
+
+
+def _merge_dots(partial: Tensor, products: Tensor, sums: Tensor) -> None:
+    """Add up the slabs of `partial`: its first columns to `products`, the others to `sums`."""
+    slabs, columns = partial.shape[0], partial[0].numel()
+    slabs_together, columns_together = merge_tile(slabs)
+    kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
+        partial,
+        products,
+        sums,
+        slabs,
+        columns,
+        products.numel(),
+        SLABS=slabs_together,
+        COLS=columns_together,
+    )
 
 
 def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
@@ -137,7 +153,6 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
         return mean.zero_(), var.fill_(float("nan"))
     cut = tiling.reduction(shape, x.element_size())
     partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=_ACCUMULATE[x.dtype])
-    tile = cut.tile
     columns = shape.groups * shape.C
     slabs_together, columns_together = merge_tile(cut.slabs)
     with on_device_of(x):
@@ -149,14 +164,9 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             cut.runs,
             cut.run_length,
             cut.units_per_slab,
-            CHANNELS_LAST=shape.channels_last,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            ALIGN=tile.align,
-            WIDE=tile.wide,
             DOUBLE=x.dtype == torch.float64,
             UNITS=_MOMENT_UNITS,
-            num_warps=REDUCTION_WARPS,
+            **_reduction_constants(shape, cut),
         )
         kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
             partial,
@@ -177,9 +187,9 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
 def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool) -> Tensor:
     """`ernet::weighted_sum` on a CUDA device: `sum_l a[l] * maps[l] + b`, then ReLU if asked."""
     if not maps:
-        _fail("maps must hold at least one map")
+        fail("maps must hold at least one map")
     if len(maps) > MAX_SUM_MAPS:
-        _fail(f"maps must hold at most {MAX_SUM_MAPS} maps on a CUDA device; got {len(maps)}")
+        fail(f"maps must hold at most {MAX_SUM_MAPS} maps on a CUDA device; got {len(maps)}")
     shape = _check_maps(maps, lambda i: f"maps[{i}]", a.dim() == 3)
     sizes = _channel_sizes(shape)
     if b is not None:
@@ -192,7 +202,7 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
     channels_last = shape.channels_last
     with on_device_of(y):
         kernels().weighted_sum_kernel[(tiles,)](
-            _padded(maps),
+            padded(maps, maps[0]),
             a,
             a if b is None else b,
             y,
@@ -218,7 +228,7 @@ def weighted_dot(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ernet::weighted_dot` on a CUDA device: da, db and g (empty without `y`)."""
     if not maps:
-        _fail("maps must hold at least one map")
+        fail("maps must hold at least one map")
     everything = [dy, *maps] if y is None else [dy, *maps, y]
     shape = _check_maps(everything, lambda i: ["dy", *(f"maps[{k}]" for k in range(len(maps))), "y"][i], per_sample)
     sizes, dtype = _channel_sizes(shape), _ACCUMULATE[dy.dtype]
@@ -228,87 +238,79 @@ def weighted_dot(
         return da.zero_(), db.zero_(), g
     cut = tiling.reduction(shape, dy.element_size())
     partial = dy.new_empty((cut.slabs, len(maps) + 1, shape.groups, shape.C), dtype=dtype)
-    split = len(maps) * shape.groups * shape.C
-    columns = split + shape.groups * shape.C
-    slabs_together, columns_together = merge_tile(cut.slabs)
     with on_device_of(dy):
         for first in range(0, len(maps), _DOT_MAPS):
-            # The first launch makes g; the others read it.
-            masks = y is not None and first == 0
-            _launch_dot(
-                dy if y is None or masks else g,
-                y if masks else None,
-                g,
-                maps[first : first + _DOT_MAPS],
+            masks = y is not None and first == 0  # the first launch makes g; the others read it
+            some = maps[first : first + _DOT_MAPS]
+            kernels().weighted_dot_kernel[(cut.programs,)](
+                dy if masks or y is None else g,
+                y if masks else dy,
+                g if masks else dy,
+                padded(some, some[0]),
                 partial,
+                len(some),
                 first,
-                shape,
-                cut,
+                len(maps),
+                shape.groups,
+                shape.C,
+                cut.runs,
+                cut.run_length,
+                cut.units_per_slab,
+                HAS_Y=masks,
+                **_reduction_constants(shape, cut),
             )
-        kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
-            partial, da, db, cut.slabs, columns, split, SLABS=slabs_together, COLS=columns_together
-        )
+        _merge_dots(partial, da, db)
     return da, db, g
 
 
-def _launch_dot(
-    dy: Tensor,
-    y: Tensor | None,
-    g: Tensor,
-    maps: Sequence[Tensor],
-    partial: Tensor,
-    first_map: int,
-    shape: Shape,
-    cut: tiling.Reduction,
-) -> None:
-    tile = cut.tile
-    kernels().weighted_dot_kernel[(cut.programs,)](
-        dy,
-        dy if y is None else y,
-        dy if y is None else g,
-        _padded(maps),
-        partial,
-        len(maps),
-        first_map,
-        partial.shape[1] - 1,
-        shape.groups,
-        shape.C,
-        cut.runs,
-        cut.run_length,
-        cut.units_per_slab,
-        HAS_Y=y is not None,
-        CHANNELS_LAST=shape.channels_last,
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        ALIGN=tile.align,
-        WIDE=tile.wide,
-        num_warps=REDUCTION_WARPS,
+def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`ernet::map_dots` on a CUDA device: inner products of a map with the gradients of the sums that read it.
+
+    Args:
+        z: the map [N, C, H, W].
+        dy: gradient of the output of its own block, or None.
+        y: that output if it went through a ReLU, else None.
+        later_g: gradients of later blocks' sums, in any number.
+
+    Returns:
+        sums: [later + 2, C]: sum over N, H and W of z * later_g_l, then of z * g and of g (those only with dy).
+        g: `dy where y > 0 or y is NaN`; empty without y.
+    """
+    if y is not None and dy is None:
+        fail("y needs dy, the gradient of y")
+    own = {name: x for name, x in (("z", z), ("dy", dy), ("y", y)) if x is not None}
+    names = list(own)
+    shape = _check_maps(
+        [*own.values(), *later_g], lambda i: names[i] if i < len(names) else f"later_g[{i - len(names)}]", False
     )
-
-
-def available() -> bool:
-    """True if this PyTorch has CUDA (or HIP) devices and Triton is installed; neither is initialised or imported."""
-    on_gpu = torch.version.cuda is not None or torch.version.hip is not None
-    return on_gpu and importlib.util.find_spec("triton") is not None
-
-
-_LIBRARY: torch.library.Library | None = None  # what is registered lives as long as this
-
-
-def register(*, define: bool) -> None:
-    """Register the operators for CUDA tensors; with `define` their schemas too, for where no binary has done it."""
-    global _LIBRARY
-    from ernet_fast.er.triton import coefficient_launch as algebra  # which imports this module
-
-    _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
-    if define:
-        for schema in _SCHEMAS:
-            _LIBRARY.define(schema)
-    for function in (
-        channel_moments,
-        weighted_sum,
-        weighted_dot,
-        algebra.block_coefficients,
-        algebra.block_coefficients_backward,
-    ):
-        _LIBRARY.impl(function.__name__, function, "CUDA")
+    num_rows = len(later_g) + (0 if dy is None else 2)
+    sums = z.new_empty((num_rows, shape.C), dtype=_ACCUMULATE[z.dtype])
+    g = z.new_empty((0,)) if y is None else torch.empty_like(z)
+    if z.numel() == 0 or num_rows == 0:
+        return sums.zero_(), g
+    cut = tiling.reduction(shape, z.element_size())
+    partial = z.new_empty((cut.slabs, num_rows, shape.C), dtype=sums.dtype)
+    with on_device_of(z):
+        for first in range(0, max(1, len(later_g)), _DOT_MAPS):
+            with_dy = dy is not None and first == 0  # further launches add later g alone
+            masks = with_dy and y is not None
+            some = later_g[first : first + _DOT_MAPS]
+            kernels().map_dots_kernel[(cut.programs,)](
+                z,
+                dy if with_dy else z,
+                y if masks else z,
+                g if masks else z,
+                padded(some, z),
+                partial[:, first:],
+                len(some),
+                num_rows,
+                shape.C,
+                cut.runs,
+                cut.run_length,
+                cut.units_per_slab,
+                HAS_DY=with_dy,
+                HAS_Y=masks,
+                **_reduction_constants(shape, cut),
+            )
+        _merge_dots(partial, sums, sums)
+    return sums, g

@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """The work of a reduction; see the comment in `triton_kernels`."""
+    """The work of a reduction; see the comment in `map_kernels`."""
 
     tile: Tile
     runs: int

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from er_cases import DTYPES, LAYOUTS, maps_like
+from er_cases import DTYPES, LAYOUTS, maps_like, new_table
 
 import ernet_fast
 from ernet_fast.er import operators
-from ernet_fast.er.coefficients import NO_NORM, TABLE_ROWS, ShortcutArguments, new_table
+from ernet_fast.er.epilogue_arguments import NO_NORM, TABLE_ROWS, ShortcutArguments
 from ernet_fast.reference import er_shortcut_sum as reference
 
 OPS = torch.ops.ernet

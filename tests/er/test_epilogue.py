@@ -1,4 +1,4 @@
-"""A block's tail as one operator each way: bits as step by step, strip by strip, and in any number of threads."""
+"""The epilogue of a block: the same bits as one operator and step by step, tile by tile, in any number of threads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from er_cases import DTYPES, LAYOUTS, maps_like, tolerance
+from er_cases import DTYPES, LAYOUTS, maps_like, new_table, tolerance
 from other_isa import ISAS, run_on
 from stage_cases import STEPS, Tails, tails
 from torch import Tensor, nn
 
 from ernet_fast import ERShortcut
-from ernet_fast.er.coefficients import NO_NORM, BranchNorm, ShortcutArguments, new_table
-from ernet_fast.er.epilogue import LaterBlock, er_block, er_block_backward
+from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, LaterBlock, ShortcutArguments
 from ernet_fast.er.stage import StageMaps
 
 # the last two are so large that contiguous maps are cut into strips, the last of them narrower
@@ -142,6 +141,16 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def er_block_backward(
+    *, later: list[LaterBlock], before: Tensor | None = None, known: Tensor | None = None, **given: Any
+) -> tuple[Tensor, ...]:
+    """The operator, with later blocks one by one."""
+    columns = [list(column) for column in zip(*later, strict=True)] if later else [[]] * len(LaterBlock._fields)
+    first = [given[name] for name in ("index", "z", "dy", "y", "a")]
+    last = [given[name] for name in ("table", "norm", "eps", "dots", "measured", "needed")]
+    return torch.ops.ernet.er_block_backward.default(*first, *columns, given["passed"], before, known, *last)
+
+
 def test_a_closed_gate_stops_anything():
     """What is infinite or NaN where the ReLU was closed takes no part in anything."""
     given = arguments()
@@ -152,8 +161,8 @@ def test_a_closed_gate_stops_anything():
         assert torch.equal(found, value)
     (later,) = given["later"]
     bits = expected[1]
-    both = er_block_backward(**given | {"later": [later._replace(dy=given["dy"], bits=bits)]})
-    again = er_block_backward(**given | {"later": [later._replace(dy=spoilt, bits=bits)]})
+    both = er_block_backward(**given | {"later": [later._replace(dy=given["dy"], relu_mask=bits)]})
+    again = er_block_backward(**given | {"later": [later._replace(dy=spoilt, relu_mask=bits)]})
     assert all(torch.equal(found, value) for found, value in zip(both, again, strict=True))
     assert not torch.equal(both[0], expected[0])
 
@@ -229,12 +238,12 @@ def test_bad_input_of_the_operator(wrong):
         er_block_backward(**arguments() | changed)
 
 
-@pytest.mark.parametrize("field", ["bits", "a", "db", "weight", "dweight", "running_mean"])
+@pytest.mark.parametrize("field", ["relu_mask", "a", "db", "weight", "dweight", "running_mean"])
 def test_bad_later_blocks(field):
     given = arguments()
     (later,) = given["later"]
     given["later"] = [later._replace(**{field: torch.ones(5, 2, 1)})]
-    with pytest.raises(RuntimeError, match=f"later_{field}"):
+    with pytest.raises(RuntimeError, match=f"later_{field.replace('relu_mask', 'bits')}"):
         er_block_backward(**given)
 
 
@@ -244,7 +253,8 @@ def test_bad_input_of_a_block():
     table = new_table(x, 2)
 
     def block(maps: list[Tensor], filed: int = 0, weight: Tensor | None = shortcut.weight) -> None:
-        er_block(maps, table, filed, True, True, NO_NORM, shortcut._replace(weight=weight), 1e-5, True)
+        given = shortcut._replace(weight=weight)
+        torch.ops.ernet.er_block.default(maps, table, filed, True, True, *NO_NORM, *given, 1e-5, True)
 
     block([x, x])
     for maps, filed, weight, message in [
