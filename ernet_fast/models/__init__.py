@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ernet_fast.models.blocks import ERBasicBlock, ERBlock, ERBlock133, ERBottleneck, ProjectionBlock
 from ernet_fast.models.convert import convert_resnet
+from ernet_fast.models.depths import er_resnet18, er_resnet34, er_resnet50, er_resnet101, er_resnet152
 from ernet_fast.models.flops import FlopCount, count_flops
 from ernet_fast.models.folding import fold_for_inference
-from ernet_fast.models.resnet import ERResNet, er_resnet18, er_resnet34, er_resnet50, er_resnet101, er_resnet152
+from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.stage import ERStage
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 

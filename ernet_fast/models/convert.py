@@ -11,11 +11,11 @@ from torch import nn
 
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.models.blocks import ERBlock, ProjectionBlock
+from ernet_fast.models.plain_forward import check_computes_plain_resnet
 from ernet_fast.models.plain_resnet import check_plain_resnet
-from ernet_fast.models.resnet import DEFAULT_GROUPS, EXPANSION, ERResNet
+from ernet_fast.models.resnet import DEFAULT_GROUPS, EXPANSION, STAGE_NAMES, ERResNet
 
 _STEM = ("conv1", "bn1", "maxpool")
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
 _FAMILY = {(3, 3): "basic", (1, 3, 1): "bottleneck"}
 
 
@@ -25,9 +25,9 @@ def convert_resnet(
     """An ER-ResNet with the convolutions, BatchNorms and classifier of a plain ResNet.
 
     The model is recognised by the names of its modules (`conv1`, `bn1`, `layer1` ... `layer4`, `fc`), as torchvision
-    and timm have them; neither package is needed. Stem, strides, dilations and wide bottlenecks are taken over as
-    they are. ER weights start at 1 with fresh running statistics: the result computes another function than `model`
-    and wants fine-tuning.
+    and timm have them; neither package is needed. That it computes what these modules do in a plain ResNet is checked
+    on one image of 64x64. Stem, strides, dilations and wide bottlenecks are taken over as they are. ER weights start at
+    1 with fresh running statistics: the result computes another function than `model` and wants fine-tuning.
 
     Args:
         model: the ResNet; not modified, and it shares no tensor with the result.
@@ -42,7 +42,9 @@ def convert_resnet(
     Raises:
         TypeError: `model` is not a module, or already an ER-ResNet.
         ValueError: it is not a plain ResNet: grouped convolutions (ResNeXt), attention, stochastic depth, other
-            activations or normalisers, a wrapper such as DistributedDataParallel; the message names the module.
+            activations or normalisers, BatchNorms before their convolutions, a forward method of its own, or a
+            scripted, compiled or wrapped network (DistributedDataParallel); or a module that is not taken over has
+            hooks. The message names the module.
     """
     if isinstance(model, ERResNet):
         raise TypeError("model is an ER-ResNet already")
@@ -51,6 +53,7 @@ def convert_resnet(
     stages = check_plain_resnet(model)
     num_features = stages[-1][-1].channels
     num_classes = _num_classes(model.get_submodule("fc"), num_features)
+    check_computes_plain_resnet(model)
     if norm == "group" and num_groups is None:
         num_groups = DEFAULT_GROUPS
     family = _FAMILY[stages[0][0].kernel_sizes]
@@ -68,7 +71,7 @@ def convert_resnet(
         module.training = model.training
     for name in (*_STEM, "fc"):
         setattr(er, name, copy.deepcopy(model.get_submodule(name)))
-    for stage, name in zip(er.stages, _STAGES, strict=True):
+    for stage, name in zip(er.stages, STAGE_NAMES, strict=True):
         for block, plain in zip(stage, model.get_submodule(name).children(), strict=True):
             _copy_block(block, plain)
             if isinstance(block, ERBlock):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
-_NEEDED = ("conv1", "bn1", "maxpool", *_STAGES, "fc")
+from ernet_fast.models.resnet import STAGE_NAMES
+
+_NEEDED = ("conv1", "bn1", "maxpool", *STAGE_NAMES, "fc")
 _KERNELS = ((3, 3), (1, 3, 1))
 
 
@@ -26,30 +28,56 @@ def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
     Raises:
         ValueError: `model` is no such network; the message names the module that differs.
     """
+    _check_not_compiled(model)
     missing = [name for name in _NEEDED if not isinstance(getattr(model, name, None), nn.Module)]
     if missing:
         raise ValueError(
             f"model ({type(model).__name__}) has no {', '.join(missing)}: expected a ResNet with torchvision's module "
             "names. Of a wrapped model pass the network itself, e.g. model.module"
         )
-    if not any(isinstance(module, nn.Conv2d) for module in model.get_submodule("conv1").modules()):
+    _check_lost(type(model).__name__, model)
+    stem = [module for module in model.get_submodule("conv1").modules() if isinstance(module, nn.Conv2d)]
+    if not stem:
         raise ValueError(f"conv1 must be a Conv2d, or a sequence with some, got {model.get_submodule('conv1')}")
+    _check_bn("bn1", model.get_submodule("bn1"), stem[-1])
     for name, child in model.named_children():
         if name in ("avgpool", "global_pool"):
             _check_pooling(name, child)
+            _check_lost(name, child)
         elif name not in _NEEDED:
             _check_extra(name, child)
-    stages = [_check_stage(name, model.get_submodule(name)) for name in _STAGES]
+    stages = [_check_stage(name, model.get_submodule(name)) for name in STAGE_NAMES]
     kinds = {block.kernel_sizes for blocks in stages for block in blocks}
     if len(kinds) > 1:
         raise ValueError(f"the blocks of model differ in kind: kernel sizes {sorted(kinds)}")
     channels = [blocks[0].channels for blocks in stages]
-    if channels != [channels[0] * 2**k for k in range(len(_STAGES))]:
+    if channels != [channels[0] * 2**k for k in range(len(STAGE_NAMES))]:
         raise ValueError(f"the stages of a ResNet double in channels, these have {channels}")
     return stages
 
 
+def _check_not_compiled(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model is a TorchScript module ({getattr(model, 'original_name', type(model).__name__)}): convert the "
+            "network that was scripted or traced"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model is compiled by torch.compile: convert model._orig_mod, and compile the result")
+
+
+def _check_lost(name: str, module: nn.Module) -> None:
+    """Refuse what a module that is not taken over holds: hooks, and tensors of its own."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind) for kind in hooks):
+        raise ValueError(f"{name} has hooks, which the result would not have: remove them, and register them there")
+    tensors = [key for key, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None]
+    if tensors:
+        raise ValueError(f"{name} has tensors of its own ({', '.join(tensors)}), which a plain ResNet has not")
+
+
 def _check_stage(name: str, stage: nn.Module) -> list[PlainBlock]:
+    _check_lost(name, stage)
     blocks = [
         _check_block(f"{name}.{child}", block, opening=k == 0)
         for k, (child, block) in enumerate(stage.named_children())
@@ -60,13 +88,14 @@ def _check_stage(name: str, stage: nn.Module) -> list[PlainBlock]:
 
 
 def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
+    _check_lost(name, block)
     convs = {child: module for child, module in block.named_children() if re.fullmatch(r"conv\d", child)}
     bns = {f"bn{child[4:]}" for child in convs}
     for child, module in block.named_children():
         if child in convs:
             _check_conv(f"{name}.{child}", module, keeps_size=not opening)
         elif child in bns:
-            _check_bn(f"{name}.{child}", module)
+            _check_bn(f"{name}.{child}", module, convs[f"conv{child[2:]}"])
         elif not (opening and child == "downsample"):
             _check_extra(f"{name}.{child}", module)
     kernels = tuple(module.kernel_size[0] for module in convs.values() if isinstance(module, nn.Conv2d))
@@ -102,12 +131,17 @@ def _pads_fully(conv: nn.Conv2d) -> bool:
     return all(2 * conv.padding[axis] == conv.dilation[axis] * (conv.kernel_size[axis] - 1) for axis in (0, 1))
 
 
-def _check_bn(name: str, bn: nn.Module) -> None:
+def _check_bn(name: str, bn: nn.Module, conv: nn.Module) -> None:
     if not isinstance(bn, nn.BatchNorm2d):
         hint = "; convert before convert_sync_batchnorm" if isinstance(bn, nn.SyncBatchNorm) else ""
         raise ValueError(f"{name} is a {type(bn).__name__}, expected a BatchNorm2d{hint}")
     if not bn.affine or not bn.track_running_stats:
         raise ValueError(f"{name} must be affine and track running statistics, got {bn}")
+    if isinstance(conv, nn.Conv2d) and bn.num_features != conv.out_channels:
+        raise ValueError(
+            f"{name} has {bn.num_features} channels and its convolution {conv.out_channels} outputs: expected a "
+            "BatchNorm behind each convolution, not before it (pre-activation)"
+        )
 
 
 def _check_pooling(name: str, pool: nn.Module) -> None:
@@ -120,6 +154,8 @@ def _check_pooling(name: str, pool: nn.Module) -> None:
 def _check_extra(name: str, module: nn.Module) -> None:
     """Whatever is no convolution, BatchNorm or projection must be a ReLU or do nothing."""
     child = name.rpartition(".")[2]
-    if isinstance(module, nn.Identity) or (isinstance(module, nn.ReLU) and re.fullmatch(r"(relu|act)\d?", child)):
-        return
-    raise ValueError(f"{name} is a {type(module).__name__}: only plain ResNets with ReLU can be converted")
+    if not isinstance(module, nn.Identity) and not (
+        isinstance(module, nn.ReLU) and re.fullmatch(r"(relu|act)\d?", child)
+    ):
+        raise ValueError(f"{name} is a {type(module).__name__}: only plain ResNets with ReLU can be converted")
+    _check_lost(name, module)

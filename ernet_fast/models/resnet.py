@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from os import PathLike
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ernet_fast.er.norm_relu import batch_norm_relu
 from ernet_fast.models.checkpointing import checkpoint_stage
+from ernet_fast.models.feature_levels import level_indices
+from ernet_fast.models.pooling import global_pooling
 from ernet_fast.models.stage import ERStage
-from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 
-LAYERS: dict[int, tuple[int, int, int, int]] = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-FAMILY = {depth: "basic" if depth < 50 else "bottleneck" for depth in LAYERS}
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32
-
-Weights = str | PathLike[str] | Mapping[str, Any]
+STAGE_NAMES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class ERResNet(nn.Module):
@@ -34,7 +25,8 @@ class ERResNet(nn.Module):
     Args:
         family: "basic" (the 18- and 34-layer nets) or "bottleneck" (50, 101, 152).
         layers: number of blocks of each of the four stages.
-        num_classes: outputs of the classifier `fc`; 0 leaves it out, and the network returns pooled features.
+        num_classes: outputs of the classifier `fc`; 0 leaves it out, and the network returns pooled features
+            [N, head_hidden_size].
         block: "standard" (3x3, 3x3 or 1x1, 3x3, 1x1 by `family`) or "er133" (1x1, 3x3, 3x3 in the family's widths).
         norm: normaliser of the shortcuts, "batch" or "group".
         num_groups: groups of norm="group", default 32; must divide the channels of every stage.
@@ -44,6 +36,12 @@ class ERResNet(nn.Module):
         width_per_group: 64, or 128 for torchvision's wide ResNets ("bottleneck" family only).
         replace_stride_with_dilation: for stages 2, 3 and 4, whether dilation takes the place of the stride.
         drop_rate: dropout before the classifier, 0 <= drop_rate < 1.
+        global_pool: "avg", "max", "avgmax" (their mean), "catavgmax" (both, twice as many features), or, without a
+            classifier, "" for the feature map itself.
+
+    Attributes:
+        num_features: channels C of the last feature map.
+        head_hidden_size: features after pooling.
 
     Raises:
         TypeError: a size that is not an int.
@@ -65,6 +63,7 @@ class ERResNet(nn.Module):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] = (False, False, False),
         drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
         _check_sizes(in_channels=in_channels, base_channels=base_channels, width_per_group=width_per_group)
@@ -75,11 +74,12 @@ class ERResNet(nn.Module):
             _check_groups(num_groups, base_channels * EXPANSION[family])
         self.in_channels = in_channels
         self.drop_rate = drop_rate
+        self.fused = fused
         self.grad_checkpointing = False
         self.conv1 = nn.Conv2d(in_channels, base_channels, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(base_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
         channels, dilation = base_channels, 1
         for k, (num_blocks, dilate) in enumerate(zip(layers, (False, *replace_stride_with_dilation), strict=True)):
             planes = base_channels * 2**k
@@ -99,17 +99,29 @@ class ERResNet(nn.Module):
                 dilation=dilation,
                 first_dilation=first_dilation,
             )
-            self.add_module(f"layer{k + 1}", stage)
+            self.add_module(STAGE_NAMES[k], stage)
             channels = planes * EXPANSION[family]
         self.num_features = channels
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.reset_classifier(num_classes)
+        self.avgpool: nn.Module
+        self.pool_type: str
+        self.fc: nn.Module
+        self.reset_classifier(num_classes, global_pool)
         self._initialise()
 
     @property
     def stages(self) -> list[ERStage]:
-        """The four stages, layer1 to layer4."""
-        return [getattr(self, name) for name in ("layer1", "layer2", "layer3", "layer4")]
+        """The stages, layer1 to layer4, or as many as `prune_intermediate_layers` has left."""
+        return [getattr(self, name) for name in STAGE_NAMES if name in self._modules]
+
+    @property
+    def in_chans(self) -> int:
+        """`in_channels`, by timm's name."""
+        return self.in_channels
+
+    @property
+    def inplanes(self) -> int:
+        """`num_features`, by the name that torchvision's feature pyramids read."""
+        return self.num_features
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -117,9 +129,10 @@ class ERResNet(nn.Module):
         reduction = _total_stride(self.conv1)
         levels = [{"num_chs": self.bn1.num_features, "reduction": reduction, "module": "relu"}]
         reduction *= _total_stride(self.maxpool)
-        for k, stage in enumerate(self.stages):
+        for name in STAGE_NAMES[: len(self.stages)]:
+            stage = getattr(self, name)
             reduction *= stage.stride
-            levels.append({"num_chs": stage.channels, "reduction": reduction, "module": f"layer{k + 1}"})
+            levels.append({"num_chs": stage.channels, "reduction": reduction, "module": name})
         return levels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,37 +140,134 @@ class ERResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map [N, num_features, H / 32, W / 32] of images [N, in_channels, H, W]."""
-        x = self.maxpool(
-            batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=None if self.stages[0].fused else False)
-        )
-        checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
+        """The last stage's feature map [N, num_features, H / 32, W / 32] of images [N, in_channels, H, W]."""
+        x = self.maxpool(self._stem(x))
         for stage in self.stages:
-            x = checkpoint_stage(stage, x) if checkpointing else stage(x)
+            x = self._run_stage(stage, x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of a feature map; with `pre_logits` the pooled features [N, num_features]."""
-        x = torch.flatten(self.avgpool(x), 1)
+        """Logits of a feature map; with `pre_logits` the pooled features [N, head_hidden_size]."""
+        x = self.avgpool(x)
+        if self.pool_type:
+            x = torch.flatten(x, 1)
         if pre_logits:
             return x
         if self.drop_rate > 0.0:
             x = nn.functional.dropout(x, self.drop_rate, self.training)
         return self.fc(x)
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps of the levels of `feature_info`, as in timm.
+
+        Args:
+            x: images [N, in_channels, H, W].
+            indices: None for all levels, an int for the last that many, or the levels; negative ones count from the
+                end.
+            norm: without effect, because no normalisation follows the last stage.
+            stop_early: leave out the stages after the last level selected.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+
+        Returns:
+            The last feature map computed and the selected maps in order, or only these.
+
+        Raises:
+            ValueError: levels out of range, or another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        stages = self.stages
+        selected = level_indices(len(stages) + 1, indices)
+        if stop_early:
+            stages = stages[: max(selected)]
+        x = self._stem(x)
+        intermediates = [x] if 0 in selected else []
+        x = self.maxpool(x)
+        for level, stage in enumerate(stages, start=1):
+            x = self._run_stage(stage, x)
+            if level in selected:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last level selected, as in timm; what is left ends with that level's map.
+
+        Args:
+            indices: as in `forward_intermediates`.
+            prune_norm: without effect, because no normalisation follows the last stage.
+            prune_head: remove pooling and classifier too; they go in any case when stages do.
+
+        Returns:
+            The selected levels, counted from 0.
+
+        Raises:
+            ValueError: levels out of range.
+        """
+        levels = self.feature_info
+        selected = level_indices(len(levels), indices)
+        last = max(selected)
+        for name in STAGE_NAMES[last : len(levels) - 1]:
+            delattr(self, name)
+        if last == 0:
+            self.maxpool = nn.Identity()
+        self.num_features = levels[last]["num_chs"]
+        if prune_head or last < len(levels) - 1:
+            self.reset_classifier(0, "")
+        return selected
+
     def get_classifier(self) -> nn.Module:
         """The last layer, `nn.Linear`, or `nn.Identity` for num_classes = 0."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a new one of `num_classes` outputs (0: none), on the device of the network."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, on the network's device and in its dtype.
+
+        Args:
+            num_classes: outputs, 0 for none.
+            global_pool: as in the constructor; None keeps the pooling, but a classifier on "" gets "avg".
+
+        Raises:
+            TypeError: `num_classes` is not an int.
+            ValueError: it is negative, or the pooling is unknown or "" with a classifier.
+        """
         _check_sizes(least=0, num_classes=num_classes)
+        if num_classes > 0 and global_pool == "":
+            raise ValueError(f"global_pool='' leaves no pooled features for num_classes={num_classes}; expected 0")
+        if global_pool is None and num_classes > 0 and self.pool_type == "":
+            global_pool = "avg"
+        if global_pool is not None:
+            self.avgpool = global_pooling(global_pool).train(self.training)
+            self.pool_type = global_pool
         self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * (2 if self.pool_type == "catavgmax" else 1)
         weight = self.conv1.weight if isinstance(self.conv1, nn.Conv2d) else next(self.parameters())
-        self.fc: nn.Module = nn.Identity()
+        self.fc = nn.Identity()
         if num_classes > 0:
-            self.fc = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+            self.fc = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
         self.fc.train(self.training)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions of parameter groups from the stem to the head, for timm's layer-wise learning rates.
+
+        Args:
+            coarse: one group a stage instead of one a block.
+        """
+        return {"stem": r"^(?:conv1|bn1)\b", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the ER weights: they scale shortcuts and start at 1, like the weights of normalisation layers."""
+        return {name for name, _ in self.named_parameters() if name.endswith(".shortcut.weight")}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each stage in backward instead of keeping its maps: less memory, about a third more time."""
@@ -166,108 +276,34 @@ class ERResNet(nn.Module):
     def set_fused(self, fused: bool = True) -> None:
         """Choose the one-pass (True) or the plain PyTorch (False) computation of every stage; parameters stay.
 
-        The stem goes with the first stage.
+        The same holds for the BatchNorm and ReLU of the stem.
         """
+        self.fused = fused
         for module in self.modules():
             if isinstance(module, ERStage):
                 module.fused = fused
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by `torch.jit.script`, whose own error would name a line of this library instead of a way out."""
+        raise TypeError(
+            "torch.jit.script cannot compile an ER-ResNet: use torch.jit.trace(model.eval(), images) under "
+            "torch.no_grad(), or torch.export.export(model.eval(), (images,))"
+        )
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=None if self.fused else False)
+
+    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_stage(stage, x)
+        y: Tensor = stage(x)
+        return y
 
     def _initialise(self) -> None:
         """Initialise convolutions as torchvision does; BatchNorms and ER weights start at 1 already."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def er_resnet18(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
-    """ER-ResNet of 18 layers, 11.69 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(18, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
-
-
-def er_resnet34(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
-    """ER-ResNet of 34 layers, 21.80 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(34, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
-
-
-def er_resnet50(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
-    """ER-ResNet of 50 layers, 25.58 M parameters with 1000 classes.
-
-    Args:
-        num_classes: outputs of the classifier; 0 for pooled features.
-        weights: a state dict, or the path of a .pt/.pth or .safetensors file with one, of torchvision's ResNet of
-            this depth (the ER weights stay at 1) or of this network. Names of published weights are not downloaded.
-        norm: normaliser of the shortcuts, "batch" or "group".
-        fused: compute each block's tail in one pass (True) or with plain PyTorch operators (False).
-        in_channels: channels of the input images.
-        **kw: further arguments of `ERResNet`: block, num_groups, base_channels, width_per_group,
-            replace_stride_with_dilation, drop_rate.
-
-    Raises:
-        TypeError, ValueError: an argument out of its range, or weights that do not fit the network.
-        FileNotFoundError: `weights` names no file.
-
-    torchvision's `zero_init_residual` is not offered: the shortcuts normalise every map, so a branch of scale 0
-    would not start as the identity but at a point where the normaliser's derivative is 1/sqrt(eps).
-    """
-    return _build(50, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
-
-
-def er_resnet101(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
-    """ER-ResNet of 101 layers, 44.82 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(101, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
-
-
-def er_resnet152(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
-    """ER-ResNet of 152 layers, 60.86 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(152, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
-
-
-def _build(depth: int, num_classes: int, weights: Weights | None, **kw: Any) -> ERResNet:
-    state = None if weights is None else read_weights(weights)
-    model = ERResNet(FAMILY[depth], LAYERS[depth], num_classes, **kw)
-    if state is not None:
-        load_torchvision_state_dict(model, state)
-    return model
 
 
 def _total_stride(module: nn.Module) -> int:

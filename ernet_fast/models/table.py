@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ernet_fast.models.depths import FAMILY, LAYERS
 from ernet_fast.models.flops import count_flops
-from ernet_fast.models.resnet import FAMILY, LAYERS, ERResNet
+from ernet_fast.models.resnet import ERResNet
 
 PAPER_FLOPS = {18: 3.4e9, 34: 6.2e9, 50: 7.8e9, 101: 9.2e9}
 """The FLOPs column of the ERNet paper (Chandana Mani & Kamalakannan, ELCVIA), Table 1."""

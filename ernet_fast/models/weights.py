@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -12,48 +13,45 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast._optional import require
-
-_LISTED = 5
+from ernet_fast.models.network_states import listed, network_state
 
 
 def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict held by `weights`, on the CPU where it is read from a file.
+    """The state dict of the ResNet in `weights`, on the CPU where it is read from a file.
 
     Args:
-        weights: a state dict, or the path of a file written by `torch.save` or safetensors (.safetensors). A
-            checkpoint that holds the state dict under "state_dict" or "model" and keys with
-            DistributedDataParallel's prefix "module." are understood. Files are read with `weights_only=True`.
+        weights: a state dict, or the path of a file written by `torch.save` or safetensors (.safetensors). The
+            network is found by the names of its parameters: in a checkpoint that holds it under a key ("state_dict",
+            "model_state_dict", ...), behind a prefix ("module.", "_orig_mod.", "model.", "encoder.", ...), or as
+            numbered children of an `nn.Sequential`. Of several ("state_dict" beside "state_dict_ema") the one under
+            "state_dict", "model_state_dict" or "model" is taken. Files are read with `weights_only=True`.
 
     Raises:
         TypeError: neither a path nor a mapping, or a mapping whose values are not tensors.
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read.
+        ValueError: the file cannot be read, or holds several networks.
         ImportError: a .safetensors file without the safetensors package.
     """
     if isinstance(weights, Mapping):
-        state = weights
+        checkpoint = weights
     elif isinstance(weights, (str, PathLike)):
-        state = _read_file(Path(fspath(weights)))
+        checkpoint = _read_file(Path(fspath(weights)))
     else:
         raise TypeError(f"weights must be a path, a state dict or None, got {type(weights).__name__}")
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
+    state = network_state(checkpoint)
     wrong = [str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if wrong:
-        raise TypeError(f"weights must map names to tensors, but these entries are none: {_listed(wrong)}")
-    if state and all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+        raise TypeError(f"weights must map names to tensors, but these entries are none: {listed(wrong)}")
+    return state
 
 
 def load_torchvision_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy the weights of a torchvision ResNet, or of an ER-ResNet, of the same architecture into `model`.
 
-    Every convolution, BatchNorm and classifier tensor of `model` must be in `state`, in its shape. Parameters and
-    statistics of the shortcuts (`layer2.1.shortcut.weight`, ...) are loaded if `state` has them and left as they are
-    if it has none: a new model has ER weights of 1 and untrained statistics, so it wants some training before it is
-    evaluated.
+    Every convolution and BatchNorm tensor of `model` must be in `state`, in its shape. Two parts are loaded if `state`
+    has them and left as they are if it has none of their entries: parameters and statistics of the shortcuts
+    (`layer2.1.shortcut.weight`, ...), because a plain ResNet has none, and the classifier `fc`, because an encoder has
+    none. A new model has ER weights of 1 and untrained statistics, so it wants some training before it is evaluated.
 
     Args:
         model: an `ERResNet`.
@@ -63,42 +61,59 @@ def load_torchvision_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -
         ValueError: missing, unknown or differently shaped entries; `model` is then unchanged.
     """
     own = model.state_dict()
+    _check_classifier(own, state)
     wrong = [
         f"{key} is {list(state[key].shape)}, expected {list(own[key].shape)}"
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    classes, expected = _num_classes(state), _num_classes(own)
-    if classes != expected and None not in (classes, expected):
-        raise ValueError(
-            f"the weights are for {classes} classes and the model has num_classes={expected}. Build it with "
-            f"num_classes={classes}, then call model.reset_classifier({expected})"
-        )
     if wrong:
         raise ValueError(
-            f"the weights are of another architecture (depth, width, block or in_channels): {_listed(wrong)}"
+            f"the weights are of another architecture (depth, width, block or in_channels): {listed(wrong)}"
         )
     missing = own.keys() - state.keys()
-    shortcuts = {key for key in own if ".shortcut." in key}
-    if missing >= shortcuts:
-        missing -= shortcuts
+    for part in ({key for key in own if is_shortcut_entry(key)}, set(_classifier(own))):
+        if missing >= part:
+            missing -= part
     # Checkpoints from before torch 0.4.1 do not count batches; the count only matters for a cumulative average.
     missing = {key for key in missing if not key.endswith("num_batches_tracked")}
     unknown = state.keys() - own.keys()
     if missing or unknown:
         raise ValueError(
             "the weights are of another architecture: "
-            f"missing {_listed(sorted(missing)) or 'none'}; not in the model {_listed(sorted(unknown)) or 'none'}"
+            f"missing {listed(sorted(missing)) or 'none'}; not in the model {listed(sorted(unknown)) or 'none'}"
         )
     model.load_state_dict(dict(state), strict=False)
 
 
-def _num_classes(state: Mapping[str, Tensor]) -> int | None:
-    """Outputs of the linear classifier `fc`, 0 without one; None if `fc` is something else."""
-    head = {name for name in state if name.startswith("fc.")}
-    if not head:
-        return 0
-    return state["fc.weight"].shape[0] if head == {"fc.weight", "fc.bias"} else None
+def is_shortcut_entry(key: str) -> bool:
+    """True for the parameters and statistics of ER shortcuts, which a plain ResNet has not."""
+    return ".shortcut." in f".{key}"
+
+
+def _classifier(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in state if name.startswith("fc.")]
+
+
+def _check_classifier(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if `state` has a classifier, and one that does not fit."""
+    found, expected = _classifier(state), _classifier(own)
+    linear = {"fc.weight", "fc.bias"}
+    if not found or (set(found) == set(expected) and not set(found) == linear):
+        return
+    if set(found) == linear and set(expected) in (linear, set()):
+        classes, num_classes = len(state["fc.weight"]), len(own["fc.weight"]) if expected else 0
+        if classes != num_classes:
+            raise ValueError(
+                f"the weights are for {classes} classes and the model has num_classes={num_classes}. Build it with "
+                f"num_classes={classes}, then call model.reset_classifier({num_classes})"
+            )
+        return
+    raise ValueError(
+        f"the classifier of the weights is another ({listed(found)}; expected {listed(expected) or 'none'}). Leave it "
+        "out by:\n  python -c \"import torch, ernet_fast.models as m; s = m.read_weights('FILE'); "
+        "torch.save({k: v for k, v in s.items() if not k.startswith('fc.')}, 'encoder.pth')\""
+    )
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -110,6 +125,8 @@ def _read_file(path: Path) -> Mapping[str, Any]:
         load_file = _torch_load
     try:
         state = load_file(str(path))
+    except _MoreThanTensorsError as error:
+        raise ValueError(f"weights: cannot read {str(path)!r}: {error}") from error
     except Exception as error:  # safetensors and torch each have their own errors for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"weights: cannot read {str(path)!r}: {reason}") from error
@@ -118,16 +135,28 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     return state
 
 
+class _MoreThanTensorsError(ValueError):
+    """A file that only an unsafe unpickler reads."""
+
+
 def _torch_load(path: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; timm and many scripts save theirs
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            "it holds more than tensors, or is no file of torch.save; write it again with "
-            "torch.save(model.state_dict(), path)"
+        raise _MoreThanTensorsError(
+            f"it holds more than tensors{_unsafe_globals(path)}, or is no file of torch.save. If you trust whoever "
+            "wrote it, for reading it runs code, write the weights alone by:\n  "
+            f'python -c "import torch; s = torch.load({path!r}, weights_only=False); torch.save('
+            "s.state_dict() if hasattr(s, 'state_dict') else {k: v for k, v in s.items() if 'state_dict' in k "
+            "or k == 'model' or torch.is_tensor(v)}, 'weights.pth')\""
         ) from error
 
 
-def _listed(items: list[str]) -> str:
-    shown = ", ".join(items[:_LISTED])
-    return shown if len(items) <= _LISTED else f"{shown} and {len(items) - _LISTED} more"
+def _unsafe_globals(path: str) -> str:
+    """The classes in a file that `weights_only=True` refuses, in brackets."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # no file of torch.save
+        return ""
+    return f" ({listed(sorted(names))})" if names else ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -8,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from plain_networks import PlainBlock, PlainResNet
 from torch import nn
 
 from ernet_fast import convert_resnet, er_resnet18
@@ -95,6 +97,9 @@ def test_timm_like_network(plain_resnet: Plain) -> None:
     class Pool(nn.Module):
         pool_type = "avg"
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mean((2, 3), keepdim=True)
+
     model.act1, model.global_pool, model.drop_rate = model.relu, Pool(), 0.25
     del model.relu, model.avgpool
     model.conv1 = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
@@ -165,6 +170,11 @@ def edited(plain_resnet: Plain, edit: Callable[[nn.Module], None], **kw: object)
         (lambda m: setattr(m, "conv1", nn.Identity()), "conv1 must be a Conv2d"),
         (lambda m: setattr(m, "fc", nn.Linear(3, 2)), "fc must be a linear layer .* on 64 features"),
         (lambda m: setattr(m, "layer4", nn.Sequential()), "layer4 has no blocks"),
+        (lambda m: setattr(m, "bn1", nn.BatchNorm2d(4)), "bn1 has 4 channels and its convolution 8 outputs"),
+        (lambda m: setattr(m.layer2[0], "bn1", nn.BatchNorm2d(8)),
+         r"layer2\.0\.bn1 has 8 channels and its convolution 16 outputs: .* not before it \(pre-activation\)"),
+        (lambda m: setattr(m.layer1[0], "gain", nn.Parameter(torch.ones(1))), r"layer1\.0 has tensors .* \(gain\)"),
+        (lambda m: m.register_buffer("mean", torch.zeros(3)), r"PlainResNet has tensors of its own \(mean\)"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_resnet(plain_resnet: Plain, edit: Callable, message: str) -> None:
@@ -198,6 +208,95 @@ def test_wrong_types(plain_resnet: Plain) -> None:
         convert_resnet(OrderedDict())
     with pytest.raises(ValueError, match=r"Of a wrapped model pass the network itself, e\.g\. model\.module"):
         convert_resnet(nn.DataParallel(plain_resnet()))
+
+
+def hook(*_: object) -> None:
+    """Changes nothing, as hooks that record do."""
+
+
+@pytest.mark.parametrize("name", ["", "layer2", "layer2.1", "layer2.1.relu", "avgpool", "relu"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_hooks_that_would_be_lost(plain_resnet: Plain, name: str, register: str) -> None:
+    model = plain_resnet()
+    getattr(model.get_submodule(name), register)(hook)
+    with pytest.raises(
+        ValueError, match=f"{re.escape(name) or 'PlainResNet'} has hooks, which the result would not have"
+    ):
+        convert_resnet(model)
+
+
+def test_hooks_of_copied_modules_are_kept(plain_resnet: Plain) -> None:
+    model, seen = plain_resnet(), []
+    for name in ("conv1", "layer2.0.downsample", "layer3.0.bn1", "fc"):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    er = convert_resnet(model)
+    seen.clear()
+    er(torch.randn(2, 3, 32, 32))
+    assert sorted(seen) == ["conv1", "fc", "layer2.0.downsample", "layer3.0.bn1"]
+
+
+class Doubled(PlainResNet):
+    """A forward method of its own: twice the last feature map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        return self.fc(2 * self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3)))
+
+
+class TwoOutputs(PlainResNet):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().forward(x), x
+
+
+class LargeImages(PlainResNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] < 512:
+            raise RuntimeError("at least 512 pixels")
+        return super().forward(x)
+
+
+class PreActivation(PlainBlock):
+    """BatchNorm and ReLU before each convolution; where no channels change, the modules look like a plain block's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(torch.relu(self.bn2(self.conv1(torch.relu(self.bn1(x))))))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Doubled, r"\(Doubled\) computes something else .* by Doubled\.forward"),
+        (TwoOutputs, r"\(TwoOutputs\) returns tuple for one image; a plain ResNet, \[1, 5\]"),
+        (LargeImages, r"\(LargeImages\) does not run on an image of 64x64.*RuntimeError: at least 512 pixels"),
+        (lambda: edited(PlainResNet, lambda m: m.layer1.append(PreActivation(8, 8, 8, 1))), "computes something else"),
+        (lambda: edited(PlainResNet, lambda m: m.layer1.append(PreActivation(8, 8, 8, 1)), bottleneck=False).bfloat16(),
+         "computes something else"),
+    ],
+)  # fmt: skip
+def test_another_computation(build: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert_resnet(build())
+
+
+def test_scripted_and_compiled_networks(plain_resnet: Plain) -> None:
+    model = plain_resnet()
+    with pytest.raises(ValueError, match=r"TorchScript module \(PlainResNet\): convert the network that was"):
+        convert_resnet(torch.jit.trace(model.eval(), torch.randn(1, 3, 64, 64)))
+    with pytest.raises(ValueError, match=r"compiled by torch\.compile: convert model\._orig_mod"):
+        convert_resnet(torch.compile(model))
+    model.compile()
+    assert convert_resnet(model).num_classes == 5
+
+
+def test_networks_without_finite_outputs_convert(plain_resnet: Plain) -> None:
+    """Half precision overflows in an untrained network, and a diverged network holds NaN."""
+    model = plain_resnet()
+    nn.init.constant_(model.layer1[0].conv1.weight, 1e30)
+    convert_resnet(model)
+    nn.init.constant_(model.fc.bias, float("nan"))
+    convert_resnet(model.half())
 
 
 def test_torchvision_and_timm_are_not_imported() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -108,6 +109,126 @@ def test_classifier() -> None:
     assert model(x).shape == (2, 64)
 
 
+@pytest.mark.parametrize("global_pool", ["avg", "max", "avgmax", "catavgmax"])
+def test_global_pooling(global_pool: str) -> None:
+    model = small(global_pool=global_pool).double()
+    x = torch.randn(2, 64, 3, 4, dtype=torch.float64)
+    average, maximum = x.mean((2, 3)), x.amax((2, 3))
+    expected = {"avg": average, "max": maximum, "avgmax": (average + maximum) / 2}
+    expected["catavgmax"] = torch.cat((average, maximum), 1)
+    pooled = model.forward_head(x, pre_logits=True)
+    torch.testing.assert_close(pooled, expected[global_pool], rtol=1e-14, atol=1e-14)
+    assert model.head_hidden_size == pooled.shape[1]
+    torch.testing.assert_close(model.forward_head(x), nn.functional.linear(pooled, model.fc.weight, model.fc.bias))
+
+
+def test_reset_classifier_keeps_or_replaces_the_pooling() -> None:
+    model = small(num_classes=0, global_pool="catavgmax").double().eval()
+    x = torch.randn(2, 64, 3, 3, dtype=torch.float64)
+    model.reset_classifier(7)
+    assert model.forward_head(x).shape == (2, 7) and model.fc.in_features == 128
+    model.reset_classifier(0, "")
+    assert torch.equal(model.forward_head(x), x) and not model.avgpool.training
+    model.reset_classifier(3)
+    torch.testing.assert_close(model.forward_head(x, pre_logits=True), x.mean((2, 3)))
+    for global_pool, message in (("", "leaves no pooled features for num_classes=3"), ("mean", "must be one of")):
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(3, global_pool)
+    assert model(torch.randn(1, 3, 33, 33, dtype=torch.float64)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("indices", "levels"), [(None, [0, 1, 2, 3, 4]), (2, [3, 4]), ([1, 3], [1, 3]), ((-1, 0), [0, 4]), ([2], [2])]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_intermediates(indices: object, levels: list[int], checkpointing: bool) -> None:
+    """Each level is what hooks on the modules of `feature_info` see."""
+    model = small().eval()
+    model.set_grad_checkpointing(checkpointing)
+    seen: dict[str, torch.Tensor] = {}
+    x = torch.randn(2, 3, 64, 64)
+    final, maps = model.forward_intermediates(x, indices)
+    assert torch.equal(final, model.forward_features(x))
+    for level in model.feature_info:
+        model.get_submodule(level["module"]).register_forward_hook(
+            lambda _, __, y, name=level["module"]: seen.update({name: y})
+        )
+    model(x)
+    assert len(maps) == len(levels)
+    for found, level in zip(maps, levels, strict=True):
+        info = model.feature_info[level]
+        torch.testing.assert_close(found, seen[info["module"]], rtol=1e-5, atol=1e-5)
+        assert found.shape[1:] == (info["num_chs"], 64 // info["reduction"], 64 // info["reduction"])
+    assert all(torch.equal(a, b) for a, b in zip(
+        model.forward_intermediates(x, indices, intermediates_only=True, stop_early=True), maps, strict=True
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("indices", [0, 6, [5], [-6], []])
+def test_levels_out_of_range(indices: object) -> None:
+    model = small()
+    for call in (lambda: model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices),
+                 lambda: model.prune_intermediate_layers(indices)):  # fmt: skip
+        with pytest.raises(ValueError, match="indices"):
+            call()
+    assert len(model.stages) == 4
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', got 'NHWC'"):
+        model.forward_intermediates(torch.zeros(1, 3, 32, 32), output_fmt="NHWC")
+
+
+@pytest.mark.parametrize("last", range(5))
+def test_pruning(last: int) -> None:
+    """What is left ends with the last level selected, trains completely, and takes a new classifier."""
+    model = small().double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = model.forward_intermediates(x, [last], intermediates_only=True)[0]
+    channels = model.feature_info[last]["num_chs"]
+    assert model.prune_intermediate_layers([last]) == [last]
+    assert torch.equal(model(x), expected) and torch.equal(model.forward_features(x), expected)
+    assert len(model.feature_info) == last + 1
+    assert (model.num_features, model.head_hidden_size, model.num_classes) == (channels, channels, 0)
+    model.train()(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.reset_classifier(3)
+    model.set_fused(False)
+    assert model(x).shape == (2, 3)
+
+
+def test_pruning_without_the_head() -> None:
+    model = small().eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    assert model.prune_intermediate_layers(2, prune_head=False) == [3, 4]
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_parameter_groups(coarse: bool) -> None:
+    model = small()
+    matchers = {group: re.compile(pattern) for group, pattern in model.group_matcher(coarse).items()}
+    found = {}
+    for name, _ in model.named_parameters():
+        matches = {group: match for group, matcher in matchers.items() if (match := matcher.match(name))}
+        assert len(matches) == (not name.startswith("fc.")), name
+        for group, match in matches.items():
+            found.setdefault((group, *match.groups()), []).append(name)
+    assert found[("stem",)] == ["conv1.weight", "bn1.weight", "bn1.bias"]
+    assert len(found) == 1 + (4 if coarse else 8)
+    assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if "shortcut" in name}
+    assert len(model.no_weight_decay()) == 4
+
+
+def test_other_names_of_sizes() -> None:
+    model = small(in_channels=2)
+    assert (model.in_chans, model.inplanes) == (2, 64)
+
+
+def test_device_and_dtype() -> None:
+    model = er_resnet50(3, device="meta", dtype=torch.bfloat16)
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+    assert {t.dtype for t in model.parameters()} == {torch.bfloat16}
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = small(drop_rate=0.5)
     features = torch.rand(2, model.num_features, 1, 1)
@@ -199,7 +320,7 @@ def test_wrapped_stages_are_not_skipped() -> None:
     model = small().eval()
     x = torch.randn(1, 3, 32, 32)
     expected = model(x)
-    model.layer2 = nn.Sequential(model.layer2)
+    model.layer1, model.layer2 = nn.Sequential(model.layer1), nn.Sequential(model.layer2)
     assert torch.equal(model(x), expected)
     model.set_fused(False)
     assert model.layer2[0].fused is False
@@ -238,7 +359,9 @@ def test_stage_errors() -> None:
 
 
 def test_unknown_keyword_is_an_error() -> None:
-    with pytest.raises(TypeError, match="zero_init_residual"):
+    with pytest.raises(
+        TypeError, match="er_resnet50 has no argument zero_init_residual; its arguments are num_classes, "
+    ):
         er_resnet50(zero_init_residual=True)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -27,7 +31,6 @@ def stand_in() -> types.ModuleType:
         return function
 
     def build_model_with_cfg(build: Callable[..., nn.Module], name: str, pretrained: bool, **kw: Any) -> nn.Module:
-        assert not pretrained
         del kw["pretrained_cfg"], kw["pretrained_cfg_overlay"]
         model = build(**{"num_classes": 1000, "in_chans": 3, **kw})
         model.pretrained_cfg = sys.modules[MODULE].default_cfgs[name]
@@ -38,6 +41,8 @@ def stand_in() -> types.ModuleType:
 
     models.register_model, models.build_model_with_cfg = register_model, build_model_with_cfg
     models.generate_default_cfgs, models.create_model = dict, create_model
+    no_source = types.SimpleNamespace(has_weights=False, state_dict=None)
+    models.resolve_pretrained_cfg = lambda *_, **__: no_source
     return models
 
 
@@ -85,24 +90,153 @@ def test_weights_of_a_file(create_model, tmp_path):
 def test_what_is_refused(create_model):
     with pytest.raises(RuntimeError, match="no pretrained weights of er_resnet34 are published: use pretrained=False"):
         create_model("er_resnet34", pretrained=True)
-    with pytest.raises(ValueError, match="global_pool must be 'avg', got 'max'"):
-        create_model("er_resnet18", global_pool="max")
-    with pytest.raises(TypeError, match="drop_path_rate"):
-        create_model("er_resnet18", drop_path_rate=0.1)
+    with pytest.raises(ValueError, match="global_pool must be one of .*, got 'fast'"):
+        create_model("er_resnet18", global_pool="fast")
+    with pytest.raises(ValueError, match="global_pool='' leaves no pooled features for num_classes=1000"):
+        create_model("er_resnet18", global_pool="")
+    with pytest.raises(ValueError, match=r"output_stride must be one of \[8, 16, 32\], got 4"):
+        create_model("er_resnet18", output_stride=4)
+    with pytest.raises(
+        TypeError, match="er_resnet18 has no argument drop_path_rate, act_layer; its arguments are num_"
+    ):
+        create_model("er_resnet18", drop_path_rate=0.1, act_layer="gelu")
+    with pytest.raises(TypeError, match="in_channels is called in_chans in timm"):
+        create_model("er_resnet18", in_channels=1)
 
 
-def test_features(create_model):
-    """timm's own extractor, by `feature_info`."""
-    pytest.importorskip("timm.models._features")
-    model = create_model("er_resnet18", features_only=True, out_indices=(1, 2, 4)).eval()
-    assert model.feature_info.channels() == [64, 128, 512] and model.feature_info.reduction() == [4, 8, 32]
-    assert [tuple(f.shape[1:]) for f in model(torch.randn(1, 3, 64, 64))] == [(64, 16, 16), (128, 8, 8), (512, 2, 2)]
+def test_output_stride_device_and_dtype(create_model):
+    model = create_model("er_resnet18", num_classes=0, output_stride=16, device="meta", dtype=torch.float64)
+    assert [level["reduction"] for level in model.feature_info] == [2, 4, 8, 16, 16]
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
 
 
-def test_data_configuration(create_model):
-    data = pytest.importorskip("timm.data")
-    config = data.resolve_model_data_config(create_model("er_resnet18"))
+def test_weights_of_a_plain_resnet_load_strictly(create_model, plain_resnet):
+    """The shortcuts keep their weights, and a warning says so; anything else missing is an error, as timm expects."""
+    plain = plain_resnet((2, 2, 2, 2)).state_dict()
+    model = create_model("er_resnet18", num_classes=5, base_channels=8)
+    nn.init.constant_(model.layer1[1].shortcut.weight, 3.0)
+    for network in (model, copy.deepcopy(model)):
+        with pytest.warns(UserWarning, match="of a plain ResNet: the ER shortcuts keep theirs"):
+            network.load_state_dict(plain, strict=True)
+        assert torch.equal(network.layer4[1].conv2.weight, plain["layer4.1.conv2.weight"])
+        assert bool((network.layer1[1].shortcut.weight == 3.0).all())
+    with pytest.raises(RuntimeError, match=r"Missing key.*layer2\.1\.conv1\.weight"):
+        model.load_state_dict({key: t for key, t in plain.items() if key != "layer2.1.conv1.weight"})
+    own = model.state_dict()
+    del own["layer1.1.shortcut.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*layer1\.1\.shortcut\.weight"):
+        model.load_state_dict(own)
+
+
+@pytest.fixture
+def timm() -> types.ModuleType:
+    """timm itself, with the ER-ResNets registered."""
+    try:
+        module = importlib.import_module("timm")
+        importlib.import_module(MODULE)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"needs timm and a torchvision that loads: {error}")
+    return module
+
+
+SMALL = {"num_classes": 2, "base_channels": 8}
+
+
+def test_a_users_own_weights(timm, tmp_path):
+    """`pretrained_cfg_overlay`, "local-dir:" and `checkpoint_path`; classes and input channels are adapted by timm."""
+    source = er_resnet18(2, base_channels=8)
+    nn.init.constant_(source.layer1[1].shortcut.weight, 3.0)
+    torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
+    overlay = {"file": str(tmp_path / "pytorch_model.bin"), "num_classes": 2}
+    model = timm.create_model("er_resnet18", pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert all(torch.equal(t, source.state_dict()[name]) for name, t in model.state_dict().items())
+
+    config = {"architecture": "er_resnet18", "num_classes": 2, "model_args": {"base_channels": 8}, "pretrained_cfg": {
+        "num_classes": 2, "input_size": [3, 224, 224], "first_conv": "conv1", "classifier": "fc"}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=4, in_chans=1)
+    assert model.fc.weight.shape == (4, 64)
+    torch.testing.assert_close(model.conv1.weight, source.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(model.layer1[1].shortcut.weight, source.layer1[1].shortcut.weight)
+
+    path = str(tmp_path / "pytorch_model.bin")
+    model = timm.create_model("er_resnet18", checkpoint_path=path, **SMALL)
+    assert torch.equal(model.fc.weight, source.fc.weight)
+
+
+def test_checkpoint_path_of_a_plain_resnet(timm, plain_resnet, tmp_path):
+    plain = plain_resnet((2, 2, 2, 2), num_classes=2).state_dict()
+    torch.save({"state_dict": {f"module.{name}": t for name, t in plain.items()}}, tmp_path / "resnet18.pth")
+    with pytest.warns(UserWarning, match="of a plain ResNet"):
+        model = timm.create_model("er_resnet18", checkpoint_path=str(tmp_path / "resnet18.pth"), **SMALL)
+    assert torch.equal(model.layer3[1].conv1.weight, plain["layer3.1.conv1.weight"])
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_optimizer_groups(timm, layer_decay):
+    """ER weights never decay; with `layer_decay`, rates grow from the stem to the head, a step for each block."""
+    from timm.optim import create_optimizer_v2
+
+    model = timm.create_model("er_resnet18", **SMALL)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=layer_decay)
+    groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == set(names.values())
+    for name, group in groups.items():
+        decays = model.get_parameter(name).ndim > 1 and ".shortcut." not in name
+        assert group["weight_decay"] == (0.05 if decays else 0.0), name
+    if layer_decay is None:
+        return
+    blocks = ["conv1", *(f"layer{stage}.{block}" for stage in (1, 2, 3, 4) for block in (0, 1)), "fc"]
+    for name, group in groups.items():
+        depth = 0 if name.startswith("bn1.") else next(k for k, b in enumerate(blocks) if name.startswith(f"{b}."))
+        assert group["lr_scale"] == pytest.approx(layer_decay ** (len(blocks) - 1 - depth)), name
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+def test_features(timm, feature_cls):
+    """Each of timm's extractors gives the levels of the network itself."""
+    torch.manual_seed(0)
+    model = timm.create_model("er_resnet18", **SMALL).eval()
+    torch.manual_seed(0)
+    selection = {"features_only": True, "out_indices": (1, 2, 4), "feature_cls": feature_cls}
+    extractor = timm.create_model("er_resnet18", **selection, **SMALL).eval()
+    x = torch.randn(1, 3, 64, 64)
+    levels = model.forward_intermediates(x, intermediates_only=True)
+    assert extractor.feature_info.channels() == [8, 16, 64] and extractor.feature_info.reduction() == [4, 8, 32]
+    features = extractor(x)
+    for found, level in zip(features.values() if isinstance(features, dict) else features, (1, 2, 4), strict=True):
+        torch.testing.assert_close(found, levels[level], rtol=1e-4, atol=1e-5)
+
+
+def test_data_configuration(timm):
+    config = timm.data.resolve_model_data_config(timm.create_model("er_resnet18"))
     assert config["input_size"] == (3, 224, 224) and config["mean"] == (0.485, 0.456, 0.406)
+
+
+SUITE = """
+import sys, pytest, timm, ernet_fast.models.timm_models
+names = timm.list_models("er_resnet*")
+assert len(names) == 5
+timm.list_pretrained = lambda *_, **__: []
+timm.list_models = lambda *filters, **kw: [] if filters or kw.keys() & {"filter", "pretrained"} else [sys.argv[2]]
+selection = ["-k", f"{sys.argv[2]} and not torchscript"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", sys.argv[1], *selection]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [18, 50])
+def test_timms_own_suite(timm, depth):
+    """tests/test_models.py of timm's source distribution, with this library's network in place of its own."""
+    suite = os.environ.get("TIMM_TEST_MODELS")
+    if suite is None:
+        pytest.skip("set TIMM_TEST_MODELS to tests/test_models.py of timm's source distribution")
+    command = [sys.executable, "-c", SUITE, suite, f"er_resnet{depth}"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert run.returncode == 0 and "9 passed" in run.stdout, run.stdout[-4000:]
 
 
 def test_without_timm(monkeypatch):

@@ -1,0 +1,110 @@
+"""ER-ResNets where torchvision's ResNets are used: feature extraction, detection, quantisation-free export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ernet_fast import convert_resnet, er_resnet18, er_resnet50
+from ernet_fast.models import ERResNet, load_torchvision_state_dict
+
+try:
+    import torchvision
+except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+    pytest.skip(f"needs a torchvision that loads: {error}", allow_module_level=True)
+
+SMALL = {"num_classes": 3, "base_channels": 8}
+
+
+def small(*, fused: bool = True, norm: str = "batch") -> ERResNet:
+    torch.manual_seed(0)
+    model = er_resnet18(**SMALL, fused=fused, norm=norm, num_groups=4 if norm == "group" else None)
+    model(torch.randn(4, 3, 64, 64))  # running statistics of something
+    return model
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_feature_extractor(fused: bool, norm: str) -> None:
+    """Nodes of the graph have the values that the network computes, in training and in evaluation."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = small(fused=fused, norm=norm).double()
+    nodes = {"relu": "stem", "layer1": "quarter", "layer3": "sixteenth", "layer4": "last", "fc": "logits"}
+    extractor = create_feature_extractor(model, nodes)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for network, traced in ((model.train(), extractor.train()), (model.eval(), extractor.eval())):
+        last, levels = network.forward_intermediates(x)
+        found = traced(x)
+        assert list(found) == list(nodes.values())
+        expected = {"stem": levels[0], "quarter": levels[1], "sixteenth": levels[3], "last": last}
+        for name, level in expected.items():
+            torch.testing.assert_close(found[name], level, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found["logits"], network.forward_head(last), rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_a_feature_extractor() -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = small().double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    create_feature_extractor(model, ["fc"])(x)["fc"].square().sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("trainable_layers", [0, 3, 5])
+def test_feature_pyramid(trainable_layers: int) -> None:
+    """torchvision's extractor for detection reads `inplanes` and the children in order."""
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    model = small().eval()
+    pyramid = _resnet_fpn_extractor(model, trainable_layers).eval()
+    x = torch.randn(1, 3, 128, 96)
+    maps = pyramid.body(x)
+    torch.testing.assert_close(maps["3"], model.forward_features(x), rtol=1e-4, atol=1e-4)
+    found = pyramid(x)
+    assert [tuple(y.shape[1:]) for y in found.values()] == [
+        (256, 32, 24), (256, 16, 12), (256, 8, 6), (256, 4, 3), (256, 2, 2)
+    ]  # fmt: skip
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} - {"fc"}
+    assert frozen == {0: {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}, 3: {"conv1", "bn1", "layer1"}}.get(
+        trainable_layers, set()
+    )
+
+
+def test_segmentation_backbone() -> None:
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation import FCN
+    from torchvision.models.segmentation.fcn import FCNHead
+
+    backbone = er_resnet50(base_channels=8, replace_stride_with_dilation=(False, True, True))
+    model = FCN(IntermediateLayerGetter(backbone, {"layer4": "out"}), FCNHead(backbone.inplanes, 4)).eval()
+    assert model(torch.randn(1, 3, 64, 64))["out"].shape == (1, 4, 64, 64)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_weights_and_conversion_of_torchvisions_networks(depth: int) -> None:
+    """Its real state dict loads and its real network converts, to the same function."""
+    torch.manual_seed(0)
+    plain = getattr(torchvision.models, f"resnet{depth}")(num_classes=3).eval()
+    converted = convert_resnet(plain)
+    loaded = (er_resnet18 if depth == 18 else er_resnet50)(3).eval()
+    load_torchvision_state_dict(loaded, plain.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(converted(x), loaded(x))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "build", ["resnext50_32x4d", "densenet121", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x1_0"]
+)  # fmt: skip
+def test_other_families_are_refused(build: str) -> None:
+    with torch.device("meta"):
+        model = getattr(torchvision.models, build)()
+    with pytest.raises(ValueError, match=r"has no |grouped convolutions|is a "):
+        convert_resnet(model)
