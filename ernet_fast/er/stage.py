@@ -96,7 +96,7 @@ def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowe
         return "fused=False"
     reason = operators.why_plain(x0)
     if reason is not None:
-        if x0.device.type == "cpu" and not operators.COMPILED:
+        if isinstance(x0, Tensor) and x0.device.type == "cpu" and not operators.COMPILED:
             _backend.warn_fallback_once()
         return reason
     if x0.numel() == 0 and not empty_allowed:
@@ -129,7 +129,8 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
         ValueError: shortcuts or BatchNorms of one stage that name different groups.
     """
     shortcuts, norms = modules.shortcuts, modules.norms
-    if shortcuts[0].norm == "group":  # statistics of samples; a SyncBatchNorm runs as it is
+    if not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group":
+        # folded, or statistics of samples; a SyncBatchNorm runs as it is
         return None
     named, synchronised = False, []
     for bn in norms:
