@@ -23,7 +23,6 @@ from agreement_gpu import asking_for, levels, relative, require
 from gpu_case import Ceilings, GpuCase
 from gpu_timing import milliseconds
 from macenko_gpu_peers import IMAGES, peers_of
-from macenko_prediction import predicted_images_a_second
 from record import Row, without_figures
 from tissue import tissue
 from torch import Tensor
@@ -243,14 +242,12 @@ def gpu_cases() -> list[GpuCase]:
         largest = max(batches_of(size))
         for count in batches_of(size):
             barred = size in LEAST and count == largest
-            expected = predicted_images_a_second(size) if count == largest else None
             cases.append(
                 GpuCase(
                     name_of("normalize", size, count), functools.partial(measure, "normalize", size, count, False),
                     importance=0 if barred else 1, seconds=8, smoke=barred, group="normalize, CUDA",
                     title=f"Macenko, {count} images of {size}",
                     bars=[f"images_per_second >= {LEAST[size]}"] if barred else [],
-                    predictions={} if expected is None else {"images_per_second": expected},
                 )
             )  # fmt: skip
     others = ["fit", "augment", "normalize, stains given", "normalize to bfloat16 input"]
@@ -287,7 +284,6 @@ def gpu_cases() -> list[GpuCase]:
             GpuCase(
                 f"upload 1024 x 224x224 from {kind} memory", functools.partial(upload, "224x224", 1024, page_locked),
                 importance=1, seconds=20, title=f"Macenko 224x224 from {kind} host memory",
-                predictions={"share_of_floor": 0.9} if page_locked else {},
             )
         )  # fmt: skip
     return cases

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from record import Bar, Row
@@ -35,7 +35,7 @@ class Ceilings:
 class GpuCase:
     """One measurement: its name, how to run it, and what is expected of it.
 
-    bars and predictions are those of the row with the case's own name, and are put into it by whoever runs the case;
+    bars are those of the row with the case's own name, and are put into it by whoever runs the case;
     `title` is how tables for people call it.
     """
 
@@ -47,7 +47,6 @@ class GpuCase:
     title: str = ""
     group: str = ""
     bars: Sequence[str] = ()
-    predictions: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for text in self.bars:

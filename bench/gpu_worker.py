@@ -30,7 +30,7 @@ def completed(case: GpuCase, rows: Row | Sequence[Row]) -> list[Row]:
     given = [rows] if isinstance(rows, Row) else list(rows)
     for row in given:
         if row.name == case.name:
-            known = {"title": case.title, "bar": list(case.bars), "prediction": case.predictions}
+            known = {"title": case.title, "bar": list(case.bars)}
             row.extra_info = {**{key: value for key, value in known.items() if value}, **row.extra_info}
     return given
 

@@ -21,7 +21,6 @@ seen. A row is one measurement, complete in itself (a ratio never mixes two runs
         floor, floor_why  the physical limit in the same unit (for a rate, the most), and one line on how it was counted
         share_of_floor    how near the row comes to it, 1 = at the limit; computed from p50 and floor if not given
         bar               "KEY >= NUMBER" or "KEY <= NUMBER", or a list of them; KEY is p20, p50, p80 or a key here
-        prediction        {KEY: NUMBER}: what was expected before it was measured
         status            "measured" where it is not given, "pass", "FAIL", "skipped", "no time left"
         detail            one line for people
 

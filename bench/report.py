@@ -13,7 +13,7 @@ bench/report_*.py, which define one or both of
 
 Each row is taken from the newest record that has it. Speeds of a record in which a correctness check failed are not
 reported. What no record of a GPU has is listed as "not yet measured on a
-GPU", with the prediction of its bench marked as one. `--check` writes nothing and fails where something is out of step
+GPU". `--check` writes nothing and fails where something is out of step
 (pictures, which differ from one version of matplotlib to the next, need only be there).
 """
 
@@ -123,21 +123,19 @@ def bars_gpu_lines(records: Records) -> Iterator[tuple[str, GpuCase, list[str]]]
         for text in case.bars:
             bar = Bar.parse(text)
             value = dict((str(b), v) for b, v in row.bars()).get(str(bar)) if row is not None else None
-            predicted = case.predictions.get(bar.key)
             shown = number(value) if value is not None else NOT_MEASURED
-            expected = "" if predicted is None else f"{number(predicted)} (predicted)"
             said = verdict(row, bar, value) if row is not None else ""
             if one is not None and one.failures:
                 shown, said = "not reported", f"{len(one.failures)} correctness checks fail"
-            yield module, case, [case.title or case.name, f"`{bar}`", shown, expected, said]
+            yield module, case, [case.title or case.name, f"`{bar}`", shown, said]
 
 
 def bars_gpu(records: Records) -> str:
-    """Every bar of the GPU benches: measured, or not yet, with what is predicted."""
+    """Every bar of the GPU benches: measured, or not yet."""
     lines = [line for _, _, line in bars_gpu_lines(records)]
     if not lines:
         return "No GPU bench has a bar."
-    return markdown(["what", "bar", "measured", "prediction", "verdict"], lines)
+    return markdown(["what", "bar", "measured", "verdict"], lines)
 
 
 def gpu_cases() -> list[tuple[str, GpuCase]]:

@@ -117,7 +117,7 @@ def gpu(records: Records) -> str:
         lines.setdefault(case.group or module, line)
     device = next((one.machine["name"] for one in records.of("gpu")), None)
     said = f"Measured on {device}." if device else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
-    return f"{said}\n\n{markdown(['what', 'bar', 'measured', 'prediction', 'verdict'], list(lines.values()))}"
+    return f"{said}\n\n{markdown(['what', 'bar', 'measured', 'verdict'], list(lines.values()))}"
 
 
 def source(records: Records) -> str:

@@ -63,11 +63,13 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
 
 template <typename A>
 std::tuple<Tensor, Tensor> inner_products(const MapShape& shape, Storage storage, const cpu::MapDots& args,
-                                          const Tensor& z, const Tensor& g) {
-  Tensor sums = like_channels(z, {args.rows(), shape.C}, storage);
+                                          const Tensor& z, const Tensor& g, bool with_dy) {
+  // not args.rows(): the data of an empty dy may be null
+  const int64_t rows = args.num_later + (with_dy ? 2 : 0);
+  Tensor sums = like_channels(z, {rows, shape.C}, storage);
   if (z.numel() == 0) {
     std::fill_n(data_of<A>(sums), sums.numel(), A(0));
-  } else if (args.rows() > 0) {
+  } else if (rows > 0) {
     MapDotsPass<A>(storage, args, data_of<A>(sums)).whole();
   }
   return {sums, g};
@@ -95,8 +97,8 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
                           later.data(),
                           all.data(),
                           nullptr};
-  return storage == Storage::f64 ? inner_products<double>(shape, storage, args, z, g)
-                                 : inner_products<float>(shape, storage, args, z, g);
+  return storage == Storage::f64 ? inner_products<double>(shape, storage, args, z, g, dy.has_value())
+                                 : inner_products<float>(shape, storage, args, z, g, dy.has_value());
 }
 
 }  // namespace

@@ -1,22 +1,23 @@
 """The command ``ernet-fast``: demo, train, evaluate, normalize, bench, doctor.
 
-Built on argparse, so that ``--help`` and ``doctor`` work where only torch and numpy are installed.
+Built on argparse, so that ``--help`` and ``doctor`` work where only torch is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import importlib
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
-from ernet_fast import __version__
-from ernet_fast.cli import bench, demo, doctor, evaluate, normalize, train
+from ernet_fast._version import __version__
 from ernet_fast.cli.failures import describe, exit_code
+from ernet_fast.cli.streams import lenient_streams
 
-_COMMANDS = (demo, train, evaluate, normalize, bench, doctor)
+_COMMANDS = ("demo", "train", "evaluate", "normalize", "bench", "doctor")
 _EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input."
 
 
@@ -33,9 +34,25 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     group.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and the result")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands, [general])
+    for name in _COMMANDS:
+        try:
+            command = importlib.import_module(f"ernet_fast.cli.{name}")
+        except ImportError as error:  # even numpy may be missing, and doctor is there to say so
+            _add_unavailable(commands, general, name, error)
+        else:
+            command.add_parser(commands, [general])
     return parser
+
+
+def _add_unavailable(commands: Any, general: argparse.ArgumentParser, name: str, reason: ImportError) -> None:
+    """A command that fails with the reason why it cannot be loaded."""
+
+    def fail(arguments: argparse.Namespace) -> int:
+        raise ImportError(f"{reason}; see ernet-fast doctor") from reason
+
+    parser = commands.add_parser(name, parents=[general], help=f"not available: {reason}")
+    taken = argparse.Namespace(run=fail, debug=False, quiet=False)
+    parser.parse_known_args = lambda *whatever: (taken, [])  # its options are not known
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; default: those of the process.
     """
+    with lenient_streams():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its message
@@ -52,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return arguments.run(arguments)
-    except BrokenPipeError:
-        return _reader_gone()
     except KeyboardInterrupt:
         print("ernet-fast: interrupted", file=sys.stderr)
         return 1
@@ -68,9 +88,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
     """One line, without the place in the code that Python shows."""
     print(f"warning: {message}", file=sys.stderr)
-
-
-def _reader_gone() -> int:
-    """Whoever read our output, e.g. `head`, has enough; keep Python from complaining about it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
-from ernet_fast.console.tables import format_table, metrics_header, metrics_rows
+from ernet_fast.console.tables import format_figure, format_table, metrics_header, metrics_rows
+from ernet_fast.data.splits import SPLIT_NAMES
 from ernet_fast.train import Reporter, evaluate
-from ernet_fast.train.device import finish_together
+from ernet_fast.train.device import finish_together, is_first_process
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -21,10 +21,13 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         description="Evaluate a checkpoint of `ernet-fast train` on images in the BreakHis layout, overall and by "
         "magnification. Images get the size and the stain normalisation of the training.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", metavar="RUN", help="folder of a run (its best.pt), or a file best.pt or last.pt")
     parser.add_argument("--data", metavar="FOLDER", help="folder with images; default: that of the training")
     parser.add_argument(
-        "--split", choices=("test", "val", "train", "all"), default="test", help="which part of it (default: test)"
+        "--split",
+        choices=SPLIT_NAMES,
+        default="test",
+        help="which part of it (default: test)",
     )
     parser.add_argument("--magnifications", type=int, nargs="+", metavar="M", help="default: those of the training")
     parser.add_argument("--split-file", metavar="FILE", help="CSV split instead of the training's")
@@ -45,7 +48,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_first_process()
     result = evaluate(
         arguments.checkpoint,
         data=arguments.data,
@@ -69,10 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(figures)
         return 0
     print(format_table(metrics_header(), metrics_rows(figures)))
-    rate = figures["patient_recognition_rate"]
-    print(f"\npatients {figures['patients']}, patient recognition rate {rate:.3f}, cross-entropy {figures['loss']:.4f}")
+    rate = format_figure(figures["patient_recognition_rate"])
+    print(f"\npatients {figures['patients']}, patient recognition rate {rate}, cross-entropy {figures['loss']:.4f}")
     if arguments.patients:
-        rows = [[patient, f"{score:.3f}"] for patient, score in figures["patient_scores"].items()]
+        rows = [[patient, format_figure(score)] for patient, score in figures["patient_scores"].items()]
         print("\n" + format_table(["patient", "score"], rows))
     for skipped in figures["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from ernet_fast._optional import require
-from ernet_fast.cli.normalize_files import Job, Outcome, finish, normalize, read
+from ernet_fast.cli.normalize_files import finish, normalize, read
+from ernet_fast.cli.normalize_plan import Job, Outcome
 from ernet_fast.data import Prefetcher
 from ernet_fast.data.prefetch import to_host
 from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus

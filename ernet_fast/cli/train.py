@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
 from ernet_fast.train import Reporter, TrainConfig, fit, load_checkpoint
-from ernet_fast.train.device import finish_together
+from ernet_fast.train.checkpoint import field_of
+from ernet_fast.train.device import finish_together, is_first_process
+from ernet_fast.train.run_folder import LAST
 
 _GROUPS = (
-    ("data", ("data", "out", "target", "magnifications", "split_by", "fold", "num_folds", "split_file", "on_error",
-              "max_train_images", "max_val_images")),
+    ("data", ("data", "out", "target", "magnifications", "split_by", "fit_on", "fold", "num_folds", "split_file",
+              "on_error", "max_train_images", "max_val_images")),
     ("images", ("stain", "stain_target", "image_size", "resize", "augment", "cache", "num_workers")),
     ("network", ("model", "block", "base_channels", "norm", "num_groups", "fused", "weights")),
     ("training", ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "momentum", "schedule", "warmup_epochs",
@@ -75,10 +76,13 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     if "out" not in given:
         raise ValueError("--out is missing: the folder for checkpoints and history.")
     if arguments.resume:
-        last = Path(given["out"]) / "last.pt"
+        last = Path(given["out"]) / LAST
         if not last.is_file():
             raise FileNotFoundError(f"nothing to resume: no last.pt in {given['out']!r}.")
-        given = load_checkpoint(last)["config"] | given
+        saved = load_checkpoint(last)["config"]
+        with field_of(last, "config"):
+            TrainConfig.from_dict(saved)
+        given = saved | given
     elif "data" not in given:
         raise ValueError("--data is missing: the folder with the images (BreakHis layout).")
     return TrainConfig.from_dict(given)
@@ -88,15 +92,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     if arguments.stop_after is not None and arguments.stop_after < 1:
         raise ValueError(f"--stop-after {arguments.stop_after}; expected a positive number of epochs.")
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = is_first_process()
     reporter = Reporter(quiet=arguments.quiet, mute=not first)
     config = _config(arguments)
     try:
         result = fit(config, resume=arguments.resume, stop_after=arguments.stop_after, reporter=reporter)
-    except KeyboardInterrupt:
-        if (config.folder / "last.pt").is_file():
+    except (KeyboardInterrupt, OSError) as error:
+        last = config.folder / LAST
+        if last.is_file() and not isinstance(error, FileExistsError):
+            done = load_checkpoint(last)["epoch"]
             reporter.warning(
-                f"interrupted; ernet-fast train --out {config.out} --resume goes on from the last complete epoch"
+                f"stopped with {done} of {config.epochs} epochs complete; to go on: ernet-fast train --out "
+                f"{config.out} --resume"
             )
         raise
     finish_together()

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+_TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp")
+_NAME_SHOWN = 40  # characters; with the rest of the name below what file systems allow
 
 
 @contextlib.contextmanager
@@ -18,13 +23,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     sees the old file or the new one, whatever happens in between.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    name = f".{path.name[:_NAME_SHOWN]}.{os.getpid()}.{threading.get_ident()}.tmp"
+    temporary = path.with_name(name)
     try:
-        with open(temporary, "wb") as file:
+        with _open_locked(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before the lock ends
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -33,9 +39,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically."""
+    """Write a UTF-8 text file atomically; file names that are not UTF-8 come out as the bytes they are."""
     with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def remove_abandoned(folder: str | os.PathLike[str]) -> None:
+    """Delete the temporary files in `folder` whose writer was killed; those being written are locked and stay."""
+    with os.scandir(folder) as entries:
+        found = [entry.path for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+    for path in found:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    """A new file, locked for as long as it is open, so that `remove_abandoned` leaves it alone."""
+    while True:
+        file = open(path, "wb")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # removed as abandoned between its creation and the lock
 
 
 def _sync_folder(folder: Path) -> None:

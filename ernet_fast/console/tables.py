@@ -32,10 +32,16 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_
 
 
 def format_figure(value: float | int | None) -> str:
-    """Three decimals, a whole number, or a dash for what is undefined."""
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.3f}"
+    """Three decimals, a whole number, or a dash for what is undefined.
+
+    What is not 0 or 1 is not shown as 0 or 1: it gets as many decimals as that takes, up to nine.
+    """
+    if value is None or isinstance(value, int):
+        return "-" if value is None else str(value)
+    decimals = 3
+    while decimals < 9 and float(f"{value:.{decimals}f}") in (0.0, 1.0) and float(f"{value:.{decimals}f}") != value:
+        decimals += 1
+    return f"{value:.{decimals}f}"
 
 
 def metrics_rows(figures: dict[str, Any]) -> list[list[str]]:

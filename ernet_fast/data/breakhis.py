@@ -49,6 +49,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             test).
         seed: of the split.
         split_file: CSV of `write_split_csv`, used instead of a new split.
+        splits: a split that was made before, used in the same way.
         on_error: ``"raise"``, or ``"skip"`` to leave files that cannot be used out of `samples` and list them in
             `skipped`.
         verify: decode every selected image now, so that damage shows before training. Default: only with
@@ -64,9 +65,9 @@ class BreakHis(Dataset[tuple[Any, Any]]):
 
     Raises:
         FileNotFoundError: `root` or `split_file` is missing, or `root` holds no BreakHis folder.
-        ValueError: an argument is out of range, the selection is empty, a class has too few patients, or
-            (``on_error="raise"``) a name does not parse, contradicts its folder, occurs twice, or is not in
-            `split_file`.
+        ValueError: an argument is out of range, `split_file` and `splits` are both given, the selection is empty, a
+            class has too few patients, or (``on_error="raise"``) a name does not parse, contradicts its folder, occurs
+            twice, or folder and `split_file` (or `splits`) differ in their images.
         ImageReadError: an image is damaged, truncated or not 8-bit RGB (at construction with `verify`, else when it
             is read).
     """
@@ -85,9 +86,12 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         split_by: str = "patient",
         seed: int = 0,
         split_file: str | os.PathLike[str] | None = None,
+        splits: Splits | None = None,
         on_error: str = "raise",
         verify: bool | None = None,
     ) -> None:
+        if split_file is not None and splits is not None:
+            raise ValueError("split_file and splits are both given; expected one of them")
         _check_choice("split", split, SPLIT_NAMES)
         _check_choice("target", target, ("binary", "subtype"))
         _check_choice("split_by", split_by, ("patient", "image"))
@@ -104,9 +108,11 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         self._report(problems, f"image(s) of {self.root} cannot be used")
         if not found:
             raise ValueError(f"no usable image below {str(self.root / 'breast')!r} ({len(problems)} unusable)")
-        self.splits: Splits | None = None
+        self.splits = splits
         if split_file is not None:
-            self.splits, found = self._load_splits(split_file, found, split_by)
+            self.splits = _read_splits(split_file, split_by)
+        if self.splits is not None:
+            found = self._in_splits(self.splits, found, "the split" if split_file is None else os.fspath(split_file))
         elif split != "all":
             self.splits = make_splits(found, by=split_by, num_folds=num_folds, seed=seed)
         chosen = found if self.splits is None else self.splits.select(found, split, fold)
@@ -148,24 +154,16 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             advice = "Repair or remove them, or pass on_error='skip' to leave them out, listed in .skipped:"
             raise ValueError(f"{len(problems)} {what}. {advice}\n" + "\n".join(lines))
 
-    def _load_splits(
-        self, split_file: str | os.PathLike[str], found: list[Sample], split_by: str
-    ) -> tuple[Splits, list[Sample]]:
-        """Read the split file and hold it against the folder; returns it and the samples it covers."""
-        splits = read_split_csv(split_file)
-        if split_by == "patient" and splits.by == "image":
-            raise ValueError(
-                f"split_file {str(split_file)!r} has images of one patient in several parts; "
-                f"pass split_by='image' if that is meant"
-            )
-        problems = [Skipped(s.path, f"not listed in {split_file}") for s in found if s.name not in splits.fold_of]
+    def _in_splits(self, splits: Splits, found: list[Sample], source: str) -> list[Sample]:
+        """The samples that the split covers; images of only one of split and folder are problems."""
+        problems = [Skipped(s.path, f"not listed in {source}") for s in found if s.name not in splits.fold_of]
         there = {sample.name for sample in found} | {problem.path.stem for problem in self.skipped}
         for image in splits.fold_of.keys() - there:
             s = parse_name(image + ".png")
             path = image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
-            problems.append(Skipped(path, f"listed in {split_file}, but there is no such image"))
-        self._report(sorted(problems), "image(s) differ between folder and split file")
-        return splits, [sample for sample in found if sample.name in splits.fold_of]
+            problems.append(Skipped(path, f"listed in {source}, but there is no such image"))
+        self._report(sorted(problems), f"image(s) differ between {self.root} and {source}")
+        return [sample for sample in found if sample.name in splits.fold_of]
 
     def _relabel(self, samples: Iterable[Sample]) -> list[Sample]:
         codes = list(SUBTYPES)
@@ -203,6 +201,16 @@ class BreakHis(Dataset[tuple[Any, Any]]):
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _read_splits(split_file: str | os.PathLike[str], split_by: str) -> Splits:
+    splits = read_split_csv(split_file)
+    if split_by == "patient" and splits.by == "image":
+        raise ValueError(
+            f"split_file {str(split_file)!r} has images of one patient in several parts; "
+            f"pass split_by='image' if that is meant"
+        )
+    return splits
 
 
 def _damage(sample: Sample) -> str | None:

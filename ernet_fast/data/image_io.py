@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
+import threading
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -18,9 +20,17 @@ from ernet_fast._optional import require
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # In entropy-coded data 0xFF is followed by 0x00 (a stuffed byte) or 0xD0..0xD7 (a restart); anything else is a
 # marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+
+
+MAX_PIXELS = 1 << 29
+"""Images with more pixels are refused: 512 Mi of them take 1.5 GiB, and several times that while they are decoded."""
+
+_BITS_PER_SAMPLE, _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 258, 273, 279, 324, 325
+_opening = threading.Lock()
 
 
 class ImageReadError(ValueError):
@@ -28,36 +38,61 @@ class ImageReadError(ValueError):
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a PNG or JPEG file as a uint8 tensor [3, H, W], RGB, contiguous.
+    """Read a PNG, JPEG or TIFF file as a uint8 tensor [3, H, W], RGB, contiguous, the way up that its EXIF data say.
 
     Only conversions that lose nothing are made: grey, bilevel and palette images become RGB, and an alpha channel
     that is opaque everywhere is dropped. A file whose end is missing is an error even where Pillow was told to fill
-    the gap (``ImageFile.LOAD_TRUNCATED_IMAGES``), as is a PNG with a wrong checksum. (JPEG has no checksums: a
-    flipped bit inside its data cannot be told from an image.) EXIF orientation and colour profiles are not applied.
+    the gap (``ImageFile.LOAD_TRUNCATED_IMAGES``), as is a PNG with a wrong checksum. (JPEG and TIFF have no checksums:
+    a flipped bit inside their data cannot be told from an image.) Colour profiles are not applied.
 
     Raises:
         FileNotFoundError: no such file.
-        ImageReadError: damaged or truncated, another format, 16 bits a channel, CMYK, or pixels that are not opaque.
+        ImageReadError: damaged or truncated, another format, 16 bits a channel, CMYK, pixels that are not opaque,
+            several images in one file, more than `MAX_PIXELS` pixels, or no regular file.
         ImportError: Pillow is missing.
     """
     path = Path(path)
     pil = require("PIL.Image", extra="train", purpose="reading images")
+    operations = require("PIL.ImageOps", extra="train", purpose="reading images")
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image file at {str(path)!r}") from None
-    try:
+        data = _read_file(path)
         _check_complete(data)
-        with pil.open(BytesIO(data), formats=("PNG", "JPEG")) as image:
+        with _open(pil, data) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageReadError(
+                    f"{width}x{height} pixels, more than {MAX_PIXELS} (a decompression bomb?). Cut it into tiles, or "
+                    "raise ernet_fast.data.image_io.MAX_PIXELS"
+                )
+            if image.format == "TIFF":
+                _check_tiff(image, len(data))
             image.load()
-            pixels = np.array(_to_rgb(image))
+            pixels = np.array(_to_rgb(operations.exif_transpose(image)))
     except ImageReadError as error:
         raise ImageReadError(f"{path}: {error}") from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError, ...
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image file at {str(path)!r}") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise ImageReadError(f"{path}: the image cannot be decoded: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _read_file(path: Path) -> bytes:
+    """The bytes of a regular file; reading a FIFO would wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ImageReadError("a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device, not a file")
+    return path.read_bytes()
+
+
+def _open(pil: Any, data: bytes) -> Any:
+    """`PIL.Image.open` without Pillow's limit of pixels, which is lower than ours and set for the whole process."""
+    with _opening:
+        limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
+        try:
+            return pil.open(BytesIO(data), formats=("PNG", "JPEG", "TIFF"))
+        finally:
+            pil.MAX_IMAGE_PIXELS = limit
 
 
 def _check_complete(data: bytes) -> None:
@@ -67,8 +102,8 @@ def _check_complete(data: bytes) -> None:
         _check_jpeg(data)
     elif not data:
         raise ImageReadError("the file is empty")
-    else:
-        raise ImageReadError(f"not a PNG or JPEG file (it begins with {data[:8]!r})")
+    elif not data.startswith(_TIFF_SIGNATURES):
+        raise ImageReadError(f"not a PNG, JPEG or TIFF file (it begins with {data[:8]!r})")
 
 
 def _check_png(data: bytes) -> None:
@@ -105,6 +140,27 @@ def _check_jpeg(data: bytes) -> None:
             break
         position += struct.unpack_from(">H", data, position)[0]
     raise ImageReadError(f"the JPEG file is truncated: its {len(data)} bytes hold no end-of-image marker")
+
+
+def _check_tiff(image: Any, size: int) -> None:
+    """One image of 8 bits a channel, all of whose strips or tiles lie within the `size` bytes of the file."""
+    if (count := getattr(image, "n_frames", 1)) > 1:
+        raise ImageReadError(
+            f"a TIFF file with {count} images (a whole-slide pyramid or a stack); export one of them, or read a "
+            "slide in tiles"
+        )
+    tags = image.tag_v2
+    if max(_numbers(tags, _BITS_PER_SAMPLE) or [1]) > 8:
+        raise ImageReadError("16 or more bits a channel; convert it to 8 bits first")
+    for offsets, counts in ((_STRIP_OFFSETS, _STRIP_BYTES), (_TILE_OFFSETS, _TILE_BYTES)):
+        ends = map(sum, zip(_numbers(tags, offsets), _numbers(tags, counts), strict=False))
+        if max(ends, default=0) > size:
+            raise ImageReadError(f"the TIFF file is truncated: its {size} bytes end before its data do")
+
+
+def _numbers(tags: Any, tag: int) -> tuple[int, ...]:
+    found = tags.get(tag, ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _to_rgb(image: Any) -> Any:

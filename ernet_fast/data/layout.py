@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 MAGNIFICATIONS = (40, 100, 200, 400)
 LABELS = ("benign", "malignant")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
 
 class Subtype(NamedTuple):
@@ -36,7 +36,7 @@ _NAME = re.compile(
     r"-(?P<magnification>\d+)-(?P<sequence>\d+)"
 )
 # Pictures in a format that the data set does not use: worth a report, unlike a README or a Thumbs.db.
-_OTHER_IMAGE_SUFFIXES = (".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".jpe", ".jfif")
+OTHER_IMAGE_SUFFIXES = (".bmp", ".gif", ".webp", ".jp2", ".jpe", ".jfif")
 
 
 class Sample(NamedTuple):
@@ -143,6 +143,11 @@ def find_tree(root: str | os.PathLike[str]) -> Path:
     return trees[0]
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name holds no data: hidden, or the resource forks in an archive from a Mac."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _is_breast(folder: Path) -> bool:
     return any((folder / label).is_dir() for label in LABELS)
 
@@ -156,7 +161,7 @@ def _walk(
         return
     try:
         with os.scandir(folder) as entries:
-            visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+            visible = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
     except OSError:
         if strict:
             raise
@@ -195,7 +200,7 @@ def scan_tree(tree: Path) -> tuple[list[Sample], list[Skipped]]:
     for folder, _, files in _walk(tree / "breast", strict=True):
         for file in files:
             path = folder / file
-            if path.suffix.lower() not in IMAGE_SUFFIXES + _OTHER_IMAGE_SUFFIXES:
+            if path.suffix.lower() not in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
                 continue
             try:
                 sample = _read_entry(tree, path)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,25 @@ class Splits:
         """``"patient"`` where every patient's images lie in one part, else ``"image"``."""
         parts: dict[str, int | None] = {}
         return "patient" if all(parts.setdefault(row.patient, row.fold) == row.fold for row in self.rows) else "image"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint: the number of folds, and image name to fold."""
+        return {"num_folds": self.num_folds, "fold_of": dict(self.fold_of)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Splits:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, ValueError: these are not the values of a split.
+        """
+        num_folds, rows = values["num_folds"], []
+        for image, fold in values["fold_of"].items():
+            if fold is not None and not 0 <= fold < num_folds:
+                raise ValueError(f"image {image!r} is in fold {fold!r} of {num_folds}")
+            named = parse_name(f"{image}.png")
+            rows.append(SplitRow(image, named.patient, named.subtype, fold))
+        return cls(tuple(sorted(rows)), num_folds)
 
     def select(self, samples: Iterable[Sample], split: str, fold: int = 0) -> list[Sample]:
         """The samples of a split (one of `SPLIT_NAMES`) when fold `fold` is the validation fold.

@@ -171,4 +171,4 @@ def _map_coefficients_fake(
 
 if operators.COMPILED or operators.TRITON:
     torch.library.register_fake("ernet::block_coefficients", _coefficients_fake)
-    # TMP torch.library.register_fake("ernet::map_coefficients_backward", _map_coefficients_fake)
+    torch.library.register_fake("ernet::map_coefficients_backward", _map_coefficients_fake)

@@ -126,7 +126,7 @@ class StageInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _token: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x_0 and of every weight."""
-        check_first_order()
+        check_first_order(passed)
         state = ctx.state
         (z,) = ctx.saved_tensors
         if state.filed == 0:  # no block has come
@@ -136,7 +136,7 @@ class StageInput(torch.autograd.Function):
         for block, (dtype, wanted) in enumerate(zip(ctx.dtypes, ctx.needs_input_grad[3:], strict=True), start=1):
             left = shared.blocks.get(block) if wanted else None
             dweights.append(None if left is None else left.dweight.to(dtype))
-        return found.dz if found.dz.numel() else None, None, None, *dweights
+        return found.dz if found.dz.dim() > 1 else None, None, None, *dweights
 
 
 class BlockEpilogue(torch.autograd.Function):
@@ -169,7 +169,7 @@ class BlockEpilogue(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _token: Tensor | None) -> tuple[Any, ...]:
         """Gradients of z, gamma and beta; those of the shortcuts' weights leave through `StageInput`."""
-        check_first_order()
+        check_first_order(dy)
         state, index = ctx.state, ctx.index
         z, before, weight, *saved = ctx.saved_tensors
         y = saved.pop() if ctx.relu else None
@@ -181,7 +181,7 @@ class BlockEpilogue(torch.autograd.Function):
                 found.dy, found.relu_mask, state.a[index], found.db, weight, running_mean, running_var, dweight
             )
         dgamma, dbeta = vector_gradients(found, ctx.dtypes)
-        return found.dz if found.dz.numel() else None, dgamma, dbeta, *([None] * 7)
+        return found.dz if found.dz.dim() > 1 else None, dgamma, dbeta, *([None] * 7)
 
 
 def vector_gradients(

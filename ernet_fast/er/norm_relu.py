@@ -118,7 +118,7 @@ class _BatchNormReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        check_first_order()
+        check_first_order(dy)
         z, y = ctx.saved_tensors
         state: EpilogueState = ctx.state
         needs_dz, needs_dgamma, needs_dbeta, _ = ctx.needs_input_grad

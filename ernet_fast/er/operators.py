@@ -59,18 +59,36 @@ def why_plain(x: Tensor) -> str | None:
     return None
 
 
-def check_first_order() -> None:
+def check_first_order(*gradients: Tensor | None) -> None:
     """Raise RuntimeError in a backward pass that fused nodes cannot give: a second derivative, batched gradients."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
             "ernet_fast.reference.er_shortcut_sum) where create_graph=True is needed."
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    batched = torch._C._functorch.peek_interpreter_stack() is not None
+    for gradient in gradients:
+        batched |= gradient is not None and _is_batched(gradient)
+    if batched:
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
             "Build the model with fused=False for them."
         )
+
+
+_NOT_BATCHED: set[int] = set()
+"""Sets of dispatch keys that were found not to be those of a batched tensor."""
+
+
+def _is_batched(x: Tensor) -> bool:
+    """True for a tensor of `torch.autograd`'s own vmap, which has no other mark than a dispatch key without a name."""
+    keys = torch._C._dispatch_keys(x)
+    if keys.raw_repr() in _NOT_BATCHED:
+        return False
+    if "Batched" in str(keys):
+        return True
+    _NOT_BATCHED.add(keys.raw_repr())
+    return False
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -247,7 +265,7 @@ def _register() -> None:
     torch.library.register_fake("ernet::channel_moments", _moments_fake)
     torch.library.register_fake("ernet::weighted_sum", _sum_fake)
     torch.library.register_fake("ernet::weighted_dot", _dot_fake)
-    # TMP torch.library.register_fake("ernet::map_dots", _map_dots_fake)
+    torch.library.register_fake("ernet::map_dots", _map_dots_fake)
     torch.library.register_autograd("ernet::channel_moments", _moments_backward, setup_context=_moments_setup)
     torch.library.register_autograd("ernet::weighted_sum", _sum_backward, setup_context=_sum_setup)
     torch.library.register_autograd("ernet::weighted_dot", _dot_backward, setup_context=_dot_setup)

@@ -36,7 +36,8 @@ def is_plain(module: nn.Module, kind: Kind, *more: Any) -> bool:
         ):
             return False
         for parameter in state["_parameters"].values():
-            if type(parameter) not in _TENSORS:
+            # torch._subclasses: what torch.export traces with
+            if type(parameter) not in _TENSORS and not type(parameter).__module__.startswith("torch._subclasses"):
                 return False
     return not (
         nn_module._global_forward_hooks

@@ -234,12 +234,12 @@ class ERShortcut(nn.Module):
         """The sum for symbolic tracing, and where `statistics` has hooks or is of another class: N by its call."""
         if statistics is None:
             assert self.num_groups is not None
-            normalised = [nn.functional.group_norm(x, self.num_groups, eps=self.eps) for x in xs[:-1]]
+            normalised: Any = [nn.functional.group_norm(x, self.num_groups, eps=self.eps) for x in xs[:-1]]
         else:
             normalised = statistics(torch.cat(list(xs[:-1]), 1)).chunk(self.num_maps, 1)
         y = xs[-1]
-        for row, x in zip(self.weight, normalised, strict=True):
-            y = y + row.view(1, -1, 1, 1) * x
+        for i in range(self.num_maps):  # neither is iterated: symbolic tracing has proxies of both
+            y = y + self.weight[i].view(1, -1, 1, 1) * normalised[i]
         return (y.relu() if relu else y).to(xs[-1].dtype)
 
     def _group(self) -> ProcessGroup | None:
@@ -266,7 +266,7 @@ class ERShortcut(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but the process group, whose handle means nothing to another process."""
-        return {**self.__dict__, "process_group": None}
+        return {**super().__getstate__(), "process_group": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ERShortcut:
         """A copy in the same process group, whose handle cannot be copied itself."""

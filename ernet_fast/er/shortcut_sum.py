@@ -75,7 +75,7 @@ class _ShortcutSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        check_first_order()
+        check_first_order(dy)
         state: EpilogueState = ctx.state
         weight, *maps = ctx.saved_tensors
         y = maps.pop() if ctx.relu else None

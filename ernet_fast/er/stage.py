@@ -26,7 +26,6 @@ from ernet_fast.er.traceable_stage import TraceableStage
 
 _LOG = logging.getLogger("ernet_fast.er")
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_RELU = nn.ReLU()
 
 Shortcut = ERShortcut | FoldedShortcut
 
@@ -96,7 +95,7 @@ def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowe
         return "fused=False"
     reason = operators.why_plain(x0)
     if reason is not None:
-        if isinstance(x0, Tensor) and x0.device.type == "cpu" and not operators.COMPILED:
+        if not operators.COMPILED and isinstance(x0, Tensor) and x0.device.type == "cpu":
             _backend.warn_fallback_once()
         return reason
     if x0.numel() == 0 and not empty_allowed:
@@ -106,8 +105,10 @@ def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowe
         if shortcut.norm != first.norm or shortcut.num_groups != first.num_groups:
             return "the shortcuts of the stage normalise in different ways"
     pairs: list[Any] = []
-    for shortcut, relu in zip(modules.shortcuts, modules.relus, strict=True):
-        pairs += (shortcut, ERShortcut, relu, nn.ReLU)
+    for relu in modules.relus:
+        pairs += (relu, nn.ReLU)
+    for shortcut in modules.shortcuts:
+        pairs += (shortcut, ERShortcut)
         if shortcut.statistics is not None:
             pairs += (shortcut.statistics, _BATCH_NORMS)
     return None if is_plain(*pairs) else _which_is_not_plain(pairs)
@@ -129,8 +130,9 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
         ValueError: shortcuts or BatchNorms of one stage that name different groups.
     """
     shortcuts, norms = modules.shortcuts, modules.norms
-    if not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group":
-        # folded, or statistics of samples; a SyncBatchNorm runs as it is
+    if (
+        not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group"
+    ):  # of samples; SyncBatchNorm runs as it is
         return None
     named, synchronised = False, []
     for bn in norms:
@@ -177,7 +179,7 @@ class StageMaps:
         x0: Tensor,
         shortcuts: Sequence[Any],
         norms: Sequence[nn.Module] = (),
-        relus: Sequence[nn.Module] | None = None,
+        relus: Sequence[nn.Module] = (),
     ) -> Tensor:
         """Choose the path, and file x_0, the output of the projection block.
 
@@ -186,16 +188,16 @@ class StageMaps:
             shortcuts: those of the blocks to come.
             norms: the last normalisations of those blocks' branches: with `nn.SyncBatchNorm` the statistics of all maps
                 are taken over the processes of its group.
-            relus: the ReLUs of those blocks; default plain ones.
+            relus: the ReLUs of those blocks; without, every one is plain.
 
         Returns:
             The tensor to feed to the next block.
         """
         shortcuts = list(shortcuts)
-        modules = StageModules(shortcuts, list(norms), [_RELU] * len(shortcuts) if relus is None else list(relus))
+        modules = StageModules(shortcuts, list(norms), list(relus))
         choice = choose(x0, modules, fused=self.fused)
         self.choice, self._modules = choice, modules
-        if _LOG.isEnabledFor(logging.DEBUG):
+        if not torch.compiler.is_compiling() and _LOG.isEnabledFor(logging.DEBUG):
             _LOG.debug("stage of %s: %s (%s)", tuple(x0.shape), choice.path.value, choice.reason)
         # of the maps to come, only what they must have in common with x_0; the map itself is not kept here
         self._shape, self._dtype, self._device = x0.shape, x0.dtype, x0.device
@@ -221,14 +223,14 @@ class StageMaps:
             )
         return self._stage.start(x0)
 
-    def add(self, z: Tensor, bn: nn.Module, shortcut: Any, relu: nn.Module = _RELU) -> Tensor:
+    def add(self, z: Tensor, bn: nn.Module, shortcut: Any, relu: nn.Module | None = None) -> Tensor:
         """File the output z of a branch and return the block's output.
 
         Args:
             z: [N, C, H, W], output of the branch's last convolution, before its normalisation.
             bn: that normalisation, usually `nn.BatchNorm2d`.
             shortcut: the block's weights, one row for each map filed before.
-            relu: the block's ReLU.
+            relu: the block's ReLU; None for a plain one.
 
         Returns:
             y = ReLU(bn(z) + sum_i weight_i * N(x_i)), [N, C, H, W].
@@ -271,8 +273,8 @@ class StageMaps:
     # The stage's own nodes are not traced: a compiled block of an eager stage breaks its graph here.
     _add_uncompiled = _disable_dynamo(add)
 
-    def _by_modules(self, shortcut: Any, relu: nn.Module) -> Tensor:
-        if is_plain(relu, nn.ReLU) or not shortcut.relu:
+    def _by_modules(self, shortcut: Any, relu: nn.Module | None) -> Tensor:
+        if relu is None or is_plain(relu, nn.ReLU) or not shortcut.relu:
             return shortcut(self._xs, fused=self.fused)
         y: Tensor = relu(shortcut(self._xs, fused=self.fused, relu=False))
         return y

@@ -227,7 +227,7 @@ class MapInput(torch.autograd.Function):
         ctx: Any, dmean: Tensor | None, dvar: Tensor | None, _token: Tensor | None, dz: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
         """dz, one weighted sum."""
-        check_first_order()
+        check_first_order(dmean, dz)
         z, mean = ctx.saved_tensors
         layout = operators.layout_of([z])
         maps: list[Tensor] = []
@@ -268,7 +268,7 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of a and b; that of the sum is left for the nodes of the maps."""
-        check_first_order()
+        check_first_order(dy)
         maps = list(ctx.saved_tensors)
         y = maps.pop() if ctx.relu else None
         dy = operators.in_layout(dy, operators.layout_of(maps))

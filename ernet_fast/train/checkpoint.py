@@ -3,30 +3,113 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor, nn
 
 from ernet_fast.console.atomic_file import atomic_write
 
-FORMAT = 1
-_KEYS = ("format", "version", "model", "optimizer", "schedule", "precision", "epoch", "step", "history", "best", "rng",
-         "config", "classes", "train_images", "stain")  # fmt: skip
+FORMAT = 2
+
+
+def _mapping(keys: type, values: type | None = None) -> Callable[[Any], bool]:
+    return lambda found: (
+        isinstance(found, dict)
+        and all(isinstance(key, keys) and (values is None or isinstance(found[key], values)) for key in found)
+    )
+
+
+def _list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda found: isinstance(found, list) and all(isinstance(item, kind) for item in found)
+
+
+def _count(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
+
+
+def _stain(found: Any) -> bool:
+    if found is None:
+        return True
+    tensors = found.get("normalizer") if isinstance(found, dict) else None
+    if not isinstance(tensors, dict):
+        return False
+    shapes = {"HERef": (3, 2), "maxCRef": (2,)}
+    return all(
+        isinstance(tensor := tensors.get(name), Tensor)
+        and tuple(tensor.shape) == shape
+        and bool((tensor.isfinite() & (tensor >= 0)).all())
+        for name, shape in shapes.items()
+    )
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "version": (lambda found: isinstance(found, str), "a string"),
+    "model": (_mapping(str, Tensor), "tensors by name"),
+    "optimizer": (_mapping(str), "a dictionary"),
+    "schedule": (_mapping(str), "a dictionary"),
+    "precision": (_mapping(str), "a dictionary"),
+    "epoch": (_count, "a number of epochs"),
+    "step": (_count, "a number of steps"),
+    "history": (_list_of(dict), "a list of records"),
+    "best": (_mapping(str), "a record"),
+    "rng": (_mapping(str), "states of random generators"),
+    "config": (_mapping(str), "settings by name"),
+    "classes": (_list_of(str), "a list of names"),
+    "split": (_mapping(str), "a split"),
+    "train_images": (_list_of(str), "a list of names"),
+    "val_images": (_list_of(str), "a list of names"),
+    "stain": (_stain, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
+}
+"""Fields of a checkpoint beside `format`: check and what is expected."""
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) atomically.
+    """Write `state` (tensors and plain values) atomically, with a checksum of every part.
 
     Raises:
         ValueError: `state` lacks a part of a checkpoint.
+        OSError: the file cannot be written, e.g. the disk is full.
     """
-    missing = [key for key in _KEYS if key not in state]
+    missing = [key for key in ("format", *_FIELDS) if key not in state]
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}.")
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        with atomic_write(path) as file:
+            _save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+
+
+def _save(state: dict[str, Any], file: IO[bytes]) -> None:
+    """`torch.save`, whose own message does not have the reason why a write failed."""
+    failed: list[OSError] = []
+
+    class Watched:
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(state, Watched())  # type: ignore[arg-type]
+    except Exception:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -34,24 +117,77 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no checkpoint of this library, is damaged, or comes from a newer format.
+        ValueError: the file is no checkpoint of this library, is damaged (its checksums are verified), has another
+            format, or a field that is not what it should be; the message names file and field.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch reports damage as RuntimeError, UnpicklingError, EOFError, KeyError, ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is no checkpoint or is damaged: {reason}") from error
+    state = _read(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is no checkpoint of ernet_fast (expected the file that `ernet-fast train` writes).")
     if state["format"] != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {state['format']}; this version reads format {FORMAT}.")
-    missing = [key for key in _KEYS if key not in state]
+        raise ValueError(f"{path} has checkpoint format {state['format']!r}; this version reads format {FORMAT}.")
+    missing = [key for key in _FIELDS if key not in state]
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}.")
+    for key, (is_right, expected) in _FIELDS.items():
+        if not is_right(state[key]):
+            raise ValueError(f"{path}: its {key!r} is {_shown(state[key])}; expected {expected}.")
     return state
+
+
+def _read(path: Path) -> Any:
+    """The contents, once every checksum is right. Torch's messages advise to load unsafely and are not passed on."""
+    try:
+        if not zipfile.is_zipfile(path):
+            reason = "it is not the kind of file that `ernet-fast train` writes"
+        else:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is None:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            reason = f"wrong checksum of {damaged}"
+    except pickle.UnpicklingError:
+        reason = "it holds more than tensors and plain values, which is not loaded"
+    except Exception as error:  # damage shows as RuntimeError, BadZipFile, UnicodeDecodeError, EOFError, KeyError, ...
+        reason = f"reading it ends in {type(error).__name__}"
+    raise ValueError(f"{path} is no checkpoint or is damaged: {reason}.")
+
+
+def _shown(value: Any) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+@contextmanager
+def field_of(path: str | os.PathLike[str], field: str) -> Iterator[None]:
+    """Turn whatever goes wrong with a field of a checkpoint into one sentence that names file and field."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{os.fspath(path)}: its {field!r} does not fit: {reason}") from error
+
+
+def load_network(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Load the field `model` of a checkpoint.
+
+    Raises:
+        ValueError: it is of another network; the message names the first difference and how many there are.
+    """
+    own, found = network.state_dict(), state["model"]
+    wrong = [f"{name} is missing" for name in own if name not in found]
+    wrong += [f"{name} is unknown" for name in found if name not in own]
+    wrong += [
+        f"{name} is {list(found[name].shape)}, the network's {list(own[name].shape)}"
+        for name in own
+        if name in found and found[name].shape != own[name].shape
+    ]
+    with field_of(path, "model"):
+        if wrong:
+            more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
+            raise ValueError(f"{wrong[0]}{more}.")
+        network.load_state_dict(found)
 
 
 def generator_state() -> dict[str, Any]:

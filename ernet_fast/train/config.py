@@ -51,6 +51,11 @@ class TrainConfig:
     split_by: str = _setting(
         "patient", "keep a patient's images together, or split image by image", choices=("patient", "image")
     )
+    fit_on: str = _setting(
+        "train",
+        "images to train on: all folds but one, which validates, or (a final fit) all folds, without validation",
+        choices=("train", "trainval"),
+    )
     fold: int = _setting(0, "cross-validation fold that validates", number=(int, 0, 99))
     num_folds: int = _setting(5, "number of cross-validation folds", number=(int, 2, 100))
     split_file: str | None = _setting(
@@ -115,7 +120,11 @@ class TrainConfig:
 
     device: str = _setting("auto", "device: auto takes CUDA if there is one", choices=("auto", "cpu", "cuda"))
     precision: str = _setting("32-true", "numeric precision, in Lightning Fabric's names", choices=PRECISIONS)
-    channels_last: bool = _setting(True, "store activations channels-last, which the fused operators like best")
+    channels_last: bool = _setting(
+        True,
+        "store activations channels-last, the fastest layout of the fused operators (not on CPUs below 16 base_channels, "
+        "where torch 2.13 corrupts memory)",
+    )
     deterministic: bool = _setting(False, "ask torch for deterministic algorithms where it has them, slower on CUDA")
     seed: int = _setting(0, "seed of weights, split, order and augmentation", number=(int, 0, _SEED_END))
 
@@ -128,6 +137,8 @@ class TrainConfig:
                 raise ValueError(f"magnifications={self.magnifications!r}; expected one or more of {MAGNIFICATIONS}.")
         if self.fold >= self.num_folds and self.split_file is None:
             raise ValueError(f"fold={self.fold} with num_folds={self.num_folds}; expected 0 <= fold < num_folds.")
+        if self.fit_on == "trainval" and self.max_val_images is not None:
+            raise ValueError(f"max_val_images={self.max_val_images} with fit_on='trainval', which validates on none.")
         if self.stain == "none" and self.stain_target is not None:
             raise ValueError(f"stain_target={self.stain_target!r} with stain='none'; drop one of the two.")
         if self.norm == "batch" and self.num_groups is not None:

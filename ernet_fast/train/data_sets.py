@@ -13,6 +13,7 @@ import torch
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import BreakHis, Sample, Skipped, Splits
+from ernet_fast.data.layout import find_tree, scan_tree
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.images import ImageSet
 from ernet_fast.train.selection import evenly_chosen
@@ -32,9 +33,22 @@ class RunData:
     skipped: tuple[Skipped, ...]
     stain: StainNormalization | None
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The fields of a checkpoint that say on what the run was made."""
+        return {
+            "classes": list(self.classes),
+            "split": self.splits.to_dict(),
+            "train_images": [sample.name for sample in self.train.samples],
+            "val_images": [sample.name for sample in self.val.samples],
+            "stain": None if self.stain is None else self.stain.state(),
+        }
 
-def open_split(config: TrainConfig, split: str) -> BreakHis:
-    """The part ``"train"``, ``"val"`` or ``"test"`` of the data that `config` describes."""
+
+def open_split(config: TrainConfig, split: str, splits: Splits | None = None) -> BreakHis:
+    """A part (``"train"``, ``"val"``, ``"test"``, ...) of the data that `config` describes; `splits` is the split of a
+    run that exists.
+    """
     return BreakHis(
         config.data,
         split,
@@ -44,29 +58,55 @@ def open_split(config: TrainConfig, split: str) -> BreakHis:
         num_folds=config.num_folds,
         split_by=config.split_by,
         seed=config.seed,
-        split_file=config.split_file,
+        split_file=config.split_file if splits is None else None,
+        splits=splits,
         on_error=config.on_error,
     )
 
 
-def open_run_data(config: TrainConfig, stain_state: dict[str, Any] | None = None) -> RunData:
-    """Open both parts and choose the stain target; a resumed run brings its own `stain_state`."""
-    train, val = open_split(config, "train"), open_split(config, "val")
+def open_run_data(config: TrainConfig, saved: dict[str, Any] | None = None) -> RunData:
+    """Open both parts and choose the stain target; a resumed run brings split and target in its checkpoint `saved`.
+
+    Raises:
+        ValueError: the folder does not hold the images that the resumed run was made on.
+    """
+    splits = None if saved is None else Splits.from_dict(saved["split"])
+    if splits is not None and config.on_error == "raise":
+        _check_same_images("the folder", list(splits.fold_of), scan_tree(find_tree(config.data))[0], config.data)
+    train = open_split(config, config.fit_on, splits)
+    skipped, val_samples = set(train.skipped), []
+    if config.fit_on == "train":
+        val = open_split(config, "val", splits)
+        skipped, val_samples = skipped | set(val.skipped), evenly_chosen(val.samples, config.max_val_images)
     assert train.splits is not None
     chosen = evenly_chosen(train.samples, config.max_train_images)
-    if stain_state is not None:
-        stain = StainNormalization.from_state(stain_state)
+    if saved is not None:
+        _check_same_images("training", saved["train_images"], chosen, config.data)
+        _check_same_images("validation", saved["val_images"], val_samples, config.data)
+        stain = StainNormalization.from_state(saved["stain"])
     else:
         stain = _choose_stain(config, chosen)
     common: dict[str, Any] = {"resize": config.resize, "normalizer": stain, "cache": config.cache}
     return RunData(
         train=ImageSet(chosen, config.image_size, augment=config.augment, seed=config.seed, **common),
-        val=ImageSet(evenly_chosen(val.samples, config.max_val_images), config.image_size, **common),
+        val=ImageSet(val_samples, config.image_size, **common),
         classes=tuple(train.classes),
         splits=train.splits,
-        skipped=tuple(sorted({*train.skipped, *val.skipped})),
+        skipped=tuple(sorted(skipped)),
         stain=stain,
     )
+
+
+def _check_same_images(part: str, saved: list[str], samples: list[Sample], data: str) -> None:
+    """A run goes on with the images that it began with."""
+    now = {sample.name for sample in samples}
+    gone, new = sorted(set(saved) - now), sorted(now - set(saved))
+    if gone or new:
+        changes = [f"{len(names)} {what} (e.g. {names[0]})" for names, what in ((gone, "gone"), (new, "new")) if names]
+        raise ValueError(
+            f"the images in {data!r} have changed since the run began; of {part}, {' and '.join(changes)}. Resume with "
+            "--data naming a folder with the same images, or start a new run."
+        )
 
 
 def _choose_stain(config: TrainConfig, train: list[Sample]) -> StainNormalization | None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ernet_fast._optional import require
+
+
+def is_first_process() -> bool:
+    """True for the process that writes and speaks: the only one, or the first of torchrun."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def build_fabric(device: str, precision: str) -> Any:
@@ -35,6 +41,20 @@ def build_fabric(device: str, precision: str) -> Any:
         fabric = fabric_module.Fabric(**arguments)
         fabric.launch()
     return fabric
+
+
+@contextmanager
+def deterministic_mode(wanted: bool) -> Iterator[None]:
+    """Torch's deterministic mode for a run, a warning where it has none; without `wanted`, no change."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it for reproducible products
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def to_network(fabric: Any, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor]:

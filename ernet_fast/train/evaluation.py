@@ -1,10 +1,10 @@
-"""A checkpoint and a folder of images: what is it worth?"""
+"""Evaluation of a checkpoint on a folder of images."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import Sample, Skipped, parse_name
-from ernet_fast.train.checkpoint import load_checkpoint
+from ernet_fast.data import Sample, Skipped, Splits, parse_name
+from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.device import build_fabric, evaluation_pass
@@ -25,18 +25,19 @@ from ernet_fast.train.metrics import (
     patient_recognition_rate,
     patient_scores,
 )
-from ernet_fast.train.network import build_network
+from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
+from ernet_fast.train.run_folder import find_checkpoint
 from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network said about a set of images, and figures of it.
+    """Predictions on a set of images, and metrics of them.
 
-    `seen_images` of the images were trained on, and `seen_patients` of their patients: not zero means that the figures
-    say less about new patients.
+    `seen_images` of the images were trained on, and `seen_patients` of their patients: where these are not zero, the
+    metrics say less about new patients.
     """
 
     predictions: Predictions
@@ -97,9 +98,11 @@ def evaluate(
     """Run the network of a checkpoint over a part of the data, prepared as in its training (size, stain normalisation).
 
     Args:
-        checkpoint: a file of `fit`.
+        checkpoint: a file of `fit`, or the folder of a run, which stands for its `best.pt`.
         data: folder with images; default: that of the training.
-        split: ``"test"``, ``"val"``, ``"train"`` or ``"all"``. The split is made as in training.
+        split: ``"test"``, ``"val"``, ``"train"``, ``"trainval"`` or ``"all"`` (any images, whatever their names are in
+            the split). The split is the training's, which the checkpoint holds: `data` must have its images and no
+            others, unless on_error is ``"skip"``.
         magnifications: default: those of the training.
         split_file: a CSV split instead of the training's.
         max_images: look at no more than this many images, evenly chosen.
@@ -114,8 +117,9 @@ def evaluate(
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images={max_images}; expected a positive number.")
-    state = load_checkpoint(checkpoint)
-    changes = {
+    path = find_checkpoint(checkpoint)
+    state = load_checkpoint(path)
+    changes: dict[str, Any] = {
         "data": None if data is None else os.fspath(data),
         "magnifications": magnifications,
         "split_file": None if split_file is None else os.fspath(split_file),
@@ -124,9 +128,12 @@ def evaluate(
         "device": device,
         "on_error": on_error,
     }
-    settings = state["config"] | {name: value for name, value in changes.items() if value is not None}
-    config = TrainConfig.from_dict(settings | {"weights": None})
-    opened = open_split(config, split)
+    with field_of(path, "config"):
+        saved = TrainConfig.from_dict(state["config"] | {"weights": None})
+    with field_of(path, "split"):
+        splits = Splits.from_dict(state["split"]) if split_file is None and split != "all" else None
+    config = replace(saved, **{name: value for name, value in changes.items() if value is not None})
+    opened = open_split(config, split, splits)
     if tuple(opened.classes) != tuple(state["classes"]):
         raise ValueError(f"the data has classes {opened.classes}, the checkpoint {state['classes']}.")
     images = ImageSet(
@@ -137,15 +144,13 @@ def evaluate(
     )
     reporter = reporter or Reporter()
     seen_images, seen_patients = _seen(images.samples, state["train_images"])
-    if seen_patients and split != "train":
+    if seen_patients and split not in ("train", "trainval"):
         reporter.warning(
             f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
-            "the figures are no measure of its worth on new patients."
+            "the figures do not measure how it does on new patients."
         )
-    predictions = _predict(config, state, images, reporter)
-    return Evaluation(
-        predictions, Path(checkpoint), int(state["epoch"]), split, tuple(opened.skipped), seen_images, seen_patients
-    )
+    predictions = _predict(config, state, path, images, reporter)
+    return Evaluation(predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients)
 
 
 def _seen(samples: list[Sample], trained_on: list[str]) -> tuple[int, int]:
@@ -155,11 +160,14 @@ def _seen(samples: list[Sample], trained_on: list[str]) -> tuple[int, int]:
     return sum(sample.name in names for sample in samples), len({sample.patient for sample in samples} & patients)
 
 
-def _predict(config: TrainConfig, state: dict[str, Any], images: ImageSet, reporter: Reporter) -> Predictions:
+def _predict(
+    config: TrainConfig, state: dict[str, Any], path: Path, images: ImageSet, reporter: Reporter
+) -> Predictions:
     fabric = build_fabric(config.device, config.precision)
     network = build_network(config, len(state["classes"]))
-    network.load_state_dict(state["model"])
-    if config.channels_last:
+    load_network(network, state, path)
+    channels_last = uses_channels_last(config, fabric.device)
+    if channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = fabric.strategy.precision.convert_module(network).to(fabric.device)
     batches, _ = build_loader(
@@ -174,7 +182,7 @@ def _predict(config: TrainConfig, state: dict[str, Any], images: ImageSet, repor
     with reporter.task("evaluate", len(images)) as task:
         return predict(
             network,
-            evaluation_pass(fabric, network, config.channels_last),
+            evaluation_pass(fabric, network, channels_last),
             batches,
             images.samples,
             state["classes"],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,36 @@ from torch.utils.data import DataLoader
 from ernet_fast import _version
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import write_split_csv
-from ernet_fast.train.checkpoint import FORMAT, generator_state, load_checkpoint, restore_generators, save_checkpoint
+from ernet_fast.data import Splits, write_split_csv
+from ernet_fast.train.checkpoint import (
+    FORMAT,
+    field_of,
+    generator_state,
+    load_checkpoint,
+    load_network,
+    restore_generators,
+    save_checkpoint,
+)
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
-from ernet_fast.train.device import build_fabric, evaluation_pass, share_buffers, to_network
+from ernet_fast.train.describe import describe_epoch, describe_run
+from ernet_fast.train.device import (
+    build_fabric,
+    deterministic_mode,
+    evaluation_pass,
+    is_first_process,
+    share_buffers,
+    to_network,
+)
 from ernet_fast.train.history import write_history
 from ernet_fast.train.images import Batch, EpochSampler, ImageSet, build_loader, mixed_seed
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
-from ernet_fast.train.network import build_network
+from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import predict
 from ernet_fast.train.resume import check_same_run
-from ernet_fast.train.schedule import build_optimizer, build_schedule
-
-LAST, BEST = "last.pt", "best.pt"
+from ernet_fast.train.run_folder import BEST, LAST, only_run
+from ernet_fast.train.schedule import build_optimizer, build_schedule, check_moments
 
 
 @dataclass(frozen=True)
@@ -68,8 +82,7 @@ def fit(
     Args:
         config: the settings.
         resume: continue the run in the folder, which must have been made with the same settings; only `data`, `out`,
-            `device`,
-            `num_workers` and `cache` may differ.
+            `device`, `num_workers` and `cache` may differ, and on the same images.
         stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time
             limit).
         reporter: where progress goes; default: stderr.
@@ -79,37 +92,28 @@ def fit(
     Raises:
         FileExistsError: the folder holds a run and `resume` is false.
         FileNotFoundError: nothing to resume, or no data.
-        ValueError: settings and checkpoint or data do not fit.
+        ValueError: settings and checkpoint or data do not fit, or the checkpoint is damaged.
+        RuntimeError: another run is writing to the folder.
+        OSError: a file cannot be written, e.g. the disk is full; the last good checkpoint is kept.
         TrainingDivergedError: the loss is not finite; the last good checkpoint is kept.
     """
     if stop_after is not None and stop_after < 1:
         raise ValueError(f"stop_after={stop_after}; expected a positive number of epochs.")
-    state = _state_to_resume(config, resume)
-    with _determinism(config.deterministic):
-        run = _Run(config, state, reporter or Reporter())
+    if resume and not (config.folder / LAST).is_file():
+        raise FileNotFoundError(f"nothing to resume: no {LAST} in {config.out!r}.")
+    with only_run(config.folder) if is_first_process() else nullcontext(), deterministic_mode(config.deterministic):
+        run = _Run(config, _state_to_resume(config, resume), reporter or Reporter())
         return run.train(stop_after, on_epoch or (lambda record: None))
-
-
-@contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    """Torch's deterministic mode for a run, a warning where it has none; without `wanted`, no change."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it for reproducible products
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def _state_to_resume(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     last = config.folder / LAST
     if resume:
-        if not last.is_file():
-            raise FileNotFoundError(f"nothing to resume: no {LAST} in {config.out!r}.")
         state = load_checkpoint(last)
+        with field_of(last, "config"):
+            TrainConfig.from_dict(state["config"])
+        with field_of(last, "split"):
+            Splits.from_dict(state["split"])
         check_same_run(state["config"], config)
         return state
     if last.exists():
@@ -127,7 +131,7 @@ class _Run:
         self.fabric = build_fabric(config.device, config.precision)
         self.reporter = reporter if self.fabric.is_global_zero else Reporter(mute=True)
         torch.manual_seed(config.seed)
-        self.data = open_run_data(config, None if state is None else state["stain"])
+        self.data = open_run_data(config, state)
         self.train_batches, self.train_order = self._loader(self.data.train, shuffle=True, batch_size=config.batch_size)
         self.val_batches, self.val_order = self._loader(self.data.val, shuffle=False, batch_size=config.batch_size)
         # The checkpoint brings all weights: those the run started from may be gone.
@@ -164,7 +168,8 @@ class _Run:
 
     def _build_network(self, config: TrainConfig) -> None:
         self.network = build_network(config, len(self.data.classes))
-        if config.channels_last:
+        channels_last = uses_channels_last(config, self.fabric.device)
+        if channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(self.network, config)
         self.schedule = build_schedule(optimizer, config, self.steps_per_epoch)
@@ -172,8 +177,8 @@ class _Run:
         weights = class_weights(self.data.train.samples, len(self.data.classes), config.class_weights)
         loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.label_smoothing)
         self.loss = loss.to(self.fabric.device)
-        self.to_network = to_network(self.fabric, config.channels_last)
-        self.evaluation_pass = evaluation_pass(self.fabric, self.network, config.channels_last)
+        self.to_network = to_network(self.fabric, channels_last)
+        self.evaluation_pass = evaluation_pass(self.fabric, self.network, channels_last)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -189,9 +194,7 @@ class _Run:
             "best": self.best,
             "rng": generator_state(),
             "config": self.config.to_dict(),
-            "classes": list(self.data.classes),
-            "train_images": [sample.name for sample in self.data.train.samples],
-            "stain": None if self.data.stain is None else self.data.stain.state(),
+            **self.data.inputs,
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -200,18 +203,26 @@ class _Run:
                 f"the checkpoint did {state['step']} steps in {state['epoch']} epochs, but here an epoch has "
                 f"{self.steps_per_epoch}: the images or the number of processes have changed."
             )
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["precision"]:
-            self.fabric.strategy.precision.load_state_dict(state["precision"])
+        path = self.config.folder / LAST
+        load_network(self.network, state, path)
+        with field_of(path, "optimizer"):
+            self.optimizer.load_state_dict(state["optimizer"])
+            check_moments(self.optimizer)
+        with field_of(path, "schedule"):
+            self.schedule.load_state_dict(state["schedule"])
+        with field_of(path, "precision"):
+            if state["precision"]:
+                self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        restore_generators(state["rng"])
+        with field_of(path, "rng"):
+            restore_generators(state["rng"])
 
     def train(self, stop_after: int | None, on_epoch: Callable[[dict[str, Any]], bool | None]) -> TrainResult:
         """All epochs that are left, or `stop_after` of them."""
         config = self.config
         self._prepare_folder()
+        for line in describe_run(config, self.data, self.network, self.fabric.device, self.steps_per_epoch, self.epoch):
+            self.reporter.line(line)
         end = config.epochs if stop_after is None else min(config.epochs, self.epoch + stop_after)
         while self.epoch < end:
             record = self._one_epoch(self.epoch + 1)
@@ -233,6 +244,8 @@ class _Run:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
             write_split_csv(folder / "split.csv", self.data.splits)
+            if self.history:  # a kill between two files may have left it an epoch behind the checkpoint
+                write_history(folder, self.history)
             report_skipped(self.data.skipped, folder, self.reporter)
             if not (folder / LAST).exists():
                 save_checkpoint(folder / LAST, self._state())
@@ -241,15 +254,24 @@ class _Run:
     def _save(self, improved: bool) -> None:
         if self.fabric.is_global_zero:
             folder, state = self.config.folder, self._state()
-            if improved:  # first: a crash between the two files then repeats an epoch, and never loses the best
-                save_checkpoint(folder / BEST, state)
-            save_checkpoint(folder / LAST, state)
-            write_history(folder, self.history)
+            try:
+                if improved:  # first: a crash between the two files then repeats an epoch, and never loses the best
+                    save_checkpoint(folder / BEST, state)
+                save_checkpoint(folder / LAST, state)
+                write_history(folder, self.history)
+            except OSError as error:
+                error.strerror = (
+                    f"{error.strerror or error}, while epoch {self.epoch} of {self.config.epochs} was saved"
+                )
+                error.filename = error.filename or str(folder)
+                raise
         self.fabric.barrier()
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        """Better than before; an undefined AUC is worse than any, and equal AUCs are decided by the loss."""
-        if not self.best:
+        """Better than before; an undefined AUC is worse than any, and equal AUCs are decided by the loss. Without
+        validation the last epoch is the best.
+        """
+        if not self.best or record["val_loss"] is None:
             return True
         return self._rank(record) > self._rank(self.best)
 
@@ -305,13 +327,3 @@ class _Run:
                 self.schedule.step()
                 task.advance(len(labels), "" if watch.last is None else f"loss {watch.last:.4f}")
         return watch.mean()
-
-
-def describe_epoch(record: dict[str, Any], epochs: int, improved: bool) -> str:
-    """One line about an epoch."""
-    val = record["val"]
-    auc = "undefined" if val["auc"] is None else f"{val['auc']:.4f}"
-    return (
-        f"epoch {record['epoch']}/{epochs}  train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
-        f"accuracy {val['accuracy']:.4f}  AUC {auc}  {record['train_seconds']:.1f} s{'  (best)' if improved else ''}"
-    )

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ernet_fast import models
 from ernet_fast.train.config import TrainConfig
+
+_VECTOR_WIDTH = 16  # float32 values in the widest vector register
+
+
+def uses_channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Whether activations of a run are stored channels-last on `device`.
+
+    Networks narrower than 16 channels are not on CPUs, whatever `config.channels_last` says: in torch 2.13 the backward
+    pass of a channels-last 1x1 convolution of stride 2 with fewer input channels than a vector register holds writes
+    beyond its memory.
+    """
+    return config.channels_last and (device.type != "cpu" or config.base_channels >= _VECTOR_WIDTH)
 
 
 def build_network(config: TrainConfig, num_classes: int) -> nn.Module:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from io import BytesIO
+from itertools import cycle, product
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ernet_fast._optional import require
 from ernet_fast.console.atomic_file import atomic_write
+from ernet_fast.console.tables import format_figure
 from ernet_fast.train.metrics import confusion_matrix
 from ernet_fast.train.predictions import Predictions
 
@@ -60,25 +64,10 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
 def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
     """Confusion matrix, counts and row shares; PNG bytes, and a file if `path` is given."""
     counts = confusion_matrix(predictions)
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     classes = len(predictions.classes)
-    width, height = (4.4, 3.6) if classes <= 3 else (6.9, 6.4)
-    figure = new_figure(width, height)
+    figure = new_figure(*((4.4, 3.6) if classes <= 3 else (6.9, 6.4)))
     axes = figure.subplots()
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for row in range(classes):
-        for column in range(classes):
-            share = float(shares[row, column])
-            text = f"{int(counts[row, column])}\n{share:.0%}" if classes <= 3 else f"{int(counts[row, column])}"
-            axes.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                color="white" if share > 0.55 else INK,
-                size=11 if classes <= 3 else 8,
-            )
+    _draw_counts(axes, counts, size=11 if classes <= 3 else 8)
     names = [name.replace("_", " ") for name in predictions.classes]
     turn = {"rotation": 40, "ha": "right"} if classes > 3 else {}
     axes.set_xticks(range(classes), names, **turn)
@@ -92,21 +81,17 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
 
 
 def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
-    """ROC curve of the positive class, overall and by magnification; of many classes, each against the rest."""
-    figure = new_figure(4.4, 3.6)
+    """ROC curve of the positive class, overall and by magnification; of many classes, each against the rest and their
+    mean (macro average). The first curve, of all images, is drawn thickest.
+    """
+    figure = new_figure(*((4.4, 3.6) if len(predictions.classes) == 2 else (5.4, 4.6)))
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 4)))
-    drawn = 0
-    for color, (name, scores, truth) in zip(_cycle(PALETTE), _roc_groups(predictions), strict=False):
-        positives = int(truth.sum())
-        if positives == 0 or positives == len(truth):
-            continue
-        first = drawn == 0
-        false_rate, true_rate, area = _roc(scores, truth)
-        style: dict[str, Any] = {"linewidth": 2.0 if first else 1.2, "color": color, "zorder": 3 if first else 2}
-        axes.plot(false_rate, true_rate, label=f"{name}  AUC {area:.3f}", **style)
-        drawn += 1
-    if drawn:
+    curves = roc_curves(predictions)
+    for number, (color, (name, false_rate, true_rate, area)) in enumerate(zip(_colors(), curves, strict=False)):
+        style: dict[str, Any] = {"linewidth": 1.2, "zorder": 2} if number else {"linewidth": 2.4, "zorder": 3}
+        axes.plot(false_rate, true_rate, color=color, label=f"{name}  AUC {format_figure(area)}", **style)
+    if curves:
         axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
     else:
         axes.text(0.5, 0.55, "undefined: images of one class only", ha="center", color=MUTED, size=9)
@@ -118,16 +103,15 @@ def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = 
 
 
 def history_picture(history: list[dict[str, Any]], path: str | os.PathLike[str] | None = None) -> bytes:
-    """Losses, and validation accuracy and AUC, by epoch."""
+    """Losses, and validation accuracy and AUC, by epoch; nothing where there is no validation."""
     figure = new_figure(7.6, 2.9)
     left, right = figure.subplots(1, 2)
     epochs = [record["epoch"] for record in history]
     left.plot(
         epochs, [record["train_loss"] for record in history], color=PALETTE[0], marker="o", ms=3, label="training"
     )
-    left.plot(
-        epochs, [record["val_loss"] for record in history], color=PALETTE[1], marker="o", ms=3, label="validation"
-    )
+    losses = [float("nan") if record["val_loss"] is None else record["val_loss"] for record in history]
+    left.plot(epochs, losses, color=PALETTE[1], marker="o", ms=3, label="validation")
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     left.set_ylim(bottom=0)
     for name, color in (("accuracy", PALETTE[2]), ("auc", PALETTE[3])):
@@ -172,6 +156,38 @@ def _show(axes: Any, image: Tensor) -> None:
         spine.set_visible(False)
 
 
+def _draw_counts(axes: Any, counts: Tensor, size: float) -> None:
+    """A square for each count, with its share of the row."""
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for row, column in product(range(len(counts)), repeat=2):
+        share = float(shares[row, column])
+        color = "white" if share > 0.55 else INK
+        text = f"{int(counts[row, column])}\n{share:.0%}"
+        axes.text(column, row, text, ha="center", va="center", color=color, size=size)
+
+
+def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
+    """The curves of `roc_picture`: name, false and true positive rates (arrays of equal length), area.
+
+    Groups with images of one class only have no curve. The mean curve of several classes has, at each false positive
+    rate, the mean of the classes' true positive rates; its area is the mean of theirs.
+    """
+    curves = [
+        (name, *_roc(scores, truth))
+        for name, scores, truth in _roc_groups(predictions)
+        if 0 < int(truth.sum()) < len(truth)
+    ]
+    if len(predictions.classes) > 2 and len(curves) > 1:
+        rates = np.unique(np.concatenate([false_rate for _, false_rate, _, _ in curves]))
+        # where a curve jumps, np.interp gives its upper end, and of the curve read backwards its lower end
+        upper = np.mean([np.interp(rates, x, y) for _, x, y, _ in curves], axis=0)
+        lower = np.mean([np.interp(-rates, -x[::-1], y[::-1]) for _, x, y, _ in curves], axis=0)
+        area = float(np.mean([area for _, _, _, area in curves]))
+        curves.insert(0, ("mean of the classes", rates.repeat(2), np.stack([lower, upper], axis=1).ravel(), area))
+    return curves
+
+
 def _roc_groups(predictions: Predictions) -> list[tuple[str, Tensor, Tensor]]:
     if len(predictions.classes) > 2:
         return [
@@ -191,10 +207,8 @@ def _roc(scores: Tensor, truth: Tensor) -> tuple[Any, Any, float]:
     return false_rate.numpy(), true_rate.numpy(), float(functional.binary_auroc(scores, truth.long()))
 
 
-def _cycle(colors: tuple[str, ...]) -> Any:
-    import itertools
-
-    return itertools.cycle(colors)
+def _colors() -> Iterator[str]:
+    return cycle((INK, *PALETTE))
 
 
 def _finished(figure: Any, path: str | os.PathLike[str] | None) -> bytes:

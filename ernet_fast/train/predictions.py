@@ -49,8 +49,12 @@ class Predictions:
         rows = [i for i, sample in enumerate(self.samples) if keep(sample)]
         return Predictions(self.probabilities[rows], tuple(self.samples[i] for i in rows), self.classes)
 
-    def loss(self) -> float:
-        """Mean negative logarithm of the true class's probability (cross-entropy without weights or smoothing)."""
+    def loss(self) -> float | None:
+        """Mean negative logarithm of the true class's probability (cross-entropy without weights or smoothing); None
+        without images.
+        """
+        if not len(self):
+            return None
         true = self.probabilities[torch.arange(len(self)), self.targets]
         return float(-true.clamp_min(1e-12).log().mean())
 

@@ -45,6 +45,7 @@ th:first-child, td:first-child, table.text th, table.text td { text-align: left;
 thead th { color: var(--muted); font-weight: 600; font-size: 12.5px; border-bottom-color: #cbd2d9; }
 tbody th { font-weight: 500; }
 table.text th { white-space: nowrap; }
+table.text td { overflow-wrap: anywhere; }
 tbody tr:first-child.strong th, tbody tr:first-child.strong td { font-weight: 600; background: var(--soft); }
 .pictures { display: flex; flex-wrap: wrap; gap: 18px; align-items: flex-start; margin: 0 0 14px; }
 figure { margin: 0; flex: 1 1 300px; min-width: 0; }
@@ -60,6 +61,9 @@ figcaption { color: var(--muted); font-size: 13px; margin-top: 5px; }
 code { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: var(--soft);
   padding: 1px 5px; border-radius: 4px; overflow-wrap: anywhere; }
 footer { margin-top: 34px; padding-top: 12px; border-top: 1px solid var(--line); color: var(--muted); font-size: 13px; }
+@media (max-width: 640px) { main { padding: 20px 14px; border: 0; } h1 { font-size: 22px; }
+  table.text tr, table.text th, table.text td { display: block; white-space: normal; }
+  table.text th { border-bottom: 0; padding-bottom: 0; } .pictures figure { flex-basis: 100%; } }
 @media print { body { background: #fff; } main { border: 0; padding: 0; max-width: none; }
   h2, figure, table { break-inside: avoid; } }
 """

@@ -31,6 +31,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if loaded moments are of other parameters: torch would fail, or broadcast, at the first step."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(value.shape)}, the parameter {list(parameter.shape)}")
+
+
 def cosine_factor(total_steps: int, warmup_steps: int) -> Callable[[int], float]:
     """Learning rate as a share of the highest: rises linearly over `warmup_steps`, then falls as half a cosine to 0."""
 

@@ -6,7 +6,6 @@ import math
 
 import bench_macenko_gpu as bench
 import macenko_gpu_peers
-import macenko_prediction
 import pytest
 import torch
 from gpu_case import Ceilings
@@ -98,12 +97,3 @@ def test_cases_cover_the_issue_and_fit_in_memory():
     assert cases["normalize 4096 x 700x460"].bars == ["images_per_second >= 160000"]
     assert cases["peers 224x224"].bars == ["ratio_best_peer >= 15", "ratio_torchstain >= 1000"]
     assert all(case.seconds <= 60 for case in cases.values())
-
-
-def test_predictions_are_read_from_the_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "| normalize 224x224 | resident | 41 | 3,100,000 | 97 | 1,234,567 |\n| normalize 9x9 | x | - | - |\n"
-    )
-    assert macenko_prediction.predicted_images_a_second("224x224", page) == 1_234_567
-    assert macenko_prediction.predicted_images_a_second("9x9", page) is None

@@ -51,8 +51,7 @@ def gpu_cases():
     bars = ["share_of_floor >= 0.1", "share_of_floor >= 0.9"]
     return [
         GpuCase("later", good, importance=2, seconds=0.1),
-        GpuCase("good", good, importance=0, seconds=0.1, smoke=True, title="a good one", bars=bars,
-                predictions={"share_of_floor": 0.5}),
+        GpuCase("good", good, importance=0, seconds=0.1, smoke=True, title="a good one", bars=bars),
         GpuCase("raises", raises, seconds=0.1, bars=["ratio >= 2"]),
         GpuCase("device breaks", device_breaks, seconds=0.1),
         GpuCase("dies", dies, seconds=0.1),
@@ -97,13 +96,12 @@ def tasks(folder):
     return {case.name: Task("bench_planted_gpu", case) for case in cases_of("bench_planted_gpu", folder)}
 
 
-def test_a_case_gets_its_bars_and_predictions(folder, runner):
+def test_a_case_gets_its_bars(folder, runner):
     (row,) = runner.run(tasks(folder)["good"], CEILINGS)
     assert row.extra_info["share_of_floor"] == 0.125 and row.extra_info["title"] == "a good one"
     assert [(str(bar), value) for bar, value in row.bars()] == [
         ("share_of_floor >= 0.1", 0.125), ("share_of_floor >= 0.9", 0.125),
     ]  # fmt: skip
-    assert row.extra_info["prediction"] == {"share_of_floor": 0.5}
 
 
 def test_cases_that_fail_do_not_stop_the_others(folder, runner):

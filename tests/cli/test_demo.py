@@ -163,7 +163,7 @@ def test_interleaved_medians_calls_what_is_short_many_times_in_a_turn():
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2), (1e6, 8)])
 def test_epochs_follow_the_time_there_is(seconds, expected):
-    settings = TrainConfig(data="d", out="o", base_channels=8, image_size=32, batch_size=8, device="cpu")
+    settings = TrainConfig(data="d", out="o", base_channels=16, image_size=32, batch_size=8, device="cpu")
     assert affordable_epochs(settings, 64, seconds) == expected
 
 

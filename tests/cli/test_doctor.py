@@ -35,11 +35,11 @@ OPTIONAL = (
 ).split()
 
 
-def core_only(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process that has torch and numpy alone."""
+def core_only(*arguments: str, blocked=OPTIONAL, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process that has torch and numpy alone, or lacks the packages named."""
     import os
 
-    code = CORE_ONLY.format(blocked=set(OPTIONAL), arguments=list(arguments))
+    code = CORE_ONLY.format(blocked=set(blocked), arguments=list(arguments))
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
         env={**os.environ, **environment},
@@ -86,6 +86,17 @@ def test_a_command_that_needs_more_names_the_fix(tmp_path):
     done = core_only("normalize", str(tmp_path), str(tmp_path.parent / "out"))
     assert done.returncode == 1 and "pip install 'ernet_fast[train]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_numpy():
+    """Nothing but the diagnosis works then, and each other command says why."""
+    found = core_only("doctor", "--json", blocked=[*OPTIONAL, "numpy"])
+    assert found.returncode == 0
+    packages = {package["name"]: package["version"] for package in json.loads(found.stdout)["packages"]}
+    assert packages["numpy"] is None and packages["torch"]
+    done = core_only("normalize", "a", "b", "--json", blocked=["numpy"])
+    assert done.returncode == 1 and "No module named 'numpy'; see ernet-fast doctor" in done.stderr
+    assert "not available: No module named 'numpy'" in core_only("--help", blocked=["numpy"]).stdout
 
 
 def test_without_the_compiled_operators():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ernet_fast
-from ernet_fast import cli
+from ernet_fast.cli import doctor
 from ernet_fast.cli.failures import describe, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_every_error_becomes_a_message_and_a_code(call, monkeypatch, error, code
     def fail():
         raise error
 
-    monkeypatch.setattr(cli.doctor, "diagnose", fail)
+    monkeypatch.setattr(doctor, "diagnose", fail)
     called = call("doctor")
     assert called.code == code == exit_code(error) and called.err.splitlines() == lines
 
@@ -89,7 +89,7 @@ def test_interrupt_exits_1(call, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.doctor, "diagnose", interrupt)
+    monkeypatch.setattr(doctor, "diagnose", interrupt)
     called = call("doctor")
     assert called.code == 1 and called.err == "ernet-fast: interrupted\n"
 

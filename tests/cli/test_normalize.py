@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ernet_fast.cli import normalize_files
+from ernet_fast.cli.normalize_record import NAME as RECORD
 from ernet_fast.data import read_image
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.stain import MacenkoNormalizer
@@ -43,7 +44,7 @@ def test_folder(call, images, tmp_path):
     before = digests(images)
     called = call("normalize", images, tmp_path / "out")
     assert called.code == 0 and "3 normalised; written to" in called.out
-    assert sorted(digests(tmp_path / "out")) == sorted(before), "the structure is kept and nothing else is left"
+    assert sorted(digests(tmp_path / "out")) == sorted([*before, RECORD]), "the structure is kept and nothing else left"
     assert digests(images) == before
     expected = MacenkoNormalizer(layout="CHW")(read_image(images / "deep" / "c.png"))
     assert torch.equal(read_image(tmp_path / "out" / "deep" / "c.png"), expected)
@@ -75,11 +76,12 @@ def test_default_target_is_the_published_one():
 
 def test_existing_outputs_are_kept_unless_told(call, images, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
+    assert call("normalize", images, out).code == 0
     (out / "a.png").write_bytes(b"precious")
+    (out / "deep" / "c.png").unlink()
     called = call("normalize", images, out)
     assert called.code == 0 and (out / "a.png").read_bytes() == b"precious"
-    assert "skipped" in called.out and "--overwrite" in called.out and "2 normalised, 1 skipped" in called.out
+    assert "skipped" in called.out and "--overwrite" in called.out and "1 normalised, 2 skipped" in called.out
     assert call("normalize", images, out, "--overwrite").code == 0
     assert read_image(out / "a.png").shape == (3, 48, 40)
 
@@ -114,7 +116,7 @@ def test_background_tiles(call, images, tmp_path, policy, code, status):
 
 
 def test_other_pictures_are_listed_and_other_files_ignored(call, images, tmp_path):
-    (images / "slide.tif").write_bytes(b"II*\0")
+    (images / "slide.svs").write_bytes(b"II*\0")
     (tmp_path / "elsewhere").mkdir()
     (images / "link").symlink_to(tmp_path / "elsewhere")
     (images / "notes.txt").write_text("hello")
@@ -122,7 +124,7 @@ def test_other_pictures_are_listed_and_other_files_ignored(call, images, tmp_pat
     called = call("normalize", images, tmp_path / "out", "--json")
     assert called.code == 0 and called.json["counts"] == {"normalised": 3, "skipped": 2}
     reasons = {Path(e["input"]).name: e["reason"] for e in called.json["files"] if e["status"] == "skipped"}
-    assert "only PNG and JPEG" in reasons["slide.tif"] and "link to a folder" in reasons["link"]
+    assert "only PNG, JPEG or TIFF" in reasons["slide.svs"] and "link to a folder" in reasons["link"]
 
 
 def test_png_format(call, images, tmp_path):
@@ -183,7 +185,7 @@ def test_output_that_is_a_file(call, images, tmp_path):
 def test_no_images(call, tmp_path):
     (tmp_path / "in").mkdir()
     called = call("normalize", tmp_path / "in", tmp_path / "out")
-    assert called.code == 2 and "no PNG or JPEG image" in called.err
+    assert called.code == 2 and "no PNG, JPEG or TIFF image" in called.err
 
 
 @pytest.mark.parametrize("options", [["--beta", "-1"], ["--Io", "0"], ["--alpha", "50"], ["--workers", "0"]])
@@ -220,4 +222,4 @@ def test_a_full_disk_leaves_no_half_file(call, images, tmp_path, monkeypatch):
     monkeypatch.setattr(normalize_files, "require", require)
     called = call("normalize", images, tmp_path / "out")
     assert called.code == 1 and "No space left on device" in called.err
-    assert digests(tmp_path / "out") == {}
+    assert "stopped after 0 of 3 files" in called.err and list(digests(tmp_path / "out")) == [RECORD]

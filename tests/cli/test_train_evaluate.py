@@ -8,7 +8,8 @@ import json
 import pytest
 
 from ernet_fast.cli import train as train_command
-from ernet_fast.train import TrainConfig
+from ernet_fast.data import parse_name
+from ernet_fast.train import TrainConfig, load_checkpoint
 
 TINY = ["--base-channels", 8, "--image-size", 32, "--batch-size", 8, "--device", "cpu", "--seed", 0]
 
@@ -43,15 +44,50 @@ def test_quiet_is_quiet(call, tiny_breakhis, tmp_path):
     assert called.code == 0 and called.err == ""
 
 
-def test_interrupted_training_says_how_to_go_on(call, tiny_breakhis, tmp_path, monkeypatch):
-    def interrupt(config, **options):
-        config.folder.mkdir(parents=True)
-        (config.folder / "last.pt").write_bytes(b"")
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device", "x"), "No space left on device: x")],
+)
+def test_interrupted_training_says_how_far_it_came(call, tiny_breakhis, tmp_path, monkeypatch, stop, message):
+    real = train_command.fit
+
+    def interrupt(config, *, stop_after, **options):
+        real(config, stop_after=1, **options)
+        raise stop
 
     monkeypatch.setattr(train_command, "fit", interrupt)
-    called = call("train", "--data", tiny_breakhis, "--out", tmp_path / "run", *TINY)
-    assert called.code == 1 and "--resume goes on" in called.err and "Traceback" not in called.err
+    called = call("train", "--data", tiny_breakhis, "--out", tmp_path / "run", "--epochs", 3, *TINY)
+    assert called.code == 1 and "stopped with 1 of 3 epochs complete" in called.err and "Traceback" not in called.err
+    assert f"--out {tmp_path / 'run'} --resume" in called.err and message in called.err
+
+
+def test_the_header_says_what_is_trained_on_what(call, tiny_breakhis, tmp_path):
+    out = tmp_path / "run"
+    first = call("train", "--data", tiny_breakhis, "--out", out, "--epochs", 2, "--stop-after", 1, *TINY)
+    state = load_checkpoint(out / "last.pt")
+    patients = {
+        name: len({parse_name(f"{i}.png").patient for i in state[f"{name}_images"]}) for name in ("train", "val")
+    }
+    for expected in (
+        f"{tiny_breakhis}: training {len(state['train_images'])} images of {patients['train']} patients",
+        f"validation {len(state['val_images'])} images of {patients['val']} patients",
+        " test patients", "32x32 pixels, stains of SOB_", "classes benign, malignant", "er_resnet18, 0.",
+        "CPU, 1 threads, 32-true; 2 epochs of ",
+    ):  # fmt: skip
+        assert expected in first.err, expected
+    assert first.err.index("er_resnet18") < first.err.index("epoch 1/2")
+    assert "resumed after epoch 1" in call("train", "--out", out, "--resume").err
+
+
+def test_the_folder_of_a_run_is_evaluated_by_its_best_checkpoint(call, trained):
+    found = call("evaluate", trained.folder, "--json").json
+    assert found == call("evaluate", trained.best_checkpoint, "--json").json
+    assert found["checkpoint"] == str(trained.best_checkpoint)
+
+
+def test_a_json_file_is_no_checkpoint(call, trained):
+    called = call("evaluate", trained.folder / "history.json")
+    assert called.code == 2 and "no checkpoint" in called.err and "weights_only" not in called.err
 
 
 def test_every_setting_is_an_option(call):

@@ -226,7 +226,7 @@ def test_split_file_that_does_not_fit_the_folder(make_tree, tmp_path: Path) -> N
     path = write_split_csv(tmp_path / "split.csv", make_splits(everything[1:]))
     gone = everything[7].path
     gone.unlink()
-    with pytest.raises(ValueError, match=r"2 image\(s\) differ between folder and split file") as caught:
+    with pytest.raises(ValueError, match=r"2 image\(s\) differ between .* and .*") as caught:
         BreakHis(root, split_file=path)
     assert f"{everything[0].path}: not listed" in str(caught.value) and f"{gone}: listed" in str(caught.value)
     dataset = BreakHis(root, "all", split_file=path, on_error="skip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from ernet_fast.data import ImageReadError, read_image
+from ernet_fast.data import ImageReadError, image_io, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
 
@@ -66,6 +67,24 @@ def png_16_bit_rgb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def tiff_16_bit_rgb() -> bytes:
+    """One strip of 2x1 pixels, little-endian; Pillow reads it as 8-bit RGB without a word."""
+    entries = [(256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 3, 122), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 128),
+               (277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 12)]  # fmt: skip
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return (
+        (b"II*\0" + struct.pack("<I", 8) + directory + bytes(4)).ljust(122, b"\0")
+        + struct.pack("<3H", 16, 16, 16)
+        + bytes(range(12))
+    )
+
+
+def tiff_of_two() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "TIFF", save_all=True, append_images=[Image.fromarray(RGB[:8, :8])])
+    return buffer.getvalue()
+
+
 def lossy_files() -> dict[str, tuple[bytes, str]]:
     clear = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
     clear[3, 4, 3] = 254
@@ -78,8 +97,13 @@ def lossy_files() -> dict[str, tuple[bytes, str]]:
         "16-bit grey": (encoded(RGB[..., 0].astype(np.uint16) * 257, "PNG"), "16 bits"),
         "16-bit rgb": (png_16_bit_rgb(), "16 bits"),
         "cmyk": (cmyk.getvalue(), "'CMYK'"),
-        "tiff": (encoded(RGB, "TIFF"), "not a PNG or JPEG"),
-        "text": (b"<html>404 not found</html>", "not a PNG or JPEG"),
+        "16-bit tiff": (encoded(RGB[..., 0].astype(np.uint16) * 257, "TIFF"), "16 or more bits"),
+        "16-bit rgb tiff": (tiff_16_bit_rgb(), "16 or more bits"),
+        "float tiff": (encoded(RGB[..., 0].astype(np.float32), "TIFF"), "16 or more bits"),
+        "cmyk tiff": (encoded(np.dstack([RGB, RGB[..., 0]]), "TIFF", "CMYK"), "'CMYK'"),
+        "tiff of two images": (tiff_of_two(), "2 images"),
+        "bmp": (encoded(RGB, "BMP"), "not a PNG, JPEG or TIFF"),
+        "text": (b"<html>404 not found</html>", "not a PNG, JPEG or TIFF"),
         "empty": (b"", "empty"),
     }
 
@@ -120,6 +144,74 @@ def test_any_flipped_bit_of_a_png_is_found(tmp_path: Path) -> None:
         with pytest.raises(ImageReadError):
             read_image(written(tmp_path, bytes(data)))
         data[position] ^= 4
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_deflate", "packbits"])
+@pytest.mark.parametrize("kind", ["rgb", "grey", "palette", "bilevel"])
+def test_8_bit_tiff_is_read_exactly(tmp_path: Path, compression: str, kind: str) -> None:
+    image = Image.fromarray(RGB)
+    if kind != "rgb":
+        image = image.convert({"grey": "L", "palette": "P", "bilevel": "1"}[kind])
+    image.save(tmp_path / "a.tif", compression=compression)
+    found = read_image(tmp_path / "a.tif").permute(1, 2, 0).numpy()
+    assert np.array_equal(found, np.array(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("tolerant", [False, True], ids=["pillow strict", "pillow fills gaps"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_a_truncated_tiff_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str, tolerant: bool
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "TIFF", compression=compression)
+    data = buffer.getvalue()
+    read_image(written(tmp_path, data))
+    for length in [*range(4, 40), *range(40, len(data), 151), len(data) - 1]:
+        with pytest.raises(ImageReadError):
+            read_image(written(tmp_path, data[:length]))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(RGB, kind, exif=exif)
+    upright = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 6: lambda x: np.rot90(x, -1),
+               5: lambda x: np.swapaxes(x, 0, 1),
+               7: lambda x: np.rot90(np.swapaxes(x, 0, 1), 2), 8: np.rot90}  # fmt: skip
+    stored = np.array(Image.open(io.BytesIO(encoded(RGB, kind))))
+    found = read_image(written(tmp_path, data)).permute(1, 2, 0).numpy()
+    assert np.array_equal(found, upright[orientation](stored))
+
+
+def test_more_pixels_than_pillow_allows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(written(tmp_path, encoded(RGB, "PNG"))).shape == (3, 31, 45)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_a_decompression_bomb_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(image_io, "MAX_PIXELS", 31 * 45 - 1)
+    with pytest.raises(ImageReadError, match=r"45x31 pixels, more than 1394 \(a decompression bomb\?\).*MAX_PIXELS"):
+        read_image(written(tmp_path, encoded(RGB, kind)))
+    monkeypatch.setattr(image_io, "MAX_PIXELS", 31 * 45)
+    read_image(written(tmp_path, encoded(RGB, kind)))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(ImageReadError, match=r"fifo\.png: a FIFO"):
+        read_image(tmp_path / "fifo.png")
+    with pytest.raises(ImageReadError, match="a folder"):
+        read_image(tmp_path)
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(ImageReadError, match="links"):
+        read_image(tmp_path / "loop.png")
 
 
 def test_missing_file_and_pickled_error(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_scan_lists_what_it_cannot_use(make_tree) -> None:
     tree = make_tree(patients=2, images=1, magnifications=(40,)) / "histology_slides"
     good = image_path(tree, "A", "14-0", 40, "001")
     content = good.read_bytes()
-    odd_name, other_format = good.with_name("copy of 001.png"), good.with_name("scan.tif")
+    odd_name, other_format = good.with_name("copy of 001.png"), good.with_name("scan.bmp")
     wrong_magnification = image_path(tree, "A", "14-0", 40, "005").with_name("SOB_B_A-14-0-100-005.png")
     wrong_class = (
         tree / "breast" / "malignant" / "SOB" / "adenosis" / "SOB_B_A_14-0" / "40X" / "SOB_B_A-14-0-40-006.png"
@@ -109,11 +109,24 @@ def test_scan_lists_what_it_cannot_use(make_tree) -> None:
     ]
     reasons = {problem.path.relative_to(tree).name: problem.reason for problem in problems}
     assert "does not parse" in reasons["copy of 001.png"]
-    assert "'.tif' is not supported" in reasons["scan.tif"]
+    assert "'.bmp' is not supported" in reasons["scan.bmp"]
     assert "disagree" in reasons[wrong_magnification.name] and "40X" in reasons[wrong_magnification.name]
     assert "disagree" in reasons[wrong_class.name] and "malignant" in reasons[wrong_class.name]
     assert "occurs as" in reasons["SOB_B_F-14-1-40-001.png"] and "occurs as" in reasons["SOB_B_F-14-1-40-001.JPG"]
     assert len(problems) == 6
+
+
+def test_resource_forks_of_an_archive_from_a_mac_are_ignored(make_tree, tmp_path: Path) -> None:
+    root = make_tree(patients=2, images=1, magnifications=(40,))
+    expected = scan_tree(find_tree(root))
+    for path in list(root.rglob("*.png")):
+        fork = tmp_path / "__MACOSX" / path.relative_to(tmp_path).with_name(f"._{path.name}")
+        fork.parent.mkdir(parents=True, exist_ok=True)
+        fork.write_bytes(b"\0\5\26\7")
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
+        (path.parent / "__MACOSX").mkdir(exist_ok=True)
+        (path.parent / "__MACOSX" / path.name).write_bytes(b"\0\5\26\7")
+    assert scan_tree(find_tree(tmp_path)) == expected and len(expected[0]) > 0
 
 
 def test_real_names_all_parse(mini: Path) -> None:

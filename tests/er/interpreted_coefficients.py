@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from er_cases import new_table
 from map_gradient_cases import Stage
 from test_coefficients import NORMS, assert_close, vectors
 
-from ernet_fast.er.epilogue_arguments import BranchNorm
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 from ernet_fast.er.triton import coefficient_launch as launch
 
 COUNT, NORM_EPS, EPS = 30, 1e-2, 1e-3
@@ -52,7 +51,7 @@ def backward(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
 def test_coefficients_of_a_stage(channels, dtype, kept_in, norm, use_running):
     blocks = vectors(channels, 4, norm, dtype)
     doubles = dtype == torch.float64
-    table = new_table(torch.empty(1, channels, 1, 1, dtype=dtype), 4).zero_()
+    table = torch.zeros(4, TABLE_ROWS, channels, dtype=torch.float64)
     count = torch.tensor([float(COUNT)], dtype=torch.float64) if use_running else None
     for index, v in enumerate(blocks):
         v |= {name: v[name].to(kept_in or dtype) for name in ("norm_mean", "norm_var", "running_mean", "running_var")}
@@ -153,7 +152,7 @@ def test_no_channels():
 
 
 def test_operators_name_what_is_wrong():
-    table = new_table(torch.empty(1, 3, 1, 1), 2)
+    table = torch.empty(2, TABLE_ROWS, 3, dtype=torch.float64)
     ones = torch.ones(3)
     good: dict[str, Any] = {
         "table": table, "index": 0, "doubles": False, "mean": ones, "var": ones, "count": None,

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from er_cases import new_table
 from triton_launches import Launch, record
 
-from ernet_fast.er.epilogue_arguments import BranchNorm
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 from ernet_fast.er.triton import coefficient_launch, map_launch
 from ernet_fast.er.triton.coefficient_launch import BlockArguments, MapArguments
 
@@ -134,7 +133,8 @@ def algebra(
     `dtype`: of parameters and running statistics. `spread`: over processes, with cumulative averages.
     """
     x = torch.empty((1, 256, 1, 1), dtype=dtype, device="meta")
-    table, one, rows = new_table(x, num_maps), x.new_empty(256), x.new_empty(index, 256)
+    table = x.new_empty((num_maps, TABLE_ROWS, 256), dtype=torch.float64)
+    one, rows = x.new_empty(256), x.new_empty(index, 256)
     norm, number = (
         (BranchNorm.RUNNING if running else BranchNorm.BATCH),
         torch.empty((), dtype=torch.int64, device="meta"),

@@ -7,13 +7,14 @@ import itertools
 
 import pytest
 import torch
-from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, new_table, relative_error, tolerance
-from test_coefficients import assert_close, backward, forward, vectors
+from er_cases import DTYPES, LAYOUTS, SHAPES, maps_like, relative_error, tolerance
+from map_gradient_cases import Stage
+from test_coefficients import assert_close, forward, vectors
 
 import ernet_fast
 from ernet_fast import reference
 from ernet_fast.er import operators
-from ernet_fast.er.epilogue_arguments import BranchNorm
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 
 pytestmark = pytest.mark.gpu
 CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))
@@ -21,9 +22,9 @@ CASES = list(itertools.product(SHAPES, DTYPES, LAYOUTS, [False, True]))
 
 @pytest.fixture(autouse=True)
 def triton_operators():
-    if not operators.serves(torch.empty(1, device="cuda")):
+    if not operators.supports_device(torch.empty(1, device="cuda")):
         pytest.fail("a CUDA device is present, but the Triton operators are not registered (is triton installed?)")
-    if not operators.serves(torch.empty(1)):
+    if not operators.supports_device(torch.empty(1)):
         pytest.fail("the CPU path, which these tests compare with, is not built (python3 dev.py build)")
 
 
@@ -70,6 +71,26 @@ def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
         assert torch.equal(found[2].cpu().double(), g)
 
 
+@pytest.mark.parametrize("num_later", [0, 1, 8, 19])
+@pytest.mark.parametrize(("shape", "dtype", "layout"), list(itertools.product(SHAPES, DTYPES, LAYOUTS)))
+def test_map_dots(shape, dtype, layout, num_later):
+    """With and without a gradient and a ReLU of its own, against the CPU in float64."""
+    z, dy, y, *later = maps_like(shape, num_later + 3, dtype, layout)
+    y = y.relu()
+    y[0, 0, 0, 0] = float("nan")
+    bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
+    for own in ((dy, y), (dy, None), (None, None)):
+        exact = [None if t is None else t.double() for t in (z, *own, *later)]
+        sums, g = operators.map_dots(*exact[:3], exact[3:])
+        sizes = [None if t is None else t.abs() for t in exact]
+        scale, _ = operators.map_dots(sizes[0], sizes[1], None, sizes[3:])
+        found, found_g = operators.map_dots(*on_gpu(z, *own), on_gpu(*later))
+        assert found.is_cuda and found.dtype == operators.acc_dtype(z) and found.shape == sums.shape
+        assert torch.equal(found_g.cpu().double(), g)
+        for row, wanted, size in zip(found.cpu().double(), sums, scale, strict=True):
+            assert float((row - wanted).norm()) <= bound * float(size.norm())
+
+
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
 def test_channel_moments(shape, dtype, layout, per_sample):
     (x,) = maps_like(shape, 1, dtype, layout)
@@ -106,26 +127,37 @@ def test_halves_are_kept_and_rounded_to_nearest_even(dtype):
 @pytest.mark.parametrize("use_running", [False, True])
 @pytest.mark.parametrize("norm", list(BranchNorm))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_algebra_on_channel_vectors(dtype, norm, use_running):
-    """Both operators on the device against those of the CPU, with everything that they change."""
+def test_block_coefficients(dtype, norm, use_running):
+    """On the device against those of the CPU, with the table that they write."""
     results = []
     for device in ("cpu", "cuda"):
         blocks = [
             {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in block.items()}
             for block in vectors(300, 4, norm, dtype)
         ]
-        table = new_table(torch.empty(1, 300, 1, 1, dtype=dtype, device=device), 4)
-        readers = [forward(table, index, v, use_running)[0] for index, v in enumerate(blocks)][1:]
-        totals = new_totals(table)
-        gradients = [
-            t
-            for index in (3, 2, 1)
-            for t in backward(table, totals, index, blocks[index], use_running, readers=readers[index - 1 :])
-        ]
-        results.append([table, *readers, totals, *gradients])
+        table = torch.empty(4, TABLE_ROWS, 300, dtype=torch.float64, device=device)
+        results.append([t for index, v in enumerate(blocks) for t in forward(table, index, v, use_running)] + [table])
     for found, wanted in zip(results[1], results[0], strict=True):
         assert found.is_cuda and found.dtype == wanted.dtype
         assert_close(found.cpu(), wanted, dtype)
+
+
+@pytest.mark.parametrize("num_blocks", [3, 19])
+@pytest.mark.parametrize("norm", list(BranchNorm))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_map_coefficients_backward(dtype, norm, num_blocks):
+    """Against autograd in float64; every third block with running statistics, every fifth without a gradient."""
+    running, reached = zip(*((k % 3 == 0, k % 5 != 1) for k in range(num_blocks)), strict=True)
+    stage = Stage(300, norm, dtype, running, reached)
+    operator = torch.ops.ernet.map_coefficients_backward.default
+    for index in reversed(range(num_blocks + 1)):
+        arguments = {
+            name: on_gpu(*v) if isinstance(v, list) else v.cuda() if isinstance(v, torch.Tensor) else v
+            for name, v in stage.arguments(index, pass_on=index == 0).items()
+        }
+        results = operator(*arguments.values())
+        assert all(t.is_cuda for t in results)
+        stage.check(arguments, results)
 
 
 def test_not_a_number_and_infinity():
@@ -144,6 +176,8 @@ def test_empty_maps(shape):
     assert operators.weighted_sum([x, x], torch.ones(2, shape[1], device="cuda")).shape == shape
     da, db, _ = operators.weighted_dot(x, [x], None)
     assert not bool(da.any()) and not bool(db.any())
+    sums, g = operators.map_dots(x, x, x, [x])
+    assert sums.shape == (3, shape[1]) and not bool(sums.any()) and g.shape == shape
     mean, var = operators.channel_moments(x)
     assert mean.shape == var.shape == (shape[1],) and bool(var.isnan().all())
 
@@ -156,6 +190,7 @@ def everything(maps, a):
         operators.weighted_sum(rest, a, None, True),
         *operators.weighted_dot(dy, rest, y),
         *operators.weighted_dot(dy, rest, y, True),
+        *operators.map_dots(dy, rest[0], y, rest[1:]),
     ]
 
 
@@ -266,6 +301,10 @@ def test_more_than_2_to_31_elements(layout):
     torch.testing.assert_close(db.double(), positive * (count - 1) + 100, rtol=1e-5, atol=0)
     torch.testing.assert_close(da[0].double(), positive.square() * (count - 1) + 1e4, rtol=1e-5, atol=0)
     assert torch.equal(g[-1, :, -1, -2], value.clamp_min(0).bfloat16()) and bool((g[-1, :, -1, -1] == 100).all())
+    del g
+    sums, g = operators.map_dots(x, x, x, [])
+    torch.testing.assert_close(sums, torch.stack([da[0], db]), rtol=1e-6, atol=0)
+    assert torch.equal(g[-1, :, -1, -2], value.clamp_min(0).bfloat16()) and bool((g[-1, :, -1, -1] == 100).all())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -314,6 +353,10 @@ def test_opcheck():
     torch.library.opcheck(ops.weighted_sum.default, (maps, a, b, True))
     torch.library.opcheck(ops.weighted_dot.default, (dy, maps, maps[0].detach(), False))
     torch.library.opcheck(ops.weighted_dot.default, (dy, maps, None, True))
+    z, dy, *maps = (x.detach() for x in (maps[0], dy, *maps))
+    checks = ("test_schema", "test_faketensor")  # it has no autograd of its own
+    torch.library.opcheck(ops.map_dots.default, (z, dy, z, maps), test_utils=checks)
+    torch.library.opcheck(ops.map_dots.default, (z, None, None, maps), test_utils=checks)
 
 
 def test_devices_that_differ_are_named():

@@ -18,8 +18,9 @@ NAMES = (
     "channel_moments",
     "weighted_sum",
     "weighted_dot",
+    "map_dots",
     "block_coefficients",
-    "block_coefficients_backward",
+    "map_coefficients_backward",
 )
 
 WITH_CUDA = """
@@ -35,7 +36,7 @@ for name in NAMES:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CPU") is not DISABLED, name
 class OnCuda:
     device = torch.device("cuda")
-assert operators.serves(OnCuda()) and operators.serves(torch.ones(1)) is not DISABLED
+assert operators.supports_device(OnCuda()) and operators.supports_device(torch.ones(1)) is not DISABLED
 x = torch.empty(2, 3, 4, 5, device="meta", requires_grad=True)
 a = torch.empty(2, 3, device="meta", requires_grad=True)
 y = operators.weighted_sum([x, x], a, None, True)
@@ -59,7 +60,7 @@ for name in NAMES:
                 and torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA")), name
 class OnCuda:
     device = torch.device("cuda")
-assert not operators.serves(OnCuda())
+assert not operators.supports_device(OnCuda())
 print("as expected")
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from ernet_fast.console import atomic_file
-from ernet_fast.console.atomic_file import atomic_write, write_text
+from ernet_fast.console.atomic_file import atomic_write, remove_abandoned, write_text
+from ernet_fast.train import checkpoint
 from ernet_fast.train.checkpoint import (
     FORMAT,
     generator_state,
     load_checkpoint,
+    load_network,
     restore_generators,
     save_checkpoint,
 )
@@ -22,8 +25,9 @@ COMPLETE = {
     "format": FORMAT, "version": "0", "model": {"w": torch.arange(3.0)}, "optimizer": {}, "schedule": {},
     "precision": {},
     "epoch": 1, "step": 2, "history": [], "best": {}, "rng": generator_state(), "config": {}, "classes": ["a"],
-    "train_images": [], "stain": None,
+    "split": {"num_folds": 2, "fold_of": {}}, "train_images": [], "val_images": [], "stain": None,
 }  # fmt: skip
+TARGET = {"HERef": torch.rand(3, 2, dtype=torch.float64), "maxCRef": torch.rand(2, dtype=torch.float64)}
 
 
 def test_round_trip(tmp_path):
@@ -118,6 +122,137 @@ def test_foreign_and_newer_files_are_refused(tmp_path):
         load_checkpoint(tmp_path / "part.pt")
     with pytest.raises(ValueError, match="lacks rng"):
         save_checkpoint(tmp_path / "b.pt", {key: COMPLETE[key] for key in COMPLETE if key != "rng"})
+
+
+def plain(state):
+    """The same structure with lists in place of tensors."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, torch.Tensor) else state
+
+
+def test_no_flipped_bit_loads_another_state(tmp_path):
+    """Every byte of the file, one bit each: an error, or (bytes that hold no content) the same state."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {**COMPLETE, "rng": {}, "stain": {"method": "macenko", "normalizer": TARGET}})
+    data, refused = path.read_bytes(), 0
+    expected = plain(load_checkpoint(path))
+    for position in range(0, len(data), 3):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        try:
+            found = load_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error) and len(str(error).splitlines()) == 1
+            refused += 1
+        else:
+            assert plain(found) == expected, position
+    assert refused > 0.2 * len(data) / 3, "most bytes of so small a file are padding, but not all"
+
+
+def test_checksums_are_written_whatever_torch_is_told(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_checkpoint(tmp_path / "a.pt", COMPLETE)
+        assert torch.serialization.get_crc32_options() is False
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(tmp_path / "a.pt")["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("config", [], "settings by name"),
+        ("config", None, "settings by name"),
+        ("model", {"w": 1.0}, "tensors by name"),
+        ("epoch", -1, "a number of epochs"),
+        ("history", {}, "a list of records"),
+        ("classes", "ab", "a list of names"),
+        ("split", None, "a split"),
+        ("train_images", [1], "a list of names"),
+        ("stain", [], "None or a target"),
+        ("stain", {"normalizer": {**TARGET, "HERef": torch.rand(2, 3)}}, "None or a target"),
+        ("stain", {"normalizer": {**TARGET, "maxCRef": torch.tensor([1.0, float("nan")])}}, "None or a target"),
+        ("stain", {"normalizer": {"HERef": TARGET["HERef"]}}, "None or a target"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path, field, value, expected):
+    save_checkpoint(tmp_path / "a.pt", {**COMPLETE, field: value})
+    with pytest.raises(ValueError, match=rf"a\.pt: its '{field}' is .*; expected {expected}") as caught:
+        load_checkpoint(tmp_path / "a.pt")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_torchs_advice_to_load_unsafely_is_not_passed_on(tmp_path):
+    (tmp_path / "a.json").write_text('{"epoch": 1}')
+    torch.save({**COMPLETE, "model": _Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"format": FORMAT}))
+    for name in ("a.json", "evil.pt", "pickle.pt"):
+        with pytest.raises(ValueError, match="no checkpoint or is damaged") as caught:
+            load_checkpoint(tmp_path / name)
+        assert "weights_only" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_another_network_is_one_sentence(tmp_path):
+    network = torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match=r"a\.pt: its 'model' does not fit: weight is \[3, 5\].*\[3, 2\]\.") as caught:
+        load_network(network, {"model": torch.nn.Linear(5, 3).state_dict()}, tmp_path / "a.pt")
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=r"bias is missing \(and 1 more difference"):
+        load_network(network, {"model": {"weight": torch.zeros(3, 2), "x": torch.zeros(1)}}, "a.pt")
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 100_000])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, room):
+    class Full:
+        def __init__(self, file):
+            self.file, self.room = file, room
+
+        def write(self, data):
+            self.room -= len(bytes(data))
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    real = checkpoint._save
+    monkeypatch.setattr(checkpoint, "_save", lambda state, file: real(state, Full(file)))
+    with pytest.raises(OSError, match="No space left on device"):
+        save_checkpoint(tmp_path / "a.pt", {**COMPLETE, "model": {"w": torch.zeros(50_000)}})
+    assert os.listdir(tmp_path) == []
+
+
+def test_temporary_files_of_killed_processes_are_removed_and_no_others(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with atomic_write(tmp_path / "a.pt") as file:
+            file.write(b"half")
+            file.flush()
+            os._exit(7)
+    os.waitpid(child, 0)
+    (tmp_path / ".mine.tmp").write_text("kept")
+    left = {name for name in os.listdir(tmp_path) if name.startswith(".a.pt")}
+    assert len(left) == 1
+    with atomic_write(tmp_path / "b.pt") as file:
+        remove_abandoned(tmp_path)
+        assert not left & set(os.listdir(tmp_path))
+        file.write(b"whole")
+    assert sorted(os.listdir(tmp_path)) == [".mine.tmp", "b.pt"] and (tmp_path / "b.pt").read_bytes() == b"whole"
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    for name in ("a" * 255, "\u00e9" * 127):
+        write_text(tmp_path / name, "text")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_names_that_are_not_utf8_are_written_as_they_are(tmp_path):
+    write_text(tmp_path / "a.csv", os.fsdecode(b"caf\xe9.png"))
+    assert (tmp_path / "a.csv").read_bytes() == b"caf\xe9.png"
 
 
 def test_generators_are_restored():

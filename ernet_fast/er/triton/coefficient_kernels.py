@@ -4,7 +4,7 @@
     map_coefficients_backward_kernel   inner products -> gradients of weights, gamma, beta; coefficients of dz
 
 A program serves COLS channels. Everything is computed in float64, which costs nothing beside a launch. What the rows of
-the table hold is written in `coefficients`; the formulas are in docs/er-shortcuts.md.
+the table hold is written in `epilogue_arguments`; the formulas are in docs/er-shortcuts.md.
 """
 
 # Triton has no starred tuples, and its tuples grow in loops that it unrolls.

@@ -32,7 +32,7 @@ def kernels() -> ModuleType:
 
 
 class BlockArguments(NamedTuple):
-    """The arguments of `ernet::block_coefficients`, which `coefficients` describes."""
+    """The arguments of `ernet::block_coefficients`, which `epilogue_arguments` describes in part."""
 
     table: Tensor
     index: int
