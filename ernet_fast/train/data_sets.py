@@ -72,8 +72,7 @@ def open_run_data(config: TrainConfig, stain_state: dict[str, Any] | None = None
 def _choose_stain(config: TrainConfig, train: list[Sample]) -> StainNormalization | None:
     if config.stain == "none":
         return None
-    target = Path(config.stain_target) if config.stain_target is not None else most_typical(train)
-    return fit_to_image(target)
+    return most_typical(train)[1] if config.stain_target is None else fit_to_image(config.stain_target)
 
 
 def report_skipped(skipped: tuple[Skipped, ...], folder: Path, reporter: Reporter) -> None:
