@@ -190,7 +190,7 @@ def reconstruct(
     kernel = partial(_reconstructed, options=options)
     if is_differentiated(images, *stains):
         matrix = torch_backend.reconstruction_matrix(*stains)
-        out = _Transform.apply(images, matrix, None, options.Io, options.range, kernel, *stains)
+        out = _transform()(images, matrix, None, options.Io, options.range, kernel, *stains)
     elif network is not None and images.dtype not in HALF and _is_compiled_for(images):
         # half-precision images are reconstructed in float32, but rounded before they are scaled
         pixels, plain = supported(images.detach()), [part.detach() for part in stains]
@@ -219,7 +219,7 @@ def change(
         stain = stains[0]
         matrix = (stain * stains[2][:, None, :]) @ torch_backend.concentration_rows(stain)
         tint = -(stain @ stains[3][:, :, None])[:, :, 0]
-        return _Transform.apply(images, matrix, tint, options.Io, options.range, kernel, *stains)
+        return _transform()(images, matrix, tint, options.Io, options.range, kernel, *stains)
     return kernel(images.detach(), *(part.detach() for part in stains))
 
 
@@ -276,6 +276,10 @@ class _Transform(torch.autograd.Function):
             dshift = weighted.double().sum(dim=(2, 3)).sum_to_size(ctx.shift_shape)
         return (dimages, dmatrix, dshift, *[None] * ctx.others)
 
+
+class _TransformForward(_Transform):
+    """With forward-mode AD, which torch.compile does not trace."""
+
     @staticmethod
     def jvp(ctx: Any, dimages: Any, dmatrix: Any, dshift: Any, *others: Any) -> torch.Tensor:
         images, matrix, out = ctx.saved_tensors
@@ -291,6 +295,10 @@ class _Transform(torch.autograd.Function):
         if dshift is not None:
             exponent = exponent + dshift.to(work)[:, :, None, None]
         return (out.to(work) * exponent).masked_fill(out >= ctx.range, 0).to(images.dtype)
+
+
+def _transform() -> Callable[..., torch.Tensor]:
+    return _Transform.apply if torch.compiler.is_compiling() else _TransformForward.apply
 
 
 def normalize(
