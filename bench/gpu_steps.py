@@ -155,9 +155,10 @@ torch.testing.assert_close(mean, x.mean((0, 2, 3)))
 torch.testing.assert_close(var, x.var((0, 2, 3), correction=0))
 if torch.cuda.is_available():
     image = torch.randint(0, 255, (2, 3, 61, 67), dtype=torch.uint8)
-    cpu = torch.ops.ernet.macenko_moments(image, 240.0, 0.15)
-    gpu = torch.ops.ernet.macenko_moments(image.cuda(), 240.0, 0.15)
-    torch.testing.assert_close(gpu.cpu(), cpu)
+    cpu = torch.ops.ernet.macenko_fit(image, 240.0, 1.0, 0.15, False)
+    gpu = torch.ops.ernet.macenko_fit(image.cuda(), 240.0, 1.0, 0.15, False)
+    for found, expected in zip(gpu, cpu):
+        torch.testing.assert_close(found.cpu(), expected)
 print("loaded and correct under torch", torch.__version__)
 """
 

@@ -257,7 +257,7 @@ def test_a_check_needs_none_of_the_others():
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from agreement_gpu import CHECKS; CHECKS[sys.argv[2]][0]('cpu')"
     )
-    for name in ("macenko_moments", "channel_moments"):
+    for name in ("macenko_fits", "channel_moments"):
         done = subprocess.run(
             [sys.executable, "-c", program, str(BENCH), name], cwd=BENCH.parent, env=environment_of(BENCH.parent),
             capture_output=True, text=True, check=False,
