@@ -16,6 +16,7 @@ from ernet_fast.models import (
     er_resnet50,
     er_resnet101,
     er_resnet152,
+    explain,
     fold_for_inference,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "er_resnet101",
     "er_resnet152",
     "er_shortcut_sum",
+    "explain",
     "fold_for_inference",
 ]
 

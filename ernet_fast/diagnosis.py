@@ -45,8 +45,9 @@ _PURPOSES = {
     "weighted_sum": "ER shortcuts: forward and backward",
     "weighted_dot": "ER shortcuts: gradients of the weights",
     "block_coefficients": "ER shortcuts: coefficients of a block's weighted sum",
-    "block_coefficients_backward": "ER shortcuts: their gradients",
-    "er_block": "ER shortcuts: the tail of a block",
+    "map_dots": "ER shortcuts: inner products of a map with all gradients of sums that read it",
+    "map_coefficients_backward": "ER shortcuts: gradients of weights, gamma and beta from them",
+    "er_block": "ER shortcuts: the epilogue of a block",
     "er_block_backward": "ER shortcuts: its gradients",
     "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
     "macenko_moments": "Macenko: covariance of the tissue",
@@ -76,6 +77,7 @@ def diagnose() -> dict[str, Any]:
         },
         "cuda": _cuda(),
         "operators": _operators(),
+        "stages": _stages(),
     }
 
 
@@ -177,6 +179,20 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
     if name in ("macenko_change", "macenko_augment", "macenko_separate"):
         return "C++ and PyTorch", "macenko_reconstruct between torch operations"
     return "PyTorch reference", f"no {device.upper()} kernel is compiled in"
+
+
+def _stages() -> list[dict[str, str]]:
+    """The path of an `ERStage` with plain modules on each device here, and the reason."""
+    from ernet_fast.models.stage import ERStage
+
+    rows = []
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        x = torch.zeros(1, 4, 2, 2, device=device)
+        for options in ({}, {"norm": "group", "num_groups": 2}, {"fused": False}):
+            choice = ERStage(4, 4, 2, block="basic", **options).to(device).choice(x)
+            what = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "norm='batch'"
+            rows.append({"stage": what, "device": device, "path": choice.path.value, "why": choice.reason})
+    return rows
 
 
 def _macenko_on_cuda(name: str) -> tuple[str, str]:

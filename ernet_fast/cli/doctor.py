@@ -58,3 +58,6 @@ def _print(found: dict[str, Any]) -> None:
     print()
     rows = [[o["operator"], o["device"], o["backend"], o["why"]] for o in found["operators"]]
     print(format_table(["operator", "on", "served by", "why"], rows, right_from=9))
+    print()
+    rows = [[s["stage"], s["device"], s["path"], s["why"]] for s in found["stages"]]
+    print(format_table(["ER stage", "on", "computed by", "why"], rows, right_from=9))

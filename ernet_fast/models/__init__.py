@@ -5,6 +5,7 @@ from __future__ import annotations
 from ernet_fast.models.blocks import ERBasicBlock, ERBlock, ERBlock133, ERBottleneck, ProjectionBlock
 from ernet_fast.models.convert import convert_resnet
 from ernet_fast.models.depths import er_resnet18, er_resnet34, er_resnet50, er_resnet101, er_resnet152
+from ernet_fast.models.explanation import Explanation, StageExplanation, explain
 from ernet_fast.models.flops import FlopCount, count_flops
 from ernet_fast.models.folding import fold_for_inference
 from ernet_fast.models.resnet import ERResNet
@@ -18,8 +19,10 @@ __all__ = [
     "ERBottleneck",
     "ERResNet",
     "ERStage",
+    "Explanation",
     "FlopCount",
     "ProjectionBlock",
+    "StageExplanation",
     "convert_resnet",
     "count_flops",
     "er_resnet18",
@@ -27,6 +30,7 @@ __all__ = [
     "er_resnet50",
     "er_resnet101",
     "er_resnet152",
+    "explain",
     "fold_for_inference",
     "load_torchvision_state_dict",
     "read_weights",

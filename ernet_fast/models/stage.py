@@ -187,11 +187,10 @@ class ERStage(nn.Module):
         er_blocks = self._blocks()[1:]
         if not er_blocks:
             return Choice(Path.MODULES, "the stage has no ER block")
-        weight = self._opening().last_bn.weight
-        dtype = x.dtype if weight is None else weight.dtype
+        dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        like = x.new_empty((x.shape[0], self.channels, 2, 2), dtype=dtype)
+        like = x.new_empty((x.shape[0], 1, 2, 2), dtype=dtype)  # the choice asks for nothing but its kind
         return choose(like, self._modules_of(er_blocks), fused=self.fused)
 
     def _blocks(self) -> list[Any]:

@@ -39,6 +39,17 @@ def _write(vector, place, value, inside):
 
 
 @triton.jit
+def _read_rows(rows, channels, col, inside):
+    """Rows 0 to 3 of a matrix: of the table's for a map SCALE, RSTD, CENTRE and SHIFT, or of totals."""
+    return (
+        _read(rows, col, inside),
+        _read(rows + channels, col, inside),
+        _read(rows + 2 * channels, col, inside),
+        _read(rows + 3 * channels, col, inside),
+    )
+
+
+@triton.jit
 def _inverse_sqrt(x):
     return 1.0 / tl.sqrt(x)
 
@@ -219,7 +230,6 @@ def map_coefficients_backward_kernel(
     BRANCH: tl.constexpr,
     MEASURED: tl.constexpr,
     PASS_ON: tl.constexpr,
-    FIRST: tl.constexpr,
     LAST: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -227,21 +237,17 @@ def map_coefficients_backward_kernel(
 
     The lists hold `num_later` of `all_later` later blocks, from `first_later` on; bit i of `running` says that the
     i-th of them normalised with running statistics. A launch that is not the LAST leaves its sums in totals
-    [4, channels], gradients of scale, shift, mean and variance, for the next one, which is not the FIRST.
+    [4, channels], gradients of scale, shift, mean and variance, for the next one.
     """
     channels = tl.cast(channels, tl.int64)
     col = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     inside = col < channels
     place = tl.cast(index, tl.int64) * channels + col
     own = table + tl.cast(index, tl.int64) * TABLE_ROWS * channels
-    scale = _read(own + SCALE * channels, col, inside)
+    scale, rstd, centre, shift = _read_rows(own, channels, col, inside)
     mean = _read(own + MEAN * channels, col, inside)
-    row = (scale, _read(own + SHIFT * channels, col, inside), mean, _read(own + NORM * channels, col, inside))
-    known = inside & (not FIRST)
-    dscale = _read(totals, col, known)
-    dshift = _read(totals + channels, col, known)
-    dmean = _read(totals + 2 * channels, col, known)
-    dvar = _read(totals + 3 * channels, col, known)
+    row = (scale, shift, mean, _read(own + NORM * channels, col, inside))
+    dscale, dshift, dmean, dvar = _read_rows(totals, channels, col, inside & (first_later > 0))
 
     first_row = rows + ((1 if HAS_A else 0) + tl.cast(first_later, tl.int64)) * channels
     dots = sums + tl.cast(first_later, tl.int64) * channels
@@ -278,8 +284,7 @@ def map_coefficients_backward_kernel(
             tl.store(rows + col, tl.load(a + place, mask=inside), mask=inside)
             last += channels
         if BRANCH != NO_NORM:
-            rstd = _read(own + RSTD * channels, col, inside)
-            dscale -= _read(own + CENTRE * channels, col, inside) * dshift
+            dscale -= centre * dshift
             _write(dgamma, col, dscale * rstd, inside)
             _write(dbeta, col, dshift, inside)
             if BRANCH == BATCH_NORM:

@@ -318,7 +318,6 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
             BRANCH=int(k.norm),
             MEASURED=k.measured,
             PASS_ON=k.pass_on,
-            FIRST=first == 0,
             LAST=first + _LATER_BLOCKS >= num_later,
             COLS=_COLS,
             num_warps=_WARPS,

@@ -19,7 +19,7 @@ row: with it the compiler proves that loads and stores of 16 bytes are aligned. 
 
 # Triton has no starred tuples, and its tuples grow in loops that it unrolls.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
