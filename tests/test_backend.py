@@ -36,6 +36,7 @@ CHECK_ISA = """
 import torch, ernet_fast
 from ernet_fast import _backend
 from ernet_fast.reference import er_shortcut_sum
+assert _backend.build_info() is not None, _backend.why_unavailable()
 assert _backend.build_info()["isa"] == ISA, _backend.build_info()["isa"]
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

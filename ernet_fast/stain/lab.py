@@ -13,7 +13,7 @@ TINY = 1e-12
 
 
 def linear_of_rgb(rgb: torch.Tensor) -> torch.Tensor:
-    """Light intensities of sRGB values in 0..1."""
+    """Linear intensities of sRGB values in 0..1."""
     # Powers are taken of positive values only, so that the gradient of the other branch stays finite.
     return torch.where(rgb > 0.04045, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
 
@@ -25,7 +25,7 @@ def linear_of_bytes(levels: torch.Tensor) -> torch.Tensor:
 
 
 def lab_of_linear(linear: torch.Tensor) -> torch.Tensor:
-    """L in 0..100, a, b of light intensities in 0..1."""
+    """L in 0..100, a, b of linear intensities in 0..1."""
     white = _table(WHITE)
     xyz = _mix(linear, _table(RGB_TO_XYZ) / white[:, None])
     f = torch.where(xyz > 0.008856, _power(xyz.clamp(min=TINY), 1 / 3), 7.787 * xyz + 16 / 116)

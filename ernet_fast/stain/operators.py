@@ -107,7 +107,7 @@ def _is_composed(images: torch.Tensor) -> bool:
 
 
 def is_differentiated(images: torch.Tensor, *stains: torch.Tensor) -> bool:
-    """True if somebody may want derivatives of a result: by autograd, forward-mode AD, or a transform of torch.func."""
+    """True if a derivative of the result may be taken: by autograd, forward-mode AD, or a transform of torch.func."""
     if not images.is_floating_point():
         return False
     tensors = (images, *stains)

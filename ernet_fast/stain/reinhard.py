@@ -260,7 +260,7 @@ class ReinhardNormalizer(TargetModule):
         range: the value that stands for 255 in floating-point images; 1 for images in [0, 1].
         layout: "CHW" or "HWC", needed only for shapes that fit both.
         compat: "torchstain" makes `fit` and `normalize` follow that package's own conventions: torch tensors are
-            [3, H, W], NumPy arrays [H, W, 3], integers of any width are taken, and results are uint8 of the same form.
+            [3, H, W], NumPy arrays [H, W, 3], integers of any width are taken, and results are uint8 [H, W, 3].
             `forward` is not affected.
         backend: "torch" or "numpy", torchstain's own argument, which may also come first: the same as
             compat="torchstain", whichever of the two is named.
@@ -346,8 +346,7 @@ class ReinhardNormalizer(TargetModule):
         """As `forward`, but in the form of `compat`: torchstain's name."""
         if self.compat is None:
             return self(I, source, mask)
-        (result,) = as_torchstain(I, (self._normalized(read_torchstain(I), "CHW", source, mask, False),), torch.uint8)
-        return result.permute(2, 0, 1) if isinstance(I, torch.Tensor) else result
+        return as_torchstain(I, (self._normalized(read_torchstain(I), "CHW", source, mask, False),), torch.uint8)[0]
 
     def extra_repr(self) -> str:
         """Parameters, as torch shows them."""

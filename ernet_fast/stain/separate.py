@@ -12,6 +12,7 @@ from ernet_fast.stain.collection import Collection, Part
 from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit, check_fit, published_stains
 from ernet_fast.stain.torch_backend import concentration_rows
+from ernet_fast.stain.upload import is_readable
 
 
 class Separation(NamedTuple):
@@ -129,12 +130,26 @@ def collection_of_stains(
     return haematoxylin, eosin
 
 
+LARGE_ROWS = 64.0
+"""Above it the terms of a concentration cancel too far for float32: stains of nearly one direction."""
+
+
 def _concentrations(images: torch.Tensor, stain: torch.Tensor, Io: float, range: float) -> torch.Tensor:
     """pinv(HE) OD of images [b, 3, H, W] and stains [b, 3, 2]: [b, 2, H, W]."""
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    rows = concentration_rows(stain)
+    amounts = _products(images, rows, Io, range, dtype)
+    large = rows.detach().abs().amax(dim=(1, 2)) > LARGE_ROWS
+    if dtype == torch.float32 and is_readable(large) and large.any():
+        # of each image by itself, whose bits do not depend on the others
+        amounts = torch.where(large[:, None, None, None], _products(images, rows, Io, range, torch.float64), amounts)
+    return amounts.to(dtype)
+
+
+def _products(images: torch.Tensor, rows: torch.Tensor, Io: float, range: float, dtype: torch.dtype) -> torch.Tensor:
     scale = 1.0 if images.dtype == torch.uint8 else 255 / range
     od = -((images.to(dtype) * scale + 1) / Io).log()
-    rows = concentration_rows(stain).to(dtype)[..., None, None]
+    rows = rows.to(dtype)[..., None, None]
     # Three terms written out: a matrix product may round otherwise for another number of images.
     amounts = rows[:, :, 0] * od[:, :1] + rows[:, :, 1] * od[:, 1:2] + rows[:, :, 2] * od[:, 2:]
     if images.dtype == torch.uint8:

@@ -102,7 +102,7 @@ def macenko_normalize_slide(
 
 
 class _Strips:
-    """Rows of a slide, in turn.
+    """Rows of a slide, one strip after the other.
 
     Attributes:
         layout: of the strips.

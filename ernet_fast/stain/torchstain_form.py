@@ -77,6 +77,7 @@ def _levels(image: Any) -> Any:
         return image.astype(np.uint8 if fits else np.float32)
     if image.dtype in (torch.uint8, torch.bool, *FLOAT_DTYPES) or image.is_complex() or image.numel() == 0:
         return image
+    image = image.long()  # torch finds no least uint16
     fits = is_readable(image) and 0 <= int(image.min()) and int(image.max()) <= 255
     return image.to(torch.uint8 if fits else torch.float32)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from stain_images import batch, synthetic_tissue
 
 from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, macenko_augment, macenko_fit
 from ernet_fast.stain.augment import draw_changes
+
+augment = importlib.import_module("ernet_fast.stain.augment")
 
 IMAGES = [synthetic_tissue(40, 56, seed) for seed in range(4)]
 WHITE = np.full((40, 56, 3), 255, np.uint8)
@@ -39,6 +43,25 @@ def test_equals_the_formula(amounts, dtype):
             assert difference.max() <= 1 and (difference == 0).mean() >= 0.999
         else:
             # float32: one rounding of the result
+            np.testing.assert_allclose(out, expected, rtol=1e-10 if dtype == np.float64 else 2.0**-23)
+
+
+@pytest.mark.parametrize("amounts", [(0.9, 2.0), (0.99, 4.0), (0.999999, 4.0)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_equals_the_formula_for_gains_near_zero(amounts, dtype, monkeypatch):
+    """The least gain and the largest shifts that can be drawn, and random ones."""
+    source = macenko_fit(IMAGES[0])
+    image = IMAGES[0].astype(dtype)
+    extremes = torch.tensor([[[-1.0, -1.0], [1.0, 1.0]], [[-1.0, 1.0], [-1.0, 1.0]]], dtype=torch.float64)
+    draws = [*extremes, *(torch.rand(20, 2, 2, generator=seeded(), dtype=torch.float64) * 2 - 1)]
+    for unit in draws:
+        monkeypatch.setattr(augment, "draw_changes", lambda *_, u=unit: (1 + amounts[0] * u[:1], amounts[1] * u[1:]))
+        out = macenko_augment(image, source, gain=amounts[0], shift=amounts[1])
+        gains, shifts = 1 + amounts[0] * unit[0].numpy(), amounts[1] * unit[1].numpy()
+        expected = by_formula(IMAGES[0], gains, shifts, source.stain_matrix[0].numpy())
+        if dtype == np.uint8:
+            assert np.abs(out.astype(int) - np.floor(expected)).max() <= 1
+        else:
             np.testing.assert_allclose(out, expected, rtol=1e-10 if dtype == np.float64 else 2.0**-23)
 
 

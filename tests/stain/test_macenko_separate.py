@@ -104,3 +104,35 @@ def test_gradcheck_to_the_image_and_the_stains():
     assert torch.autograd.gradcheck(
         lambda x, *stains: separate(x, with_stains(stains, x))[:3], leaves[:3], eps=1e-6, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("sine", [1e-2, 1e-3, 1e-4])
+def test_stains_of_nearly_one_direction(sine, dtype):
+    """Concentrations are large there, and what they cancel to is not lost; nearer stains are refused."""
+    h = np.array([0.6, 0.7, 0.4]) / np.linalg.norm([0.6, 0.7, 0.4])
+    across = np.cross(h, [0, 0, 1]) / np.linalg.norm(np.cross(h, [0, 0, 1]))
+
+    def source_of(angle):
+        stain = np.stack([h, h * np.cos(angle) + across * np.sin(angle)], axis=1)
+        maximum = torch.full((1, 2), 2.0, dtype=torch.float64)
+        return MacenkoFit(torch.from_numpy(stain)[None], maximum, torch.zeros(1, dtype=torch.int32))
+
+    source, image = source_of(sine), IMAGES[0].astype(dtype)
+    found = separate(image, source)
+    expected = concentrations_by_formula(IMAGES[0], source.stain_matrix[0].numpy())
+    # The logarithms' rounding in float64 times the rows, and one rounding of the result.
+    np.testing.assert_allclose(found.concentrations, expected, rtol=2.0**-23, atol=1e-13 / sine)
+    together = separate(
+        batch(image, image), MacenkoFit(*(torch.cat([a, b]) for a, b in zip(source, TARGET, strict=True)))
+    )
+    assert torch.equal(together.concentrations[0].permute(1, 2, 0), torch.from_numpy(found.concentrations))
+    for k, stained in enumerate((found.haematoxylin, found.eosin)):
+        exponents = -expected[..., k, None] * source.stain_matrix[0, :, k].numpy()
+        wanted = np.minimum(240 * np.exp(np.minimum(exponents, 100)), 255)
+        if dtype == np.uint8:
+            assert np.abs(stained.astype(int) - np.floor(wanted)).max() <= 1
+        else:
+            np.testing.assert_allclose(stained, wanted, rtol=2.0**-22, atol=1e-30)
+    with pytest.raises(ValueError, match="two columns of one direction"):
+        separate(image, source_of(5e-6))

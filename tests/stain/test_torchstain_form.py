@@ -7,7 +7,7 @@ import pytest
 import torch
 from stain_images import batch, load, real_parameters, synthetic_parameters, synthetic_tissue
 
-from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.stain import MacenkoNormalizer, ReinhardNormalizer
 
 TARGET = synthetic_tissue(70, 80, 11)
 IMAGES = [*real_parameters()[:4], *synthetic_parameters()]
@@ -75,8 +75,12 @@ def test_its_parameters_may_be_given_to_the_calls(tensor):
         ours.normalize(image, alpha=70)
     with pytest.raises(ValueError, match="beta=-1"):
         ours.fit(target, beta=-1)
-    with pytest.raises(TypeError, match="stains is 240; expected True or False. Give Io"):
-        ours.normalize(image, 240)
+    with pytest.raises(TypeError, match="stains is 240; expected True or False"):
+        ours.normalize(image, stains=240)
+    with pytest.raises(TypeError, match="got Io both by position and by name"):
+        ours.normalize(image, 240, Io=250)
+    with pytest.raises(TypeError, match="at most 4 numbers after the image"):
+        ours.normalize(image, 240, 1, 0.15, True, 3)
 
 
 def test_results_are_those_without_compat_in_another_form():
@@ -98,7 +102,7 @@ def test_results_are_those_without_compat_in_another_form():
     [
         (torch.from_numpy(TARGET), r"takes one image, as torch tensors \[3, H, W\]"),
         (batch(TARGET), r"takes one image, as torch tensors \[3, H, W\]"),
-        (TARGET.transpose(2, 0, 1), r"takes one image, as NumPy arrays \[H, W, 3\]"),
+        (TARGET.transpose(1, 2, 0), r"takes one image, as NumPy arrays \[H, W, 3\]"),
         (TARGET[None], "takes one image"),
     ],
 )
@@ -115,8 +119,89 @@ def test_options_are_checked_and_shown():
     for option in ({"percentile": "nearest"}, {"range": 1}, {"layout": "CHW"}):
         with pytest.raises(ValueError, match="beside compat='torchstain'"):
             MacenkoNormalizer(compat="torchstain", **option)
-    with pytest.raises(TypeError, match="int16"):
-        MacenkoNormalizer(compat="torchstain").normalize(TARGET.astype(np.int16))
+    with pytest.raises(ValueError, match="backend='tensorflow'; expected one of torchstain's backends"):
+        MacenkoNormalizer(backend="tensorflow")
+    for dtype in (bool, complex):
+        with pytest.raises(TypeError, match=np.dtype(dtype).name):
+            MacenkoNormalizer(compat="torchstain").normalize(TARGET.astype(dtype))
     with pytest.raises(TypeError, match="list"):
         MacenkoNormalizer(compat="torchstain").normalize([TARGET])
     assert "compat='torchstain'" in repr(MacenkoNormalizer(compat="torchstain"))
+
+
+def assert_levels_agree(found, expected, share):
+    assert (found is None) == (expected is None)
+    if found is not None:
+        found, expected = np.asarray(found), np.asarray(expected)
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        difference = np.abs(found.astype(int) - expected.astype(int))
+        assert difference.max() <= 1 and (difference == 0).mean() >= share
+
+
+BACKENDS = [("torch", chw, 0.96), ("numpy", lambda image: image, 0.9995)]
+
+
+@pytest.mark.parametrize(("backend", "form", "share"), BACKENDS)
+def test_a_program_written_for_torchstain_runs(backend, form, share):
+    """Construction by backend, numbers by position, stains at the end, transform, arrays as target."""
+    normalizers = pytest.importorskip("torchstain").normalizers
+    target, image = form(TARGET), form(synthetic_tissue(64, 90, 3))
+    for arguments in ({"backend": backend}, None):
+        theirs = normalizers.MacenkoNormalizer(**arguments) if arguments else normalizers.MacenkoNormalizer(backend)
+        ours = MacenkoNormalizer(**arguments) if arguments else MacenkoNormalizer(backend)
+        theirs.fit(target, 250)
+        ours.fit(target, 250)
+        for numbers in ((), (250,), (250, 2, 0.2), (240, 1, 0.15, False)):
+            for a, b in zip(ours.normalize(image, *numbers), theirs.normalize(image, *numbers), strict=True):
+                assert_levels_agree(a, b, share)
+        assert_levels_agree(ours.transform(image, 250), theirs.normalize(image, 250)[0], share)
+        found = MacenkoNormalizer(backend).fit_transform(target, 250)
+        assert_levels_agree(found, theirs.normalize(target, 250)[0], share)
+    theirs.HERef, theirs.maxCRef = np.array([[0.6, 0.2], [0.7, 0.85], [0.4, 0.5]]), np.array([1.8, 1.2])
+    ours.HERef, ours.maxCRef = theirs.HERef, theirs.maxCRef.tolist()
+    if backend == "torch":
+        theirs.HERef, theirs.maxCRef = (torch.from_numpy(part).float() for part in (theirs.HERef, theirs.maxCRef))
+    assert_levels_agree(ours.normalize(image)[0], theirs.normalize(image)[0], share)
+    with pytest.raises(ValueError, match=r"maxCRef has shape \(3,\); expected \(2,\)"):
+        ours.maxCRef = np.ones(3)
+    with pytest.raises(TypeError, match="HERef is 'purple'; expected numbers"):
+        ours.HERef = "purple"
+
+
+@pytest.mark.parametrize(("backend", "form", "share"), BACKENDS)
+@pytest.mark.parametrize("dtype", ["int8", "int16", "uint16", "int32", "int64"])
+def test_integers_of_any_width(backend, form, share, dtype):
+    theirs = pytest.importorskip("torchstain").normalizers.MacenkoNormalizer(backend=backend)
+    ours = MacenkoNormalizer(backend=backend)
+    top = 127 if dtype == "int8" else 255
+    target, image = (form(np.minimum(one, top).astype(dtype)) for one in (TARGET, synthetic_tissue(64, 90, 3)))
+    theirs.fit(target)
+    ours.fit(target)
+    assert_levels_agree(ours.normalize(image)[0], theirs.normalize(image)[0], share)
+
+
+@pytest.mark.parametrize(("backend", "form", "share"), BACKENDS)
+@pytest.mark.parametrize("method", [None, "modified"])
+def test_reinhard_as_torchstain(backend, form, share, method):
+    theirs = pytest.importorskip("torchstain").normalizers.ReinhardNormalizer(backend=backend, method=method)
+    ours = ReinhardNormalizer(backend=backend, method=method)
+    target, image = form(TARGET), form(synthetic_tissue(64, 90, 3))
+    theirs.fit(target)
+    ours.fit(target)
+    for kind in ("uint8", "float32", "int32"):
+        given = image.to(getattr(torch, kind)) if backend == "torch" else image.astype(kind)
+        # Theirs computes in float32.
+        assert_levels_agree(ours.normalize(given), theirs.normalize(given), 0.95)
+    assert ReinhardNormalizer("numpy").compat == "torchstain" and "compat='torchstain'" in repr(ours)
+
+
+def test_several_targets_of_either_kind():
+    """Arrays [H, W, 3] and [3, H, W], and tensors [3, H, W]."""
+    other = synthetic_tissue(66, 81, 2)
+    expected = MacenkoNormalizer().fit([TARGET, other], targets="avg")
+    for pair in ([TARGET, other], [TARGET.transpose(2, 0, 1), other.transpose(2, 0, 1)]):
+        found = MacenkoNormalizer(backend="numpy").fit(pair, targets="avg")
+        assert torch.equal(found.HERef, expected.HERef) and torch.equal(found.maxCRef, expected.maxCRef)
+    nearest = MacenkoNormalizer(percentile="nearest").fit([TARGET, other], targets="avg")
+    found = MacenkoNormalizer(backend="torch").fit([chw(TARGET), chw(other)], "avg")
+    assert torch.equal(found.HERef, nearest.HERef) and torch.equal(found.maxCRef, nearest.maxCRef)
