@@ -44,7 +44,7 @@ class TrainConfig:
 
     target: str = _setting(
         "binary",
-        "classes to tell apart: benign and malignant, or the eight tumour types",
+        "classes to distinguish: benign and malignant, or the eight tumour types",
         choices=("binary", "subtype"),
     )
     magnifications: tuple[int, ...] | None = _setting(None, "magnifications to use (40, 100, 200, 400); default all")
@@ -122,8 +122,8 @@ class TrainConfig:
     precision: str = _setting("32-true", "numeric precision, in Lightning Fabric's names", choices=PRECISIONS)
     channels_last: bool = _setting(
         True,
-        "store activations channels-last, the fastest layout of the fused operators (not on CPUs below 16 base_channels, "
-        "where torch 2.13 corrupts memory)",
+        "store activations channels-last, the fastest layout of the fused operators (not on CPUs below 16 "
+        "base_channels, where torch 2.13 corrupts memory)",
     )
     deterministic: bool = _setting(False, "ask torch for deterministic algorithms where it has them, slower on CUDA")
     seed: int = _setting(0, "seed of weights, split, order and augmentation", number=(int, 0, _SEED_END))
