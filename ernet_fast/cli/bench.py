@@ -24,7 +24,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "bench",
         parents=parents,
         help="time the library on this machine against the packages that are installed, in two minutes",
-        description="Time Macenko normalisation and ER shortcuts on this machine, in turns with torchstain, stainx, "
+        description="Time Macenko normalisation and ER shortcuts on this machine, interleaved with torchstain, stainx, "
         "torch-staintools, tiatoolbox, PyTorch and torch.compile, as far as they are installed. Results are compared "
         "before anything is timed: nothing is reported if the library's own are wrong, and packages that compute "
         "something else are marked.",

@@ -1,4 +1,4 @@
-"""``ernet-fast doctor``: what is installed, what is compiled in, and what serves which operator here."""
+"""``ernet-fast doctor``: what is installed, what is compiled in, and which implementation each operator uses here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "doctor",
         parents=parents,
-        help="show what is installed and which backend serves which operator",
-        description="Show what is installed, what is compiled in, which backend serves which operator here, and why "
-        "not another.",
+        help="show what is installed and which implementation each operator uses",
+        description="Show what is installed, what is compiled in, which implementation each operator uses here, and "
+        "why not another.",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=run)
@@ -57,7 +57,7 @@ def _print(found: dict[str, Any]) -> None:
         print(f"CUDA devices: none ({found['cuda']['reason']})")
     print()
     rows = [[o["operator"], o["device"], o["backend"], o["why"]] for o in found["operators"]]
-    print(format_table(["operator", "on", "served by", "why"], rows, right_from=9))
+    print(format_table(["operator", "on", "uses", "why"], rows, right_from=9))
     print()
     rows = [[s["stage"], s["device"], s["path"], s["why"]] for s in found["stages"]]
     print(format_table(["ER stage", "on", "computed by", "why"], rows, right_from=9))

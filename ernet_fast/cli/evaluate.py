@@ -1,4 +1,4 @@
-"""``ernet-fast evaluate``: figures of merit of a checkpoint."""
+"""``ernet-fast evaluate``: metrics of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
+from ernet_fast.console.progress import Reporter
 from ernet_fast.console.tables import format_figure, format_table, metrics_header, metrics_rows
 from ernet_fast.data.splits import SPLIT_NAMES
-from ernet_fast.train import Reporter, evaluate
+from ernet_fast.train import evaluate
 from ernet_fast.train.device import finish_together, is_first_process
 
 

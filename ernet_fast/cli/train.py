@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
-from ernet_fast.train import Reporter, TrainConfig, fit, load_checkpoint
+from ernet_fast.console.progress import Reporter
+from ernet_fast.train import TrainConfig, fit, load_checkpoint
 from ernet_fast.train.checkpoint import field_of
 from ernet_fast.train.device import finish_together, is_first_process
 from ernet_fast.train.run_folder import LAST
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         result = fit(config, resume=arguments.resume, stop_after=arguments.stop_after, reporter=reporter)
     except (KeyboardInterrupt, OSError) as error:
         last = config.folder / LAST
-        if last.is_file() and not isinstance(error, FileExistsError):
+        if last.is_file() and not isinstance(error, (FileExistsError, FileNotFoundError, NotADirectoryError)):
             done = load_checkpoint(last)["epoch"]
             reporter.warning(
                 f"stopped with {done} of {config.epochs} epochs complete; to go on: ernet-fast train --out "

@@ -183,7 +183,7 @@ def _fill(
     places: threading.Semaphore,
     stop: threading.Event,
 ) -> None:
-    """The thread: upload one batch for each place, until the end or until nobody wants more."""
+    """The thread: upload one batch for each place, until the source ends or the iteration is left."""
     error: BaseException | None = None
     batches: Iterator[Any] | None = None
     try:

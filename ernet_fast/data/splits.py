@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import os
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ernet_fast.console.atomic_file import write_text
 from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, parse_name
 
 SPLIT_NAMES = ("train", "val", "test", "trainval", "all")
@@ -247,21 +249,15 @@ def _image_counts(unit: _Unit) -> list[int]:
 def write_split_csv(path: str | os.PathLike[str], splits: Splits) -> Path:
     """Write one line an image: ``image,patient,subtype,split,fold``, split ``test`` (no fold) or ``trainval``.
 
-    The file is written aside and moved into place, so that a reader never sees half of it.
+    The file appears whole or not at all.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            for row in splits.rows:
-                held_out = row.fold is None
-                writer.writerow((*row[:3], "test" if held_out else "trainval", "" if held_out else row.fold))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row in splits.rows:
+        writer.writerow((*row[:3], "test", "") if row.fold is None else (*row[:3], "trainval", row.fold))
+    write_text(path, text.getvalue())
+    return Path(path)
 
 
 def read_split_csv(path: str | os.PathLike[str]) -> Splits:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import pickle
 import random
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ernet_fast.console.atomic_file import atomic_write
 
 FORMAT = 2
+_TRAILER = b"sha256:"
+"""Behind the file of `torch.save`, which stays readable by `torch.load`; 64 hexadecimal digits follow."""
 
 
 def _mapping(keys: type, values: type | None = None) -> Callable[[Any], bool]:
@@ -71,7 +74,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) atomically, with a checksum of every part.
+    """Write `state` (tensors and plain values) atomically, with a checksum at its end.
 
     Raises:
         ValueError: `state` lacks a part of a checkpoint.
@@ -80,21 +83,18 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     missing = [key for key in ("format", *_FIELDS) if key not in state]
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}.")
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        with atomic_write(path) as file:
-            _save(state, file)
-    finally:
-        torch.serialization.set_crc32_options(checksums)
+    with atomic_write(path) as file:
+        digest = _save(state, file)
+        file.write(_TRAILER + digest)
 
 
-def _save(state: dict[str, Any], file: IO[bytes]) -> None:
-    """`torch.save`, whose own message does not have the reason why a write failed."""
-    failed: list[OSError] = []
+def _save(state: dict[str, Any], file: IO[bytes]) -> bytes:
+    """`torch.save`, which keeps the reason why a write failed to itself; returns the SHA-256 of what was written."""
+    digest, failed = hashlib.sha256(), []
 
     class Watched:
         def write(self, data: Any) -> int:
+            digest.update(data)
             try:
                 return file.write(data)
             except OSError as error:
@@ -110,6 +110,7 @@ def _save(state: dict[str, Any], file: IO[bytes]) -> None:
         if failed:
             raise failed[0] from None
         raise
+    return digest.hexdigest().encode()
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no checkpoint of this library, is damaged (its checksums are verified), has another
+        ValueError: the file is no checkpoint of this library, is damaged (its checksum is verified), has another
             format, or a field that is not what it should be; the message names file and field.
     """
     path = Path(path)
@@ -138,20 +139,20 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    """The contents, once every checksum is right. Torch's messages advise to load unsafely and are not passed on."""
-    try:
-        if not zipfile.is_zipfile(path):
-            reason = "it is not the kind of file that `ernet-fast train` writes"
-        else:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is None:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            reason = f"wrong checksum of {damaged}"
-    except pickle.UnpicklingError:
-        reason = "it holds more than tensors and plain values, which is not loaded"
-    except Exception as error:  # damage shows as RuntimeError, BadZipFile, UnicodeDecodeError, EOFError, KeyError, ...
-        reason = f"reading it ends in {type(error).__name__}"
+    """The contents, once the checksum is right. Torch's messages advise to load unsafely and are not passed on."""
+    with open(path, "rb") as file:
+        data = file.read()
+    end = len(data) - len(_TRAILER) - 64
+    reason = "its checksum is wrong"
+    if end < 0 or data[end : end + len(_TRAILER)] != _TRAILER:
+        reason = "it does not end with the checksum that `ernet-fast train` writes"
+    elif hashlib.sha256(memoryview(data)[:end]).hexdigest().encode() == data[-64:]:
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            reason = "it holds more than tensors and plain values, which is not loaded"
+        except Exception as error:  # torch reports what it cannot read as RuntimeError, EOFError, KeyError, ...
+            reason = f"reading it ends in {type(error).__name__}"
     raise ValueError(f"{path} is no checkpoint or is damaged: {reason}.")
 
 

@@ -44,7 +44,7 @@ class TrainConfig:
 
     target: str = _setting(
         "binary",
-        "classes to tell apart: benign and malignant, or the eight tumour types",
+        "classes to distinguish: benign and malignant, or the eight tumour types",
         choices=("binary", "subtype"),
     )
     magnifications: tuple[int, ...] | None = _setting(None, "magnifications to use (40, 100, 200, 400); default all")

@@ -45,9 +45,14 @@ class RunData:
         }
 
 
-def open_split(config: TrainConfig, split: str, splits: Splits | None = None) -> BreakHis:
-    """A part (``"train"``, ``"val"``, ``"test"``, ...) of the data that `config` describes; `splits` is the split of a
-    run that exists.
+def open_split(config: TrainConfig, split: str, splits: Splits | None = None, *, any_images: bool = False) -> BreakHis:
+    """A part (``"train"``, ``"val"``, ``"test"``, ...) of the data that `config` describes.
+
+    Args:
+        config: the settings.
+        split: the part.
+        splits: split of a run that exists, in place of a new one or that of `config.split_file`.
+        any_images: with split ``"all"``: images that no split lists belong to it too.
     """
     return BreakHis(
         config.data,
@@ -58,7 +63,7 @@ def open_split(config: TrainConfig, split: str, splits: Splits | None = None) ->
         num_folds=config.num_folds,
         split_by=config.split_by,
         seed=config.seed,
-        split_file=config.split_file if splits is None else None,
+        split_file=None if any_images or splits is not None else config.split_file,
         splits=splits,
         on_error=config.on_error,
     )

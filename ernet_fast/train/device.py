@@ -66,7 +66,7 @@ def to_network(fabric: Any, channels_last: bool) -> Callable[[torch.Tensor], tor
 def evaluation_pass(
     fabric: Any, network: torch.nn.Module, channels_last: bool
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Function from images to the output of `network` in the run's precision, without any talk between processes.
+    """Function from images to the output of `network` in the run's precision, without communication between processes.
 
     Fabric's wrapped module would exchange buffers at every call, and wait for ever where one process has a batch more.
     """

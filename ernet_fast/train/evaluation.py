@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.atomic_file import remove_abandoned, write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, Skipped, Splits, parse_name
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
@@ -37,7 +37,7 @@ class Evaluation:
     """Predictions on a set of images, and metrics of them.
 
     `seen_images` of the images were trained on, and `seen_patients` of their patients: where these are not zero, the
-    metrics say less about new patients.
+    metrics say less about new patients. `inputs` are the settings that chose the images, as plain values.
     """
 
     predictions: Predictions
@@ -47,6 +47,7 @@ class Evaluation:
     skipped: tuple[Skipped, ...]
     seen_images: int
     seen_patients: int
+    inputs: dict[str, Any]
 
     def figures(self) -> dict[str, Any]:
         """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
@@ -55,6 +56,7 @@ class Evaluation:
             "checkpoint": str(self.checkpoint),
             "epoch": self.epoch,
             "split": self.split,
+            **self.inputs,
             "classes": list(self.predictions.classes),
             "loss": self.predictions.loss(),
             "overall": compute_metrics(self.predictions),
@@ -74,6 +76,7 @@ class Evaluation:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         write_text(folder / "metrics.json", json.dumps(self.figures(), indent=1, allow_nan=False) + "\n")
         self.predictions.write_csv(folder / "predictions.csv")
         confusion_picture(self.predictions, folder / "confusion_matrix.png")
@@ -133,7 +136,7 @@ def evaluate(
     with field_of(path, "split"):
         splits = Splits.from_dict(state["split"]) if split_file is None and split != "all" else None
     config = replace(saved, **{name: value for name, value in changes.items() if value is not None})
-    opened = open_split(config, split, splits)
+    opened = open_split(config, split, splits, any_images=split == "all" and split_file is None)
     if tuple(opened.classes) != tuple(state["classes"]):
         raise ValueError(f"the data has classes {opened.classes}, the checkpoint {state['classes']}.")
     images = ImageSet(
@@ -150,7 +153,11 @@ def evaluate(
             "the figures do not measure how it does on new patients."
         )
     predictions = _predict(config, state, path, images, reporter)
-    return Evaluation(predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients)
+    inputs = {name: config.to_dict()[name] for name in ("data", "magnifications", "split_file")}
+    inputs["max_images"] = max_images
+    return Evaluation(
+        predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs
+    )
 
 
 def _seen(samples: list[Sample], trained_on: list[str]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What each epoch brought, as CSV and JSON."""
+"""The records of all epochs as CSV and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of merit, computed by torchmetrics; a figure that the images do not define is None, never 0."""
+"""Metrics, computed by torchmetrics; one that the images do not define is None, never 0."""
 
 from __future__ import annotations
 

@@ -97,10 +97,11 @@ def test_every_setting_is_an_option(call):
     assert all(f"--{name.replace('_', '-')}" in shown for name in named)
 
 
-def test_evaluate_json_is_pure_and_complete(call, trained, tmp_path):
+def test_evaluate_json_is_pure_and_complete(call, trained, tiny_breakhis, tmp_path):
     called = call("evaluate", trained.best_checkpoint, "--json", "--out", tmp_path / "evaluation")
     figures = called.json
     assert called.code == 0 and figures["split"] == "test" and set(figures["by_magnification"]) == {"100X", "200X"}
+    assert figures["data"] == str(tiny_breakhis) and figures["magnifications"] is figures["max_images"] is None
     assert figures["overall"]["images"] == sum(map(sum, figures["confusion_matrix"])) > 0
     assert len(figures["patient_scores"]) == figures["patients"]
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text()) == figures

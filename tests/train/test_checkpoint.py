@@ -87,10 +87,16 @@ class _Evil:
         return (os.system, ("touch /tmp/ernet_fast_evil",))
 
 
+def write_checked(path, state):
+    """Any state with a right checksum."""
+    with open(path, "wb") as file:
+        file.write(checkpoint._TRAILER + checkpoint._save(state, file))
+
+
 def test_a_file_cannot_run_code(tmp_path):
     path = tmp_path / "evil.pt"
-    torch.save({**COMPLETE, "model": _Evil()}, path)
-    with pytest.raises(ValueError, match="no checkpoint or is damaged"):
+    write_checked(path, {**COMPLETE, "model": _Evil()})
+    with pytest.raises(ValueError, match="no checkpoint or is damaged: it holds more than tensors"):
         load_checkpoint(path)
     path.write_bytes(pickle.dumps(_Evil(), protocol=2))
     with pytest.raises(ValueError, match="no checkpoint or is damaged"):
@@ -112,53 +118,39 @@ def test_damage_is_reported(tmp_path):
 
 def test_foreign_and_newer_files_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="does not end with the checksum that `ernet-fast train` writes"):
+        load_checkpoint(tmp_path / "weights.pt")
+    write_checked(tmp_path / "weights.pt", {"weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="no checkpoint of ernet_fast"):
         load_checkpoint(tmp_path / "weights.pt")
-    torch.save({**COMPLETE, "format": FORMAT + 1}, tmp_path / "newer.pt")
+    write_checked(tmp_path / "newer.pt", {**COMPLETE, "format": FORMAT + 1})
     with pytest.raises(ValueError, match=f"reads format {FORMAT}"):
         load_checkpoint(tmp_path / "newer.pt")
-    torch.save({key: COMPLETE[key] for key in COMPLETE if key != "rng"}, tmp_path / "part.pt")
+    write_checked(tmp_path / "part.pt", {key: COMPLETE[key] for key in COMPLETE if key != "rng"})
     with pytest.raises(ValueError, match="lacks rng"):
         load_checkpoint(tmp_path / "part.pt")
     with pytest.raises(ValueError, match="lacks rng"):
         save_checkpoint(tmp_path / "b.pt", {key: COMPLETE[key] for key in COMPLETE if key != "rng"})
 
 
-def plain(state):
-    """The same structure with lists in place of tensors."""
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    return state.tolist() if isinstance(state, torch.Tensor) else state
-
-
-def test_no_flipped_bit_loads_another_state(tmp_path):
-    """Every byte of the file, one bit each: an error, or (bytes that hold no content) the same state."""
+def test_every_flipped_bit_is_found(tmp_path):
     path = tmp_path / "a.pt"
-    save_checkpoint(path, {**COMPLETE, "rng": {}, "stain": {"method": "macenko", "normalizer": TARGET}})
-    data, refused = path.read_bytes(), 0
-    expected = plain(load_checkpoint(path))
-    for position in range(0, len(data), 3):
+    save_checkpoint(path, {**COMPLETE, "stain": {"method": "macenko", "normalizer": TARGET}})
+    data = path.read_bytes()
+    for position in [*range(0, len(data), 37), *range(len(data) - 80, len(data))]:
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
         path.write_bytes(changed)
-        try:
-            found = load_checkpoint(path)
-        except ValueError as error:
-            assert str(path) in str(error) and len(str(error).splitlines()) == 1
-            refused += 1
-        else:
-            assert plain(found) == expected, position
-    assert refused > 0.2 * len(data) / 3, "most bytes of so small a file are padding, but not all"
+        with pytest.raises(ValueError, match=r"a\.pt is no checkpoint or is damaged: .*checksum") as caught:
+            load_checkpoint(path)
+        assert len(str(caught.value).splitlines()) == 1
 
 
-def test_checksums_are_written_whatever_torch_is_told(tmp_path):
-    torch.serialization.set_crc32_options(False)
-    try:
-        save_checkpoint(tmp_path / "a.pt", COMPLETE)
-        assert torch.serialization.get_crc32_options() is False
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert load_checkpoint(tmp_path / "a.pt")["epoch"] == 1
+def test_torch_alone_reads_a_checkpoint(tmp_path):
+    save_checkpoint(tmp_path / "a.pt", COMPLETE)
+    for mmap in (False, True):
+        found = torch.load(tmp_path / "a.pt", weights_only=True, mmap=mmap)
+        assert torch.equal(found["model"]["w"], COMPLETE["model"]["w"])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +179,7 @@ def test_a_field_of_another_kind_is_named(tmp_path, field, value, expected):
 
 def test_torchs_advice_to_load_unsafely_is_not_passed_on(tmp_path):
     (tmp_path / "a.json").write_text('{"epoch": 1}')
-    torch.save({**COMPLETE, "model": _Evil()}, tmp_path / "evil.pt")
+    write_checked(tmp_path / "evil.pt", {**COMPLETE, "model": _Evil()})
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"format": FORMAT}))
     for name in ("a.json", "evil.pt", "pickle.pt"):
         with pytest.raises(ValueError, match="no checkpoint or is damaged") as caught:

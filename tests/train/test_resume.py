@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernet_fast.data import BreakHis, make_splits, write_split_csv
 from ernet_fast.train import TrainConfig, checkpoint, evaluate, fit, load_checkpoint
 from ernet_fast.train.checkpoint import save_checkpoint
 from ernet_fast.train.history import write_history
@@ -169,6 +170,20 @@ def test_a_run_goes_on_with_its_own_images_or_not_at_all(make_config, quiet, tin
         fit(dataclasses.replace(config, data=str(fewer)), resume=True, reporter=quiet)
 
 
+def test_a_split_file_is_needed_once(make_config, quiet, tiny_breakhis, tmp_path):
+    splits = make_splits(BreakHis(tiny_breakhis, "all").samples, num_folds=3, seed=5)
+    path = write_split_csv(tmp_path / "split.csv", splits)
+    config = make_config(epochs=2, split_file=str(path), num_folds=2, fold=2)
+    fit(config, stop_after=1, reporter=quiet)
+    path.unlink()
+    assert fit(config, resume=True, reporter=quiet).finished
+    test = {row.image for row in splits.rows if row.fold is None}
+    found = evaluate(config.folder, reporter=quiet)
+    assert {sample.name for sample in found.predictions.samples} == test
+    more = grown(tiny_breakhis, tmp_path / "more")
+    assert len(evaluate(config.folder, data=more, split="all", reporter=quiet).predictions) == len(splits.rows) + 4
+
+
 def test_an_image_damaged_since_is_not_left_out_silently(make_config, quiet, tiny_breakhis, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(tiny_breakhis, data)
@@ -219,7 +234,7 @@ def test_a_full_disk_is_named_with_the_epoch_and_can_be_resumed(make_config, qui
         if state["epoch"] == 2:
             file.write(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(state, file)
+        return real(state, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_save", full)
