@@ -1,4 +1,4 @@
-"""The imports of the package are those that docs/architecture.md draws: layers, no circle, every edge, every path named."""
+"""The imports of the package are those that docs/architecture.md draws; pages name only files that exist."""
 
 from __future__ import annotations
 
