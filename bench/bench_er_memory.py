@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from er_networks import FUSED
-from er_tails import STAGES
+from er_stage_epilogues import STAGES
 from plain_resnet import plain_resnet
 from tensor_memory import MemoryUse, memory_use
 from torch import Tensor, nn
@@ -91,5 +91,5 @@ def test_stage_memory(record_row, torch_threads, stage):
         peak_share=peaks["fused"] / peaks["plain"],
         pairs=num_maps * (num_maps - 1) // 2,
         blocks=num_maps - 1,
-        bar=["extra_per_image <= 0", "peak_share <= 1.05"],
+        target=["extra_per_image <= 0", "peak_share <= 1.05"],
     )

@@ -1,13 +1,15 @@
 """How fast are BatchNorm + ReLU, and a projection block's two BatchNorms, sum and ReLU, against PyTorch's modules?
 
 One row is forward + backward in training of every such pass of one stage of ER-ResNet-50 (or of its stem), maps given,
-one after the other. The floor counts, as `er_tails.py` does for blocks, the accesses of a map (reads + writes of one)
+one after the other. `copy_time` counts, as `er_stage_epilogues.py` does for blocks, the reads and
+writes of a map
 
     BatchNorm, ReLU              forward z, y;      backward dy, y, z, dz                        6
     two BatchNorms, sum, ReLU    forward z, s, y;   backward dy, y, z, dz, and dy, s, ds        10
 
-where all of it is done strip of channels by strip of channels (contiguous maps). Channels-last, passes go over whole
-maps: each input is read once more for its moments, dy and z once more for dz, and s once more for its dots: 3 and 5.
+where all of it is done channel tile by channel tile (contiguous maps). Channels-last, passes go over whole
+maps: each input is read once more for its moments, dy and z once more for dz, and s once more for its inner products:
+3 and 5.
 
 Run: python3 dev.py bench bench_er_norms        batch 8
      with --slow batch 16 too
@@ -16,15 +18,14 @@ Run: python3 dev.py bench bench_er_norms        batch 8
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
+from contestants import contestants
 from copy_floor import copy_seconds_per_byte
-from er_tails import LAYOUTS, map_accesses
+from er_stage_epilogues import LAYOUTS, QUICK, map_accesses
 from torch import Tensor, nn
-from turns import in_turns, percentiles
 
 from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum
 
@@ -38,7 +39,6 @@ INNER = {
 }
 PROJECTION = {"resnet50-1": (256, 56), "resnet50-2": (512, 28), "resnet50-3": (1024, 14), "resnet50-4": (2048, 7)}
 GROUP = "BatchNorm + ReLU, forward + backward"
-QUICK = 8  # batch of the rows that are not slow
 CASES = [*((name, "norm, relu") for name in INNER), *((name, "projection") for name in PROJECTION)]
 
 
@@ -57,11 +57,11 @@ class Pass:
         self.relu = nn.ReLU(inplace=True)
         self.bytes = self.dy.numel() * self.dy.element_size()
 
-    def accesses(self, *, strips: bool) -> int:
+    def accesses(self, *, tiled: bool) -> int:
         """Reads and writes of one map in forward + backward, see the module's docstring."""
         if len(self.zs) == 1:
-            return 6 if strips else 9
-        return map_accesses(2, strips=strips) - 1  # a stage of two maps whose x_0 has no other gradient
+            return 6 if tiled else 9
+        return map_accesses(2, tiled=tiled) - 1  # a stage of two maps whose x_0 has no other gradient
 
     def _train(self, y: Tensor) -> None:
         y.backward(self.dy)
@@ -93,36 +93,31 @@ def run_all(calls: list[Callable[[], None]]) -> None:
         call()
 
 
+@contestants("fused", "modules")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 @pytest.mark.parametrize("batch", [QUICK, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_norms(record_row, torch_threads, name, kind, batch, layout, threads):
+def test_norms(interleave, record_row, torch_threads, name, kind, batch, layout, threads, who):
     torch_threads(threads)
-    found = passes(name, kind, batch, LAYOUTS[layout])
+    all_passes = passes(name, kind, batch, LAYOUTS[layout])
     steps = {
-        "modules": functools.partial(run_all, [one.modules for one in found]),
-        "fused": functools.partial(run_all, [one.fused for one in found]),
+        "fused": functools.partial(run_all, [one.fused for one in all_passes]),
+        "modules": functools.partial(run_all, [one.modules for one in all_passes]),
     }
-    for step in steps.values():
-        step()
-    times = in_turns(steps, rounds=11, budget=1.2)
-    milliseconds = {key: 1e3 * statistics.median(values) for key, values in times.items()}
-    strips = layout == "contiguous"
-    must_move = sum(one.accesses(strips=strips) * one.bytes for one in found)
-    working_set = sum((2 * len(one.zs) + 2) * one.bytes for one in found)
+    figures = interleave(lambda: steps, rounds=11, budget=1.2).figures("fused")
+    if who != "fused":
+        return
+    tiled = layout == "contiguous"
+    must_move = sum(one.accesses(tiled=tiled) * one.bytes for one in all_passes)
+    working_set = sum((2 * len(one.zs) + 2) * one.bytes for one in all_passes)
     record_row(
         GROUP,
-        **percentiles([1e3 * value for value in times["fused"]]),
-        unit="ms",
-        repeats=len(times["fused"]),
+        **figures,
         peer="PyTorch's modules",
-        peer_p50=milliseconds["modules"],
-        modules_ms=milliseconds["modules"],
-        fused_ms=milliseconds["fused"],
-        ratio_modules=milliseconds["modules"] / milliseconds["fused"],
+        peer_p50=figures["modules_ms"],
         must_move=must_move,
-        floor=1e3 * must_move * copy_seconds_per_byte(working_set),
-        floor_why="bytes that the passes must move / copy bandwidth at their working set",
-        passes=len(found),
+        copy_time=1e3 * must_move * copy_seconds_per_byte(working_set),
+        copy_why="bytes that the passes must move / copy bandwidth at their working set",
+        passes=len(all_passes),
     )

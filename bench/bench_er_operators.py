@@ -1,7 +1,7 @@
 """How near to the copy bandwidth does each ER operator run on the CPU, alone?
 
-One row is one call on the maps that the last block of a stage reads, float32, no gradient. The floor is what the
-operator must move, each map once, over the copy bandwidth at the working set of the call:
+One row is one call on the maps that the last block of a stage reads, float32, no gradient. `copy_time` is
+what the operator must move, each map once, over the copy bandwidth at the working set of the call:
 
     channel_moments  reads 1 map      weighted_sum  reads L, writes 1      weighted_dot  reads L + 2, writes 1
 
@@ -16,14 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from copy_floor import copy_seconds_per_byte
-from er_tails import LAYOUTS, STAGES, make_maps
-from turns import in_turns, percentiles
+from contestants import contestants
+from er_stage_epilogues import LAYOUTS, QUICK, STAGES, make_maps
 
 from ernet_fast.er import operators
 
 OPERATORS = ("channel_moments", "weighted_sum", "weighted_dot")
-QUICK = 8  # batch of the rows that are not slow
 
 
 def cases() -> list[object]:
@@ -48,22 +46,23 @@ def make(operator: str, stage: str, batch: int, layout: str) -> tuple[Callable[[
     return lambda: operators.weighted_dot(dy, xs, y), len(xs) + 3, maps.map_bytes
 
 
+@contestants("operator", "copy")
 @pytest.mark.parametrize(("operator", "stage", "batch", "layout", "threads"), cases())
-def test_operator(record_row, torch_threads, operator, stage, batch, layout, threads):
+def test_operator(interleave, record_row, torch_threads, operator, stage, batch, layout, threads, who):
     torch_threads(threads)
     call, accesses, map_bytes = make(operator, stage, batch, layout)
     moved = accesses * map_bytes
-    copied = [copy_seconds_per_byte(moved)]
-    times = in_turns({"call": call}, rounds=25, budget=0.5)["call"]
-    copied.append(copy_seconds_per_byte(moved))
-    timing = percentiles([1e3 * value for value in times])
+    source = torch.ones(moved // 8)
+    target = torch.ones_like(source)
+    found = interleave(lambda: {"operator": call, "copy": lambda: target.copy_(source)}, rounds=25, budget=0.5)
+    if who != "operator":
+        return
+    figures = found.figures("operator")
     record_row(
         f"{operator}, CPU",
-        **timing,
-        unit="ms",
-        repeats=len(times),
-        floor=1e3 * moved * sum(copied) / 2,
-        floor_why=f"{accesses} maps read or written / copy bandwidth at their working set",
-        gigabytes_per_second=moved / timing["p50"] / 1e6,
-        copy_gigabytes_per_second=2e-9 / sum(copied),
+        **figures,
+        copy_time=figures["copy_ms"],
+        copy_why=f"{accesses} maps read or written / copy of as many bytes, interleaved",
+        gigabytes_per_second=moved / figures["p50"] / 1e6,
+        copy_gigabytes_per_second=moved / figures["copy_ms"] / 1e6,
     )

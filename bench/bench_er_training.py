@@ -1,8 +1,8 @@
 """How long is a training step, and an evaluation, of an ER-ResNet against a plain ResNet and the naive ER-ResNet?
 
-Images of 224 x 224, float32, channels-last, all cores; SGD with momentum. The three networks take turns. `peak_*` is
-the most memory that a process of its own takes for a network's training (`process_memory.py`), `tensors_*` the most
-that tensors take, kept memory left out (`tensor_memory.py`).
+Images of 224 x 224, float32, channels-last, all cores; SGD with momentum. The three networks are interleaved.
+`peak_*` is the most memory that a process of its own takes for a network's training (`process_memory.py`),
+`tensors_*` the most that tensors take, kept memory left out (`tensor_memory.py`).
 
 Run: python3 dev.py bench bench_er_training    (--slow adds the 101-layer net at batch 16, and memory at batch 16)
 """
@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import functools
 import os
-import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
+from contestants import contestants
 from er_networks import batch_of, networks, train_step
 from process_memory import peak_of_training
 from tensor_memory import training_peak
 from torch import Tensor, nn
-from turns import in_turns, percentiles
 
 # depth, batch: times faster than naive
 FASTER_THAN_NAIVE = {(50, 8): 1.8, (50, 16): 2.4, (101, 8): 3.0, (101, 16): 3.0}
@@ -39,26 +38,26 @@ def training_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Calla
     return functools.partial(train_step, model, optimizer, images, labels), optimizer
 
 
+@contestants("fused", "plain", "naive")
 @pytest.mark.parametrize(("depth", "batch"), cases("step"))
-def test_training_step(record_row, torch_threads, depth, batch):
+def test_training_step(interleave, record_row, torch_threads, depth, batch, who):
     torch_threads(len(os.sched_getaffinity(0)))
-    models = networks(depth)
     images, labels = batch_of(batch)
-    steps = {name: training_of(model, images, labels)[0] for name, model in models.items()}
-    times = in_turns(steps, rounds=7, budget=20.0)
-    milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+
+    def make():
+        models = networks(depth)
+        return {name: training_of(models[name], images, labels)[0] for name in ("fused", "plain", "naive")}
+
+    figures = interleave(make, rounds=7, budget=20.0).figures("fused")
+    if who != "fused":
+        return
     record_row(
         "training step",
-        **percentiles([1e3 * value for value in times["fused"]]),
-        unit="ms",
-        repeats=len(times["fused"]),
+        **figures,
         peer="plain ResNet",
-        peer_p50=milliseconds["plain"],
-        **{f"{name}_ms": value for name, value in milliseconds.items()},
-        ratio_plain=milliseconds["plain"] / milliseconds["fused"],
-        ratio_naive=milliseconds["naive"] / milliseconds["fused"],
-        plain_share=milliseconds["fused"] / milliseconds["plain"],
-        bar=["plain_share <= 1.05", f"ratio_naive >= {FASTER_THAN_NAIVE[depth, batch]}"],
+        peer_p50=figures["plain_ms"],
+        plain_share=figures["fused_ms"] / figures["plain_ms"],
+        target=["plain_share <= 1.05", f"ratio_naive >= {FASTER_THAN_NAIVE[depth, batch]}"],
     )
 
 
@@ -84,26 +83,21 @@ def test_training_memory(record_row, torch_threads, depth, batch):
         **{f"tensors_{name}": value for name, value in tensors.items()},
         peak_share=peaks["fused"] / peaks["plain"],
         tensors_share=tensors["fused"] / tensors["plain"],
-        bar=["peak_share <= 1.05", "tensors_share <= 1.05"],
+        target=["peak_share <= 1.05", "tensors_share <= 1.05"],
     )
 
 
+@contestants("fused", "plain", "naive")
 @pytest.mark.parametrize(("depth", "batch"), cases("memory"))
-def test_evaluation(record_row, torch_threads, depth, batch):
+def test_evaluation(interleave, record_row, torch_threads, depth, batch, who):
     torch_threads(len(os.sched_getaffinity(0)))
     images, _ = batch_of(batch)
-    steps = {name: functools.partial(model.eval(), images) for name, model in networks(depth).items()}
+
+    def make():
+        models = networks(depth)
+        return {name: functools.partial(models[name].eval(), images) for name in ("fused", "plain", "naive")}
+
     with torch.inference_mode():
-        times = in_turns(steps, rounds=9, budget=10.0)
-    milliseconds = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    record_row(
-        "evaluation",
-        **percentiles([1e3 * value for value in times["fused"]]),
-        unit="ms",
-        repeats=len(times["fused"]),
-        peer="plain ResNet",
-        peer_p50=milliseconds["plain"],
-        **{f"{name}_ms": value for name, value in milliseconds.items()},
-        ratio_plain=milliseconds["plain"] / milliseconds["fused"],
-        ratio_naive=milliseconds["naive"] / milliseconds["fused"],
-    )
+        figures = interleave(make, rounds=9, budget=10.0).figures("fused")
+    if who == "fused":
+        record_row("evaluation", **figures, peer="plain ResNet", peer_p50=figures["plain_ms"])

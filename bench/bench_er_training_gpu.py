@@ -3,7 +3,7 @@
 Training: batch 256 at 224 x 224, autocast to bfloat16, channels-last, SGD with momentum; the fused network runs eagerly
 and takes turns with the plain ResNet and the naive ER-ResNet in eager mode, or with the naive one compiled.
 Inference: batch 1 in bfloat16; the fused network's CUDA graph is replayed, the naive network runs in eager mode (and,
-beside the bar, from a CUDA graph of its own).
+beside the target, from a CUDA graph of its own).
 
 What a case runs does not depend on the device: `Setting` makes one small enough for a CPU, where the tests run it.
 
@@ -23,8 +23,8 @@ import torch
 from er_networks import batch_of, networks, train_step
 from gpu_case import Ceilings, GpuCase
 from record import Row
+from this_tree import percentiles, time_interleaved
 from torch import Tensor, nn
-from turns import in_turns, percentiles
 
 BENCH = "bench_er_training_gpu"
 HALF = torch.bfloat16
@@ -52,12 +52,12 @@ class Setting:
         return networks(depth, self.device, base_channels=self.base_channels)
 
     def times(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        """Milliseconds of every round of every call, in turns."""
+        """Milliseconds of every round of every call, interleaved."""
         for call in calls.values():  # compiles, chooses algorithms, fills caches
             call()
             call()
         self.wait()
-        times = in_turns(calls, self.rounds, turn=self.turn, wait=self.wait)
+        times = time_interleaved(calls, self.rounds, slice_seconds=self.turn, wait=self.wait)
         return {name: [1e3 * seconds for seconds in values] for name, values in times.items()}
 
 
@@ -164,7 +164,7 @@ def inference(depth: int, name: str, setting: Setting, ceilings: Ceilings) -> Ro
     return row_of(name, "ER inference, one image, CUDA", {"depth": depth, "batch": 1, "size": setting.size}, times)
 
 
-# depth: bars against naive eager, compiled naive
+# depth: targets against naive eager, compiled naive
 BARS = {50: (1.4, 1.08), 101: (1.7, 1.25)}
 
 
@@ -178,7 +178,7 @@ def gpu_cases() -> list[GpuCase]:
             GpuCase(
                 eager, functools.partial(training, depth, ("plain", "naive"), eager, setting), importance=0,
                 seconds=60, smoke=False, title=f"training step, ER-ResNet-{depth}, batch {setting.batch}",
-                group="ER training step, CUDA", bars=[f"ratio_naive >= {naive}", "plain_share <= 1.0"],
+                group="ER training step, CUDA", targets=[f"ratio_naive >= {naive}", "plain_share <= 1.0"],
             )
         )  # fmt: skip
         name = f"training er_resnet{depth}, compiled peer"
@@ -186,7 +186,7 @@ def gpu_cases() -> list[GpuCase]:
             GpuCase(
                 name, functools.partial(training, depth, ("compiled",), name, setting), importance=1,
                 seconds=120 if depth == 50 else 400, title=f"training step, ER-ResNet-{depth}, against compiled naive",
-                group="ER training step, CUDA", bars=[f"ratio_compiled >= {compiled}"],
+                group="ER training step, CUDA", targets=[f"ratio_compiled >= {compiled}"],
             )
         )  # fmt: skip
         name = f"inference er_resnet{depth}, one image"
@@ -194,7 +194,7 @@ def gpu_cases() -> list[GpuCase]:
             GpuCase(
                 name, functools.partial(inference, depth, name, setting), importance=0, seconds=20,
                 title=f"inference, ER-ResNet-{depth}, one image, CUDA graph",
-                group="ER inference, one image, CUDA", bars=["ratio_naive >= 3"],
+                group="ER inference, one image, CUDA", targets=["ratio_naive >= 3"],
             )
         )  # fmt: skip
     return cases

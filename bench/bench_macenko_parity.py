@@ -6,7 +6,7 @@ nearest  against its torch backend: every value within one grey level, at least 
 Each image of BreaKHis_tiny, and 224 x 224 crops of BreaKHis_mini with at least 1000 tissue pixels, both sides fitted to
 the target of the torchstain project. A row is the percentage of identical values over the images of one set; `worst`
 and `largest_difference` are over all of them. Rows of the other packages say how far their Macenko is from this one, on
-BreaKHis_tiny; they have no bar.
+BreaKHis_tiny; they have no target.
 
 Run: python3 dev.py bench bench/bench_macenko_parity.py
 """
@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from macenko_images import crops, data_root, files_of, read
-from macenko_peers import PEERS, as_levels, peers_of
-from turns import percentiles
+from this_tree import macenko_peers, percentiles
 
 from ernet_fast.stain import macenko_fit, macenko_normalize
 
@@ -28,6 +27,8 @@ LEAST_IDENTICAL = {"linear": 99.95, "nearest": 96.0}
 PEER = {"linear": "torchstain numpy", "nearest": "torchstain torch"}
 FEWEST_CROPS = 500
 Calls = Callable[[np.ndarray], Any]
+
+PEERS = {peer.name: peer for peer in macenko_peers.peers_on("cpu")}
 
 root = data_root()
 needs_data = pytest.mark.skipif(root is None, reason="no real images: set ERNET_TEST_DATA to their folder")
@@ -41,11 +42,17 @@ def images_of(name: str) -> list[np.ndarray]:
     return [read(path) for path in files_of(root, name)]
 
 
+def result_of(name: str, target: np.ndarray) -> Calls:
+    """What a package makes of an image."""
+    to = macenko_peers.planar(target)
+    return lambda image: PEERS[name].normalize(macenko_peers.planar(image)[None], to)()
+
+
 def compare(images: Iterable[np.ndarray], ours: Calls, theirs: Calls) -> tuple[list[float], int]:
     """Percentage of identical values of each image, and the largest difference of all."""
     identical, largest = [], 0
     for image in images:
-        difference = np.abs(as_levels(ours(image)).astype(int) - as_levels(theirs(image)))
+        difference = np.abs(macenko_peers.as_levels(ours(image)) - macenko_peers.as_levels(theirs(image)))
         identical.append(100 * float((difference == 0).mean()))
         largest = max(largest, int(difference.max()))
     return identical, largest
@@ -58,18 +65,17 @@ def test_identical_values(record_row, name, percentile):
     pytest.importorskip("torchstain")
     target = read(root / "torchstain" / "target.png")
     fitted = macenko_fit(target, percentile=percentile)
-    theirs, _ = PEERS[PEER[percentile]](target)
     identical, largest = compare(
         images_of(name),
         lambda image: macenko_normalize(image, fitted, percentile=percentile),
-        lambda image: theirs(image)(),
+        result_of(PEER[percentile], target),
     )
     least = LEAST_IDENTICAL[percentile]
     record_row(
         "identical values", **percentiles(identical), unit="%", repeats=len(identical), peer=PEER[percentile],
         name=f"{name} {percentile}", title=f"identical values, {name}, {percentile}",
         params={"images": name, "percentile": percentile}, worst=min(identical),
-        largest_difference=largest, bar=[f"worst >= {least:g}", "largest_difference <= 1"],
+        largest_difference=largest, target=[f"worst >= {least:g}", "largest_difference <= 1"],
         detail=f"{len(identical)} images against {PEER[percentile]}",
     )  # fmt: skip
     assert largest <= 1 and min(identical) >= least
@@ -80,14 +86,14 @@ def test_other_packages(record_row):
     """The nearest percentile, which stainx takes; the others define more than the percentile otherwise."""
     target = read(root / "torchstain" / "target.png")
     fitted = macenko_fit(target, percentile="nearest")
-    found, _ = peers_of(target)
-    for name, (theirs, _) in found.items():
-        if name in PEER.values():
-            continue
+    planar = macenko_peers.planar(target)
+    others = {name: peer for name, peer in PEERS.items() if name not in PEER.values()}
+    calls = {name: lambda peer=peer: peer.normalize(planar[None], planar) for name, peer in others.items()}
+    for name in macenko_peers.working(calls)[0]:
         identical, largest = compare(
             images_of("BreaKHis_tiny"),
             lambda image: macenko_normalize(image, fitted, percentile="nearest"),
-            lambda image, theirs=theirs: theirs(image)(),
+            result_of(name, target),
         )
         record_row(
             "other packages", **percentiles(identical), unit="%", repeats=len(identical), peer=name,

@@ -88,7 +88,7 @@ def test_slide(record_row, tmp_path, size):
     record_row(
         "whole slide", grown, grown, grown, "MiB", name=f"slide {size} x {size}: growth of the peak", params=where,
         repeats=1, title=f"slide of {size} x {size}, growth of the peak of memory", peak_before=before,
-        peak=before + grown, file_mebibytes=3 * size * size / 2**20, bar=f"p50 <= {MOST_GROWTH}",
+        peak=before + grown, file_mebibytes=3 * size * size / 2**20, target=f"p50 <= {MOST_GROWTH}",
         detail=f"from {before:.0f} to {before + grown:.0f} MiB of the process, while image and result are "
         f"{6 * size * size / 2**20:,.0f} MiB; "
         + ("bit-identical to one call" if size == SMALL else "three bands bit-identical to one call each"),

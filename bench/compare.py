@@ -1,4 +1,4 @@
-"""Two revisions, built beside each other: the same benches in turns, A B A B, and the ratio of every row.
+"""Two revisions, built beside each other: the same benches interleaved, A B A B, and the ratio of every row.
 
 The benches are those of this tree for both, so that both answer the same question. One round runs them once on the
 other revision and once on this tree; a row's ratio is taken within each round, so that a slow hour of the machine falls
@@ -142,7 +142,7 @@ def rows_in(folder: Path) -> dict[tuple[str, str], Row]:
 
 
 def compare(revision: str, selection: Sequence[str], rounds: int, share: float | None) -> int:
-    """Measure both in turns and print the table; exit code 1 if a row regressed by more than `share`."""
+    """Measure both interleaved and print the table; exit code 1 if a row regressed by more than `share`."""
     with worktree(revision) as other, tempfile.TemporaryDirectory() as made:
         require_green(ROOT)
         require_green(other)

@@ -1,7 +1,7 @@
-"""Benches write their rows to a record as they finish: `--record FOLDER` (python3 dev.py bench gives it).
+"""Fixtures of the benches, which are pytest-benchmark's: `pytest bench --benchmark-only` and all its options work.
 
-A bench that uses the fixture `benchmark` gives one row, from its times and `extra_info`; p20, p50, p80, unit and
-repeats in `extra_info` take the place of those times. A bench that times things itself calls the fixture `record_row`.
+`interleave` times contestants together (contestants.py); `record_row` writes a row to a record as the bench finishes,
+with `--record FOLDER` (python3 dev.py bench gives it), and puts what is known beside the times into `extra_info`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 # torch.compile would start processes of its own, which go on working while contestants are timed; read when first used
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+from contestants import Interleaver, Measured, mark, name_of
 from machine import describe
 from progress import Progress, Session, by_importance
 from record import Record, Row
-from turns import percentiles
 
 collect_ignore = ["simulated"]  # cases of `dev.py gpu --simulate`, no benches
-FIGURES = ("p20", "p50", "p80", "unit", "repeats")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unwanted = [item for item in items if not any(name in item.nodeid for name in names)]
     config.hook.pytest_deselected(items=unwanted)
     items[:] = by_importance([item for item in items if item not in unwanted])
+    mark(items)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="slow; --slow runs it")
         for item in items:
@@ -79,9 +79,25 @@ def record(request: pytest.FixtureRequest) -> Record | None:
     return record_of(request.config)
 
 
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """pytest-benchmark's JSON describes the machine as records do."""
+    import ernet_fast
+
+    machine_info["ernet_fast"] = describe("cpu", Path(ernet_fast.__file__).resolve().parents[1])
+
+
+INTERLEAVER = Interleaver()
+
+
+@pytest.fixture
+def interleave(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Measured]:
+    """interleave(make, rounds=..., budget=..., ...): the times of the case; skips a contestant that is not measured."""
+    return lambda make, **options: INTERLEAVER.measure(request, make, **options)
+
+
 def params_of(request: pytest.FixtureRequest) -> dict[str, Any]:
     spec = getattr(request.node, "callspec", None)
-    return dict(spec.params) if spec else {}
+    return {key: value for key, value in spec.params.items() if key != "who"} if spec else {}
 
 
 @pytest.fixture
@@ -94,28 +110,15 @@ def record_row(request: pytest.FixtureRequest, record: Record | None) -> Callabl
     ) -> Row:  # fmt: skip
         where = params_of(request) if params is None else params
         row = Row(
-            request.path.stem, name or request.node.name.removeprefix("test_"), group, where, p20, p50, p80, unit,
-            repeats, extra_info,
-        )  # fmt: skip
+            request.path.stem, name or name_of(request.node), group, where, p20, p50, p80, unit, repeats, extra_info
+        )
+        if "benchmark" in request.fixturenames:
+            request.getfixturevalue("benchmark").extra_info |= {**row.params, **row.extra_info}
         if record is not None:
             record.add(row)
         return row
 
     return write
-
-
-@pytest.fixture(autouse=True)
-def row_of_benchmark(request: pytest.FixtureRequest, record_row: Callable[..., Row]) -> Iterator[None]:
-    """Writes the row of a bench that uses pytest-benchmark."""
-    benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
-    yield
-    if benchmark is None or benchmark.stats is None or benchmark.has_error:
-        return
-    info = dict(benchmark.extra_info)
-    seconds = benchmark.stats.stats.data
-    timed = percentiles([1e3 * value for value in seconds])
-    figures = {**timed, "unit": "ms", "repeats": len(seconds)} | {key: info.pop(key) for key in FIGURES if key in info}
-    record_row(benchmark.group or request.path.stem, **figures, **info)
 
 
 @pytest.fixture(autouse=True)

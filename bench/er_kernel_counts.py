@@ -1,4 +1,4 @@
-"""How many kernels a stage's tails run, forward and backward: counted by the profiler, not by hand.
+"""How many kernels the block epilogues of a stage run, forward and backward: counted by the profiler, not by hand.
 
 A kernel is an operator that does work itself: no view, no allocation, no operator that only calls others. It is a
 *map kernel* if one of its tensors is as large as a map, and a *vector kernel* if its tensors are C-vectors, or stacks
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from er_tails import LAYOUTS, StageShape, TailMaps, Tails, make_maps, train_tails
+from er_stage_epilogues import LAYOUTS, EpilogueMaps, EpilogueStage, StageShape, make_maps, train_epilogues
 from tensor_memory import no_kept_memory
 
 
@@ -104,11 +104,11 @@ def _inductor_counts() -> Iterator[Any]:
         torch._dynamo.reset()
 
 
-def compiled_cost(tails: Tails, maps: TailMaps) -> CompiledCost:
-    """What torch.compile makes of forward + backward of `tails`. Compiles without a cache, which takes a while."""
+def compiled_cost(stage: EpilogueStage, maps: EpilogueMaps) -> CompiledCost:
+    """What torch.compile makes of forward + backward of `stage`. Compiles without a cache, which takes a while."""
     map_size = maps.zs[0].numel()
     with _inductor_counts() as metrics:
-        train_tails(torch.compile(tails), maps)
+        train_epilogues(torch.compile(stage), maps)
         # a node of Inductor's schedule is a loop nest, or a call of another operator: here, the stand-in of a branch;
         # the number beside it is what it accesses, in units of four bytes
         accesses = [count for node, count in metrics.nodes_num_elem if not node.is_extern()]
@@ -118,17 +118,17 @@ def compiled_cost(tails: Tails, maps: TailMaps) -> CompiledCost:
 
 
 def table(counts: Iterable[int]) -> str:
-    """Kernels of the tails of stages of that many maps, as a Markdown table."""
+    """Kernels of the block epilogues of stages of that many maps, as a Markdown table."""
     lines = [
         "| maps L | naive: map kernels | naive: vector kernels | fused: map kernels | fused: vector kernels |",
         "|---:|---:|---:|---:|---:|",
     ]
     for num_maps in counts:
         maps = make_maps(StageShape(32, 7, num_maps), 4, LAYOUTS["channels-last"])
-        fused = Tails(32, num_maps)
+        fused = EpilogueStage(32, num_maps)
         found = []
-        for tails in (fused.naive(), fused):
-            kernels = profiled_kernels(functools.partial(train_tails, tails, maps), maps.zs[0].numel())
+        for stage in (fused.naive(), fused):
+            kernels = profiled_kernels(functools.partial(train_epilogues, stage, maps), maps.zs[0].numel())
             found += [kernels.map, kernels.vector]
         lines.append(f"| {num_maps} | " + " | ".join(map(str, found)) + " |")
     return "\n".join(lines)

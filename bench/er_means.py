@@ -1,4 +1,4 @@
-"""Geometric means over the stages of ResNet-50, and the bars that they have to reach."""
+"""Geometric means over the stages of ResNet-50, and the targets that they have to reach."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from record import Record, Row
 STAGES_50 = ("resnet50-1", "resnet50-2", "resnet50-3", "resnet50-4")
 STAGE_101 = "resnet101-3"
 # bench function: figure, at least
-MEAN_BARS = {
+MEAN_TARGETS = {
     "stage_tails": {"ratio_naive": 5.0, "ratio_compiled": 2.0},
     "shortcut_sum": {"ratio_naive": 3.0, "ratio_compiled": 1.3},
 }
@@ -62,7 +62,7 @@ def record_means(record: Record, record_row: Callable[..., Row], bench: str, tes
     for setting in settings(rows):
         chosen = with_setting(rows, setting)
         milliseconds = geometric_mean(chosen, "p50")
-        ratios = {key: geometric_mean(chosen, key) for key in MEAN_BARS[test]}
+        ratios = {key: geometric_mean(chosen, key) for key in MEAN_TARGETS[test]}
         known = {key: value for key, value in ratios.items() if value is not None}
         if milliseconds is None or not known:
             continue
@@ -74,7 +74,7 @@ def record_means(record: Record, record_row: Callable[..., Row], bench: str, tes
             name=f"mean of {test}[{'-'.join(map(str, setting))}]",
             params=setting._asdict(),
             title=f"{chosen[0].group}, mean of the stages of ResNet-50, {setting}",
-            bar=[f"{key} >= {MEAN_BARS[test][key]}" for key in known],
+            target=[f"{key} >= {MEAN_TARGETS[test][key]}" for key in known],
             **known,
         )
         written.append(row)

@@ -1,4 +1,4 @@
-"""The picture of the tails of every stage: bars of the contestants, and the floor."""
+"""The picture of the block epilogues of every stage: bars of the contestants, and a line for the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from record import Row
 
 BARS = (("naive_ms", "naive, eager", "#b8b8b8"), ("compiled_ms", "naive, torch.compile", "#7a9cc6"))
 OWN = ("fused_ms", "fused", "#1f4e79")
-FLOOR = ("floor", "floor: bytes / copy bandwidth", "#d1495b")
+COPY = ("copy_time", "bytes / copy bandwidth", "#d1495b")
 BATCH, LAYOUT = 8, "channels-last"
 
 
@@ -32,7 +32,9 @@ def draw_tails(rows: Sequence[Row], path: Path) -> Path:
     axes[0, 0].set_ylabel("ms, forward + backward")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=4, frameon=False, bbox_to_anchor=(0.5, 1.0))
-    figure.text(0.01, 0.01, f"tails of a stage, batch {BATCH}, {LAYOUT}, float32, logarithmic scale", fontsize=8)
+    figure.text(
+        0.01, 0.01, f"block epilogues of a stage, batch {BATCH}, {LAYOUT}, float32, logarithmic scale", fontsize=8
+    )
     figure.tight_layout(rect=(0, 0.03, 1, 0.94))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
@@ -50,9 +52,9 @@ def _draw_panel(axis, rows: Sequence[Row]) -> None:
         for text in axis.bar_label(bars, texts, fontsize=7, padding=1, zorder=3):
             text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.4})
     for index, row in enumerate(rows):
-        floor = row.extra_info[FLOOR[0]]
-        line = {"color": FLOOR[2], "linewidth": 1.8, "label": FLOOR[1] if index == 0 else None}
-        axis.plot([index - 1.5 * width, index + 1.5 * width], [floor, floor], **line)
+        copied = row.extra_info[COPY[0]]
+        line = {"color": COPY[2], "linewidth": 1.8, "label": COPY[1] if index == 0 else None}
+        axis.plot([index - 1.5 * width, index + 1.5 * width], [copied, copied], **line)
     axis.set_yscale("log")
     axis.margins(y=0.12)
     names = [row.params["stage"].replace("resnet", "ResNet-") for row in rows]

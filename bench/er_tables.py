@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from er_means import MEAN_BARS, STAGE_101, Setting, geometric_mean, settings, with_setting
-from record import Bar, Row
+from er_means import MEAN_TARGETS, STAGE_101, Setting, geometric_mean, settings, with_setting
+from record import Row, Target
 
-BAR_101 = 6.0
+TARGET_101 = 6.0
 NONE = "–"
 OLDER = "older"  # key of extra_info
 CONTESTANTS = ("naive", "compiled", "fused")
@@ -34,21 +34,21 @@ def percent(value: Any) -> str:
     return NONE if value is None else f"{100 * value:.0f} %"
 
 
-def mark(value: float | None, bar: float) -> str:
+def mark(value: float | None, target: float) -> str:
     """A figure with what it has to be, or "not measured"."""
     if value is None:
         return "not measured"
-    return f"{value:.2f} ({'reaches' if value >= bar else 'short of'} {bar:g})"
+    return f"{value:.2f} ({'reaches' if value >= target else 'short of'} {target:g})"
 
 
-def verdict(bar: Bar, value: float | None) -> str:
-    """A bar with what became of it."""
-    return f"{bar} {'not measured' if value is None else 'reached' if bar.met(value) else 'missed'}"
+def verdict(target: Target, value: float | None) -> str:
+    """A target with what became of it."""
+    return f"{target} {'not measured' if value is None else 'reached' if target.met(value) else 'missed'}"
 
 
 def verdicts(row: Row) -> str:
-    """All bars of a row."""
-    return "; ".join(verdict(bar, value) for bar, value in row.bars()) or NONE
+    """All targets of a row."""
+    return "; ".join(verdict(target, value) for target, value in row.targets()) or NONE
 
 
 def called(text: str, *rows: Row) -> str:
@@ -62,40 +62,40 @@ def where(row: Row, setting: Setting) -> str:
 
 
 def means_table(rows: Sequence[Row], test: str) -> str:
-    """Geometric means over the stages of ResNet-50 for every setting, against the bars."""
-    bars = MEAN_BARS[test]
+    """Geometric means over the stages of ResNet-50 for every setting, against the targets."""
+    targets = MEAN_TARGETS[test]
     lines = []
     for setting in settings(rows):
         chosen = with_setting(rows, setting)
         cells = [called(str(setting), *chosen)]
-        cells += [mark(geometric_mean(chosen, key), bar) for key, bar in bars.items()]
-        shares = [row.extra_info["share_of_floor"] for row in chosen]
+        cells += [mark(geometric_mean(chosen, key), target) for key, target in targets.items()]
+        shares = [row.extra_info["share_of_copy"] for row in chosen]
         cells.append(f"{percent(min(shares))} to {percent(max(shares))}")
         if test == "stage_tails":
             third = [row.extra_info["ratio_naive"] for row in chosen if row.params["stage"] == STAGE_101]
-            cells.append(mark(third[0] if third else None, BAR_101))
+            cells.append(mark(third[0] if third else None, TARGET_101))
         lines.append(cells)
-    head = ["batch, layout, threads", "times naive eager", "times compiled naive", "share of the floor"]
+    head = ["batch, layout, threads", "times naive eager", "times compiled naive", "share of copy bandwidth"]
     return markdown([*head, "ResNet-101, stage 3: times naive eager"] if test == "stage_tails" else head, lines)
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """Times, ratios and the share of the floor of every row of tails or of calls."""
+    """Times, ratios and the share of copy bandwidth of every row of tails or of calls."""
     lines = []
     for setting in settings(rows):
         for row in with_setting(rows, setting):
             info = row.extra_info
             cells = [where(row, setting), *(number(info.get(f"{who}_ms"), 1) for who in CONTESTANTS)]
             cells += [number(info.get(f"ratio_{who}")) for who in ("naive", "compiled")]
-            cells += [number(info["floor"], 1), percent(info["share_of_floor"])]
-            cells += [percent(info.get("share_of_floor_cached")), number(info["must_move"] / row.p50 / 1e6, 0)]
+            cells += [number(info["copy_time"], 1), percent(info["share_of_copy"])]
+            cells += [number(info["must_move"] / row.p50 / 1e6, 0)]
             lines.append(cells)
     head = ["stage, batch, layout, threads", *(f"{who}, ms" for who in CONTESTANTS), "times naive", "times compiled"]
-    return markdown([*head, "floor, ms", "share of floor", "of floor in cache", "GB/s"], lines)
+    return markdown([*head, "at copy bandwidth, ms", "share of copy bandwidth", "GB/s"], lines)
 
 
 def norms_table(rows: Sequence[Row]) -> str:
-    """Times, ratios and the share of the floor of BatchNorm + ReLU."""
+    """Times, ratios and the share of copy bandwidth of BatchNorm + ReLU."""
     lines = []
     for row in sorted(rows, key=lambda row: (row.params["batch"], row.params["layout"], row.params["threads"])):
         info, params = row.extra_info, row.params
@@ -106,10 +106,10 @@ def norms_table(rows: Sequence[Row]) -> str:
             number(info["modules_ms"], 1),
             number(info["fused_ms"], 1),
         ]
-        cells += [number(info["ratio_modules"]), number(info["floor"], 1), percent(info["share_of_floor"])]
+        cells += [number(info["ratio_modules"]), number(info["copy_time"], 1), percent(info["share_of_copy"])]
         lines.append(cells)
     head = ["stage, pass, batch, layout, threads", "passes", "modules, ms", "fused, ms", "times modules"]
-    return markdown([*head, "floor, ms", "share of floor"], lines)
+    return markdown([*head, "at copy bandwidth, ms", "share of copy bandwidth"], lines)
 
 
 def bytes_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str:
@@ -165,8 +165,10 @@ def operators_table(rows: Sequence[Row]) -> str:
             info = row.extra_info
             rates = [number(info[f"{kind}gigabytes_per_second"], 0) for kind in ("", "copy_")]
             name = f"{row.params['operator']}, {where(row, setting)}"
-            lines.append([name, number(row.p50), *rates, percent(info["share_of_floor"])])
-    return markdown(["operator, stage, batch, layout, threads", "ms", "GB/s", "copy, GB/s", "share of floor"], lines)
+            lines.append([name, number(row.p50), *rates, percent(info["share_of_copy"])])
+    return markdown(
+        ["operator, stage, batch, layout, threads", "ms", "GB/s", "copy, GB/s", "share of copy bandwidth"], lines
+    )
 
 
 def network_of(row: Row) -> str:
@@ -183,7 +185,7 @@ def steps_table(rows: Sequence[Row]) -> str:
         share = info["fused_ms"] / info["plain_ms"]
         lines.append([*cells, number(share), number(info["ratio_naive"]), verdicts(row)])
     head = ["network", *(f"{who}, ms" for who in NETWORKS), "fused / plain", "times naive"]
-    return markdown([*head, "bars"], lines)
+    return markdown([*head, "targets"], lines)
 
 
 def memory_table(rows: Sequence[Row]) -> str:
@@ -197,7 +199,7 @@ def memory_table(rows: Sequence[Row]) -> str:
             cells.append(number(info.get(f"{what}_share")))
         lines.append([*cells, verdicts(row)])
     names = [f"{what}: {who}" for what in ("process", "tensors") for who in (*NETWORKS, "fused / plain")]
-    return markdown(["network, MiB", *names, "bars"], lines)
+    return markdown(["network, MiB", *names, "targets"], lines)
 
 
 def stage_memory_table(rows: Sequence[Row]) -> str:
@@ -220,21 +222,21 @@ def calls_table(rows: Sequence[Row]) -> str:
         [called(row.params["name"], row), number(row.p50, 1), number(row.extra_info["add_us"], 1), verdicts(row)]
         for row in rows
     ]
-    return markdown(["call", "µs", "torch.add beside it, µs", "bars"], lines)
+    return markdown(["call", "µs", "torch.add beside it, µs", "targets"], lines)
 
 
-def bars_table(rows: Iterable[Row]) -> str:
-    """Bars by what they are asked of: how many rows reach them, the least and the most that was found."""
+def targets_table(rows: Iterable[Row]) -> str:
+    """Targets by what they are asked of: how many rows reach them, the least and the most that was found."""
     found: dict[tuple[str, str], list[float]] = {}
-    bars: dict[tuple[str, str], Bar] = {}
+    targets: dict[tuple[str, str], Target] = {}
     for row in rows:
-        for bar, value in row.bars():
-            key = (row.group, str(bar))
-            bars[key] = bar
+        for target, value in row.targets():
+            key = (row.group, str(target))
+            targets[key] = target
             found.setdefault(key, []).extend([] if value is None else [value])
     lines = []
     for (group, text), values in found.items():
-        reached = sum(bars[group, text].met(value) for value in values)
+        reached = sum(targets[group, text].met(value) for value in values)
         spread = f"{min(values):.3g} to {max(values):.3g}" if values else NONE
         lines.append([group, f"`{text}`", f"{reached} of {len(values)}", spread])
-    return markdown(["what", "bar", "rows that reach it", "found"], lines)
+    return markdown(["what", "target", "rows that reach it", "found"], lines)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from record import Bar, Row
+from record import Row, Target
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -35,22 +35,22 @@ class Ceilings:
 class GpuCase:
     """One measurement: its name, how to run it, and what is expected of it.
 
-    bars are those of the row with the case's own name, and are put into it by whoever runs the case;
+    targets are those of the row with the case's own name, and are put into it by whoever runs the case;
     `title` is how tables for people call it.
     """
 
     name: str
     run: Callable[[Ceilings], Row | Sequence[Row]]
-    importance: int = 1  # 0: a bar of the design; 1: explains one; 2: nice to know. Run in this order.
+    importance: int = 1  # 0: a target of the design; 1: explains one; 2: nice to know. Run in this order.
     seconds: float = 10.0  # about what it takes, reference and compilation included
     smoke: bool = False  # also part of the smoke level; one an operator
     title: str = ""
     group: str = ""
-    bars: Sequence[str] = ()
+    targets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for text in self.bars:
-            Bar.parse(text)
+        for text in self.targets:
+            Target.parse(text)
 
 
 def modules(folder: Path = FOLDER) -> list[str]:

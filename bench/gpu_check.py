@@ -22,9 +22,9 @@ from pathlib import Path
 import gpu_steps
 from ceilings_gpu import COPY, MATMUL
 from gpu_case import Ceilings, cases_of, modules
+from gpu_device import GpuDevice, device_at_hand, emulator
 from gpu_runner import Deadline, Runner, Task
 from gpu_table import final_table
-from gpu_target import Target, device_at_hand, emulator
 from machine import ROOT, gpu_state
 from record import RESULTS, Record, Row, without_figures
 
@@ -33,16 +33,16 @@ LAST_SECONDS = 8.0  # kept for the table
 
 
 class Check:
-    """One run: the target, its record, the time."""
+    """One run: the device, its record, the time."""
 
-    def __init__(self, target: Target, options: argparse.Namespace) -> None:
-        self.target, self.out, self.only = target, options.out, options.only or ""
+    def __init__(self, device: GpuDevice, options: argparse.Namespace) -> None:
+        self.device, self.out, self.only = device, options.out, options.only or ""
         self.smoke = options.minutes < SMOKE_MINUTES
         self.deadline = Deadline(60 * options.minutes - LAST_SECONDS)
-        self.record = Record.of(target.machine, options.results)
+        self.record = Record.of(device.machine, options.results)
         self.logs = options.logs
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.runner = Runner(target.folder, self.logs / "cases.log", self.deadline)
+        self.runner = Runner(device.folder, self.logs / "cases.log", self.deadline)
         self.ceilings = Ceilings(math.nan, math.nan)
         self.rows: list[Row] = []
 
@@ -77,7 +77,7 @@ class Check:
         tasks: list[Task] = []
         for module in names:
             try:
-                tasks += [Task(module, case) for case in cases_of(module, self.target.folder)]
+                tasks += [Task(module, case) for case in cases_of(module, self.device.folder)]
             except Exception as error:
                 detail = f"{type(error).__name__}: {error}"[:300]
                 self.add([without_figures(module, module, "FAIL", f"it offers no cases: {detail}")])
@@ -90,14 +90,14 @@ class Check:
     def note_clocks(self, after: str) -> None:
         """Remember the clocks, a few times a run."""
         seen = self.record.machine["clocks"]
-        state = gpu_state() if self.target.machine["kind"] == "gpu" and len(seen) < 40 else {}
+        state = gpu_state() if self.device.machine["kind"] == "gpu" and len(seen) < 40 else {}
         if state:
             seen.append({"after": after, **state})
 
     def run(self, binary: Path | None) -> None:
         """Every step."""
         logs, left = self.logs, self.deadline
-        self.guarded("build", gpu_steps.build, self.target, logs, gpu_steps.share_of(left, 0.6, 300))
+        self.guarded("build", gpu_steps.build, self.device, logs, gpu_steps.share_of(left, 0.6, 300))
         self.run_cases(["agreement_gpu"])
         self.guarded("binary", gpu_steps.foreign_binary, binary, logs, gpu_steps.share_of(left, 0.2, 60))
         if not self.smoke:
@@ -105,7 +105,7 @@ class Check:
         self.run_cases(["ceilings_gpu"])
         found = {row.name: row.p50 for row in self.rows if row.bench == "ceilings_gpu" and row.status == "measured"}
         self.ceilings = Ceilings(found.get(COPY, math.nan), found.get(MATMUL, math.nan))
-        self.run_cases(modules(self.target.folder), self.only)
+        self.run_cases(modules(self.device.folder), self.only)
         self.runner.close()
 
     def correctness(self) -> None:
@@ -114,10 +114,10 @@ class Check:
         self.runner.close()
         with ThreadPoolExecutor() as pool:
             sanitizers = {
-                tool: pool.submit(gpu_steps.sanitizer, self.target, tool, self.logs, seconds)
+                tool: pool.submit(gpu_steps.sanitizer, self.device, tool, self.logs, seconds)
                 for tool in gpu_steps.SANITIZERS
             }
-            self.guarded("tests", gpu_steps.tests, self.target, self.logs, seconds)
+            self.guarded("tests", gpu_steps.tests, self.device, self.logs, seconds)
             for tool, future in sanitizers.items():
                 self.guarded(f"compute-sanitizer {tool}", future.result)
 
@@ -170,15 +170,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.commit:
         os.environ["ERNET_COMMIT"] = options.commit
     if options.simulate:
-        target = emulator(options.cases) if options.cases else emulator()
+        device = emulator(options.cases) if options.cases else emulator()
     else:
         import torch
 
         if not torch.cuda.is_available():
             print("dev.py gpu: torch sees no CUDA device here; nothing was built, run or recorded.")
             return 1
-        target = device_at_hand()
-    check = Check(target, options)
+        device = device_at_hand()
+    check = Check(device, options)
     signal.signal(signal.SIGTERM, stop)
     try:
         check.run(options.binary)

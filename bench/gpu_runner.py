@@ -127,7 +127,7 @@ class Runner:
     @staticmethod
     def _without(task: Task, status: str, detail: str) -> Row:
         case = task.case
-        known = {"title": case.title, "bar": list(case.bars)}
+        known = {"title": case.title, "target": list(case.targets)}
         return without_figures(
             task.module, case.name, status, detail, **{key: value for key, value in known.items() if value}
         )

@@ -14,8 +14,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+from gpu_device import GpuDevice
 from gpu_runner import WORKER, Deadline, last_lines
-from gpu_target import Target
 from machine import ROOT
 from record import Row, without_figures
 
@@ -67,16 +67,16 @@ def why(code: int, log: Path, seconds: float) -> str:
     return f"{start}: {last_lines(log)}"
 
 
-def build(target: Target, logs: Path, seconds: float) -> Row:
+def build(device: GpuDevice, logs: Path, seconds: float) -> Row:
     """Build for the device."""
     log, start = logs / "build.log", time.perf_counter()
-    code = call(target.build, log, seconds, **target.build_environment)
+    code = call(device.build, log, seconds, **device.build_environment)
     took = time.perf_counter() - start
     detail = f"{took:.0f} s" if code == 0 else why(code, log, seconds)
     return without_figures("gpu_steps", "build", "pass" if code == 0 else "FAIL", detail, seconds=took)
 
 
-def tests(target: Target, logs: Path, seconds: float) -> Iterator[Row]:
+def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
     """Run the tests that need the device; one row for each test function."""
     if importlib.util.find_spec("pytest") is None:
         yield without_figures("tests", "all", "skipped", "pytest is not installed for this interpreter")
@@ -85,7 +85,7 @@ def tests(target: Target, logs: Path, seconds: float) -> Iterator[Row]:
     report.unlink(missing_ok=True)
     options = ["-o", "addopts=--import-mode=importlib", "-q", "-ra", f"--junitxml={report}", "-p", "no:cacheprovider"]
     environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    code = call([sys.executable, "-m", "pytest", *options, *target.tests], log, seconds, 15.0, **environment)
+    code = call([sys.executable, "-m", "pytest", *options, *device.tests], log, seconds, 15.0, **environment)
     if code == TIMED_OUT:
         yield without_figures("tests", "all", "no time left", f"stopped after {seconds:.0f} s; what ran is listed")
     groups = outcomes_of(report)
@@ -113,16 +113,16 @@ def outcomes_of(report: Path) -> dict[str, list[tuple[str, str]]]:
     return groups
 
 
-def sanitizer(target: Target, tool: str, logs: Path, seconds: float) -> Row:
+def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
     """Run every kernel once, on small inputs, under one tool of compute-sanitizer."""
     name = f"compute-sanitizer {tool}"
-    if target.sanitizer is None:
+    if device.sanitizer is None:
         return without_figures("gpu_steps", name, "skipped", "compute-sanitizer is not installed here")
     log = logs / f"{tool}.log"
     # without PyTorch's cache each tensor is an allocation of its own, and a read beyond one is seen
     code = call(
-        [target.sanitizer, "--tool", tool, "--error-exitcode", "9",
-         sys.executable, "-u", str(WORKER), str(target.folder), "agreement_gpu"],
+        [device.sanitizer, "--tool", tool, "--error-exitcode", "9",
+         sys.executable, "-u", str(WORKER), str(device.folder), "agreement_gpu"],
         log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )  # fmt: skip
     status, detail = sanitizer_verdict(code, log.read_text(errors="replace"))
@@ -155,9 +155,10 @@ torch.testing.assert_close(mean, x.mean((0, 2, 3)))
 torch.testing.assert_close(var, x.var((0, 2, 3), correction=0))
 if torch.cuda.is_available():
     image = torch.randint(0, 255, (2, 3, 61, 67), dtype=torch.uint8)
-    cpu = torch.ops.ernet.macenko_moments(image, 240.0, 0.15)
-    gpu = torch.ops.ernet.macenko_moments(image.cuda(), 240.0, 0.15)
-    torch.testing.assert_close(gpu.cpu(), cpu)
+    cpu = torch.ops.ernet.macenko_fit(image, 240.0, 1.0, 0.15, False)
+    gpu = torch.ops.ernet.macenko_fit(image.cuda(), 240.0, 1.0, 0.15, False)
+    for found, expected in zip(gpu, cpu):
+        torch.testing.assert_close(found.cpu(), expected)
 print("loaded and correct under torch", torch.__version__)
 """
 

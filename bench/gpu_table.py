@@ -1,11 +1,11 @@
-"""The short table that ends `python3 dev.py gpu`: every bar, what was measured, its share of the floor, a verdict."""
+"""The short table that ends `python3 dev.py gpu`: every target, what was measured, its share of a copy, a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from record import Bar, Row
+from record import Row, Target
 
 LISTED = 20
 
@@ -17,21 +17,21 @@ def number(value: float | None) -> str:
     return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.3g}"
 
 
-def verdict(row: Row, bar: Bar, value: float | None) -> str:
-    """Whether the bar was met."""
+def verdict(row: Row, target: Target, value: float | None) -> str:
+    """Whether the target was met."""
     if value is None:
         return row.status if row.status not in ("measured", "pass") else "not measured"
-    return "met" if bar.met(value) else "MISSED"
+    return "met" if target.met(value) else "MISSED"
 
 
 def bar_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a bar: what, bar, measured, share of floor, verdict."""
+    """A line a target: what, target, measured, share of copy bandwidth, verdict."""
     lines = []
     for row in rows:
-        share = row.extra_info.get("share_of_floor")
-        for bar, value in row.bars():
+        share = row.extra_info.get("share_of_copy")
+        for target, value in row.targets():
             what = row.extra_info.get("title") or row.name
-            lines.append([str(what), str(bar), number(value), number(share), verdict(row, bar, value)])
+            lines.append([str(what), str(target), number(value), number(share), verdict(row, target, value)])
     return lines
 
 
@@ -68,12 +68,12 @@ def final_table(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
     head = f"{machine['name']}, driver {machine.get('driver', '-')}, torch {packages.get('torch')}, commit {commit}"
     ceilings = [f"{row.name} {number(row.p50)} {row.unit}" for row in rows if row.group == "ceilings"]
     lines = [head, *ceilings, "", *step_lines(rows), ""]
-    bars = bar_lines(rows)
-    if bars:
-        lines += columns([["what", "bar", "measured", "of floor", "verdict"], *bars])
-        lines.append(f"{sum(line[-1] == 'met' for line in bars)} of {len(bars)} bars met")
+    targets = bar_lines(rows)
+    if targets:
+        lines += columns([["what", "target", "measured", "of copy", "verdict"], *targets])
+        lines.append(f"{sum(line[-1] == 'met' for line in targets)} of {len(targets)} targets met")
         if any(row.status == "FAIL" and row.bench in ("agreement_gpu", "tests") for row in rows):
             lines.append("correctness checks fail: the documents will not report these speeds")
     else:
-        lines.append("no row has a bar")
+        lines.append("no row has a target")
     return "\n".join(lines)

@@ -26,11 +26,11 @@ from record import Row
 
 
 def completed(case: GpuCase, rows: Row | Sequence[Row]) -> list[Row]:
-    """The rows, with the case's bars, predictions and title in the one that has its name."""
+    """The rows, with the case's targets, predictions and title in the one that has its name."""
     given = [rows] if isinstance(rows, Row) else list(rows)
     for row in given:
         if row.name == case.name:
-            known = {"title": case.title, "bar": list(case.bars)}
+            known = {"title": case.title, "target": list(case.targets)}
             row.extra_info = {**{key: value for key, value in known.items() if value}, **row.extra_info}
     return given
 

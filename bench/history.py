@@ -16,12 +16,12 @@ MOST = 12  # lines that can be told apart
 def series(names: Sequence[str], folder: Path = RESULTS) -> dict[str, list[tuple[Loaded, Row]]]:
     """machine and row -> its measurements, oldest first: those whose bench or name has one of `names` in it.
 
-    Without names, the rows that have a bar.
+    Without names, the rows that have a target.
     """
     found: dict[str, list[tuple[Loaded, Row]]] = {}
     for one in reversed(Records(folder).all):
         for row in one.rows:
-            wanted = any(name in f"{row.bench} {row.name}" for name in names) if names else bool(row.bar_texts())
+            wanted = any(name in f"{row.bench} {row.name}" for name in names) if names else bool(row.target_texts())
             if wanted and row.status == "measured" and row.p50 > 0:
                 found.setdefault(f"{one.machine['name']}: {row.name}", []).append((one, row))
     return found
@@ -70,7 +70,7 @@ def history(names: Sequence[str], path: Path, folder: Path = RESULTS) -> int:
     """Print the table and, where matplotlib is installed, draw the picture; exit code 1 if there is nothing to show."""
     found = series(names, folder)
     if not found:
-        print(f"no row of {folder} {'has ' + ' or '.join(names) if names else 'has a bar'}")
+        print(f"no row of {folder} {'has ' + ' or '.join(names) if names else 'has a target'}")
         return 1
     print(as_text(found))
     if importlib.util.find_spec("matplotlib") is None:

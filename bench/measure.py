@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--minutes", type=float, help=f"begin no bench after so many minutes (default {MINUTES:g} without NAME)"
     )
     made.add_argument("--record", type=Path, default=RESULTS, metavar="FOLDER", help="default bench/results")
-    made.add_argument("--compare", metavar="REV", help="build this git revision beside, and time both in turns")
+    made.add_argument("--compare", metavar="REV", help="build this git revision beside, and time both interleaved")
     made.add_argument("--rounds", type=int, default=3, metavar="N", help="of --compare (default 3)")
     made.add_argument("--fail-above", type=percent, metavar="5%%", help="exit 1 where a row became slower by more")
     made.add_argument("--history", nargs="?", type=Path, const=ROOT / "build" / "history.png", metavar="PNG")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from record import Record
 
-# The benches behind the bars and the README come first: what a run that is cut off has, the documents can show.
+# The benches behind the targets and the README come first: what a run that is cut off has, the documents can show.
 ORDER = (
     "bench_macenko",
     "bench_er_stage",
@@ -24,7 +24,7 @@ ORDER = (
 
 
 def by_importance(items: list[pytest.Item]) -> list[pytest.Item]:
-    """The benches in this order, unknown files behind them; then those on contiguous maps, which no bar is of.
+    """The benches in this order, unknown files behind them; then those on contiguous maps, which no target is of.
 
     Means, which need nothing but the rows of all others, come last.
     """
@@ -85,5 +85,6 @@ class Session:
             pytest.skip("no time left; python3 dev.py bench --resume measures what is missing")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" and report.passed and not is_mean(report.nodeid):
+        # what a bench itself skips, as a contestant that is not measured, is done too
+        if report.when == "call" and not report.failed and not is_mean(report.nodeid):
             self.progress.add(report.nodeid)

@@ -15,12 +15,13 @@ seen. A row is one measurement, complete in itself (a ratio never mixes two runs
     time         when
     extra_info   what else is known, under these keys; others may stand beside them
 
-        peer, peer_p50    what it is compared with, timed in turns in the same run, in the same unit
+        peer, peer_p50    what it is compared with, interleaved in the same run, in the same unit
         ratio             how many times better than the peer; computed from the two where it is not given
         ratio_<name>      the same where there are several peers: ratio_naive, ratio_compiled, ratio_plain
-        floor, floor_why  the physical limit in the same unit (for a rate, the most), and one line on how it was counted
-        share_of_floor    how near the row comes to it, 1 = at the limit; computed from p50 and floor if not given
-        bar               "KEY >= NUMBER" or "KEY <= NUMBER", or a list of them; KEY is p20, p50, p80 or a key here
+        copy_time         what the bytes to move take at the copy bandwidth, in the same unit (for a rate, the most)
+        copy_why          one line on how the bytes were counted, and which bandwidth was meant
+        share_of_copy     p50 against copy_time; above 1 where caches held bytes; computed if not given
+        target            "KEY >= NUMBER" or "KEY <= NUMBER", or a list of them; KEY is p20, p50, p80 or a key here
         status            "measured" where it is not given, "pass", "FAIL", "skipped", "no time left"
         detail            one line for people
 
@@ -49,11 +50,14 @@ FORMAT = 1
 STATUSES = ("measured", "pass", "FAIL", "skipped", "no time left")
 # What must agree before two runs are one record
 IDENTITY = ("kind", "name", "cpu", "driver", "packages", "python", "commit", "sources")
+LEAST_REPEATS = 5
 MORE_IS_BETTER = ("GB/s", "TFLOP/s", "images/s")
-_BAR = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=)\s*([0-9.]+(?:e-?[0-9]+)?)\s*")
+# Keys of earlier records -> keys of now; a "floor" was always bytes over copy bandwidth, which caches can beat
+_RENAMED = {"bar": "target", "floor": "copy_time", "floor_why": "copy_why", "share_of_floor": "share_of_copy"}
+_TARGET = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=)\s*([0-9.]+(?:e-?[0-9]+)?)\s*")
 
 
-class Bar(NamedTuple):
+class Target(NamedTuple):
     """A number that a row has to reach: `key` of its extra_info (or p20, p50, p80), at least or at most `limit`."""
 
     key: str
@@ -61,15 +65,15 @@ class Bar(NamedTuple):
     limit: float
 
     @classmethod
-    def parse(cls, text: str) -> Bar:
+    def parse(cls, text: str) -> Target:
         """From "KEY >= NUMBER" or "KEY <= NUMBER"."""
-        found = _BAR.fullmatch(text)
+        found = _TARGET.fullmatch(text)
         if found is None:
-            raise ValueError(f'bar {text!r}; expected "KEY >= NUMBER" or "KEY <= NUMBER", such as "ratio >= 1.8".')
-        return cls(found[1], found[2], float(found[3]))
+            raise ValueError(f'target {text!r}; expected "KEY >= NUMBER" or "KEY <= NUMBER", such as "ratio >= 1.8".')
+        return cls(_RENAMED.get(found[1], found[1]), found[2], float(found[3]))
 
     def met(self, value: float) -> bool:
-        """True if `value` reaches the bar."""
+        """True if `value` reaches the target."""
         return value >= self.limit if self.sense == ">=" else value <= self.limit
 
     def __str__(self) -> str:
@@ -93,7 +97,7 @@ class Row:
     time: str = ""
 
     def __post_init__(self) -> None:
-        info = self.extra_info = _plain(self.extra_info)
+        info = self.extra_info = {_RENAMED.get(key, key): value for key, value in _plain(self.extra_info).items()}
         self.params = _plain(self.params)
         self.p20, self.p50, self.p80 = (_rounded(float(value)) for value in (self.p20, self.p50, self.p80))
         self.time = self.time or datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -104,33 +108,41 @@ class Row:
             raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected them in order.")
         if info.get("status", "measured") not in STATUSES:
             raise ValueError(f"row {self.name!r}: status {info['status']!r}; expected one of {', '.join(STATUSES)}.")
-        for text in self.bar_texts():
-            Bar.parse(text)
+        for text in self.target_texts():
+            Target.parse(text)
         if self.p50 > 0:
             if "peer_p50" in info:
                 info.setdefault("ratio", _rounded(self.times_better(info["peer_p50"])))
-            if info.get("floor"):
-                info.setdefault("share_of_floor", _rounded(self.times_better(info["floor"])))
+            if info.get("copy_time"):
+                info.setdefault("share_of_copy", _rounded(self.times_better(info["copy_time"])))
 
     def times_better(self, other: float) -> float:
         """How many times better p50 is than `other`, which is in the same unit."""
         return self.p50 / other if self.unit in MORE_IS_BETTER else other / self.p50
 
-    def bar_texts(self) -> list[str]:
-        """The bars as written."""
-        bar = self.extra_info.get("bar", [])
-        return [bar] if isinstance(bar, str) else list(bar)
+    def target_texts(self) -> list[str]:
+        """The targets as written."""
+        target = self.extra_info.get("target", [])
+        return [target] if isinstance(target, str) else list(target)
 
-    def bars(self) -> Iterator[tuple[Bar, float | None]]:
-        """Each bar with the value found, None where the row has no such number."""
-        for bar in map(Bar.parse, self.bar_texts()):
-            value = getattr(self, bar.key) if bar.key in ("p20", "p50", "p80") else self.extra_info.get(bar.key)
-            yield bar, value if isinstance(value, int | float) and self.status in ("measured", "pass") else None
+    def targets(self) -> Iterator[tuple[Target, float | None]]:
+        """Each target with the value found, None where the row has no such number."""
+        for target in map(Target.parse, self.target_texts()):
+            value = (
+                getattr(self, target.key) if target.key in ("p20", "p50", "p80") else self.extra_info.get(target.key)
+            )
+            yield target, value if isinstance(value, int | float) and self.status in ("measured", "pass") else None
 
     @property
     def status(self) -> str:
         """What became of it."""
         return str(self.extra_info.get("status", "measured"))
+
+    @property
+    def few(self) -> str:
+        """Says so where a time has too few repeats to be called a median, "" elsewhere."""
+        timed = self.unit in ("us", "ms", "s") and self.status == "measured"
+        return f" ({self.repeats} repeat{'s' * (self.repeats != 1)})" if timed and self.repeats < LEAST_REPEATS else ""
 
     @property
     def key(self) -> tuple[str, str]:

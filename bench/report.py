@@ -5,7 +5,7 @@ A document (README.md, docs/*.md) says where a table goes; everything between th
     <!-- table NAME -->
     <!-- end of NAME -->
 
-Tables come from here (`bars-cpu`, `bars-gpu`, `rows-cpu`, `rows-gpu`, `records`) and from the modules
+Tables come from here (`targets-cpu`, `targets-gpu`, `rows-cpu`, `rows-gpu`, `records`) and from the modules
 bench/report_*.py, which define one or both of
 
     tables(records: Records) -> dict[str, str]                   Markdown by name
@@ -32,7 +32,7 @@ from typing import Any
 
 from gpu_case import GpuCase, cases_of, modules
 from gpu_table import number, verdict
-from record import RESULTS, ROOT, Bar, Row, read
+from record import RESULTS, ROOT, Row, Target, read
 
 FOLDER = Path(__file__).resolve().parent
 NOT_MEASURED = "not yet measured on a GPU"
@@ -101,41 +101,41 @@ def with_unit(value: float, unit: str) -> str:
     return f"{number(value)} {unit}".strip()
 
 
-def bars_cpu(records: Records) -> str:
-    """Every bar of the CPU, and whether it is met."""
+def targets_cpu(records: Records) -> str:
+    """Every target of the CPU, and whether it is met."""
     lines = []
     for row, _ in records.newest("cpu").values():
-        for bar, value in row.bars():
-            lines.append([title_of(row), f"`{bar}`", number(value), _share(row), verdict(row, bar, value)])
+        for target, value in row.targets():
+            lines.append([title_of(row), f"`{target}`", number(value), _share(row), verdict(row, target, value)])
     if not lines:
-        return "No row of a CPU record has a bar."
+        return "No row of a CPU record has a target."
     met = sum(line[-1] == "met" for line in lines)
-    return f"{met} of {len(lines)} bars met.\n\n" + markdown(
-        ["what", "bar", "measured", "share of floor", "verdict"], lines
+    return f"{met} of {len(lines)} targets met.\n\n" + markdown(
+        ["what", "target", "measured", "share of copy bandwidth", "verdict"], lines
     )
 
 
-def bars_gpu_lines(records: Records) -> Iterator[tuple[str, GpuCase, list[str]]]:
-    """A line a bar of a GPU bench, with the module and the case it is of."""
+def targets_gpu_lines(records: Records) -> Iterator[tuple[str, GpuCase, list[str]]]:
+    """A line a target of a GPU bench, with the module and the case it is of."""
     newest = records.newest("gpu")
     for module, case in gpu_cases():
         row, one = newest.get((module, case.name), (None, None))
-        for text in case.bars:
-            bar = Bar.parse(text)
-            value = dict((str(b), v) for b, v in row.bars()).get(str(bar)) if row is not None else None
+        for text in case.targets:
+            target = Target.parse(text)
+            value = dict((str(b), v) for b, v in row.targets()).get(str(target)) if row is not None else None
             shown = number(value) if value is not None else NOT_MEASURED
-            said = verdict(row, bar, value) if row is not None else ""
+            said = verdict(row, target, value) if row is not None else ""
             if one is not None and one.failures:
                 shown, said = "not reported", f"{len(one.failures)} correctness checks fail"
-            yield module, case, [case.title or case.name, f"`{bar}`", shown, said]
+            yield module, case, [case.title or case.name, f"`{target}`", shown, said]
 
 
-def bars_gpu(records: Records) -> str:
-    """Every bar of the GPU benches: measured, or not yet."""
-    lines = [line for _, _, line in bars_gpu_lines(records)]
+def targets_gpu(records: Records) -> str:
+    """Every target of the GPU benches: measured, or not yet."""
+    lines = [line for _, _, line in targets_gpu_lines(records)]
     if not lines:
-        return "No GPU bench has a bar."
-    return markdown(["what", "bar", "measured", "verdict"], lines)
+        return "No GPU bench has a target."
+    return markdown(["what", "target", "measured", "verdict"], lines)
 
 
 def gpu_cases() -> list[tuple[str, GpuCase]]:
@@ -170,12 +170,12 @@ def _rows(rows: Sequence[Row]) -> str:
         ratio = f"{number(info['ratio'])}x" if "ratio" in info else ""
         spread = f"{number(row.p20)} to {number(row.p80)}"
         name = str(info.get("title") or row.name)
-        lines.append([name, with_unit(row.p50, row.unit), spread, peer, ratio, _share(row, "")])
-    return markdown(["", "p50", "p20 to p80", "peer", "ratio", "share of floor"], lines)
+        lines.append([name, with_unit(row.p50, row.unit) + row.few, spread, peer, ratio, _share(row, "")])
+    return markdown(["", "p50", "p20 to p80", "peer", "ratio", "share of copy bandwidth"], lines)
 
 
 def _share(row: Row, missing: str = "-") -> str:
-    share = row.extra_info.get("share_of_floor")
+    share = row.extra_info.get("share_of_copy")
     return missing if share is None else f"{100 * share:.0f} %"
 
 
@@ -195,8 +195,8 @@ def records_used(records: Records) -> str:
 
 
 TABLES: dict[str, Callable[[Records], str]] = {
-    "bars-cpu": bars_cpu,
-    "bars-gpu": bars_gpu,
+    "targets-cpu": targets_cpu,
+    "targets-gpu": targets_gpu,
     "rows-cpu": rows_of("cpu"),
     "rows-gpu": rows_of("gpu"),
     "records": records_used,

@@ -18,7 +18,6 @@ from er_means import rows_of
 from er_picture import BATCH, LAYOUT, draw_tails
 from er_tables import (
     OLDER,
-    bars_table,
     bytes_table,
     calls_table,
     kernels_table,
@@ -30,6 +29,7 @@ from er_tables import (
     speed_table,
     stage_memory_table,
     steps_table,
+    targets_table,
 )
 from record import ROOT, Row, read
 
@@ -42,10 +42,10 @@ the order of a network; an operator that moves no bytes stands for the convoluti
 under `torch.compile`. Geometric means are over the four stages of ResNet-50.
 
 ![Milliseconds of the tails of each stage](er_speed.png)"""
-SPEED = """The floor is the bytes that the design must move over the copy bandwidth of the same run, measured at the
-working set of the pass: the 4 L - 1 maps that forward + backward touch. *In cache* is the same at the working set of
-one block, L + 2 maps, as though each block found in the caches what passes over others had left there. A share above
-100 % says that caches held some of the bytes from one pass to the next. GB/s are the bytes to move over the time."""
+SPEED = """*At copy bandwidth* is the bytes that the design must move over the copy bandwidth of the same run,
+measured at the working set of the pass: the 4 L - 1 maps that forward + backward touch. It is no floor: a share
+above 100 % says that caches held some of the bytes from one pass to the next. GB/s are the bytes to move
+over the time."""
 BYTES = """In maps of the stage: what must move, and what the operators of each contestant read and write (every
 argument and result once an operator, also where it passes over a map twice, as the fused ones do channels-last; for the
 compiled ones Inductor's own count). *Faults* are pages of new maps that
@@ -132,7 +132,7 @@ def sections(rows: Sequence[Row]) -> list[tuple[str, str, list[Row], Table]]:
         ("Memory of training", MEMORY, rows_of(rows, "training_memory"), memory_table),
         ("Evaluation", IMAGES, rows_of(rows, "evaluation"), steps_table),
         ("One call", CALLS, rows_of(rows, "call"), calls_table),
-        ("Bars", "", [row for row in rows if row.bar_texts()], bars_table),
+        ("Targets", "", [row for row in rows if row.target_texts()], targets_table),
     ]
 
 
@@ -154,8 +154,8 @@ def report(rows: Sequence[Row], sources: Sequence[Source]) -> str:
     parts = [
         "# ER shortcuts: benchmarks",
         f"Written by `python3 dev.py report` from {origin(sources)}\n\n{machine['cpu']}, {machine['cores']} cores; "
-        f"{packages}. Ratios are of medians of contestants that took turns in one process. What each row is, and how "
-        "its floor is counted, stands in `bench/bench_er_*.py`; [er-shortcuts.md](er-shortcuts.md) has the design.",
+        f"{packages}. Ratios are of medians of contestants interleaved in one process. What each row is, and how "
+        "its bytes are counted, stands in `bench/bench_er_*.py`; [er-shortcuts.md](er-shortcuts.md) has the design.",
     ]
     for title, text, found, table in sections(rows):
         parts.append("\n\n".join(filter(None, [f"## {title}", text, table(found) if found else "Not measured."])))

@@ -67,7 +67,7 @@ def picture(rows: Sequence[Row], path: Path, machine: dict[str, Any]) -> None:
             )
         least = [row for row in found if row.params["who"] == OWN[0]]
         panel.plot(
-            [row.params["pixels"] for row in least], [1e3 / row.extra_info["floor"] for row in least],
+            [row.params["pixels"] for row in least], [1e3 / row.extra_info["copy_time"] for row in least],
             color="grey", linestyle="--", linewidth=1.3, label="limit: bytes / copy bandwidth",
         )  # fmt: skip
         panel.set(xscale="log", yscale="log", title=f"{title} one image, one thread", xlabel="image size (pixels)")
@@ -76,7 +76,7 @@ def picture(rows: Sequence[Row], path: Path, machine: dict[str, Any]) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("images per second")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(f"Macenko on one core ({machine['cpu']}), every package in turns in one run", fontsize=10)
+    figure.suptitle(f"Macenko on one core ({machine['cpu']}), every package interleaved in one run", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -108,7 +108,7 @@ def speed_table(rows: Sequence[Row], operation: str) -> str:
             else:
                 cells.append(f"{number(row.p50)} ({number(row.p50 / own.p50)} ×)")
         lines.append(cells)
-    limit = [number(by[OWN[0], size].extra_info["floor"]) for size in sizes]
+    limit = [number(by[OWN[0], size].extra_info["copy_time"]) for size in sizes]
     lines.append(["limit: bytes / copy bandwidth", *limit])
     pixels = [by[OWN[0], size].params["pixels"] for size in sizes]
     each = [number(1e6 * by[OWN[0], size].p50 / count) for size, count in zip(sizes, pixels, strict=True)]
@@ -116,21 +116,21 @@ def speed_table(rows: Sequence[Row], operation: str) -> str:
     return table(["ms (median; times slower)", *sizes], lines)
 
 
-def bars_table(rows: Sequence[Row]) -> str:
-    """Every bar, with the number found."""
+def targets_table(rows: Sequence[Row]) -> str:
+    """Every target, with the number found."""
     lines = []
     for row in rows:
-        for bar, value in row.bars():
-            met = "not measured" if value is None else "yes" if bar.met(value) else "**no**"
+        for target, value in row.targets():
+            met = "not measured" if value is None else "yes" if target.met(value) else "**no**"
             lines.append(
                 [
                     str(row.extra_info.get("title", row.name)),
-                    f"{bar.key} {bar.sense} {bar.limit:g}",
+                    f"{target.key} {target.sense} {target.limit:g}",
                     "" if value is None else f"{value:.5g}",
                     met,
                 ]
             )
-    return table(["row", "bar", "found", "reached"], lines)
+    return table(["row", "target", "found", "reached"], lines)
 
 
 def other_tables(rows: Sequence[Row]) -> list[str]:
@@ -193,8 +193,8 @@ def report(machine: dict[str, Any], rows: Sequence[Row]) -> str:
         "result written once. An exact fit has to read the image at least three times, for the moments, the angles "
         "and the concentrations, each of which needs the one before; it is bound by arithmetic, not by these bytes.",
         *other_tables(rows),
-        "## Bars",
-        bars_table(rows),
+        "## Targets",
+        targets_table(rows),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from record import Row
-from report import NOT_MEASURED, Loaded, Records, bars_gpu_lines, markdown
+from record import LEAST_REPEATS, Row
+from report import NOT_MEASURED, Loaded, Records, markdown, targets_gpu_lines
 
 MISSING = "not recorded"
 PEERS = ("torchstain torch", "torchstain numpy", "stainx", "torch-staintools", "tiatoolbox")
@@ -59,29 +59,47 @@ def against(found: tuple[Row, Loaded] | None) -> str:
 
 
 def stages(records: Records) -> str:
-    """The tails of the stages at batch 8, channels-last, one thread."""
-    wanted = {"batch": 8, "layout": "channels-last", "threads": 1}
-    found = {
-        row.params["stage"]: row
-        for row in records.rows("cpu", "bench_er_stage")
-        if {*wanted.items()} <= {*row.params.items()} and "stage" in row.params and "naive_ms" in row.extra_info
-    }
+    """The block epilogues of the stages at batch 8, channels-last, one thread, and the worst of layouts and threads."""
+    found: dict[str, list[Row]] = {}
+    for row in records.rows("cpu", "bench_er_stage"):
+        if row.params.get("batch") == 8 and row.params.get("stage") in STAGES and "ratio_naive" in row.extra_info:
+            found.setdefault(row.params["stage"], []).append(row)
     lines = []
     for stage, title in STAGES.items():
-        row = found.get(stage)
-        if row is not None:
-            info = row.extra_info
-            share = f"{100 * info['share_of_floor']:.0f} %" if "share_of_floor" in info else "-"
-            ratio = f"{info['ratio_naive']:.3g}x"
-            lines.append([title, f"**{milliseconds(row.p50)}**", milliseconds(info["naive_ms"]), ratio, share])
+        typical = [r for r in found.get(stage, ()) if (r.params["layout"], r.params["threads"]) == ("channels-last", 1)]
+        if not typical:
+            continue
+        (row,), worst = typical, min(found[stage], key=lambda row: row.extra_info["ratio_naive"])
+        info, params = row.extra_info, worst.params
+        where = f"{params['layout']}, {params['threads']} thread{'s' * (params['threads'] > 1)}"
+        lines.append([
+            title, f"**{milliseconds(row.p50)}**{row.few}", milliseconds(info["naive_ms"]),
+            f"{info['ratio_naive']:.3g}x", f"{worst.extra_info['ratio_naive']:.3g}x ({where}){worst.few}",
+            f"{100 * info['share_of_copy']:.0f} %",
+        ])  # fmt: skip
     head = [
         "a stage's shortcuts, forward + backward, batch 8, channels-last, one thread",
         "fused",
         "naive",
         "",
-        "of the floor",
+        "worst of both layouts, 1 and 2 threads",
+        "of copy bandwidth",
     ]
     return markdown(head, lines) if lines else f"Stages: {MISSING}."
+
+
+def missed(records: Records) -> str:
+    """The targets of the CPU that rows miss, with the worst of them."""
+    found: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for row, _ in records.newest("cpu").values():
+        for target, value in row.targets():
+            if value is not None and not target.met(value):
+                found.setdefault((row.group, str(target)), []).append((value, row))
+    lines = []
+    for (group, text), rows in sorted(found.items()):
+        value, row = (max if "<=" in text else min)(rows, key=lambda entry: entry[0])
+        lines.append([group, f"`{text}`", str(len(rows)), f"{value:.3g}: {row.extra_info.get('title') or row.name}"])
+    return markdown(["target of", "missed", "rows", "the worst"], lines) if lines else "Every target is met."
 
 
 def steps(records: Records) -> str:
@@ -98,9 +116,9 @@ def steps(records: Records) -> str:
         times = [milliseconds(info[key]) if key in info else "-" for key in ("plain_ms", "naive_ms")]
         peak = "-" if share is None else f"{share:.3g}x"
         ratio = f"{info['ratio_naive']:.3g}x"
-        lines.append([name, f"**{milliseconds(row.p50)}**", *times, ratio, peak])
+        lines.append([name, f"**{milliseconds(row.p50)}**{row.few}", *times, ratio, peak])
     head = [
-        "training step, 224 x 224, all cores",
+        "training step, 224 x 224, channels-last, all cores",
         "fused",
         "plain ResNet",
         "naive ER",
@@ -111,13 +129,13 @@ def steps(records: Records) -> str:
 
 
 def gpu(records: Records) -> str:
-    """One bar of each group of GPU benches."""
+    """One target of each group of GPU benches."""
     lines: dict[str, Sequence[str]] = {}
-    for module, case, line in bars_gpu_lines(records):
+    for module, case, line in targets_gpu_lines(records):
         lines.setdefault(case.group or module, line)
     device = next((one.machine["name"] for one in records.of("gpu")), None)
     said = f"Measured on {device}." if device else f"{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}."
-    return f"{said}\n\n{markdown(['what', 'bar', 'measured', 'verdict'], list(lines.values()))}"
+    return f"{said}\n\n{markdown(['what', 'target', 'measured', 'verdict'], list(lines.values()))}"
 
 
 def source(records: Records) -> str:
@@ -128,8 +146,9 @@ def source(records: Records) -> str:
     machine = found[0].machine
     names = ", ".join(f"[{one.path.name}](bench/results/{one.path.name})" for one in found[:3])
     return (
-        f"Medians within one run on {machine['cores']} cores ({machine['cpu']}; torch {machine['packages']['torch']}, "
-        f"float32), {machine['time'][:10]}: {names}."
+        f"Medians of {LEAST_REPEATS} repeats or more, where a row does not say otherwise, "
+        f"within one run on {machine['cores']} cores ({machine['cpu']}; "
+        f"torch {machine['packages']['torch']}, float32), {machine['time'][:10]}: {names}."
     )
 
 
@@ -139,6 +158,7 @@ def tables(records: Records) -> dict[str, str]:
         "readme-macenko": macenko(records),
         "readme-stages": stages(records),
         "readme-steps": steps(records),
+        "readme-missed": missed(records),
         "readme-gpu": gpu(records),
         "readme-source": source(records),
     }

@@ -15,7 +15,7 @@ MOVED = {
     "ernet_fast.er.folded": "ernet_fast.er.shortcut",
     "ernet_fast.er.batch_norm_relu": "ernet_fast.er.norm_relu",
     "ernet_fast.stain.parameters": "ernet_fast.stain.options",
-    "ernet_fast.stain.torchstain_form": "ernet_fast.stain.normalizer",
+    "ernet_fast.stain.published": "ernet_fast.stain.result",
     "ernet_fast.train.atomic_file": "ernet_fast.console.atomic_file",
     "ernet_fast.train.progress": "ernet_fast.console.progress",
     "ernet_fast.train.tables": "ernet_fast.console.tables",

@@ -9,7 +9,7 @@ import torch
 from emulated import PLANS, emulator, images_of, largest_difference, whole_call
 from gpu_case import Ceilings, GpuCase
 from record import Row
-from turns import in_turns, percentiles
+from this_tree import percentiles, time_interleaved
 
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit
 
@@ -33,13 +33,13 @@ def reconstruct(ceilings: Ceilings) -> Row:
     off = np.abs(call().astype(int) - expected.astype(int))
     if off.max() > 1:
         raise AssertionError(f"values are off by {off.max()} grey levels")
-    times = in_turns({"emulated": call}, ROUNDS)["emulated"]
+    times = time_interleaved({"emulated": call}, ROUNDS)["emulated"]
     floor = 2 * images.nbytes / ceilings.copy_gigabytes_per_second / 1e6
     return Row(
         "bench_emulated_gpu", NAME, "emulated", {"images": COUNT, "height": HEIGHT, "width": WIDTH},
         **percentiles([1e3 * seconds for seconds in times]), unit="ms", repeats=ROUNDS,
         extra_info={
-            "floor": floor, "floor_why": "bytes read and written / copy bandwidth",
+            "copy_time": floor, "copy_why": "bytes read and written / copy bandwidth",
             "share_of_values_off": float((off != 0).mean()),
         },
     )  # fmt: skip
@@ -51,27 +51,29 @@ def normalize(plan: str, ceilings: Ceilings) -> Row:
     levels, share = largest_difference(whole_call(images, plan), images)
     if levels > 1:
         raise AssertionError(f"values are off by {levels} grey levels")
-    times = in_turns({plan: lambda: whole_call(images, plan)}, ROUNDS)[plan]
+    times = time_interleaved({plan: lambda: whole_call(images, plan)}, ROUNDS)[plan]
     floor = 2 * images.nbytes / ceilings.copy_gigabytes_per_second / 1e6
     return Row(
         "bench_emulated_gpu", f"normalize, {plan}", "emulated", {"images": COUNT, "height": HEIGHT, "width": WIDTH},
         **percentiles([1e3 * seconds for seconds in times]), unit="ms", repeats=ROUNDS,
         extra_info={
-            "floor": floor, "floor_why": "bytes read and written / copy bandwidth", "share_of_values_off": share,
+            "copy_time": floor, "copy_why": "bytes read and written / copy bandwidth", "share_of_values_off": share,
         },
     )  # fmt: skip
 
 
 def gpu_cases() -> list[GpuCase]:
     """The reconstruction, and whole calls by every plan."""
-    bars = ["share_of_values_off <= 0.0005"]
+    targets = ["share_of_values_off <= 0.0005"]
     cases = [
-        GpuCase(NAME, reconstruct, importance=0, seconds=3, smoke=True, title="reconstruction, emulated", bars=bars)
+        GpuCase(
+            NAME, reconstruct, importance=0, seconds=3, smoke=True, title="reconstruction, emulated", targets=targets
+        )
     ]
     return cases + [
         GpuCase(
             f"normalize, {plan}", functools.partial(normalize, plan), importance=1, seconds=3,
-            smoke=plan == "resident", title=f"whole call, {plan}, emulated", bars=bars,
+            smoke=plan == "resident", title=f"whole call, {plan}, emulated", targets=targets,
         )
         for plan in PLANS
     ]  # fmt: skip

@@ -7,7 +7,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "macenko/steps/od.h"
 
@@ -84,6 +86,40 @@ inline void check_stains(const torch::stable::Tensor& stain, const torch::stable
                   "ernet: ", name, "_stain and ", name, "_max must be float64");
   STD_TORCH_CHECK(stain.is_contiguous() && maximum.is_contiguous(), "ernet: ", name, "_stain and ", name,
                   "_max must be contiguous");
+}
+
+// How levels become the input of a network: (value / range - mean) / std.
+struct NetworkScale {
+  torch::headeronly::ScalarType dtype;
+  double range;
+  double mean[3];
+  double std[3];
+};
+
+// The optional arguments of an operator: nothing without a dtype; mean and std [3] float64, contiguous, on the CPU, 0
+// and 1 by default.
+inline std::optional<NetworkScale> network_scale(const torch::stable::Tensor& images,
+                                                 const std::optional<torch::headeronly::ScalarType>& dtype,
+                                                 const std::optional<torch::stable::Tensor>& mean,
+                                                 const std::optional<torch::stable::Tensor>& std, double range) {
+  using torch::headeronly::ScalarType;
+  if (!dtype) {
+    STD_TORCH_CHECK(!mean && !std, "ernet: mean and std scale a network's input; pass its dtype too");
+    return std::nullopt;
+  }
+  STD_TORCH_CHECK(*dtype == ScalarType::Float || *dtype == ScalarType::BFloat16 || *dtype == ScalarType::Half,
+                  "ernet: a network's input must be float32, bfloat16 or float16");
+  NetworkScale out = {*dtype, images.element_size() == 1 ? 255.0 : range, {0, 0, 0}, {1, 1, 1}};
+  for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
+    if (!*tensor) continue;
+    const torch::stable::Tensor& given = **tensor;
+    STD_TORCH_CHECK(given.is_cpu() && given.dim() == 1 && given.size(0) == 3 && given.is_contiguous() &&
+                        given.scalar_type() == ScalarType::Double,
+                    "ernet: ", name, " must be [3] float64 on the CPU; got ", shape_of(given));
+    std::memcpy(values, given.const_data_ptr(), 3 * sizeof(double));
+  }
+  for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
+  return out;
 }
 
 }  // namespace ernet

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ernet_fast.benchmark.turns import in_turns, percentile
+from ernet_fast.benchmark.interleaved import percentiles, time_interleaved
+from ernet_fast.benchmark.macenko_peers import reason_of
 
 OWN = "ernet_fast"
 ROUNDS = 25
@@ -30,7 +31,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Somebody who can answer a question.
+    """A candidate implementation.
 
     Attributes:
         name: as tables show it.
@@ -95,7 +96,7 @@ def version_of(package: str | None) -> str | None:
 
 
 def ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
-    """Let everybody answer once, compare the results, then time all in turns for about `seconds`.
+    """Call every contestant once, compare the results, then time all interleaved for about `seconds`.
 
     Raises:
         RuntimeError: this library's own result is wrong; nothing is timed then.
@@ -126,25 +127,18 @@ def _ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
             call = other.prepare()
             agreements[other.name] = question.agreement(call(), result)
         except Exception as error:  # whatever another package raises, the rest is measured
-            answer.missing.append({"name": other.name, "reason": _reason(error)})
+            answer.missing.append({"name": other.name, "reason": reason_of(error)})
             continue
         calls[other.name], packages[other.name] = call, other.package
     del result
-    times = in_turns(calls, ROUNDS, budget=seconds, wait=wait)
-    first = percentile(times[question.own.name], 0.5)
-    for name, values in times.items():
-        p20, p50, p80 = (percentile(values, share) for share in (0.2, 0.5, 0.8))
+    times = time_interleaved(calls, ROUNDS, budget=seconds, wait=wait)
+    figures = {name: percentiles(values, 1e3) for name, values in times.items()}
+    first = figures[question.own.name]["p50"]
+    for name, found in figures.items():
         answer.figures.append({
-            "name": name, "version": version_of(packages[name]), "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50,
-            "p80_ms": 1e3 * p80, "repeats": len(values), "items_per_second": question.items / p50,
-            "times_slower": p50 / first, "same_result": agreements[name].same, "agreement": agreements[name].detail,
+            "name": name, "version": version_of(packages[name]), "p20_ms": found["p20"],
+            "p50_ms": found["p50"], "p80_ms": found["p80"], "repeats": len(times[name]),
+            "items_per_second": 1e3 * question.items / found["p50"], "times_slower": found["p50"] / first,
+            "same_result": agreements[name].same, "agreement": agreements[name].detail,
         })  # fmt: skip
     return answer
-
-
-def _reason(error: Exception) -> str:
-    """One line."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name} is not installed"
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:160] if text else 'no message'}"

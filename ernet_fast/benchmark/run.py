@@ -66,8 +66,9 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def nothing() -> None:
-    """What a CPU needs before the clock is read."""
+def wait_for(device: torch.device) -> Callable[[], Any]:
+    """What makes sure that `device` has finished, before the clock is read."""
+    return torch.cuda.synchronize if device.type == "cuda" else int
 
 
 def run_benchmark(config: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def run_benchmark(config: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]
         ValueError: there is no such device.
     """
     device = device_of(config.device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else nothing
+    wait = wait_for(device)
     plan = planned(config, device)
     whole = sum(weight for weight, _ in plan)
     answers: list[dict[str, Any]] = []

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ernet_fast import reference
+from ernet_fast.benchmark.macenko_peers import as_levels, peers_on, planar
 from ernet_fast.benchmark.question import OWN, Agreement, Contestant, Question
-from ernet_fast.benchmark.stain_peers import Image, as_levels, planar, stain_peers
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.stain import macenko_fit, macenko_normalize
 
+Image = NDArray[np.uint8]
 SAME_WITHIN = 3  # grey levels: other rounding, other rules of percentiles; other definitions differ by a hundred
 REFERENCE_WITHIN, REFERENCE_EQUAL = 1, 0.9995
 
@@ -52,11 +55,19 @@ def macenko(name: str, title: str, images: list[Image], device: torch.device, th
             f"{100 * equal:.2f} % of the values equal the float64 reference, largest difference {largest}"
         )
 
+    others = [
+        Contestant(
+            peer.name,
+            functools.partial(peer.normalize, given.to(device), planar(target).to(device)),
+            peer.package,
+        )
+        for peer in peers_on(device)
+    ]
     return Question(
         name,
         title,
         Contestant(OWN, own),
-        stain_peers(images, target, device),
+        others,
         verify,
         same_levels,
         len(images),

@@ -170,9 +170,8 @@ def _speed(found: DemoFindings) -> report.Block:
     return report.section(
         "Speed",
         report.paragraph(
-            f"Medians of {repeats} repeats in float32, the contestants taking turns on this machine; whatever else "
-            "ran here slowed all of "
-            "them. Fused and naive share their weights: naive is the same shortcut composed of plain PyTorch "
+            f"Medians of {repeats} repeats in float32, interleaved on this machine; whatever else ran slowed all of "
+            "them. PyTorch stands for the same network and the same weights, the shortcut composed of PyTorch "
             "operations."
         ),
         report.bars(groups),

@@ -23,7 +23,7 @@ from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.evaluation import evaluate
 from ernet_fast.train.loop import fit
 from ernet_fast.train.selection import evenly_chosen
-from ernet_fast.train.stain_choice import fit_to_image, most_typical
+from ernet_fast.train.stain_choice import most_typical
 
 _RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
 _TOTAL_SECONDS = 165.0  # leaves a little of the three minutes for starting Python
@@ -97,8 +97,8 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     reporter.line(f"     {_count(train)} to train on, {_count(test)} to test on")
 
     reporter.line("2/6  stain normalisation")
-    target = most_typical(evenly_chosen(train, settings.max_train_images))
-    tour = show_normalization([*train, *test], target, fit_to_image(target), folder / "before_after.png")
+    target, normalizer = most_typical(evenly_chosen(train, settings.max_train_images))
+    tour = show_normalization([*train, *test], target, normalizer, folder / "before_after.png")
     reporter.line(f"     spread of mean colours {tour.spread_before:.1f} -> {tour.spread_after:.1f} grey levels")
 
     reporter.line("3/6  training")

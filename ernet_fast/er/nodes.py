@@ -60,6 +60,10 @@ class StageState(EpilogueState):
         self.last_node = -1
         """The map whose node runs last in backward: the first one that has a node."""
 
+    def reached(self) -> bool:
+        """True if the running backward pass has come by the node of a block."""
+        return torch._C._current_graph_task_id() in self._passes
+
     def _end(self, running: int) -> None:
         self._passes.pop(running, None)
 
@@ -129,7 +133,7 @@ class StageInput(torch.autograd.Function):
         check_first_order(passed)
         state = ctx.state
         (z,) = ctx.saved_tensors
-        if state.filed == 0:  # no block has come
+        if not state.reached():  # no output of a block has a gradient
             return passed, None, None, *([None] * len(ctx.dtypes))
         found, shared = state.backward(0, z, BranchNorm.NONE, passed=passed, needed=ctx.needs_input_grad[0])
         dweights: list[Tensor | None] = []

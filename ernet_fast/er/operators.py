@@ -49,6 +49,8 @@ def why_plain(x: Tensor) -> str | None:
             return f"no compiled operators: {_backend.why_unavailable()}"
         return f"no operators for {x.device.type} devices" + ("" if x.device.type != "cuda" else " without triton")
     if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            return "ONNX knows PyTorch's operators"
         return None
     if torch._C._is_tracing():
         return "torch.jit.trace, or an export to ONNX by it, records PyTorch's operators"

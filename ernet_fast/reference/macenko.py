@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ernet_fast.stain.layout import read_images
-from ernet_fast.stain.options import check_parameters, check_policy
+from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import (
+    EQUAL_COMPONENTS,
     MIN_CONCENTRATION,
     MIN_TISSUE_PIXELS,
     RANK_TOLERANCE,
@@ -35,17 +36,22 @@ def macenko_fit(
     layout: str | None = None,
 ) -> MacenkoFit:
     """As `ernet_fast.stain.macenko_fit`, without its lists and masks."""
-    check_parameters(Io, alpha, beta, percentile)
-    batch = read_images(images, layout)
+    options = Options(Io, alpha, beta, percentile, range=range, layout=layout)
+    return fit_images(read_images(images, layout).pixels, options)
+
+
+def fit_images(images: torch.Tensor, options: Options) -> MacenkoFit:
+    """As `macenko_fit` of [B, 3, H, W], on the CPU."""
+    o = options
     fits = [
-        fit_pixels(grey_levels(image, range), Io=Io, alpha=alpha, beta=beta, percentile=percentile)
-        for image in batch.pixels
+        fit_pixels(grey_levels(image, o.range), Io=o.Io, alpha=o.alpha, beta=o.beta, percentile=o.percentile)
+        for image in images
     ]
     count = len(fits)
     return MacenkoFit(
         torch.from_numpy(np.array([fit[0] for fit in fits]).reshape(count, 3, 2)),
         torch.from_numpy(np.array([fit[1] for fit in fits]).reshape(count, 2)),
-        torch.tensor([fit[2] for fit in fits], dtype=torch.int32),
+        torch.tensor([fit[2] for fit in fits], dtype=torch.int32, device="cpu"),
     )
 
 
@@ -64,12 +70,9 @@ def macenko_normalize(
     return_status: bool = False,
 ) -> Any:
     """As `ernet_fast.stain.macenko_normalize`, without its lists, masks and network output."""
-    check_policy(on_degenerate)
+    options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
     batch = read_images(images, layout)
-    if source is None:
-        source = macenko_fit(
-            batch.pixels, Io=Io, alpha=alpha, beta=beta, percentile=percentile, range=range, layout="CHW"
-        )
+    source = fit_images(batch.pixels, options) if source is None else source
     count = len(batch.pixels)
     source, target = expand_fit(source, count, "source"), expand_fit(target, count, "target")
     failures = describe_failures(source.status)
@@ -119,8 +122,7 @@ def fit_pixels(
     projected = tissue @ plane
     phi = np.arctan2(projected[:, 1], projected[:, 0])
     extremes = [plane @ [np.cos(angle), np.sin(angle)] for angle in quantiles(phi, (alpha, 100 - alpha), percentile)]
-    # Haematoxylin absorbs more red than eosin.
-    stain = np.array(extremes if extremes[0][0] > extremes[1][0] else extremes[::-1]).T
+    stain = in_order(extremes)
     sine = np.linalg.det(stain.T @ stain)
     if not sine > RANK_TOLERANCE:
         return *nothing, MacenkoStatus.RANK_DEFICIENT
@@ -129,6 +131,21 @@ def fit_pixels(
     if not np.all(maximum > MIN_CONCENTRATION):
         return *nothing, MacenkoStatus.ZERO_CONCENTRATION
     return stain, maximum, MacenkoStatus.OK
+
+
+def in_order(pair: list[np.ndarray]) -> np.ndarray:
+    """Two stain vectors as columns [3, 2], haematoxylin first.
+
+    It absorbs more red; of two that absorb as much red it absorbs less green; then more blue.
+    """
+    red, green, blue = pair[0] - pair[1]
+    if abs(red) > EQUAL_COMPONENTS:
+        first = red > 0
+    elif abs(green) > EQUAL_COMPONENTS:
+        first = green < 0
+    else:
+        first = blue > 0
+    return np.array(pair if first else pair[::-1]).T
 
 
 def canonical_signs(plane: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ernet_fast.reference.macenko import canonical_signs
+from ernet_fast.reference.macenko import canonical_signs, in_order
 from ernet_fast.stain.result import MIN_CONCENTRATION, MIN_TISSUE_PIXELS, RANK_TOLERANCE, MacenkoStatus
 
 
@@ -27,7 +27,7 @@ def fit_colours(
     phi = np.arctan2(projected[:, 1], projected[:, 0])
     angles = [counted_quantile(phi, weights, q, percentile) for q in (alpha, 100 - alpha)]
     extremes = [plane @ [np.cos(angle), np.sin(angle)] for angle in angles]
-    stain = np.array(extremes if extremes[0][0] > extremes[1][0] else extremes[::-1]).T
+    stain = in_order(extremes)
     if not np.linalg.det(stain.T @ stain) > RANK_TOLERANCE:
         return *nothing, MacenkoStatus.RANK_DEFICIENT
     concentration = np.linalg.lstsq(stain, od.T, rcond=None)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ernet_fast.stain import deprecated_operators as deprecated_operators  # registers them
 from ernet_fast.stain.augment import macenko_augment
 from ernet_fast.stain.colour_counts import ColourCounts
 from ernet_fast.stain.functional import macenko_fit, macenko_normalize

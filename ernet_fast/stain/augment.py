@@ -11,20 +11,10 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain import operators
-from ernet_fast.stain.collection import Collection, read_collection
-from ernet_fast.stain.functional import (
-    check_range,
-    keep_degenerate,
-    known_source,
-    on_device,
-    refuse_failures,
-    usable_source,
-)
-from ernet_fast.stain.options import check_parameters, check_policy, is_number
-from ernet_fast.stain.published import published_stains
-from ernet_fast.stain.result import MacenkoFit, expand_fit
-from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
+from ernet_fast.stain import operators, pipeline
+from ernet_fast.stain.collection import Part
+from ernet_fast.stain.options import Options, is_number
+from ernet_fast.stain.result import MacenkoFit, published_stains
 from ernet_fast.stain.upload import to_device
 
 
@@ -79,51 +69,33 @@ def macenko_augment(
     Raises:
         TypeError, ValueError: as in `macenko_normalize`; ValueError for a gain or a shift beyond its interval.
     """
-    check_parameters(Io, alpha, beta, percentile)
-    check_policy(on_degenerate)
-    _check_widths(gain, shift)
+    options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
+    check_widths(gain, shift)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator.")
-    collection = read_collection(images, layout)
-    check_range(collection, range)
-    if source is None and mask is None and on_degenerate != "raise" and _kernels_serve(collection):
-        gains, shifts = _changes_of(collection, gain, shift, generator)
-        choices = percentile == "nearest", on_degenerate == "identity"
-        numbers = float(Io), float(alpha), float(beta), *choices, float(range)
-        done = [
-            operators.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), *numbers)
-            for part in collection.parts
-        ]
-        restored = collection.restore([out for out, _ in done])
-        return (restored, collection.gather_fit([fit for _, fit in done]).status) if return_status else restored
-    known = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
-    refuse_failures(known.status, on_degenerate)
-    published = expand_fit(published_stains(), collection.count, "published")
-    usable = usable_source(known, on_device(published, collection.device))
-    gains, shifts = _changes_of(collection, gain, shift, generator)
-    results = []
-    for part in collection.parts:
-        out = _change(part.pixels, part.take_fit(usable), part.take(gains), part.take(shifts), float(Io), float(range))
-        if on_degenerate == "identity":
-            out = keep_degenerate(out, part.pixels, part.take(known.status))
-        results.append(out)
+    collection = pipeline.read(images, options)
+    drawn = draw_changes(collection.count, gain, shift, generator)
+    gains, shifts = (to_device(values, collection.device) for values in drawn)
+
+    def run(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:
+        return operators.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), options)
+
+    done = pipeline.by_one_operator(collection, source, mask, options, run)
+    if done is not None:
+        results, status = done
+    else:
+        found = pipeline.sources(collection, source, mask, published_stains(), options)
+        results, status = [], found.known.status
+        for part in collection.parts:
+            ours = part.take_fit(found.usable)
+            out = operators.change(part.pixels, ours, part.take(gains), part.take(shifts), options)
+            results.append(pipeline.keep_degenerate(out, part.pixels, part.take(status)) if options.identity else out)
     restored = collection.restore(results)
-    return (restored, known.status) if return_status else restored
+    return (restored, status) if return_status else restored
 
 
-def _kernels_serve(collection: Collection) -> bool:
-    return collection.count > 0 and all(operators.served_on_cuda(part.pixels) for part in collection.parts)
-
-
-def _changes_of(
-    collection: Collection, gain: float, shift: float, generator: torch.Generator | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw_changes` on the device of the images."""
-    gains, shifts = draw_changes(collection.count, gain, shift, generator)
-    return to_device(gains, collection.device), to_device(shifts, collection.device)
-
-
-def _check_widths(gain: float, shift: float) -> None:
+def check_widths(gain: float, shift: float) -> None:
+    """Raise TypeError or ValueError for a gain or a shift beyond its interval."""
     for name, value in (("gain", gain), ("shift", shift)):
         if not is_number(value):
             raise TypeError(f"{name} is {value!r}; expected a number.")
@@ -140,26 +112,3 @@ def draw_changes(
     device = torch.device("cpu") if generator is None else generator.device
     unit = torch.rand((count, 2, 2), generator=generator, dtype=torch.float64, device=device) * 2 - 1
     return 1 + gain * unit[:, 0], shift * unit[:, 1]
-
-
-def _change(
-    images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
-) -> torch.Tensor:
-    """I' of images [b, 3, H, W]. HE (g C + s) are the changed concentrations of the light (I + 1) exp(-HE (s / g))."""
-    if operators.served_on_cuda(images) and not any(part.requires_grad for part in source[:2]):
-        return operators.change(images, source, gain, shift, Io, range)
-    tint = torch.exp(-(source.stain_matrix @ (shift / gain)[:, :, None]))[..., None]
-    stronger = source._replace(max_concentration=source.max_concentration * gain)
-    group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))
-    if images.dtype == torch.uint8:
-        range = 255.0
-    unit = range / 255
-    parts = []
-    for begin in torch.arange(0, max(1, images.shape[0]), group).tolist():
-        rows = slice(begin, begin + group)
-        light = images[rows]
-        light = light if light.dtype in (torch.float32, torch.float64) else light.float()
-        light = (light + unit) * tint[rows].to(light.dtype) - unit
-        ours, theirs = (MacenkoFit(*(part[rows] for part in fit)) for fit in (source, stronger))
-        parts.append(operators.reconstruct(light, ours, theirs, Io, range).to(images.dtype))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -78,9 +78,9 @@ class Collection:
         """Stains of every part as those of the collection."""
         if not self.parts:
             return MacenkoFit(
-                torch.empty((0, 3, 2), dtype=torch.float64),
-                torch.empty((0, 2), dtype=torch.float64),
-                torch.empty((0,), dtype=torch.int32),
+                torch.empty((0, 3, 2), dtype=torch.float64, device="cpu"),
+                torch.empty((0, 2), dtype=torch.float64, device="cpu"),
+                torch.empty((0,), dtype=torch.int32, device="cpu"),
             )
         if self.parts[0].index is None:
             return fits[0]

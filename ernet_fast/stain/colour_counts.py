@@ -14,7 +14,7 @@ import torch
 from ernet_fast import _backend
 from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection, read_collection
-from ernet_fast.stain.options import check_parameters
+from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
 
@@ -53,7 +53,7 @@ class ColourCounts:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(COLOURS, dtype=torch.int64)
+        self.counts = torch.zeros(COLOURS, dtype=torch.int64, device="cpu")
 
     @property
     def pixels(self) -> int:
@@ -90,13 +90,9 @@ class ColourCounts:
 
     def fit(self, *, Io: float = 240, alpha: float = 1, beta: float = 0.15, percentile: str = "linear") -> MacenkoFit:
         """Stains of all tiles together, as `macenko_fit` of one image (B = 1), on the CPU."""
-        check_parameters(Io, alpha, beta, percentile)
+        o = Options(Io, alpha, beta, percentile)
         if _backend.extension_available():
-            return MacenkoFit(
-                *torch.ops.ernet.macenko_fit_colours(
-                    self.counts, float(Io), float(alpha), float(beta), percentile == "nearest"
-                )
-            )
+            return MacenkoFit(*torch.ops.ernet.macenko_fit_colours(self.counts, o.Io, o.alpha, o.beta, o.nearest))
         from ernet_fast.reference.macenko_colours import fit_colours
 
         colours = self.counts.nonzero()[:, 0]
@@ -107,7 +103,7 @@ class ColourCounts:
         return MacenkoFit(
             torch.from_numpy(np.ascontiguousarray(stain))[None],
             torch.from_numpy(maximum)[None],
-            torch.tensor([int(status)], dtype=torch.int32),
+            torch.tensor([int(status)], dtype=torch.int32, device="cpu"),
         )
 
     def _count(self, images: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 # linear sRGB to XYZ, and the XYZ of white
@@ -24,8 +26,8 @@ def linear_of_bytes(levels: torch.Tensor) -> torch.Tensor:
 
 def lab_of_linear(linear: torch.Tensor) -> torch.Tensor:
     """L in 0..100, a, b of light intensities in 0..1."""
-    white = torch.tensor(WHITE, dtype=torch.float64)
-    xyz = _mix(linear, torch.tensor(RGB_TO_XYZ, dtype=torch.float64) / white[:, None])
+    white = _table(WHITE)
+    xyz = _mix(linear, _table(RGB_TO_XYZ) / white[:, None])
     f = torch.where(xyz > 0.008856, _power(xyz.clamp(min=TINY), 1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(dim=1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
@@ -37,10 +39,14 @@ def lab_to_rgb(lab: torch.Tensor) -> torch.Tensor:
     y = (lightness + 16) / 116
     f = torch.stack([y + a / 500, y, y - b / 200], dim=1)
     xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
-    matrix = torch.linalg.inv(torch.tensor(RGB_TO_XYZ, dtype=torch.float64)) * torch.tensor(WHITE, dtype=torch.float64)
+    matrix = torch.linalg.inv(_table(RGB_TO_XYZ)) * torch.tensor(WHITE, dtype=torch.float64, device="cpu")
     linear = _mix(xyz, matrix)
     rgb = torch.where(linear > 0.0031308, 1.055 * _power(linear.clamp(min=TINY), 1 / 2.4) - 0.055, 12.92 * linear)
     return rgb.clamp(0, 1)
+
+
+def _table(numbers: tuple[Any, ...]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:

@@ -19,20 +19,41 @@ class ImageBatch(NamedTuple):
         channels_last: the caller's arrays are [..., H, W, 3].
         single: the caller gave one image without a batch dimension.
         is_numpy: the caller gave NumPy arrays.
+        subclassed: what the caller gave, where it is of a subclass of torch.Tensor.
     """
 
     pixels: torch.Tensor
-    channels_last: bool
-    single: bool
-    is_numpy: bool
+    channels_last: bool = False
+    single: bool = False
+    is_numpy: bool = False
+    subclassed: torch.Tensor | None = None
 
     def restore(self, images: torch.Tensor) -> Any:
-        """Give `images` [B, 3, H, W] the layout and the kind of array of the input."""
+        """Give `images` [B, 3, H, W] the layout and the kind of array of the input.
+
+        A subclass of torch.Tensor decides itself what the result of an operation on it is.
+        """
         if self.channels_last:
             images = images.permute(0, 2, 3, 1)
         if self.single:
             images = images[0]
-        return images.numpy() if self.is_numpy else images
+        if self.is_numpy:
+            return images.numpy()
+        if self.subclassed is None:
+            return images
+        return torch.overrides.handle_torch_function(_result_of, (self.subclassed,), self.subclassed, images)
+
+
+def _result_of(images: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """`result`, which was computed of `images`."""
+    return result
+
+
+def _is_subclassed(tensor: torch.Tensor) -> bool:
+    """True for images with metadata and the like; torch's own wrappers (fake tensors, ...) and parameters are none."""
+    kind = type(tensor)
+    plain_dispatch = getattr(kind, "__torch_dispatch__", None) is torch.Tensor.__torch_dispatch__
+    return kind is not torch.Tensor and plain_dispatch and torch.overrides.has_torch_function((tensor,))
 
 
 def read_images(images: Any, layout: str | None = None, name: str = "images") -> ImageBatch:
@@ -49,11 +70,13 @@ def read_images(images: Any, layout: str | None = None, name: str = "images") ->
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}; expected 'CHW', 'HWC' or None.")
-    is_numpy = isinstance(images, np.ndarray)
+    is_numpy, subclassed = isinstance(images, np.ndarray), None
     if is_numpy:
         tensor = _from_numpy(images, name)
     elif isinstance(images, torch.Tensor):
         tensor = images
+        if type(images) is not torch.Tensor and _is_subclassed(images):
+            tensor, subclassed = images.as_subclass(torch.Tensor), images
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} is a tensor of layout {tensor.layout}; expected a dense one (.to_dense()).")
     else:
@@ -72,7 +95,7 @@ def read_images(images: Any, layout: str | None = None, name: str = "images") ->
         batch = batch.permute(0, 3, 1, 2)
     if batch.shape[2] == 0 or batch.shape[3] == 0:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}: an image without pixels cannot be fitted.")
-    return ImageBatch(batch, channels_last, single, is_numpy)
+    return ImageBatch(batch, channels_last, single, is_numpy, subclassed)
 
 
 def _from_numpy(array: np.ndarray, name: str) -> torch.Tensor:

@@ -14,27 +14,17 @@ from typing import Any
 
 import torch
 
+from ernet_fast.stain import pipeline
 from ernet_fast.stain.collection import Collection, Part, read_collection
-from ernet_fast.stain.functional import check_range, fit_collection
 from ernet_fast.stain.layout import ImageBatch
+from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit, describe_failures
 from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
 
 TARGETS = ("concat", "avg")
 
 
-def fit_targets(
-    images: Any,
-    targets: str | None,
-    mask: Any,
-    *,
-    Io: float,
-    alpha: float,
-    beta: float,
-    percentile: str,
-    range: float,
-    layout: str | None,
-) -> MacenkoFit:
+def fit_targets(images: Any, targets: str | None, mask: Any, options: Options) -> MacenkoFit:
     """Stains [1, 3, 2] and maxima [1, 2] of one target image, or of several together.
 
     Raises:
@@ -43,16 +33,15 @@ def fit_targets(
     """
     if targets is not None and targets not in TARGETS:
         raise ValueError(f"targets={targets!r}; expected 'concat', 'avg' or None for one target image.")
-    collection = read_collection(images, layout, "I")
+    collection = read_collection(images, options.layout, "I")
     if collection.count == 0 or (collection.count > 1 and targets is None):
         hint = " Say how several make one: targets='concat' or targets='avg'." if collection.count else ""
         raise ValueError(f"fit takes one target image; got {collection.count}.{hint}")
-    check_range(collection, range)
-    numbers = Io, alpha, beta, percentile, range
+    pipeline.check_range(collection, options.range)
     if targets == "concat":
-        fit = fit_collection(_joined(collection, mask, range), None, *numbers)
+        fit = pipeline.fit(_joined(collection, mask, options.range), options)
     else:
-        fit = fit_collection(collection, mask, *numbers)
+        fit = pipeline.fit(collection, options, mask)
     if failures := describe_failures(fit.status):
         several = " of all targets together" if targets == "concat" else ""
         raise ValueError(
@@ -76,4 +65,4 @@ def _joined(collection: Collection, mask: Any, range: float) -> Collection:
     joined = torch.cat(pixels, dim=3)
     # A mask may leave nothing; one white pixel has no tissue either.
     joined = joined if joined.shape[3] else joined.new_full((1, 3, 1, 1), 255 if joined.dtype == torch.uint8 else range)
-    return Collection([Part(joined, None)], 1, ImageBatch(joined, False, False, False))
+    return Collection([Part(joined, None)], 1, ImageBatch(joined))

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain import operators
-from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.upload import to_device
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +47,7 @@ def read_output(
     deviations = _three("std", (1.0, 1.0, 1.0) if std is None else std)
     if min(deviations) <= 0:
         raise ValueError(f"std={tuple(deviations)}; expected three positive numbers.")
-    both = (torch.tensor(values, dtype=torch.float64) for values in (means, deviations))
+    both = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (means, deviations))
     return NetworkOutput(output, *both)  # type: ignore[arg-type]
 
 
@@ -64,35 +62,6 @@ def scale(images: torch.Tensor, output: NetworkOutput, range: float) -> torch.Te
     """Images [B, 3, H, W], scaled; differentiable."""
     unit = 255.0 if images.dtype == torch.uint8 else range
     mean, std = (to_device(part, images.device)[:, None, None] for part in (output.mean, output.std))
-    # By way of float32, as the operator rounds.
+    # Rounded to float32 first, as the operator does.
     scaled = ((images.double() / unit - mean) / std).float().to(output.dtype)
     return scaled.contiguous(memory_format=torch.channels_last)
-
-
-def reconstruct_scaled(
-    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io: float, range: float, output: NetworkOutput
-) -> torch.Tensor:
-    """`scale` of the reconstruction [B, 3, H, W] in channels-last memory, in one pass where there is an operator."""
-    differentiable = images.is_floating_point() and torch.is_grad_enabled()
-    wanted = images.requires_grad or any(part.requires_grad for part in (*source[:2], *target[:2]))
-    if not (differentiable and wanted):
-        out = operators.reconstruct_scaled(images, source, target, output.mean, output.std, Io, range, output.dtype)
-        if out is not None:
-            return out
-    return scale(operators.reconstruct(images, source, target, Io, range), output, range)
-
-
-def normalize_scaled(
-    images: torch.Tensor,
-    target: MacenkoFit,
-    output: NetworkOutput,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    identity: bool,
-    range: float,
-) -> tuple[torch.Tensor, MacenkoFit] | None:
-    """Fit and `reconstruct_scaled` in one operator; None where that operator does not serve."""
-    numbers = Io, alpha, beta, nearest, identity, range
-    return operators.normalize_scaled(images, target, output.mean, output.std, *numbers, output.dtype)

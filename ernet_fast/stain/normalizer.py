@@ -3,58 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ernet_fast.stain import operators
-from ernet_fast.stain.collection import read_collection
-from ernet_fast.stain.functional import (
-    check_range,
-    check_target,
-    keep_degenerate,
-    known_source,
-    macenko_normalize,
-    on_device,
-    refuse_failures,
-    usable_source,
-)
+from ernet_fast.stain import pipeline
+from ernet_fast.stain.collection import Collection
+from ernet_fast.stain.functional import normalize_collection, reconstruct_collection
 from ernet_fast.stain.multi_target import fit_targets
 from ernet_fast.stain.network_output import read_output
-from ernet_fast.stain.options import check_parameters, check_policy
-from ernet_fast.stain.published import DEFAULT_MAXIMA, DEFAULT_STAINS
-from ernet_fast.stain.result import MacenkoFit, expand_fit
-from ernet_fast.stain.separate import one_stain
-from ernet_fast.stain.torchstain_form import as_torchstain, check_compat, read_as_torchstain
+from ernet_fast.stain.options import Options, is_number
+from ernet_fast.stain.result import DEFAULT_MAXIMA, DEFAULT_STAINS, MacenkoFit
+from ernet_fast.stain.separate import collection_of_stains
+from ernet_fast.stain.target_module import TargetModule
+from ernet_fast.stain.torchstain_form import as_torchstain, check_compat, compat_of_backend, read_torchstain
+
+SETTINGS = "settings"
+PERCENTILES = ("linear", "nearest")
 
 
-class MacenkoNormalizer(torch.nn.Module):
+def _option(name: str) -> property:
+    """An attribute of the normaliser that is one of its options, and is checked when set."""
+
+    def get(self: MacenkoNormalizer) -> Any:
+        return getattr(self.options, name)
+
+    def set_(self: MacenkoNormalizer, value: Any) -> None:
+        self.options = replace(self.options, **{name: value})
+
+    return property(get, set_)
+
+
+class MacenkoNormalizer(TargetModule):
     """Gives H&E images the stains of a target.
 
     ``normalizer.fit(target); images, H, E = normalizer.normalize(images)`` as with torchstain, but results keep the
     layout and dtype of the input, batches are taken whole, and tiles without tissue do not fail. ``normalizer(batch)``
     returns the normalised images alone, so it serves as a transform.
 
+    The state dict holds the target and, as ``settings``, the Io, alpha, beta and percentile of the normaliser; loading
+    adopts them, so that the loaded normaliser gives what the saved one gave. State dicts without ``settings`` (of
+    versions before 0.2) leave them as they are.
+
     Args:
-        Io: transmitted light, grey level of an empty slide.
+        Io: transmitted intensity, grey level of an empty slide.
         alpha: percentile of the angles, in percent.
         beta: least optical density of tissue.
         percentile: "linear" (torchstain's NumPy backend) or "nearest" (its torch backend).
         on_degenerate: "reference", "identity" or "raise", see `macenko_normalize`.
         range: the value that stands for 255 in floating-point images; 1 for images in [0, 1].
         layout: "CHW" or "HWC", needed only for shapes that fit both.
-        compat: "torchstain" makes `fit` and `normalize` follow that package's own conventions: torch tensors are
-            [3, H, W], use the nearest percentile and come back as int32 [H, W, 3] (its torch backend); NumPy arrays
-            are [H, W, 3], use the linear percentile and come back as uint8 (its NumPy backend). `forward` is not
-            affected but for the percentile.
+        compat: "torchstain" makes `fit`, `normalize` and `transform` follow that package's own conventions: torch
+            tensors are [3, H, W], use the nearest percentile and come back as int32 [H, W, 3] (its torch backend);
+            NumPy arrays are [H, W, 3], use the linear percentile and come back as uint8 (its NumPy backend). Integers
+            of any width are taken. `forward` is not affected but for the percentile.
         output: what `forward` returns: "image", or torch.float32, bfloat16 or float16 for a network's input, see
             `macenko_normalize`.
         mean: of a network's input.
         std: of a network's input.
+        backend: "torch" or "numpy", torchstain's own argument, which may also come first: the same as
+            compat="torchstain", whichever of the two is named, as every call sees which kind of array it gets.
 
     Attributes:
         HERef: buffer [3, 2] float64, optical density of the target's haematoxylin and eosin; Macenko's published values
-            before `fit`.
+            before `fit`. Arrays may be assigned.
         maxCRef: buffer [2] float64, its 99th percentile concentrations.
 
     Raises:
@@ -63,10 +76,12 @@ class MacenkoNormalizer(torch.nn.Module):
 
     HERef: torch.Tensor
     maxCRef: torch.Tensor
+    Io, alpha, beta, percentile = _option("Io"), _option("alpha"), _option("beta"), _option("percentile")
+    on_degenerate, range, layout = _option("on_degenerate"), _option("range"), _option("layout")
 
     def __init__(
         self,
-        Io: float = 240,
+        Io: float | str = 240,
         alpha: float = 1,
         beta: float = 0.15,
         percentile: str = "linear",
@@ -77,17 +92,16 @@ class MacenkoNormalizer(torch.nn.Module):
         output: str | torch.dtype = "image",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_parameters(Io, alpha, beta, percentile)
-        check_policy(on_degenerate)
-        read_output(output, mean, std)
+        if isinstance(Io, str):
+            Io, backend = 240, Io
+        compat = compat_of_backend(compat, backend)
+        self.options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
+        self.network = read_output(output, mean, std)
         check_compat(compat, percentile, range, layout)
-        self.Io, self.alpha, self.beta = Io, alpha, beta
-        self.percentile, self.on_degenerate = percentile, on_degenerate
-        self.range, self.layout, self.compat = range, layout, compat
-        self.output = output
-        self.mean, self.std = (None if values is None else tuple(map(float, values)) for values in (mean, std))
+        self.compat = compat
         self.register_buffer("HERef", torch.tensor(DEFAULT_STAINS, dtype=torch.float64))
         self.register_buffer("maxCRef", torch.tensor(DEFAULT_MAXIMA, dtype=torch.float64))
 
@@ -101,9 +115,9 @@ class MacenkoNormalizer(torch.nn.Module):
     def fit(
         self,
         I: Any,  # noqa: E741
+        *numbers: Any,
         targets: str | None = None,
         mask: Any = None,
-        *,
         Io: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,
@@ -112,6 +126,7 @@ class MacenkoNormalizer(torch.nn.Module):
 
         Args:
             I: one RGB image (torchstain's name), or a batch or list of several.
+            numbers: `Io`, `alpha` and `beta` in torchstain's order; or `targets` and `mask`.
             targets: how several images make one target: "concat" fits all their pixels together, "avg" takes the means
                 of their stain matrices and of their maximal concentrations.
             mask: as in `macenko_fit`.
@@ -122,27 +137,38 @@ class MacenkoNormalizer(torch.nn.Module):
         Raises:
             ValueError: several images without `targets`, or stains that cannot be estimated; the message says why.
         """
+        if numbers and not is_number(numbers[0]):
+            names = ("targets", "mask")
+            given = _named(numbers, names, {"targets": targets, "mask": mask}, "fit")
+            targets, mask, numbers = given["targets"], given["mask"], ()
+        given = _named(numbers, ("Io", "alpha", "beta"), {"Io": Io, "alpha": alpha, "beta": beta}, "fit")
+        options = self._options_of(I, **given)
         if self.compat is not None:
-            for image in I if isinstance(I, (list, tuple)) else [I]:
-                read_as_torchstain(image)
-        fit = fit_targets(I, targets, mask, **self._options_with(I, Io=Io, alpha=alpha, beta=beta))
-        self.HERef = fit.stain_matrix[0].to(self.HERef)
-        self.maxCRef = fit.max_concentration[0].to(self.maxCRef)
+            several = isinstance(I, (list, tuple))
+            I = [read_torchstain(image) for image in I] if several else read_torchstain(I)  # noqa: E741
+            options = replace(options, layout="CHW")
+        fit = fit_targets(I, targets, mask, options)
+        self.HERef, self.maxCRef = fit.stain_matrix[0], fit.max_concentration[0]
         return self
 
-    def forward(self, images: Any, source: MacenkoFit | None = None, mask: Any = None) -> Any:
-        """Normalised images, or a network's input; `source` and `mask` as in `macenko_normalize`."""
-        output = {"output": self.output, "mean": self.mean, "std": self.std}
-        return self._normalized(images, source, mask, **self._fit_options(images), **output)
+    def forward(
+        self, images: Any, source: MacenkoFit | None = None, mask: Any = None, return_status: bool = False
+    ) -> Any:
+        """Normalised images, or a network's input; `source` and `mask` as in `macenko_normalize`.
 
-    def _normalized(self, images: Any, source: MacenkoFit | None, mask: Any, **options: Any) -> Any:
-        return macenko_normalize(images, self.target, source, on_degenerate=self.on_degenerate, mask=mask, **options)
+        With `return_status` a pair of that and the status [B] int32 of the source fit.
+        """
+        options = self._options_of(images)
+        collection = pipeline.read(images, options)
+        results, status = normalize_collection(collection, self.target, source, mask, options, self.network)
+        out = collection.restore(results) if self.network is None else collection.as_tensors(results)
+        return (out, status) if return_status else out
 
     def normalize(
         self,
         I: Any,  # noqa: E741
+        *numbers: Any,
         stains: bool = True,
-        *,
         source: MacenkoFit | None = None,
         mask: Any = None,
         Io: float | None = None,
@@ -151,8 +177,11 @@ class MacenkoNormalizer(torch.nn.Module):
     ) -> tuple[Any, Any, Any]:
         """Normalised image(s), and the haematoxylin and eosin parts as images, or None for both if not `stains`.
 
+        Each image is fitted once.
+
         Args:
             I: as `images` of `macenko_normalize`.
+            numbers: `Io`, `alpha`, `beta` and `stains` in torchstain's order; or `stains`.
             stains: also return the images of the stains, drawn with the target's stains.
             source: as in `macenko_normalize`.
             mask: as in `macenko_normalize`.
@@ -163,61 +192,91 @@ class MacenkoNormalizer(torch.nn.Module):
         Raises:
             TypeError, ValueError: as `macenko_normalize`; TypeError for `stains` that is no bool.
         """
-        if not isinstance(stains, bool):
-            raise TypeError(f"stains is {stains!r}; expected True or False. Give Io, alpha and beta by name.")
-        if self.compat is not None:
-            read_as_torchstain(I)
-        options = self._options_with(I, Io=Io, alpha=alpha, beta=beta)
-        results = (
-            self._image_and_stains(I, source, mask, **options)
-            if stains
-            else (self._normalized(I, source, mask, **options), None, None)
-        )
-        return results if self.compat is None else as_torchstain(results)
+        names = ("stains",) if numbers and isinstance(numbers[0], bool) else ("Io", "alpha", "beta", "stains")
+        by_name = {"Io": Io, "alpha": alpha, "beta": beta, "stains": None if stains is True else stains}
+        given = _named(numbers, names, by_name, "normalize")
+        wanted = given.pop("stains")
+        wanted = True if wanted is None else wanted
+        if not isinstance(wanted, bool):
+            raise TypeError(f"stains is {wanted!r}; expected True or False.")
+        options = self._options_of(I, **given)
+        if self.compat is None:
+            return self._three(pipeline.read(I, options), options, wanted, source, mask)
+        image = read_torchstain(I)
+        options = replace(options, layout="CHW")
+        return as_torchstain(I, self._three(pipeline.read(image, options), options, wanted, source, mask))
 
-    def _image_and_stains(
-        self, images: Any, source: MacenkoFit | None, mask: Any, layout: str | None, Io: float, **options: Any
+    def _three(
+        self, collection: Collection, options: Options, stains: bool, source: MacenkoFit | None, mask: Any
     ) -> tuple[Any, Any, Any]:
-        collection = read_collection(images, layout)
-        check_range(collection, self.range)
-        check_target(self.target)
-        known = known_source(collection, source, mask, Io, **options)
-        refuse_failures(known.status, self.on_degenerate)
-        target = on_device(expand_fit(self.target, collection.count, "target"), collection.device)
-        usable = usable_source(known, target)
-        results: tuple[list[torch.Tensor], ...] = ([], [], [])
-        for part in collection.parts:
-            ours, theirs = part.take_fit(usable), part.take_fit(target)
-            for kept, result in zip(((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)), results, strict=True):
-                drawn = one_stain(theirs, kept)
-                result.append(operators.reconstruct(part.pixels, ours, drawn, float(Io), float(self.range)))
-            if self.on_degenerate == "identity":
-                results[0][-1] = keep_degenerate(results[0][-1], part.pixels, part.take(known.status))
-        image, haematoxylin, eosin = (collection.restore(result) for result in results)
-        return image, haematoxylin, eosin
+        if not stains:
+            results, _ = normalize_collection(collection, self.target, source, mask, options, None)
+            return collection.restore(results), None, None
+        pipeline.check_target(self.target)
+        found = pipeline.sources(collection, source, mask, self.target, options)
+        results = reconstruct_collection(collection, found, options, None)
+        haematoxylin, eosin = collection_of_stains(collection, found.usable, found.reference, options)
+        return collection.restore(results), collection.restore(haematoxylin), collection.restore(eosin)
+
+    def transform(self, I: Any, *numbers: Any, **options: Any) -> Any:  # noqa: E741
+        """The normalised image(s) of `normalize` alone; its arguments but for `stains`."""
+        return self.normalize(I, *numbers, stains=False, **options)[0]
+
+    def fit_transform(self, I: Any, *numbers: Any, **options: Any) -> Any:  # noqa: E741
+        """`fit` and then `transform` of one image, with the same Io, alpha and beta."""
+        return self.fit(I, *numbers, **options).transform(I, *numbers, **options)
+
+    @property
+    def settings(self) -> torch.Tensor:
+        """[4] float64: Io, alpha, beta, and 1 for the nearest percentile; in the state dict."""
+        o = self.options
+        return torch.tensor([o.Io, o.alpha, o.beta, o.nearest], dtype=torch.float64, device="cpu")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + SETTINGS] = self.settings
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        key = prefix + SETTINGS
+        super()._load_from_state_dict(
+            {name: value for name, value in state_dict.items() if name != key}, prefix, *arguments
+        )
+        if key not in state_dict:
+            return
+        try:
+            Io, alpha, beta, nearest = state_dict[key].tolist()
+            percentile = PERCENTILES[int(nearest)]
+            self.options = replace(self.options, Io=Io, alpha=alpha, beta=beta, percentile=percentile)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            arguments[-1].append(f"{key} holds no settings of a MacenkoNormalizer: {error}")
 
     def extra_repr(self) -> str:
         """Parameters, as torch shows them."""
         return (
-            f"Io={self.Io}, alpha={self.alpha}, beta={self.beta}, percentile={self.percentile!r}, "
+            f"Io={self.Io:g}, alpha={self.alpha:g}, beta={self.beta:g}, percentile={self.percentile!r}, "
             f"on_degenerate={self.on_degenerate!r}" + (f", compat={self.compat!r}" if self.compat else "")
         )
 
-    def _options_with(self, images: Any, **given: float | None) -> dict[str, Any]:
-        """`_fit_options` with what is given for one call."""
-        options = self._fit_options(images)
-        options |= {name: value for name, value in given.items() if value is not None}
-        check_parameters(*(options[name] for name in ("Io", "alpha", "beta", "percentile")))
-        return options
-
-    def _fit_options(self, images: Any) -> dict[str, Any]:
+    def _options_of(self, images: Any, **given: float | None) -> Options:
+        """The options for these images, with what is given for one call."""
+        changed = {name: value for name, value in given.items() if value is not None}
         first = images[0] if isinstance(images, (list, tuple)) and images else images
-        nearest = self.compat is not None and isinstance(first, torch.Tensor)
-        return {
-            "Io": self.Io,
-            "alpha": self.alpha,
-            "beta": self.beta,
-            "percentile": "nearest" if nearest else self.percentile,
-            "range": self.range,
-            "layout": self.layout,
-        }
+        if self.compat is not None and isinstance(first, torch.Tensor):
+            changed["percentile"] = "nearest"
+        return replace(self.options, **changed) if changed else self.options
+
+
+def _named(values: tuple[Any, ...], names: tuple[str, ...], by_name: dict[str, Any], call: str) -> dict[str, Any]:
+    """Arguments by name, of which `values` came by position.
+
+    Raises:
+        TypeError: too many of them, or one given twice.
+    """
+    if len(values) > len(names):
+        raise TypeError(f"{call} takes at most {len(names)} numbers after the image ({', '.join(names)}).")
+    found = dict(by_name)
+    for name, value in zip(names, values, strict=False):
+        if found[name] is not None:
+            raise TypeError(f"{call} got {name} both by position and by name.")
+        found[name] = value
+    return found

@@ -1,5 +1,5 @@
-"""The operators `torch.ops.ernet.macenko_*`: fake kernels, the composition that serves CUDA, autograd, and the
-fallback.
+"""The operators `torch.ops.ernet.macenko_*`: fake kernels, the composition that serves CUDA without kernels, autograd,
+and the fallback.
 
 All images here are [B, 3, H, W], all stains [1 or B, 3, 2] and [1 or B, 2] float64.
 """
@@ -7,20 +7,26 @@ All images here are [B, 3, H, W], all stains [1 or B, 3, 2] and [1 or B, 2] floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ernet_fast import _backend
 from ernet_fast.stain import torch_backend
+from ernet_fast.stain.network_output import NetworkOutput, scale
+from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.upload import to_device
 
 Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Stains = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # source and target: matrix, maxima
+ImagesAndFit = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+HALF = (torch.float16, torch.bfloat16)
+_EXTENSION = _backend.extension_available()  # once, where torch.compile does not trace
 
 COMPOSED: set[str] = set()
-"""Operators that are batched torch operations on CUDA, with compiled kernels inside where there are some."""
+"""Operators that are batched torch operations on CUDA, where the package was built without kernels for it."""
 
 
 def _fit_like(images: torch.Tensor) -> Fit:
@@ -32,7 +38,9 @@ def _fit_like(images: torch.Tensor) -> Fit:
     )
 
 
-def _network_input_like(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _result_like(images: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None:
+        return torch.empty_like(images)
     count, _, height, width = images.shape
     return images.new_empty((count, height, width, 3), dtype=dtype)
 
@@ -40,73 +48,32 @@ def _network_input_like(images: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 def _register() -> None:
     """Fake kernels, and the CUDA implementation of the fit as a composition."""
 
-    @torch.library.register_fake("ernet::macenko_moments")
-    def _moments(images: torch.Tensor, Io: float, beta: float, range: float = 255.0) -> torch.Tensor:
-        return images.new_empty((images.shape[0], 10), dtype=torch.float64)
-
     @torch.library.register_fake("ernet::macenko_fit")
-    def _fit(images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool, range: float = 255.0) -> Fit:
+    def _fit(images: torch.Tensor, *numbers: Any, **named: Any) -> Fit:
         return _fit_like(images)
 
     @torch.library.register_fake("ernet::macenko_reconstruct")
-    def _reconstruct(
-        images: torch.Tensor,
-        source_stain: torch.Tensor,
-        source_max: torch.Tensor,
-        target_stain: torch.Tensor,
-        target_max: torch.Tensor,
-        Io: float,
-        range: float = 255.0,
-    ) -> torch.Tensor:
-        return torch.empty_like(images)
-
-    @torch.library.register_fake("ernet::macenko_reconstruct_scaled")
-    def _reconstruct_scaled(
-        images: torch.Tensor,
-        source_stain: torch.Tensor,
-        source_max: torch.Tensor,
-        target_stain: torch.Tensor,
-        target_max: torch.Tensor,
-        mean: torch.Tensor,
-        std: torch.Tensor,
-        Io: float,
-        dtype: torch.dtype,
-        range: float = 255.0,
-    ) -> torch.Tensor:
-        return _network_input_like(images, dtype)
+    def _reconstruct(images: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **named: Any) -> torch.Tensor:
+        return _result_like(images, dtype)
 
     @torch.library.register_fake("ernet::macenko_normalize")
-    def _normalize(
-        images: torch.Tensor,
-        target_stain: torch.Tensor,
-        target_max: torch.Tensor,
-        Io: float,
-        alpha: float,
-        beta: float,
-        nearest: bool,
-        identity: bool,
-        range: float = 255.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _normalize(images: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **named: Any) -> ImagesAndFit:
+        return (_result_like(images, dtype), *_fit_like(images))
+
+    @torch.library.register_fake("ernet::macenko_change")
+    def _change(images: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        return torch.empty_like(images)
+
+    @torch.library.register_fake("ernet::macenko_augment")
+    def _augment(images: torch.Tensor, *rest: Any, **named: Any) -> ImagesAndFit:
         return (torch.empty_like(images), *_fit_like(images))
 
-    @torch.library.register_fake("ernet::macenko_normalize_scaled")
-    def _normalize_scaled(
-        images: torch.Tensor,
-        target_stain: torch.Tensor,
-        target_max: torch.Tensor,
-        mean: torch.Tensor,
-        std: torch.Tensor,
-        Io: float,
-        alpha: float,
-        beta: float,
-        nearest: bool,
-        identity: bool,
-        dtype: torch.dtype,
-        range: float = 255.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (_network_input_like(images, dtype), *_fit_like(images))
+    @torch.library.register_fake("ernet::macenko_separate")
+    def _separate(images: torch.Tensor, *rest: Any, **named: Any) -> Fit:
+        count, _, height, width = images.shape
+        concentrations = images.new_empty((count, 2, height, width), dtype=torch.float32)
+        return torch.empty_like(images), torch.empty_like(images), concentrations
 
-    _register_cuda_only()
     compositions: dict[str, Callable[..., Any]] = {
         "macenko_fit": torch_backend.macenko_fit,
         "macenko_normalize": torch_backend.macenko_normalize,
@@ -117,60 +84,13 @@ def _register() -> None:
             COMPOSED.add(name)
 
 
-def _register_cuda_only() -> None:
-    """Fake kernels of the operators that only CUDA has."""
-
-    @torch.library.register_fake("ernet::macenko_change")
-    def _change(
-        images: torch.Tensor,
-        source_stain: torch.Tensor,
-        source_max: torch.Tensor,
-        gain: torch.Tensor,
-        shift: torch.Tensor,
-        Io: float,
-        range: float = 255.0,
-    ) -> torch.Tensor:
-        return torch.empty_like(images)
-
-    @torch.library.register_fake("ernet::macenko_separate")
-    def _separate(
-        images: torch.Tensor,
-        source_stain: torch.Tensor,
-        source_max: torch.Tensor,
-        drawn_stain: torch.Tensor,
-        drawn_max: torch.Tensor,
-        scaled: bool,
-        Io: float,
-        range: float = 255.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        count, _, height, width = images.shape
-        concentrations = images.new_empty((count, 2, height, width), dtype=torch.float32)
-        return torch.empty_like(images), torch.empty_like(images), concentrations
-
-    @torch.library.register_fake("ernet::macenko_augment")
-    def _augment(
-        images: torch.Tensor,
-        reference_stain: torch.Tensor,
-        reference_max: torch.Tensor,
-        gain: torch.Tensor,
-        shift: torch.Tensor,
-        Io: float,
-        alpha: float,
-        beta: float,
-        nearest: bool,
-        identity: bool,
-        range: float = 255.0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (torch.empty_like(images), *_fit_like(images))
-
-
-if _backend.extension_available():
+if _EXTENSION:
     _register()
 
 
-def _compiled_for(images: torch.Tensor) -> bool:
-    """True if compiled code serves images of this device."""
-    if not _backend.extension_available():
+def _is_compiled_for(images: torch.Tensor) -> bool:
+    """True if compiled code supports images of this device."""
+    if not _EXTENSION:
         if images.device.type == "cpu":
             _backend.warn_fallback_once()
         return False
@@ -181,9 +101,24 @@ def _compiled_for(images: torch.Tensor) -> bool:
     )
 
 
-def _composed(images: torch.Tensor) -> bool:
+def _is_composed(images: torch.Tensor) -> bool:
     """True if batched torch operations fit images of this device where no compiled code does."""
     return images.device.type != "cpu"
+
+
+def is_differentiated(images: torch.Tensor, *stains: torch.Tensor) -> bool:
+    """True if somebody may want derivatives of a result: by autograd, forward-mode AD, or a transform of torch.func."""
+    if not images.is_floating_point():
+        return False
+    tensors = (images, *stains)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in tensors
+    )
 
 
 def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tensor:
@@ -191,7 +126,7 @@ def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tenso
 
     With `like_result` planes follow each other as a result's do: rows cut out of planar images are copied.
     """
-    if images.dtype in (torch.float16, torch.bfloat16):
+    if images.dtype in HALF:
         images = images.float()
     if images.is_contiguous():
         return images
@@ -208,206 +143,208 @@ def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tenso
     return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def fit(images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool, range: float) -> MacenkoFit:
-    """Fit every image, by the best backend there is."""
-    images = images.detach()
-    if _compiled_for(images):
-        return MacenkoFit(*torch.ops.ernet.macenko_fit(supported(images), Io, alpha, beta, nearest, range))
-    if not _composed(images):
-        from ernet_fast import reference
-
-        percentile = "nearest" if nearest else "linear"
-        return reference.macenko_fit(
-            images, Io=Io, alpha=alpha, beta=beta, percentile=percentile, range=range, layout="CHW"
-        )
-    return MacenkoFit(*torch_backend.macenko_fit(supported(images), Io, alpha, beta, nearest, range))
-
-
-def fit_inside(
-    images: torch.Tensor,
-    inside: torch.Tensor,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    range: float,
-) -> MacenkoFit | None:
-    """Fit the pixels `inside` [B, H W] of every image at once, without waiting for the device; None on the CPU."""
-    if not _composed(images):
-        return None
-    return MacenkoFit(*torch_backend.macenko_fit(supported(images.detach()), Io, alpha, beta, nearest, range, inside))
-
-
-def reconstruct(images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, Io: float, range: float) -> torch.Tensor:
-    """Replace the stains of `source` by those of `target`; differentiable for floating-point images."""
-    stains = (
-        _as_argument(source.stain_matrix, images),
-        _as_argument(source.max_concentration, images),
-        _as_argument(target.stain_matrix, images),
-        _as_argument(target.max_concentration, images),
-    )
-    wanted = images.is_floating_point() and (images.requires_grad or any(part.requires_grad for part in stains))
-    if torch.is_grad_enabled() and wanted:
-        matrix = torch_backend.reconstruction_matrix(*stains)
-        return _Reconstruct.apply(images, matrix, stains, Io, range)
-    return _reconstruct(images, stains, Io, range)
-
-
 def _as_argument(part: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     if part.dtype != torch.float64 or part.device != images.device:
         part = to_device(part, images.device, torch.float64)
     return part.contiguous()
 
 
-def _reconstruct(images: torch.Tensor, stains: Stains, Io: float, range: float) -> torch.Tensor:
+def _arguments(images: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [_as_argument(tensor, images) for tensor in tensors]
+
+
+def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = None) -> MacenkoFit:
+    """Fit every image, by the best backend there is; with `inside` [B, H W], which the CPU does not take, those pixels.
+
+    No gradient flows through a fit.
+    """
     images = images.detach()
-    source_stain, source_max, target_stain, target_max = (part.detach() for part in stains)
-    if _compiled_for(images):
-        out = torch.ops.ernet.macenko_reconstruct(
-            supported(images, like_result=True), source_stain, source_max, target_stain, target_max, Io, range
-        )
-        return out.to(images.dtype)
-    return torch_backend.macenko_reconstruct(images, source_stain, source_max, target_stain, target_max, Io, range)
+    numbers = options.Io, options.alpha, options.beta, options.nearest, options.range
+    if inside is None and _is_compiled_for(images):
+        return MacenkoFit(*torch.ops.ernet.macenko_fit(supported(images), *numbers))
+    if _is_composed(images):
+        return MacenkoFit(*torch_backend.macenko_fit(supported(images), *numbers, inside))
+    assert inside is None
+    from ernet_fast import reference
+
+    return reference.fit_images(images, options)
 
 
-def reconstruct_scaled(
+def fits_inside(images: torch.Tensor) -> bool:
+    """True if `fit` takes `inside` for these images."""
+    return _is_composed(images)
+
+
+def reconstruct(
     images: torch.Tensor,
     source: MacenkoFit,
     target: MacenkoFit,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    Io: float,
-    range: float,
-    dtype: torch.dtype,
-) -> torch.Tensor | None:
-    """(I' / range - mean) / std as [B, 3, H, W] in channels-last memory; None where no operator serves."""
-    if images.dtype in (torch.float16, torch.bfloat16) or not _compiled_for(images):
-        return None  # half-precision images are reconstructed in float32, but rounded before they are scaled
-    stains = [_as_argument(part, images).detach() for fit in (source, target) for part in fit[:2]]
-    out = torch.ops.ernet.macenko_reconstruct_scaled(supported(images.detach()), *stains, mean, std, Io, dtype, range)
-    return out.permute(0, 3, 1, 2)
+    options: Options,
+    network: NetworkOutput | None = None,
+) -> torch.Tensor:
+    """Replace the stains of `source` by those of `target`; differentiable for floating-point images.
+
+    For a network (I' / range - mean) / std as [B, 3, H, W] in channels-last memory.
+    """
+    stains = _arguments(images, *source[:2], *target[:2])
+    kernel = partial(_reconstructed, options=options)
+    if is_differentiated(images, *stains):
+        matrix = torch_backend.reconstruction_matrix(*stains)
+        out = _transform()(images, matrix, None, options.Io, options.range, kernel, *stains)
+    elif network is not None and images.dtype not in HALF and _is_compiled_for(images):
+        # half-precision images are reconstructed in float32, but rounded before they are scaled
+        pixels, plain = supported(images.detach()), [part.detach() for part in stains]
+        named = network._asdict()
+        out = torch.ops.ernet.macenko_reconstruct(pixels, *plain, options.Io, options.range, **named)
+        return out.permute(0, 3, 1, 2)
+    else:
+        out = kernel(images.detach(), *(part.detach() for part in stains))
+    return out if network is None else scale(out, network, options.range)
 
 
-class _Reconstruct(torch.autograd.Function):
-    """I' = min(Io exp(M ln((I + 1) / Io)), 255), with gradients to I and M where the value is not clipped."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        images: torch.Tensor,
-        matrix: torch.Tensor,
-        stains: Stains,
-        Io: float,
-        range: float,
-    ) -> torch.Tensor:
-        out = _reconstruct(images, stains, Io, range)
-        ctx.save_for_backward(images, matrix, out)
-        ctx.Io, ctx.range = Io, range
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        images, matrix, out = ctx.saved_tensors
-        work = torch.promote_types(images.dtype, torch.float32)
-        # dI'/d(M OD) = -I', and 0 where clipped at 255.
-        weighted = dout.to(work) * out.to(work)
-        weighted = weighted.masked_fill(out >= ctx.range, 0)
-        light = images.to(work) * (255 / ctx.range) + 1
-        dimages = dmatrix = None
-        if ctx.needs_input_grad[0]:
-            # dOD/dI = -1 / (I + 1), in the caller's units.
-            dimages = torch.einsum("bchw,bck->bkhw", weighted, matrix.to(work).expand(len(images), 3, 3))
-            dimages = (dimages / light * (255 / ctx.range)).to(images.dtype)
-        if ctx.needs_input_grad[1]:
-            log_light = (light / ctx.Io).log()
-            dmatrix = torch.einsum("bchw,bkhw->bck", weighted.double(), log_light.double())
-            dmatrix = dmatrix.sum_to_size(matrix.shape)
-        return dimages, dmatrix, None, None, None
-
-
-def normalize(
-    images: torch.Tensor,
-    target: MacenkoFit,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    identity: bool,
-    range: float,
-) -> tuple[torch.Tensor, MacenkoFit] | None:
-    """Fit and reconstruct in one operator; None where that operator does not serve."""
-    stain, maximum, _ = target
-    if images.requires_grad or stain.requires_grad or maximum.requires_grad or not _compiled_for(images):
-        return None
-    stains = _as_argument(stain, images), _as_argument(maximum, images)
-    pixels = supported(images, like_result=True)
-    out, *fitted = torch.ops.ernet.macenko_normalize(pixels, *stains, Io, alpha, beta, nearest, identity, range)
-    return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)
-
-
-def normalize_scaled(
-    images: torch.Tensor,
-    target: MacenkoFit,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    identity: bool,
-    range: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, MacenkoFit] | None:
-    """Fit and `reconstruct_scaled` in one operator; None where that operator does not serve."""
-    stains_grad = target.stain_matrix.requires_grad or target.max_concentration.requires_grad
-    half = images.dtype in (torch.float16, torch.bfloat16)  # rounded before they are scaled
-    if images.requires_grad or stains_grad or half or not _compiled_for(images):
-        return None
-    stains = (_as_argument(part, images).detach() for part in target[:2])
-    out, *fitted = torch.ops.ernet.macenko_normalize_scaled(
-        supported(images), *stains, mean, std, Io, alpha, beta, nearest, identity, dtype, range
-    )
-    return out.permute(0, 3, 1, 2), MacenkoFit(*fitted)
-
-
-def served_on_cuda(images: torch.Tensor) -> bool:
-    """True if `change`, `augment` and `separate` serve these images."""
-    exact = images.dtype in (torch.uint8, torch.float32) and not images.requires_grad
-    return exact and images.is_cuda and _compiled_for(images)
+def _reconstructed(images: torch.Tensor, *stains: torch.Tensor, options: Options) -> torch.Tensor:
+    if _is_compiled_for(images):
+        pixels = supported(images, like_result=True)
+        return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
+    return torch_backend.macenko_reconstruct(images, *stains, options.Io, options.range)
 
 
 def change(
-    images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, Io: float, range: float
+    images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, options: Options
 ) -> torch.Tensor:
-    """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; where `served_on_cuda`."""
-    arguments = (_as_argument(part, images).detach() for part in (*source[:2], gain, shift))
-    return torch.ops.ernet.macenko_change(supported(images), *arguments, Io, range)
+    """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; differentiable as `reconstruct`."""
+    stains = _arguments(images, *source[:2], gain, shift)
+    kernel = partial(_changed, options=options)
+    if is_differentiated(images, *stains):
+        stain = stains[0]
+        matrix = (stain * stains[2][:, None, :]) @ torch_backend.concentration_rows(stain)
+        tint = -(stain @ stains[3][:, :, None])[:, :, 0]
+        return _transform()(images, matrix, tint, options.Io, options.range, kernel, *stains)
+    return kernel(images.detach(), *(part.detach() for part in stains))
+
+
+def _changed(images: torch.Tensor, *stains: torch.Tensor, options: Options) -> torch.Tensor:
+    if _is_compiled_for(images):
+        pixels = supported(images, like_result=True)
+        return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
+    return torch_backend.macenko_change(images, *stains, options.Io, options.range)
+
+
+class _Transform(torch.autograd.Function):
+    """I' = min(Io exp(M ln((I + 1) / Io) + s), 255), with derivatives to I, M [B, 3, 3] and s [B, 3] where it is not
+    clipped. `kernel(images, *stains)` computes it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        images: torch.Tensor,
+        matrix: torch.Tensor,
+        shift: torch.Tensor | None,
+        Io: float,
+        range: float,
+        kernel: Callable[..., torch.Tensor],
+        *stains: torch.Tensor,
+    ) -> torch.Tensor:
+        return kernel(images, *stains)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        images, matrix, shift, ctx.Io, ctx.range, _, *stains = inputs
+        ctx.shift_shape, ctx.others = None if shift is None else shift.shape, 3 + len(stains)
+        ctx.save_for_backward(images, matrix, output)
+        ctx.save_for_forward(images, matrix, output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        images, matrix, out = ctx.saved_tensors
+        work = torch.promote_types(images.dtype, torch.float32)
+        # dI'/d(exponent) = I', and 0 where clipped at 255.
+        weighted = (dout.to(work) * out.to(work)).masked_fill(out >= ctx.range, 0)
+        intensity = images.to(work) * (255 / ctx.range) + 1
+        dimages = dmatrix = dshift = None
+        if ctx.needs_input_grad[0]:
+            # d(log intensity)/dI = 1 / (I + 1), in the caller's units.
+            dimages = torch.einsum("bchw,bck->bkhw", weighted, matrix.to(work).expand(len(images), 3, 3))
+            dimages = (dimages / intensity * (255 / ctx.range)).to(images.dtype)
+        if ctx.needs_input_grad[1]:
+            logarithm = (intensity / ctx.Io).log()
+            dmatrix = torch.einsum("bchw,bkhw->bck", weighted.double(), logarithm.double())
+            dmatrix = dmatrix.sum_to_size(matrix.shape)
+        if ctx.shift_shape is not None and ctx.needs_input_grad[2]:
+            dshift = weighted.double().sum(dim=(2, 3)).sum_to_size(ctx.shift_shape)
+        return (dimages, dmatrix, dshift, *[None] * ctx.others)
+
+
+class _TransformForward(_Transform):
+    """With forward-mode AD, which torch.compile does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, dimages: Any, dmatrix: Any, dshift: Any, *others: Any) -> torch.Tensor:
+        images, matrix, out = ctx.saved_tensors
+        work = torch.promote_types(images.dtype, torch.float32)
+        intensity = images.to(work) * (255 / ctx.range) + 1
+        exponent = torch.zeros_like(intensity)
+        if dimages is not None:
+            direction = dimages.to(work) * (255 / ctx.range) / intensity
+            exponent = exponent + torch.einsum("bck,bkhw->bchw", matrix.to(work).expand(len(images), 3, 3), direction)
+        if dmatrix is not None:
+            logarithm = (intensity / ctx.Io).log()
+            exponent = exponent + torch.einsum("bck,bkhw->bchw", dmatrix.to(work).expand(len(images), 3, 3), logarithm)
+        if dshift is not None:
+            exponent = exponent + dshift.to(work)[:, :, None, None]
+        return (out.to(work) * exponent).masked_fill(out >= ctx.range, 0).to(images.dtype)
+
+
+def _transform() -> Callable[..., torch.Tensor]:
+    return _Transform.apply if torch.compiler.is_compiling() else _TransformForward.apply
+
+
+def normalize(
+    images: torch.Tensor, target: MacenkoFit, options: Options, network: NetworkOutput | None = None
+) -> tuple[torch.Tensor, MacenkoFit] | None:
+    """Fit and `reconstruct` in one operator; None where that operator does not apply."""
+    if not is_one_operator(images, *target[:2]) or (network is not None and images.dtype in HALF):
+        return None
+    stains = [part.detach() for part in _arguments(images, *target[:2])]
+    o = options
+    numbers = o.Io, o.alpha, o.beta, o.nearest, o.identity, o.range
+    if network is not None:
+        out, *fitted = torch.ops.ernet.macenko_normalize(supported(images), *stains, *numbers, **network._asdict())
+        return out.permute(0, 3, 1, 2), MacenkoFit(*fitted)
+    out, *fitted = torch.ops.ernet.macenko_normalize(supported(images, like_result=True), *stains, *numbers)
+    return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)
 
 
 def augment(
-    images: torch.Tensor,
-    reference: MacenkoFit,
-    gain: torch.Tensor,
-    shift: torch.Tensor,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    identity: bool,
-    range: float,
-) -> tuple[torch.Tensor, MacenkoFit]:
-    """Fit and `change` in one operator, with the stains of `reference` where there is no fit."""
-    arguments = (_as_argument(part, images).detach() for part in (*reference[:2], gain, shift))
-    out, *fitted = torch.ops.ernet.macenko_augment(
-        supported(images), *arguments, Io, alpha, beta, nearest, identity, range
-    )
-    return out, MacenkoFit(*fitted)
+    images: torch.Tensor, reference: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, options: Options
+) -> tuple[torch.Tensor, MacenkoFit] | None:
+    """Fit and `change` in one operator, with the stains of `reference` where there is no fit; None where it does not
+    apply.
+    """
+    if not is_one_operator(images):
+        return None
+    o = options
+    arguments = _arguments(images, *reference[:2], gain, shift)
+    numbers = o.Io, o.alpha, o.beta, o.nearest, o.identity, o.range
+    out, *fitted = torch.ops.ernet.macenko_augment(supported(images, like_result=True), *arguments, *numbers)
+    return out.to(images.dtype), MacenkoFit(*fitted)
+
+
+def is_one_operator(images: torch.Tensor, *stains: torch.Tensor) -> bool:
+    """True if one operator fits and reconstructs these images."""
+    return not is_differentiated(images, *stains) and _is_compiled_for(images)
 
 
 def separate(
-    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, scaled: bool, Io: float, range: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images of haematoxylin and of eosin with the stains `drawn`, and concentrations [B, 2, H, W] of `source`."""
-    arguments = (_as_argument(part, images).detach() for part in (*source[:2], *drawn[:2]))
-    return torch.ops.ernet.macenko_separate(supported(images), *arguments, scaled, Io, range)
+    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, scaled: bool, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Images of haematoxylin and of eosin with the stains `drawn`, and concentrations [B, 2, H, W] of `source`, in one
+    operator; None where it does not apply, as on the CPU.
+    """
+    exact = images.dtype in (torch.uint8, torch.float32) and images.is_cuda
+    if not exact or not is_one_operator(images, *source[:2], *drawn[:2]):
+        return None
+    arguments = [part.detach() for part in _arguments(images, *source[:2], *drawn[:2])]
+    return torch.ops.ernet.macenko_separate(supported(images), *arguments, scaled, options.Io, options.range)

@@ -1,10 +1,13 @@
-"""Checks of the numbers and names that every Macenko function takes."""
+"""The options that every Macenko function takes, checked once."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
+
+from ernet_fast.stain.layout import LAYOUTS
 
 PERCENTILES = ("linear", "nearest")
 POLICIES = ("reference", "identity", "raise")
@@ -15,26 +18,63 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (float, Real)) and not isinstance(value, bool)
 
 
-def check_parameters(Io: float, alpha: float, beta: float, percentile: str) -> None:
-    """Raise ValueError or TypeError for a parameter of the fit that makes no sense."""
-    for name, value in (("Io", Io), ("alpha", alpha), ("beta", beta)):
-        if not is_number(value):
-            raise TypeError(f"{name} is {value!r}; expected a number.")
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value!r}; expected a finite number.")
+@dataclass(frozen=True)
+class Options:
+    """How to fit and reconstruct: see `macenko_fit` and `macenko_normalize` for each.
+
+    Raises:
+        TypeError: a number that is none.
+        ValueError: a number outside of its interval, or an unknown name.
+    """
+
+    Io: float = 240.0
+    alpha: float = 1.0
+    beta: float = 0.15
+    percentile: str = "linear"
+    on_degenerate: str = "reference"
+    range: float = 255.0
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("Io", "alpha", "beta", "range"):
+            value = getattr(self, name)
+            if not is_number(value):
+                raise TypeError(f"{name} is {value!r}; expected a number.")
+            if not math.isfinite(value) and name != "range":
+                raise ValueError(f"{name} is {value!r}; expected a finite number.")
+            object.__setattr__(self, name, float(value))
+        _check_fit_numbers(self.Io, self.alpha, self.beta)
+        if self.percentile not in PERCENTILES:
+            raise ValueError(f"percentile={self.percentile!r}; expected one of {', '.join(map(repr, PERCENTILES))}.")
+        check_policy(self.on_degenerate)
+        if not (math.isfinite(self.range) and self.range > 0):
+            raise ValueError(f"range={self.range!r}; expected the positive value that stands for 255.")
+        if self.layout is not None and self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r}; expected 'CHW', 'HWC' or None.")
+
+    @property
+    def nearest(self) -> bool:
+        """True if percentiles are the nearest order statistic."""
+        return self.percentile == "nearest"
+
+    @property
+    def identity(self) -> bool:
+        """True if images without a fit stay as they are."""
+        return self.on_degenerate == "identity"
+
+
+def _check_fit_numbers(Io: float, alpha: float, beta: float) -> None:
     if not 1 < Io <= 1024:
         raise ValueError(
-            f"Io={Io!r}: the transmitted light is a grey level in (1, 1024]; 240 is usual for 8-bit images."
+            f"Io={Io:g}: the transmitted intensity is a grey level in (1, 1024]; 240 is usual for 8-bit images."
         )
     if not 0 <= alpha < 50:
-        raise ValueError(f"alpha={alpha!r}: the angular percentile is in [0, 50) percent; 1 is usual.")
+        raise ValueError(f"alpha={alpha:g}: the angular percentile is in [0, 50) percent; 1 is usual.")
     if not 0 <= beta < math.log(Io):
         raise ValueError(
-            f"beta={beta!r}: the tissue threshold is an optical density in [0, ln(Io)) = [0, {math.log(Io):.3f}); "
+            f"beta={beta:g}: the tissue threshold is an optical density in [0, ln(Io)) = [0, {math.log(Io):.3f}); "
             "0.15 is usual."
         )
-    if percentile not in PERCENTILES:
-        raise ValueError(f"percentile={percentile!r}; expected one of {', '.join(map(repr, PERCENTILES))}.")
 
 
 def check_policy(on_degenerate: str) -> None:

@@ -12,13 +12,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain.collection import Collection, Part, read_collection
-from ernet_fast.stain.functional import check_range, keep_degenerate, refuse_failures
+from ernet_fast.stain.collection import Collection, Part
 from ernet_fast.stain.lab import lab_of_linear, lab_to_rgb, linear_of_bytes, linear_of_rgb
-from ernet_fast.stain.options import check_policy
-from ernet_fast.stain.result import MacenkoStatus
+from ernet_fast.stain.options import Options
+from ernet_fast.stain.pipeline import check_no_mask, keep_degenerate, read, refuse_failures
+from ernet_fast.stain.result import OK, MacenkoStatus
+from ernet_fast.stain.target_module import TargetModule
 from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
 from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
+from ernet_fast.stain.torchstain_form import (
+    BACKENDS,
+    as_torchstain,
+    check_compat,
+    compat_of_backend,
+    read_torchstain,
+)
+from ernet_fast.stain.upload import is_readable
 
 METHODS = (None, "modified")
 
@@ -56,16 +65,15 @@ def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None, 
     Raises:
         TypeError, ValueError: as in `macenko_fit`.
     """
-    collection = read_collection(images, layout)
-    check_range(collection, range)
+    collection = read(images, Options(range=range, layout=layout))
     return _fit(collection, range, mask)
 
 
 def _fit(collection: Collection, range: float, mask: Any) -> ReinhardFit:
     masks = None if mask is None else read_masks(mask, collection)
     if not collection.parts:
-        nothing = torch.empty((0, 3), dtype=torch.float64)
-        return ReinhardFit(nothing, nothing, torch.empty((0,), dtype=torch.int32))
+        nothing = torch.empty((0, 3), dtype=torch.float64, device="cpu")
+        return ReinhardFit(nothing, nothing, torch.empty((0,), dtype=torch.int32, device="cpu"))
     if masks is not None:
         images = collection.in_order([part.pixels.detach() for part in collection.parts])
         fits = [_fit_inside(image, one, range) for image, one in zip(images, masks, strict=True)]
@@ -103,7 +111,7 @@ def _fit_pixels(images: torch.Tensor, range: float) -> tuple[torch.Tensor, torch
 
 def _groups(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if images.device.type == "cpu":
-        # One after the other: torch's powers differ in the last bit between the vectors of an array and its tail, so an
+        # One by one: torch's powers differ in the last bit between the vectors of an array and its tail, so an
         # image's bits would depend on where it stands in a batch.
         return images.split(1)
     return images.split(max(1, PIXELS_AT_A_TIME // (images.shape[2] * images.shape[3])))
@@ -171,19 +179,15 @@ def reinhard_normalize(
     Raises:
         TypeError, ValueError: as in `macenko_normalize`.
     """
-    check_policy(on_degenerate)
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}; expected None or 'modified'.")
-    collection = read_collection(images, layout)
-    check_range(collection, range)
+    check_method(method)
+    collection = read(images, Options(on_degenerate=on_degenerate, range=range, layout=layout))
     wanted = _expand(target, collection, "target")
-    if wanted.mean.device.type == "cpu" and not bool(torch.isfinite(wanted.mean.sum() + wanted.std.sum())):
+    if is_readable(wanted.mean) and not bool(torch.isfinite(wanted.mean.sum() + wanted.std.sum())):
         raise ValueError("target is not finite; fit it on an image whose values are all grey levels.")
-    if source is not None and mask is not None:
-        raise ValueError("mask says where to measure the statistics, but source gives them; pass one of the two.")
+    check_no_mask(None if source is None else mask)
     known = _fit(collection, range, mask) if source is None else _expand(source, collection, "source")
     refuse_failures(known.status, on_degenerate)
-    ok = (known.status == MacenkoStatus.OK)[:, None]
+    ok = (known.status == OK)[:, None]
     usable = ReinhardFit(known.mean.where(ok, wanted.mean), known.std.where(ok, wanted.std), known.status)
     results = []
     for part in collection.parts:
@@ -193,6 +197,12 @@ def reinhard_normalize(
         results.append(out)
     restored = collection.restore(results)
     return (restored, known.status) if return_status else restored
+
+
+def check_method(method: str | None) -> None:
+    """Raise ValueError for an unknown method."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; expected None or 'modified'.")
 
 
 def _expand(fit: ReinhardFit, collection: Collection, name: str) -> ReinhardFit:
@@ -221,10 +231,10 @@ def _normalize(part: Part, source: ReinhardFit, target: ReinhardFit, method: str
         begin += len(group)
         scale, shift = (values[rows, :, None] for values in (gain, offset))
 
-        def moved(pixels: torch.Tensor, scale: torch.Tensor = scale, shift: torch.Tensor = shift) -> torch.Tensor:
+        def updated(pixels: torch.Tensor, scale: torch.Tensor = scale, shift: torch.Tensor = shift) -> torch.Tensor:
             return (lab_to_rgb(_lab(pixels, range) * scale + shift) * unit).to(images.dtype)
 
-        results.append(_in_blocks(group, moved).reshape(group.shape))
+        results.append(_in_blocks(group, updated).reshape(group.shape))
     return torch.cat(results)
 
 
@@ -241,7 +251,7 @@ def _affine(source: ReinhardFit, target: ReinhardFit, method: str | None) -> tup
     return gain, mean - gain * source.mean
 
 
-class ReinhardNormalizer(torch.nn.Module):
+class ReinhardNormalizer(TargetModule):
     """Gives images the colour statistics of a target, in torchstain's call style and as a module.
 
     Args:
@@ -249,13 +259,18 @@ class ReinhardNormalizer(torch.nn.Module):
         on_degenerate: "reference", "identity" or "raise", see `reinhard_normalize`.
         range: the value that stands for 255 in floating-point images; 1 for images in [0, 1].
         layout: "CHW" or "HWC", needed only for shapes that fit both.
+        compat: "torchstain" makes `fit` and `normalize` follow that package's own conventions: torch tensors are
+            [3, H, W], NumPy arrays [H, W, 3], integers of any width are taken, and results are uint8 of the same form.
+            `forward` is not affected.
+        backend: "torch" or "numpy", torchstain's own argument, which may also come first: the same as
+            compat="torchstain", whichever of the two is named.
 
     Attributes:
-        target_means: buffer [3] float64, mean L, a and b of the target; NaN before `fit`.
+        target_means: buffer [3] float64, mean L, a and b of the target; NaN before `fit`. Arrays may be assigned.
         target_stds: buffer [3] float64, their standard deviations.
 
     Raises:
-        ValueError: an unknown method or policy.
+        ValueError: an unknown method, policy, package or backend.
     """
 
     target_means: torch.Tensor
@@ -267,12 +282,18 @@ class ReinhardNormalizer(torch.nn.Module):
         on_degenerate: str = "reference",
         range: float = 255,
         layout: str | None = None,
+        compat: str | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_policy(on_degenerate)
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}; expected None or 'modified'.")
+        if method in BACKENDS:
+            method, backend = None, method
+        compat = compat_of_backend(compat, backend)
+        Options(on_degenerate=on_degenerate, range=range, layout=layout)
+        check_method(method)
+        check_compat(compat, "linear", range, layout)
         self.method, self.on_degenerate, self.range, self.layout = method, on_degenerate, range, layout
+        self.compat = compat
         self.register_buffer("target_means", torch.full((3,), math.nan, dtype=torch.float64))
         self.register_buffer("target_stds", torch.full((3,), math.nan, dtype=torch.float64))
 
@@ -282,19 +303,31 @@ class ReinhardNormalizer(torch.nn.Module):
         Raises:
             ValueError: several images, a value that is no grey level, or an empty mask.
         """
-        fit = reinhard_fit(target, range=self.range, layout=self.layout, mask=mask)
+        layout = self.layout
+        if self.compat is not None:
+            target, layout = read_torchstain(target), "CHW"
+        fit = reinhard_fit(target, range=self.range, layout=layout, mask=mask)
         if len(fit.status) != 1:
             raise ValueError(f"fit takes one target image; got {len(fit.status)}.")
         refuse_failures(fit.status, "raise")
-        self.target_means, self.target_stds = fit.mean[0].to(self.target_means), fit.std[0].to(self.target_stds)
+        self.target_means, self.target_stds = fit.mean[0], fit.std[0]
         return self
 
-    def forward(self, images: Any, source: ReinhardFit | None = None, mask: Any = None) -> Any:
+    def forward(
+        self, images: Any, source: ReinhardFit | None = None, mask: Any = None, return_status: bool = False
+    ) -> Any:
         """Normalised images, of the input's form; `source` and `mask` as in `reinhard_normalize`.
+
+        With `return_status` a pair of these and the status [B] int32.
 
         Raises:
             ValueError: before `fit`.
         """
+        return self._normalized(images, self.layout, source, mask, return_status)
+
+    def _normalized(
+        self, images: Any, layout: str | None, source: ReinhardFit | None, mask: Any, return_status: bool
+    ) -> Any:
         status = torch.zeros(1, dtype=torch.int32, device=self.target_means.device)
         target = ReinhardFit(self.target_means.double()[None], self.target_stds.double()[None], status)
         return reinhard_normalize(
@@ -304,14 +337,19 @@ class ReinhardNormalizer(torch.nn.Module):
             method=self.method,
             on_degenerate=self.on_degenerate,
             range=self.range,
-            layout=self.layout,
+            layout=layout,
             mask=mask,
+            return_status=return_status,
         )
 
     def normalize(self, I: Any, *, source: ReinhardFit | None = None, mask: Any = None) -> Any:  # noqa: E741
-        """As `forward`: torchstain's name."""
-        return self(I, source, mask)
+        """As `forward`, but in the form of `compat`: torchstain's name."""
+        if self.compat is None:
+            return self(I, source, mask)
+        (result,) = as_torchstain(I, (self._normalized(read_torchstain(I), "CHW", source, mask, False),), torch.uint8)
+        return result.permute(2, 0, 1) if isinstance(I, torch.Tensor) else result
 
     def extra_repr(self) -> str:
         """Parameters, as torch shows them."""
-        return f"method={self.method!r}, on_degenerate={self.on_degenerate!r}"
+        compat = f", compat={self.compat!r}" if self.compat else ""
+        return f"method={self.method!r}, on_degenerate={self.on_degenerate!r}{compat}"

@@ -17,6 +17,13 @@ one if the squared sine of the angle between them is at most this."""
 MIN_CONCENTRATION = 1e-6
 """Least 99th percentile of a stain's concentration, in units of optical density: the reconstruction divides by it."""
 
+EQUAL_COMPONENTS = 1e-6
+"""Components of two unit stain vectors that are at most this far apart are equal: they differ by rounding."""
+
+DEFAULT_STAINS = ((0.5626, 0.2159), (0.7201, 0.8012), (0.4062, 0.5581))
+DEFAULT_MAXIMA = (1.9705, 1.0308)
+"""The stains published with Macenko's method, for images that have none of their own."""
+
 
 class MacenkoStatus(IntEnum):
     """Why an image could not be fitted, or OK. The first reason in the order 4, 1, 2, 3 is given."""
@@ -33,6 +40,9 @@ class MacenkoStatus(IntEnum):
         return _REASONS[self]
 
 
+OK = int(MacenkoStatus.OK)
+"""To compare status tensors with: torch.compile does not trace the comparison with an enumeration."""
+
 _REASONS = {
     MacenkoStatus.OK: "fitted",
     MacenkoStatus.TOO_FEW_TISSUE_PIXELS: f"fewer than {MIN_TISSUE_PIXELS} tissue pixels",
@@ -44,6 +54,9 @@ _REASONS = {
 
 class MacenkoFit(NamedTuple):
     """Stains of B images.
+
+    Haematoxylin is the stain that absorbs more red. Of two that absorb as much red (to 1e-6) it is the one that absorbs
+    less green; of two that absorb as much of both, the one that absorbs more blue.
 
     Attributes:
         stain_matrix: [B, 3, 2] float64, optical density (natural logarithm) of haematoxylin and eosin, unit columns.
@@ -95,3 +108,15 @@ def describe_failures(status: torch.Tensor) -> str | None:
     if len(bad) > 20:
         listed.append(f"and {len(bad) - 20} more")
     return "; ".join(listed)
+
+
+_PUBLISHED = MacenkoFit(
+    torch.tensor([DEFAULT_STAINS], dtype=torch.float64, device="cpu"),
+    torch.tensor([DEFAULT_MAXIMA], dtype=torch.float64, device="cpu"),
+    torch.zeros(1, dtype=torch.int32, device="cpu"),
+)
+
+
+def published_stains() -> MacenkoFit:
+    """As the fit of one image, on the CPU; not to be written to."""
+    return _PUBLISHED

@@ -7,19 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain import operators
-from ernet_fast.stain.collection import read_collection
-from ernet_fast.stain.functional import (
-    check_range,
-    check_target,
-    known_source,
-    on_device,
-    refuse_failures,
-    usable_source,
-)
-from ernet_fast.stain.options import check_parameters
-from ernet_fast.stain.published import published_stains
-from ernet_fast.stain.result import MacenkoFit, check_fit, expand_fit
+from ernet_fast.stain import operators, pipeline
+from ernet_fast.stain.collection import Collection, Part
+from ernet_fast.stain.options import Options
+from ernet_fast.stain.result import MacenkoFit, check_fit, published_stains
 from ernet_fast.stain.torch_backend import concentration_rows
 
 
@@ -78,49 +69,64 @@ def separate(
     Raises:
         TypeError, ValueError: as in `macenko_normalize`.
     """
-    check_parameters(Io, alpha, beta, percentile)
-    if on_degenerate not in ("reference", "raise"):
+    options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
+    if options.identity:
         raise ValueError(
             f"on_degenerate={on_degenerate!r}; separate takes 'reference' or 'raise', as an image is neither of its "
             "stains."
         )
-    collection = read_collection(images, layout)
-    check_range(collection, range)
+    collection = pipeline.read(images, options)
     if target is not None:
-        check_target(check_fit(target, collection.count, "target"))
-    known = known_source(collection, source, mask, Io, alpha, beta, percentile, range)
-    refuse_failures(known.status, on_degenerate)
-    fallback = expand_fit(published_stains() if target is None else target, collection.count, "target")
-    fallback = on_device(fallback, collection.device)
-    usable = usable_source(known, fallback)
-    drawn = usable if target is None else fallback
-    haematoxylin: list[torch.Tensor] = []
-    eosin: list[torch.Tensor] = []
-    concentrations: list[torch.Tensor] = []
-    for part in collection.parts:
-        ours, theirs = part.take_fit(usable), part.take_fit(drawn)
-        if operators.served_on_cuda(part.pixels) and not any(
-            tensor.requires_grad for tensor in (*ours[:2], *theirs[:2])
-        ):
-            whole = operators.separate(part.pixels, ours, theirs, target is not None, float(Io), float(range))
-            for results, result in zip((haematoxylin, eosin, concentrations), whole, strict=True):
-                results.append(result)
-            continue
-        for stain, kept in ((haematoxylin, (1.0, 0.0)), (eosin, (0.0, 1.0))):
-            alone = one_stain(theirs, kept)
-            stain.append(operators.reconstruct(part.pixels, ours, alone, float(Io), float(range)))
-        amounts = _concentrations(part.pixels, ours.stain_matrix, float(Io), float(range))
-        gain = theirs.max_concentration / ours.max_concentration
-        concentrations.append(amounts if target is None else amounts * gain[:, :, None, None].to(amounts.dtype))
-    return Separation(
-        collection.restore(haematoxylin), collection.restore(eosin), collection.restore(concentrations), known.status
+        pipeline.check_target(check_fit(target, collection.count, "target"))
+    found = pipeline.sources(collection, source, mask, published_stains() if target is None else target, options)
+    drawn = found.usable if target is None else found.reference
+    whole = [
+        _separate(part, part.take_fit(found.usable), part.take_fit(drawn), target is not None, options)
+        for part in collection.parts
+    ]
+    haematoxylin, eosin, concentrations = zip(*whole, strict=True) if whole else ((), (), ())
+    restored = (collection.restore(results) for results in (haematoxylin, eosin, concentrations))
+    return Separation(*restored, found.known.status)
+
+
+def _separate(
+    part: Part, source: MacenkoFit, drawn: MacenkoFit, scaled: bool, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    done = operators.separate(part.pixels, source, drawn, scaled, options)
+    if done is not None:
+        return done
+    amounts = _concentrations(part.pixels, source.stain_matrix, options.Io, options.range)
+    if scaled:
+        gain = drawn.max_concentration / source.max_concentration
+        amounts = amounts * gain[:, :, None, None].to(amounts.dtype)
+    return (*images_of_stains(part.pixels, source, drawn, options), amounts)
+
+
+def images_of_stains(
+    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Haematoxylin and eosin of images [b, 3, H, W] alone, with the stains `drawn`."""
+    h, e = drawn.max_concentration.unbind(dim=1)
+    # zero the other stain's concentration
+    maxima = torch.stack([h, torch.zeros_like(h)], dim=1), torch.stack([torch.zeros_like(e), e], dim=1)
+    haematoxylin, eosin = (
+        operators.reconstruct(images, source, drawn._replace(max_concentration=alone), options) for alone in maxima
     )
+    return haematoxylin, eosin
 
 
-def one_stain(fit: MacenkoFit, kept: tuple[float, float]) -> MacenkoFit:
-    """`fit` with the concentration of the stain that is not kept multiplied by nothing."""
-    maxima = [fit.max_concentration[:, i] * share for i, share in enumerate(kept)]
-    return fit._replace(max_concentration=torch.stack(maxima, dim=1))
+def collection_of_stains(
+    collection: Collection, source: MacenkoFit, drawn: MacenkoFit, options: Options
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """`images_of_stains` of every part, by the operator that separates where there is one."""
+    haematoxylin, eosin = [], []
+    for part in collection.parts:
+        ours, theirs = part.take_fit(source), part.take_fit(drawn)
+        done = operators.separate(part.pixels, ours, theirs, True, options)
+        h, e = images_of_stains(part.pixels, ours, theirs, options) if done is None else done[:2]
+        haematoxylin.append(h)
+        eosin.append(e)
+    return haematoxylin, eosin
 
 
 def _concentrations(images: torch.Tensor, stain: torch.Tensor, Io: float, range: float) -> torch.Tensor:

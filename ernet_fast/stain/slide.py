@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ernet_fast.stain import operators
+from ernet_fast.stain import operators, pipeline
 from ernet_fast.stain.colour_counts import ColourCounts
-from ernet_fast.stain.functional import check_source, check_target, on_device, refuse_failures, usable_source
 from ernet_fast.stain.layout import is_channels_last, read_images
-from ernet_fast.stain.options import check_parameters, check_policy
+from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, check_fit, expand_fit
 
 STRIP_PIXELS = 1 << 22
@@ -70,17 +69,15 @@ def macenko_normalize_slide(
     Raises:
         TypeError, ValueError: as in `macenko_normalize`, and for an `out` of another shape or dtype.
     """
-    check_parameters(Io, alpha, beta, percentile)
-    check_policy(on_degenerate)
+    options = Options(Io, alpha, beta, percentile, on_degenerate, layout=layout)
     slide, out, mask = _as_array(slide), _as_array(out), _as_array(mask)
     row_axis, height, width = _read_shape(slide, layout)
     _check_like(out, "out", tuple(slide.shape), np.dtype(np.uint8))
     _check_writable(slide, out)
-    target = on_device(check_fit(target, 1, "target"), CPU)
-    check_target(target)
+    target = pipeline.on_device(check_fit(target, 1, "target"), CPU)
+    pipeline.check_target(target)
     if mask is not None:
-        if source is not None:
-            raise ValueError("mask says where to look for the source stains, but source gives them; pass one of them.")
+        pipeline.check_no_mask(None if source is None else mask)
         _check_like(mask, "mask", (height, width), np.dtype(bool))
     rows = max(1, STRIP_PIXELS // width) if rows is None else rows
     strips = _Strips(slide, row_axis, height, rows, progress, 2 if source is None else 1)
@@ -91,14 +88,14 @@ def macenko_normalize_slide(
             _let_go(slide, mask)
         source = counts.fit(Io=Io, alpha=alpha, beta=beta, percentile=percentile)
         del counts
-    source = on_device(expand_fit(source, 1, "source"), CPU)
-    check_source(source)
-    refuse_failures(source.status, on_degenerate)
-    unchanged = on_degenerate == "identity" and int(source.status[0]) != MacenkoStatus.OK
+    source = pipeline.on_device(expand_fit(source, 1, "source"), CPU)
+    pipeline.check_source(source)
+    pipeline.refuse_failures(source.status, on_degenerate)
+    unchanged = options.identity and int(source.status[0]) != MacenkoStatus.OK
     wanted = expand_fit(target, 1, "target")
-    usable = usable_source(source, wanted)
+    usable = pipeline.usable_source(source, wanted)
     for span, strip in strips.read():
-        result = strip if unchanged else _reconstructed(strip, strips.layout, usable, wanted, float(Io))
+        result = strip if unchanged else _reconstructed(strip, strips.layout, usable, wanted, options)
         out[(slice(None),) * row_axis + (span,)] = result
         _let_go(slide, out)
     return source
@@ -130,9 +127,11 @@ class _Strips:
                 self.progress(self.done, self.work)
 
 
-def _reconstructed(strip: np.ndarray, layout: str, source: MacenkoFit, target: MacenkoFit, Io: float) -> np.ndarray:
+def _reconstructed(
+    strip: np.ndarray, layout: str, source: MacenkoFit, target: MacenkoFit, options: Options
+) -> np.ndarray:
     form = read_images(strip, layout, "slide")
-    return np.asarray(form.restore(operators.reconstruct(form.pixels, source, target, Io, 255.0)))
+    return np.asarray(form.restore(operators.reconstruct(form.pixels, source, target, options)))
 
 
 def _as_array(array: Any) -> Any:

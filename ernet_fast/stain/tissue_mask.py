@@ -8,13 +8,14 @@ made of its masked pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection
+from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
 from ernet_fast.stain.upload import to_device
 
@@ -58,44 +59,23 @@ def pixels_inside(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return image[:, mask].reshape(1, 3, 1, -1)
 
 
-def fit_pixels_inside(
-    collection: Collection,
-    masks: list[torch.Tensor],
-    fit: Callable[[torch.Tensor], MacenkoFit],
-    fit_inside: Callable[[torch.Tensor, torch.Tensor], MacenkoFit | None],
-) -> MacenkoFit:
-    """Stains of the masked pixels of every image.
-
-    `fit_inside` takes images and masks [b, H W] together and is asked first; where it does not serve, `fit` gets the
-    masked pixels of each image.
-    """
-    together = _fit_together(collection, masks, fit_inside)
-    if together is not None:
-        return together
+def fit_pixels_inside(collection: Collection, masks: list[torch.Tensor], options: Options) -> MacenkoFit:
+    """Stains of the masked pixels of every image: together where the device takes masks, else copied out."""
+    if masks and operators.fits_inside(collection.parts[0].pixels):
+        fits = []
+        for part in collection.parts:
+            inside = torch.stack([masks[i] for i in part.index or range(len(masks))])
+            fits.append(operators.fit(part.pixels, options, inside.flatten(1)))
+        return collection.gather_fit(fits)
     images = collection.in_order([part.pixels for part in collection.parts])
     fits = [
-        fit(inside) if inside.shape[3] else _nothing_to_fit(inside)
+        operators.fit(inside, options) if inside.shape[3] else _nothing_to_fit(inside)
         for inside in (pixels_inside(image, mask) for image, mask in zip(images, masks, strict=True))
     ]
     if not fits:
-        return collection.gather_fit([fit(part.pixels) for part in collection.parts])
+        return collection.gather_fit([operators.fit(part.pixels, options) for part in collection.parts])
     stain, maximum, status = zip(*fits, strict=True)
     return MacenkoFit(torch.cat(stain), torch.cat(maximum), torch.cat(status))
-
-
-def _fit_together(
-    collection: Collection,
-    masks: list[torch.Tensor],
-    fit_inside: Callable[[torch.Tensor, torch.Tensor], MacenkoFit | None],
-) -> MacenkoFit | None:
-    fits = []
-    for part in collection.parts if masks else []:
-        inside = torch.stack([masks[i] for i in part.index or range(len(masks))])
-        found = fit_inside(part.pixels, inside.flatten(1))
-        if found is None:
-            return None
-        fits.append(found)
-    return collection.gather_fit(fits) if fits else None
 
 
 def _nothing_to_fit(pixels: torch.Tensor) -> MacenkoFit:

@@ -1,7 +1,6 @@
 """The Macenko steps as batched torch operations: no loop over images, no host synchronisation, any device.
 
-Serves GPUs where no kernel does. On CUDA the moments and the reconstruction are kernels where the package was built
-with them.
+For GPUs, and dtypes on them, that no kernel supports.
 """
 
 from __future__ import annotations
@@ -13,8 +12,16 @@ from collections.abc import Sequence
 import torch
 
 from ernet_fast import _backend
+from ernet_fast.stain.network_output import NetworkOutput, scale
 from ernet_fast.stain.principal_plane import PrincipalPlane, Vector, dot, principal_plane
-from ernet_fast.stain.result import MIN_CONCENTRATION, MIN_TISSUE_PIXELS, RANK_TOLERANCE, MacenkoStatus
+from ernet_fast.stain.result import (
+    EQUAL_COMPONENTS,
+    MIN_CONCENTRATION,
+    MIN_TISSUE_PIXELS,
+    OK,
+    RANK_TOLERANCE,
+    MacenkoStatus,
+)
 
 PIXELS_AT_A_TIME = 1 << 24
 """Images are taken in groups of about this many pixels: float64 ODs and sorted keys cost about 200 bytes a pixel."""
@@ -45,10 +52,11 @@ def cuda_kernels_available() -> bool:
     """True if the package was built with its CUDA kernels."""
     return bool(
         _backend.extension_available()
-        and torch._C._dispatch_has_kernel_for_dispatch_key("ernet::macenko_moments", "CUDA")
+        and torch._C._dispatch_has_kernel_for_dispatch_key("ernet::macenko_separate", "CUDA")
     )
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def why_no_kernels(device: int) -> str | None:
     """Why the CUDA kernels do not serve the CUDA device of this number; None if they do."""
@@ -66,12 +74,6 @@ def why_no_kernels(device: int) -> str | None:
         f"the CUDA kernels are compiled for {', '.join(architectures)}, and the device has compute capability "
         f"{major}.{minor} (build with ERNET_CUDA_ARCHS={major}{minor})"
     )
-
-
-def kernels_serve(images: torch.Tensor) -> bool:
-    """True if the CUDA kernels take these images; they hold values in at most float32."""
-    fits = images.is_cuda and images.dtype in (torch.uint8, torch.float32)
-    return fits and why_no_kernels(images.device.index) is None
 
 
 def optical_density(images: torch.Tensor, Io: float, range: float) -> torch.Tensor:
@@ -172,15 +174,12 @@ def _fit_group(
     range: float,
     inside: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if inside is None and kernels_serve(images):
-        moments = torch.ops.ernet.macenko_moments(images, Io, beta, range)
-    else:
-        moments = macenko_moments(images, Io, beta, range, inside)
+    moments = macenko_moments(images, Io, beta, range, inside)
     count = moments[:, 0].nan_to_num(0.0)
     status = torch.full(count.shape, MacenkoStatus.OK, dtype=torch.int32, device=images.device)
     _set_status(status, moments[:, 0].isnan(), MacenkoStatus.NON_FINITE)
     _set_status(status, count < MIN_TISSUE_PIXELS, MacenkoStatus.TOO_FEW_TISSUE_PIXELS)
-    plane, deficient = _plane(moments, count, status == MacenkoStatus.OK)
+    plane, deficient = _plane(moments, count, status == OK)
     _set_status(status, deficient, MacenkoStatus.RANK_DEFICIENT)
 
     od = optical_density(images, Io, range)
@@ -188,7 +187,7 @@ def _fit_group(
     phi = phi.where(_tissue(od, beta, inside), math.inf)
     ordered = phi.nan_to_num(math.inf, math.inf, math.inf).sort(dim=1).values
     angles = [percentile(ordered, count, q, nearest) for q in (alpha, 100 - alpha)]
-    stain, sine = _stain(plane, *(angle.where(status == MacenkoStatus.OK, 0.0) for angle in angles))
+    stain, sine = _stain(plane, *(angle.where(status == OK, 0.0) for angle in angles))
     _set_status(status, ~(sine > RANK_TOLERANCE), MacenkoStatus.RANK_DEFICIENT)
 
     everything = torch.full_like(count, od.shape[2]) if inside is None else inside.sum(dim=1).double()
@@ -201,7 +200,7 @@ def _fit_group(
         maxima.append(percentile(amount.sort(dim=1).values, everything, 99, nearest))
     maximum = torch.stack(maxima, dim=1)
     _set_status(status, ~(maximum > MIN_CONCENTRATION).all(dim=1), MacenkoStatus.ZERO_CONCENTRATION)
-    ok = status == MacenkoStatus.OK
+    ok = status == OK
     return stain.where(ok[:, None, None], math.nan), maximum.where(ok[:, None], math.nan), status
 
 
@@ -216,7 +215,7 @@ def _along(vector: Sequence[torch.Tensor], od: torch.Tensor) -> torch.Tensor:
 
 def _set_status(status: torch.Tensor, bad: torch.Tensor, value: MacenkoStatus) -> None:
     """The first reason stays."""
-    status.masked_fill_(bad & (status == MacenkoStatus.OK), int(value))
+    status.masked_fill_(bad & (status == OK), int(value))
 
 
 def _plane(moments: torch.Tensor, count: torch.Tensor, usable: torch.Tensor) -> tuple[PrincipalPlane, torch.Tensor]:
@@ -262,9 +261,16 @@ def _stain(
         torch.stack([a * angle.cos() + b * angle.sin() for a, b in zip(plane.first, plane.second, strict=True)], dim=1)
         for angle in (low_angle, high_angle)
     )
-    low_first = low[:, :1] > high[:, :1]
+    low_first = _is_haematoxylin(low, high)[:, None]
     stain = torch.stack([low.where(low_first, high), high.where(low_first, low)], dim=2)
     return stain, gram_determinant(stain)
+
+
+def _is_haematoxylin(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[B]: directions a are haematoxylin, and b eosin, by the rule of `MacenkoFit`."""
+    red, green, blue = (a - b).unbind(dim=1)
+    without_red = torch.where(green.abs() > EQUAL_COMPONENTS, green < 0, blue > 0)
+    return torch.where(red.abs() > EQUAL_COMPONENTS, red > 0, without_red)
 
 
 def gram_determinant(stain: torch.Tensor) -> torch.Tensor:
@@ -299,21 +305,45 @@ def macenko_reconstruct(
     range: float = 255.0,
 ) -> torch.Tensor:
     """I' = min(Io exp(-M OD), 255), truncated for uint8; a pixel without a finite OD comes out as NaN."""
-    matrix = reconstruction_matrix(source_stain, source_max, target_stain, target_max)
-    out = torch.empty_like(images)
+    return _transform(
+        images, reconstruction_matrix(source_stain, source_max, target_stain, target_max), None, Io, range
+    )
+
+
+def macenko_change(
+    images: torch.Tensor,
+    source_stain: torch.Tensor,
+    source_max: torch.Tensor,
+    gain: torch.Tensor,
+    shift: torch.Tensor,
+    Io: float,
+    range: float = 255.0,
+) -> torch.Tensor:
+    """I' = min(Io exp(-HE (gain C + shift)), 255) otherwise as `macenko_reconstruct`."""
+    matrix = (source_stain * gain[:, None, :]) @ concentration_rows(source_stain)
+    return _transform(images, matrix, (source_stain @ shift[:, :, None])[:, :, 0], Io, range)
+
+
+def _transform(
+    images: torch.Tensor, matrix: torch.Tensor, tint: torch.Tensor | None, Io: float, range: float
+) -> torch.Tensor:
+    """min(Io exp(-(M OD + tint)), 255) with M [1 or B, 3, 3] and tint [B, 3]."""
     group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))
-    matrices = matrix.expand(images.shape[0], 3, 3)
-    for part, m, result in zip(images.split(group), matrices.split(group), out.split(group), strict=True):
+    count = images.shape[0]
+    tints = matrix.new_zeros((1, 3)) if tint is None else tint
+    matrices, tints = matrix.expand(count, 3, 3), tints.expand(count, 3)
+    results = []
+    for part, m, t in zip(images.split(group), matrices.split(group), tints.split(group), strict=True):
         od = optical_density(part, Io, range)
-        exponents = [_along(m[:, c].unbind(dim=1), od) for c in (0, 1, 2)]
+        exponents = [_along(m[:, c].unbind(dim=1), od) + t[:, c, None] for c in (0, 1, 2)]
         levels = (Io * (-torch.stack(exponents, dim=1)).exp()).clamp(max=255)
         if images.dtype == torch.uint8:
             levels = levels.nan_to_num(255.0)  # as the operators do with stains that are not finite
         else:
             defined = od.isfinite().all(dim=1, keepdim=True)
             levels = (levels * (range / 255)).where(defined, math.nan)
-        result.copy_(levels.reshape(part.shape))
-    return out
+        results.append(torch.empty_like(part).copy_(levels.reshape(part.shape)))
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def macenko_normalize(
@@ -326,15 +356,20 @@ def macenko_normalize(
     nearest: bool,
     identity: bool,
     range: float = 255.0,
+    *,
+    dtype: torch.dtype | None = None,
+    mean: torch.Tensor | None = None,
+    std: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fit and reconstruct; images without a fit take the target's stains as source, or come back as they are."""
     stain, maximum, status = macenko_fit(images, Io, alpha, beta, nearest, range)
-    ok = status == MacenkoStatus.OK
-    source_stain = stain.where(ok[:, None, None], target_stain)
-    source_max = maximum.where(ok[:, None], target_max)
-    use_kernel = kernels_serve(images)
-    rebuild = torch.ops.ernet.macenko_reconstruct if use_kernel else macenko_reconstruct
-    out = rebuild(images, source_stain.contiguous(), source_max.contiguous(), target_stain, target_max, Io, range)
+    ok = status == OK
+    source = stain.where(ok[:, None, None], target_stain), maximum.where(ok[:, None], target_max)
+    out = macenko_reconstruct(images, *source, target_stain, target_max, Io, range)
     if identity:
         out = out.where(ok[:, None, None, None], images)
+    if dtype is not None:
+        mean = torch.zeros(3, dtype=torch.float64, device="cpu") if mean is None else mean
+        std = torch.ones(3, dtype=torch.float64, device="cpu") if std is None else std
+        out = scale(out, NetworkOutput(dtype, mean, std), range).permute(0, 2, 3, 1)
     return out, stain, maximum, status

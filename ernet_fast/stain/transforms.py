@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain.augment import _check_widths, macenko_augment
+from ernet_fast.stain.augment import check_widths, macenko_augment
 from ernet_fast.stain.options import check_policy
 
 
@@ -57,7 +57,7 @@ class StainAugment:
     def __init__(self, p: float = 1.0, gain: float = 0.2, shift: float = 0.2, **options: Any) -> None:
         if not 0 <= p <= 1:
             raise ValueError(f"p={p!r}; expected a probability in [0, 1].")
-        _check_widths(gain, shift)
+        check_widths(gain, shift)
         refused = set(options) & {"generator", "return_status"}
         if refused:
             raise TypeError(f"{', '.join(sorted(refused))}: not an option of a transform; call macenko_augment.")
@@ -66,7 +66,7 @@ class StainAugment:
 
     def __call__(self, image: Any) -> Any:
         """The image, changed or not."""
-        if self.p < 1 and float(torch.rand(())) >= self.p:
+        if self.p < 1 and float(torch.rand((), device="cpu")) >= self.p:
             return image
         with torch.no_grad():
             return macenko_augment(image, gain=self.gain, shift=self.shift, **self.options)

@@ -112,8 +112,7 @@ def _check_same_images(part: str, saved: list[str], samples: list[Sample], data:
 def _choose_stain(config: TrainConfig, train: list[Sample]) -> StainNormalization | None:
     if config.stain == "none":
         return None
-    target = Path(config.stain_target) if config.stain_target is not None else most_typical(train)
-    return fit_to_image(target)
+    return most_typical(train)[1] if config.stain_target is None else fit_to_image(config.stain_target)
 
 
 def report_skipped(skipped: tuple[Skipped, ...], folder: Path, reporter: Reporter) -> None:

@@ -11,27 +11,25 @@ import torch
 from torch import Tensor
 
 from ernet_fast.data import Sample, read_image
-from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, macenko_fit
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, StainNormalize, macenko_fit
 from ernet_fast.train.selection import evenly_chosen
 
 CANDIDATES = 64
 """Images looked at for the most typical stains."""
 
 
-class StainNormalization:
-    """Callable from uint8 [3, H, W] to uint8 [3, H, W], picklable, with the fitted target's state.
+class StainNormalization(StainNormalize):
+    """`StainNormalize` of uint8 [3, H, W] images that knows where its target came from, and its state.
 
     An image that has no stains to fit (background) is reconstructed with the target's own stains
     (``on_degenerate="reference"``).
     """
 
-    def __init__(self, normalizer: MacenkoNormalizer, source: str) -> None:
-        self.normalizer = normalizer
-        self.source = source
+    normalizer: MacenkoNormalizer
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """The image with the target's stains."""
-        return self.normalizer(image.unsqueeze(0)).squeeze(0)
+    def __init__(self, normalizer: MacenkoNormalizer, source: str) -> None:
+        super().__init__(normalizer)
+        self.source = source
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: method, where the target came from, and the normaliser's tensors."""
@@ -59,19 +57,18 @@ def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
     Raises:
         ValueError: the image has no stains to fit.
     """
-    image = read_image(path)
-    status = MacenkoStatus(int(macenko_fit(image.unsqueeze(0)).status[0]))
+    fit = macenko_fit(read_image(path), layout="CHW")
+    status = MacenkoStatus(int(fit.status[0]))
     if status != MacenkoStatus.OK:
         raise ValueError(
             f"the stain target {os.fspath(path)!r} cannot be fitted: {status.reason}. Choose an image with tissue."
         )
-    normalizer = MacenkoNormalizer(layout="CHW")
-    normalizer.fit(image)
-    return StainNormalization(normalizer, Path(path).name)
+    return _to_target(fit, path)
 
 
-def most_typical(samples: Sequence[Sample]) -> Path:
-    """The image whose stains lie nearest to the median of the set; the same for the same set, whatever its order.
+def most_typical(samples: Sequence[Sample]) -> tuple[Path, StainNormalization]:
+    """The image whose stains lie nearest to the median of the set, and the normalisation to it; the same for the same
+    set, whatever its order.
 
     Of up to 64 images, evenly chosen, each is fitted; the eight numbers of a fit (two stain vectors, two maximum
     concentrations) are compared with their medians, each difference in units of its median absolute deviation. The
@@ -81,22 +78,24 @@ def most_typical(samples: Sequence[Sample]) -> Path:
         ValueError: no image can be fitted.
     """
     chosen = evenly_chosen(samples, CANDIDATES)
-    fits, paths = [], []
-    for sample in chosen:
-        fit = macenko_fit(read_image(sample.path).unsqueeze(0))
-        if int(fit.status[0]) == MacenkoStatus.OK:
-            fits.append(_numbers(fit))
-            paths.append(sample.path)
-    if not fits:
+    found = [(macenko_fit(read_image(sample.path), layout="CHW"), sample.path) for sample in chosen]
+    fitted = [(fit, path) for fit, path in found if int(fit.status[0]) == MacenkoStatus.OK]
+    if not fitted:
         raise ValueError(
             f"none of {len(chosen)} training images has stains to fit (all are background?). Name a target with "
-            "--stain-target, or "
-            f"train with --stain none."
+            "--stain-target, or train with --stain none."
         )
-    table = torch.stack(fits)
+    table = torch.stack([_numbers(fit) for fit, _ in fitted])
     deviation = table - table.quantile(0.5, dim=0)
     spread = deviation.abs().quantile(0.5, dim=0).clamp_min(1e-6)
-    return paths[int(((deviation / spread) ** 2).sum(dim=1).argmin())]
+    fit, path = fitted[int(((deviation / spread) ** 2).sum(dim=1).argmin())]
+    return path, _to_target(fit, path)
+
+
+def _to_target(fit: MacenkoFit, path: str | os.PathLike[str]) -> StainNormalization:
+    normalizer = MacenkoNormalizer(layout="CHW")
+    normalizer.HERef, normalizer.maxCRef = fit.stain_matrix[0], fit.max_concentration[0]
+    return StainNormalization(normalizer, Path(path).name)
 
 
 def _numbers(fit: MacenkoFit) -> Tensor:

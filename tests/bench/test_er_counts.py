@@ -6,7 +6,7 @@ import pytest
 import torch
 from er_branch import branch, give
 from er_kernel_counts import Kernels, profiled_kernels, table
-from er_tails import LAYOUTS, StageShape, Tails, make_maps, map_accesses, train_tails
+from er_stage_epilogues import LAYOUTS, EpilogueStage, StageShape, make_maps, map_accesses, train_epilogues
 from operator_times import operator_milliseconds
 from tensor_memory import held_bytes, memory_use
 from torch import nn
@@ -71,14 +71,14 @@ def test_kernels_of_tails_do_not_depend_on_the_size_of_maps(monkeypatch, size):
     """Maps of 7 x 7 come from PyTorch's allocator, those of 56 x 56 from memory that the operators keep."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     num_maps = 3
-    tails, maps = Tails(32, num_maps), make_maps(StageShape(32, size, num_maps), 4)
-    found = profiled_kernels(lambda: train_tails(tails, maps), maps.zs[0].numel())
+    tails, maps = EpilogueStage(32, num_maps), make_maps(StageShape(32, size, num_maps), 4)
+    found = profiled_kernels(lambda: train_epilogues(tails, maps), maps.zs[0].numel())
     assert found == Kernels(num_maps + (num_maps - 1), found.vector)  # backward of each map, forward of each block
 
 
 def test_time_is_that_of_our_operators():
-    tails, maps = Tails(32, 3), make_maps(StageShape(32, 7, 3), 4)
-    found = operator_milliseconds(lambda: train_tails(tails, maps), repeats=2)
+    tails, maps = EpilogueStage(32, 3), make_maps(StageShape(32, 7, 3), 4)
+    found = operator_milliseconds(lambda: train_epilogues(tails, maps), repeats=2)
     assert set(found) == {"call", "er_block", "er_block_backward"}
     assert 0 < sum(found.values()) - found["call"] < found["call"]
 
@@ -93,10 +93,12 @@ def test_memory_of_a_call(monkeypatch):
 def test_map_accesses_are_those_of_the_design():
     """Strip by strip every argument is read once; over whole maps, those that are needed twice are read twice."""
     maps = make_maps(StageShape(8, 56, 4), 2, LAYOUTS["contiguous"])
-    read_once = bytes_moved(lambda: train_tails(Tails(8, 4), maps), ("ernet_bench", "aten")) / maps.map_bytes
-    assert map_accesses(4, strips=True) == pytest.approx(read_once, rel=0.1)  # but for bits and vectors
-    assert [map_accesses(count, strips=True) for count in (3, 4, 6, 23)] == [21, 33, 63, 641]
-    assert [map_accesses(count, strips=False) for count in (3, 4, 6, 23)] == [30, 46, 84, 730]
+    read_once = (
+        bytes_moved(lambda: train_epilogues(EpilogueStage(8, 4), maps), ("ernet_bench", "aten")) / maps.map_bytes
+    )
+    assert map_accesses(4, tiled=True) == pytest.approx(read_once, rel=0.1)  # but for bits and vectors
+    assert [map_accesses(count, tiled=True) for count in (3, 4, 6, 23)] == [21, 33, 63, 641]
+    assert [map_accesses(count, tiled=False) for count in (3, 4, 6, 23)] == [30, 46, 84, 730]
 
 
 def test_the_stand_in_returns_what_it_was_given_and_its_gradient():
@@ -109,13 +111,16 @@ def test_the_stand_in_returns_what_it_was_given_and_its_gradient():
     assert torch.equal(y.grad, dy)
 
 
-def test_fused_and_naive_tails_agree():
+def test_fused_and_naive_epilogues_agree():
     maps = make_maps(StageShape(5, 6, 4), 3)
-    fused = Tails(5, 4)
+    fused = EpilogueStage(5, 4)
     naive = fused.naive()
     found = []
-    for tails in (fused, naive):
-        train_tails(tails, maps)
-        found.append([maps.zs[0].grad, *(parameter.grad for parameter in tails.parameters())])
-    for own, expected in zip(*found, strict=True):
+    for stage in (fused, naive):
+        train_epilogues(stage, maps)
+        gradients = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
+        found.append(gradients | {"x_0": maps.zs[0].grad})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 1 + 3 * 3, "x_0, weight, gamma and beta of 3 blocks"
+    for name, expected in found[1].items():
+        own = found[0][name]
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * float(expected.norm()))

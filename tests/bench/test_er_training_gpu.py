@@ -8,10 +8,10 @@ import bench_er_training_gpu as cases
 import pytest
 import torch
 from gpu_case import Ceilings
-from record import Bar, Row
+from record import Row, Target
 
 NOWHERE = Ceilings(math.nan, math.nan)
-SMALL = cases.Setting(device="cpu", batch=4, size=64, base_channels=4, rounds=2, turn=0.0)
+SMALL = cases.Setting(device="cpu", batch=4, size=64, base_channels=4, rounds=2, slice_seconds=0.0)
 
 
 def check_row(row: Row, name: str, peers: set[str]) -> None:
@@ -61,8 +61,8 @@ def test_disagreement_is_an_error(training):
 
 
 def test_cases_state_the_bars_of_the_design():
-    bars = {case.name: {str(Bar.parse(bar)) for bar in case.bars} for case in cases.gpu_cases()}
-    assert bars == {
+    targets = {case.name: {str(Target.parse(target)) for target in case.targets} for case in cases.gpu_cases()}
+    assert targets == {
         "training er_resnet50, eager peers": {"ratio_naive >= 1.4", "plain_share <= 1"},
         "training er_resnet50, compiled peer": {"ratio_compiled >= 1.08"},
         "inference er_resnet50, one image": {"ratio_naive >= 3"},

@@ -16,9 +16,9 @@ import gpu_steps
 import pytest
 from gpu_case import Ceilings, cases_of, modules
 from gpu_check import Check, parse
+from gpu_device import GpuDevice, marked_tests
 from gpu_runner import Deadline, Runner, Task
 from gpu_table import final_table
-from gpu_target import Target, marked_tests
 from green import environment_of
 from record import Row, read
 
@@ -32,7 +32,8 @@ from record import Row
 def good(ceilings):
     print("libraries may print")
     floor = 1e3 / ceilings.copy_gigabytes_per_second
-    return Row("bench_planted_gpu", "good", "planted", {"n": 1}, 1, 2, 3, "ms", 5, {"floor": floor, "pid": os.getpid()})
+    return Row("bench_planted_gpu", "good", "planted", {"n": 1}, 1, 2, 3, "ms", 5,
+               {"copy_time": floor, "pid": os.getpid()})
 
 def raises(ceilings):
     raise ValueError("differs from the reference")
@@ -48,15 +49,15 @@ def hangs(ceilings):
     time.sleep(600)
 
 def gpu_cases():
-    bars = ["share_of_floor >= 0.1", "share_of_floor >= 0.9"]
+    targets = ["share_of_copy >= 0.1", "share_of_copy >= 0.9"]
     return [
         GpuCase("later", good, importance=2, seconds=0.1),
-        GpuCase("good", good, importance=0, seconds=0.1, smoke=True, title="a good one", bars=bars),
-        GpuCase("raises", raises, seconds=0.1, bars=["ratio >= 2"]),
+        GpuCase("good", good, importance=0, seconds=0.1, smoke=True, title="a good one", targets=targets),
+        GpuCase("raises", raises, seconds=0.1, targets=["ratio >= 2"]),
         GpuCase("device breaks", device_breaks, seconds=0.1),
         GpuCase("dies", dies, seconds=0.1),
         GpuCase("hangs", hangs, seconds=0.1),
-        GpuCase("too long", good, seconds=1e4, bars=["ratio >= 3"]),
+        GpuCase("too long", good, seconds=1e4, targets=["ratio >= 3"]),
     ]
 """
 CEILING = """
@@ -98,9 +99,9 @@ def tasks(folder):
 
 def test_a_case_gets_its_bars(folder, runner):
     (row,) = runner.run(tasks(folder)["good"], CEILINGS)
-    assert row.extra_info["share_of_floor"] == 0.125 and row.extra_info["title"] == "a good one"
-    assert [(str(bar), value) for bar, value in row.bars()] == [
-        ("share_of_floor >= 0.1", 0.125), ("share_of_floor >= 0.9", 0.125),
+    assert row.extra_info["share_of_copy"] == 0.125 and row.extra_info["title"] == "a good one"
+    assert [(str(target), value) for target, value in row.targets()] == [
+        ("share_of_copy >= 0.1", 0.125), ("share_of_copy >= 0.9", 0.125),
     ]  # fmt: skip
 
 
@@ -132,7 +133,9 @@ def test_a_case_that_hangs_is_stopped(folder, runner):
 
 
 def target(folder, *build):
-    return Target(MACHINE, folder, list(build) or [sys.executable, "-c", "print('built')"], ["tests/simt/no_such.py"])
+    return GpuDevice(
+        MACHINE, folder, list(build) or [sys.executable, "-c", "print('built')"], ["tests/simt/no_such.py"]
+    )
 
 
 def check(folder, tmp_path, *arguments, build=()):
@@ -166,8 +169,8 @@ def test_the_whole_flow(folder, tmp_path, capfd):
     shown = capfd.readouterr().out
     table = shown[shown.index("record:") :]
     lines = table.splitlines()
-    assert lines[-2:] == ["1 of 4 bars met", "correctness checks fail: the documents will not report these speeds"]
-    assert [line.split()[-1] for line in lines if "share_of_floor" in line] == ["met", "MISSED"]
+    assert lines[-2:] == ["1 of 4 targets met", "correctness checks fail: the documents will not report these speeds"]
+    assert [line.split()[-1] for line in lines if "share_of_copy" in line] == ["met", "MISSED"]
     assert any("ratio >= 2" in line and line.endswith("FAIL") for line in lines)
     assert any("ratio >= 3" in line and line.endswith("no time left") for line in lines)
     assert len(table) < 6000
@@ -187,7 +190,7 @@ def test_a_record_that_cannot_be_written_does_not_stop_the_run(folder, tmp_path,
     made.run(None)
     assert made.finish() == 0 and made.rows[-1].name == "good"
     shown = capfd.readouterr().out
-    assert "not written: " in shown and "of 2 bars met" in shown
+    assert "not written: " in shown and "of 2 targets met" in shown
 
 
 def test_the_smoke_level_runs_one_case_an_operator(folder, tmp_path):
@@ -257,7 +260,7 @@ def test_a_check_needs_none_of_the_others():
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from agreement_gpu import CHECKS; CHECKS[sys.argv[2]][0]('cpu')"
     )
-    for name in ("macenko_moments", "channel_moments"):
+    for name in ("macenko_fits", "channel_moments"):
         done = subprocess.run(
             [sys.executable, "-c", program, str(BENCH), name], cwd=BENCH.parent, env=environment_of(BENCH.parent),
             capture_output=True, text=True, check=False,
@@ -293,7 +296,7 @@ def test_sanitizers_run_every_agreement_case(folder, tmp_path):
     fake.write_text('#!/bin/sh\nwhile [ "$1" != \'--error-exitcode\' ]; do shift; done; shift 2\n"$@"\n')
     fake.chmod(0o755)
     (folder / "agreement_gpu.py").write_text(CEILING.replace("copy bandwidth", "a kernel"))
-    with_tool = Target(MACHINE, folder, [], [], sanitizer=str(fake))
+    with_tool = GpuDevice(MACHINE, folder, [], [], sanitizer=str(fake))
     row = gpu_steps.sanitizer(with_tool, "memcheck", tmp_path, 60)
     assert (row.status, row.extra_info["detail"]) == ("pass", "1 kernels, nothing found")
 
@@ -319,7 +322,7 @@ def test_slow():
 
 def test_tests_that_are_cut_off_keep_their_outcomes(folder, tmp_path):
     (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
-    with_tests = Target(MACHINE, folder, [], [str(tmp_path / "test_slow.py")])
+    with_tests = GpuDevice(MACHINE, folder, [], [str(tmp_path / "test_slow.py")])
     rows = {row.name.rpartition(".")[2]: row for row in gpu_steps.tests(with_tests, tmp_path, 6)}
     assert rows["all"].status == "no time left" and "stopped after 6 s" in rows["all"].extra_info["detail"]
     assert rows["test_good"].status == "pass"

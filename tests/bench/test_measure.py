@@ -158,7 +158,7 @@ def results(tmp_path):
             "kind": "cpu", "name": "cpu-2-cores", "time": f"2026-11-0{day}T12:00:00", "commit": f"{day}" * 9,
             "dirty": False, "sources": "", "clocks": [],
         }  # fmt: skip
-        Record.of(machine, tmp_path).add(row("fit", fast, bar="p50 <= 3"), row("rate", rate, "GB/s"))
+        Record.of(machine, tmp_path).add(row("fit", fast, target="p50 <= 3"), row("rate", rate, "GB/s"))
     return tmp_path
 
 
@@ -168,7 +168,7 @@ def test_history(results, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "4 ms (111111111)" in shown and "2.00 (222222222)" in shown and "1.50 (222222222)" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert list(history.series([], results)) == ["cpu-2-cores: fit"], "without names: rows with a bar"
+    assert list(history.series([], results)) == ["cpu-2-cores: fit"], "without names: rows with a target"
     assert history.history(["nothing"], picture, results) == 1
 
 
@@ -240,7 +240,7 @@ def test_a_run_goes_on_where_an_earlier_one_ended(some_benches):
     assert "4 passed" in said, "without --resume everything is measured again"
 
 
-def test_the_bars_come_first_and_means_last(some_benches):
+def test_the_targets_come_first_and_means_last(some_benches):
     assert some_benches()[1] == ["first", "second", "least[contiguous]", "means"]
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from record import Bar, Record, Row, merge, read, without_figures
+from record import Record, Row, Target, merge, read, without_figures
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -30,12 +30,12 @@ def row(name="a", p50=2.0, **info):
 def test_rows_are_on_disk_as_they_come_and_come_back(tmp_path):
     record = Record.of(machine(), tmp_path)
     assert not list(tmp_path.iterdir())
-    record.add(row("a", peer="naive", peer_p50=6.0, floor=1.0))
+    record.add(row("a", peer="naive", peer_p50=6.0, copy_time=1.0))
     assert record.path.name == "cpu-2-cores-20261123-012345678.json"
     record.add(row("b"), without_figures("tests", "c", "FAIL", "broken"))
     found, rows = read(record.path)
     assert found == machine() and [r.name for r in rows] == ["a", "b", "c"]
-    assert rows[0].extra_info["ratio"] == 3 and rows[0].extra_info["share_of_floor"] == 0.5
+    assert rows[0].extra_info["ratio"] == 3 and rows[0].extra_info["share_of_copy"] == 0.5
     assert rows == record.rows() and rows[2].status == "FAIL"
     assert [p.name for p in tmp_path.iterdir()] == [record.path.name]
 
@@ -48,8 +48,8 @@ def test_a_row_measured_again_replaces_the_earlier(tmp_path):
 
 
 def test_rates_are_better_when_larger():
-    rate = Row("b", "n", "g", {}, 90, 100, 110, "GB/s", 5, {"peer_p50": 50, "floor": 125})
-    assert rate.extra_info["ratio"] == 2 and rate.extra_info["share_of_floor"] == 0.8
+    rate = Row("b", "n", "g", {}, 90, 100, 110, "GB/s", 5, {"peer_p50": 50, "copy_time": 125})
+    assert rate.extra_info["ratio"] == 2 and rate.extra_info["share_of_copy"] == 0.8
 
 
 CRASH = """
@@ -105,20 +105,25 @@ def test_a_changed_tree_has_a_record_of_its_own(tmp_path):
 
 
 def test_bars():
-    measured = row(ratio=4.0, share_of_floor=0.8, bar=["ratio >= 5", "share_of_floor >= 0.75", "p50 <= 2", "odd >= 1"])
-    assert [(str(bar), value) for bar, value in measured.bars()] == [
-        ("ratio >= 5", 4.0), ("share_of_floor >= 0.75", 0.8), ("p50 <= 2", 2.0), ("odd >= 1", None),
+    measured = row(ratio=4.0, share_of_copy=0.8, target=["ratio >= 5", "share_of_copy >= 0.75", "p50 <= 2", "odd >= 1"])
+    assert [(str(target), value) for target, value in measured.targets()] == [
+        ("ratio >= 5", 4.0), ("share_of_copy >= 0.75", 0.8), ("p50 <= 2", 2.0), ("odd >= 1", None),
     ]  # fmt: skip
-    assert [value is not None and bar.met(value) for bar, value in measured.bars()] == [False, True, True, False]
-    assert next(row(ratio=4.0, bar="ratio >= 5", status="skipped").bars())[1] is None
+    assert [value is not None and target.met(value) for target, value in measured.targets()] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert next(row(ratio=4.0, target="ratio >= 5", status="skipped").targets())[1] is None
 
 
 @pytest.mark.parametrize("text", ["ratio > 5", "ratio", ">= 5", "ratio >= five", ""])
 def test_bars_that_cannot_be_read(text):
     with pytest.raises(ValueError, match="expected"):
-        Bar.parse(text)
+        Target.parse(text)
     with pytest.raises(ValueError, match="expected"):
-        row(bar=text or [text])
+        row(target=text or [text])
 
 
 def test_rows_that_make_no_sense():

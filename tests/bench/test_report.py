@@ -7,7 +7,7 @@ import report
 import report_readme
 from gpu_case import GpuCase
 from record import Record, Row, read, without_figures
-from report import Records, bars_cpu, bars_gpu, filled, update, update_pages
+from report import Records, filled, targets_cpu, targets_gpu, update, update_pages
 
 MACHINE = {
     "kind": "cpu", "name": "cpu-2-cores", "cpu": "Some CPU", "cores": 2, "packages": {"torch": "2.13.0"},
@@ -26,11 +26,11 @@ def row(name, p50, bench="bench_macenko", **info):
 def folder(tmp_path):
     results = tmp_path / "results"
     slow, fast = (
-        row("a", 4.0, peer="naive", peer_p50=8.0, bar="ratio >= 3"),
-        row("a", 2.0, peer_p50=8.0, bar="ratio >= 3"),
+        row("a", 4.0, peer="naive", peer_p50=8.0, target="ratio >= 3"),
+        row("a", 2.0, peer_p50=8.0, target="ratio >= 3"),
     )
     Record.of(MACHINE, results).add(slow, row("only before", 1.0), row("gone", 1.0, bench="bench_that_was_removed"))
-    Record.of(LATER, results).add(fast, row("b", 7.0, bar="ratio >= 3"))
+    Record.of(LATER, results).add(fast, row("b", 7.0, target="ratio >= 3"))
     return results
 
 
@@ -40,32 +40,32 @@ def test_each_row_is_of_the_newest_record_that_has_it(folder):
 
 
 def test_bars_of_the_cpu(folder):
-    lines = bars_cpu(Records(folder)).splitlines()
-    assert lines[0] == "1 of 2 bars met."
+    lines = targets_cpu(Records(folder)).splitlines()
+    assert lines[0] == "1 of 2 targets met."
     assert lines[-2:] == [
         "| normalise: a | `ratio >= 3` | 4 | - | met |", "| normalise: b | `ratio >= 3` | - | - | not measured |",
     ]  # fmt: skip
 
 
 def test_what_no_gpu_has_measured_is_called_so(folder, monkeypatch):
-    case = GpuCase("k", lambda _: row("k", 1), bars=["share_of_floor >= 0.9"])
+    case = GpuCase("k", lambda _: row("k", 1), targets=["share_of_copy >= 0.9"])
     monkeypatch.setattr(report, "gpu_cases", lambda: [("bench_er_gpu", case)])
-    assert bars_gpu(Records(folder)).splitlines()[-1] == (
-        "| k | `share_of_floor >= 0.9` | not yet measured on a GPU |  |"
+    assert targets_gpu(Records(folder)).splitlines()[-1] == (
+        "| k | `share_of_copy >= 0.9` | not yet measured on a GPU |  |"
     )
-    found = row("k", 2.0, bench="bench_er_gpu", floor=1.0, bar=["share_of_floor >= 0.9"])
+    found = row("k", 2.0, bench="bench_er_gpu", copy_time=1.0, target=["share_of_copy >= 0.9"])
     Record.of(GPU, folder).add(found)
-    assert bars_gpu(Records(folder)).splitlines()[-1] == "| k | `share_of_floor >= 0.9` | 0.5 | MISSED |"
+    assert targets_gpu(Records(folder)).splitlines()[-1] == "| k | `share_of_copy >= 0.9` | 0.5 | MISSED |"
     assert report.rows_of("gpu")(Records(folder)).startswith("**normalise**")
 
 
 def test_speeds_beside_failing_checks_are_not_reported(folder, monkeypatch):
-    case = GpuCase("k", lambda _: row("k", 1), bars=["share_of_floor >= 0.9"])
+    case = GpuCase("k", lambda _: row("k", 1), targets=["share_of_copy >= 0.9"])
     monkeypatch.setattr(report, "gpu_cases", lambda: [("bench_er_gpu", case)])
-    found = row("k", 2.0, bench="bench_er_gpu", floor=1.9, bar=["share_of_floor >= 0.9"])
+    found = row("k", 2.0, bench="bench_er_gpu", copy_time=1.9, target=["share_of_copy >= 0.9"])
     Record.of(GPU, folder).add(found, without_figures("agreement_gpu", "weighted_sum", "FAIL", "wrong"))
     records = Records(folder)
-    assert bars_gpu(records).splitlines()[-1].endswith("| not reported | 1 correctness checks fail |")
+    assert targets_gpu(records).splitlines()[-1].endswith("| not reported | 1 correctness checks fail |")
     assert records.rows("gpu") == [] and "not reported, 1 correctness checks fail" in report.rows_of("gpu")(records)
 
 
@@ -76,7 +76,7 @@ def test_no_gpu_record_is_said_in_words(folder):
 def test_documents_are_brought_into_step_and_found_out_of_step(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "providers", list)
     (tmp_path / "docs").mkdir()
-    before = "# Speed\n<!-- table bars-cpu -->\nold\n<!-- end of bars-cpu -->\nafter\n"
+    before = "# Speed\n<!-- table targets-cpu -->\nold\n<!-- end of targets-cpu -->\nafter\n"
     (tmp_path / "README.md").write_text(before)
     (tmp_path / "docs" / "x.md").write_text("no table\n")
     records = Records(folder)
@@ -84,22 +84,24 @@ def test_documents_are_brought_into_step_and_found_out_of_step(folder, tmp_path,
     assert (tmp_path / "README.md").read_text() == before
     update(tmp_path, records, check=False)
     text = (tmp_path / "README.md").read_text()
-    assert "1 of 2 bars met" in text and "old" not in text and text.endswith("\n\n<!-- end of bars-cpu -->\nafter\n")
+    assert (
+        "1 of 2 targets met" in text and "old" not in text and text.endswith("\n\n<!-- end of targets-cpu -->\nafter\n")
+    )
     assert update(tmp_path, records, check=True) == []
-    Record.of(LATER, folder).add(row("b", 5.0, ratio=4.0, bar="ratio >= 3"))
+    Record.of(LATER, folder).add(row("b", 5.0, ratio=4.0, target="ratio >= 3"))
     assert update(tmp_path, Records(folder), check=True) == [tmp_path / "README.md"]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("<!-- table nothing -->\n<!-- end of nothing -->\n", "wants a table 'nothing'; there are bars-cpu"),
-        ("<!-- table bars-cpu -->\nno end\n", "1 tables begin and 0 have their line"),
+        ("<!-- table nothing -->\n<!-- end of nothing -->\n", "wants a table 'nothing'; there are targets-cpu"),
+        ("<!-- table targets-cpu -->\nno end\n", "1 tables begin and 0 have their line"),
     ],
 )
 def test_documents_that_cannot_be_filled(text, words):
     with pytest.raises(ValueError, match=words):
-        filled(text, {"bars-cpu": "x"}, "README.md")
+        filled(text, {"targets-cpu": "x"}, "README.md")
 
 
 class Provider:
@@ -150,7 +152,7 @@ def test_ratios_of_the_readme_are_within_one_record(tmp_path):
 
 def test_means_are_no_stages_of_the_readme(tmp_path):
     where = {"batch": 8, "layout": "channels-last", "threads": 1}
-    found = {"naive_ms": 12.0, "ratio_naive": 6.0, "share_of_floor": 0.5}
+    found = {"naive_ms": 12.0, "ratio_naive": 6.0, "share_of_copy": 0.5}
     stage = Row("bench_er_stage", "a", "g", {"stage": "resnet50-1", **where}, 2, 2, 2, "ms", 5, found)
     mean = Row("bench_er_stage", "mean", "g", where, 2, 2, 2, "ms", 5, {"ratio_naive": 6.0})
     Record.of(MACHINE, tmp_path).add(stage, mean)

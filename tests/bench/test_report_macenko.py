@@ -16,7 +16,7 @@ MACHINE = {
 def one_image(operation, size, pixels, who, milliseconds, **info):
     params = {"operation": operation, "size": size, "pixels": pixels, "who": who, "threads": 1}
     name = f"{operation} {size} {who}"
-    info = {"floor": 0.01, "floor_why": "bytes", **info}
+    info = {"copy_time": 0.01, "copy_why": "bytes", **info}
     figures = milliseconds, milliseconds, milliseconds
     return Row("bench_macenko", name, f"{operation} {size}", params, *figures, "ms", 15, info)
 
@@ -27,7 +27,7 @@ def record(tmp_path):
     for operation in ("normalize", "fit"):
         for size, pixels in (("224x224", 50176), ("64x64", 4096)):
             own = pixels / 5e5
-            info = {"ratio_torchstain_torch": 25.0, "bar": "ratio_torchstain_torch >= 30"} if pixels > 5000 else {}
+            info = {"ratio_torchstain_torch": 25.0, "target": "ratio_torchstain_torch >= 30"} if pixels > 5000 else {}
             found.add(one_image(operation, size, pixels, "ernet_fast", own, **info))
             found.add(one_image(operation, size, pixels, "torchstain torch", 25 * own))
     found.add(

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ernet_fast.benchmark import Agreement, BenchmarkConfig, Contestant, Question, er_questions, question, run
+from ernet_fast.benchmark.interleaved import percentile, percentiles, time_interleaved
+from ernet_fast.benchmark.macenko_peers import as_levels
 from ernet_fast.benchmark.question import ask
 from ernet_fast.benchmark.show import answer_text, duration, picture, rate
-from ernet_fast.benchmark.stain_peers import as_levels
 from ernet_fast.benchmark.stain_questions import macenko, same_levels, tissue
-from ernet_fast.benchmark.turns import in_turns, percentile
 from ernet_fast.train import Reporter
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_figures_are_those_measured():
 
 
 def test_a_wrong_own_result_is_not_timed(monkeypatch):
-    monkeypatch.setattr(question, "in_turns", lambda *arguments, **options: pytest.fail("it was timed"))
+    monkeypatch.setattr(question, "time_interleaved", lambda *arguments, **options: pytest.fail("it was timed"))
     with pytest.raises(
         RuntimeError, match=r"a question: the result of ernet_fast is wrong, so no speed .*: 2.0, not 1"
     ):
@@ -104,12 +104,13 @@ def test_threads_are_as_the_question_asks_and_as_before_afterwards():
         torch.set_num_threads(before)
 
 
-def test_turns_alternate_and_the_first_round_does_not_count():
+def test_rounds_interleave_and_the_first_does_not_count():
     order = []
     calls = {name: (lambda name=name: order.append(name) or time.sleep(0.03)) for name in "ab"}
-    times = in_turns(calls, rounds=3)
+    times = time_interleaved(calls, rounds=3)
     assert order == ["a", "b"] * 4 and [len(values) for values in times.values()] == [3, 3]
-    assert len(in_turns(calls, rounds=9, budget=0.0)["a"]) == 1
+    assert len(time_interleaved(calls, rounds=9, budget=0.0)["a"]) == 5, "fewer are no median"
+    assert len(time_interleaved(calls, rounds=9, budget=0.0, least_rounds=1)["a"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,10 @@ def test_percentiles(values, share, expected):
     assert percentile(list(values), share) == expected
     with pytest.raises(ValueError, match="values is empty"):
         percentile([], share)
+
+
+def test_percentiles_in_another_unit():
+    assert percentiles(range(11), 1e3) == {"p20": 2000, "p50": 5000, "p80": 8000}
 
 
 def test_levels_of_every_kind_of_result():
@@ -136,8 +141,8 @@ def test_macenko_agrees_with_torchstain_and_its_own_reference():
     pytest.importorskip("torchstain")
     answer = ask(macenko("m", "Macenko", tissue(2, 61, 47), CPU, 1), 0.2, nothing)
     figures = {figure["name"]: figure for figure in answer.figures}
-    assert figures["torchstain (numpy)"]["same_result"] and figures["torchstain (torch)"]["same_result"]
-    assert figures["torchstain (numpy)"]["version"]
+    assert figures["torchstain numpy"]["same_result"] and figures["torchstain torch"]["same_result"]
+    assert figures["torchstain numpy"]["version"]
 
 
 def test_peers_are_called_as_they_are_documented(monkeypatch):

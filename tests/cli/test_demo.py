@@ -54,8 +54,8 @@ def small_demo(tiny_breakhis, tmp_path_factory):
     """A demo on the tiny set, with small networks and one repeat."""
     out = tmp_path_factory.mktemp("demo")
     patch = pytest.MonkeyPatch()
-    patch.setattr(demo.run, "time_training_step", lambda device: timing.time_training_step(device, repeats=1, side=32))
-    patch.setattr(demo.run, "time_shortcuts", lambda device: timing.time_shortcuts(device, repeats=1))
+    patch.setattr(demo.run, "time_training_step", lambda device: timing.time_training_step(device, 0.0, 32))
+    patch.setattr(demo.run, "time_shortcuts", lambda device: timing.time_shortcuts(device, 0.0))
     config = demo.DemoConfig(
         data=str(tiny_breakhis), out=str(out), epochs=1, image_size=32, max_images=24, device="cpu"
     )
@@ -88,7 +88,7 @@ def test_demo_leaves_pictures_and_figures(small_demo):
     for name in ("before_after.png", "evaluation/confusion_matrix.png", "evaluation/roc.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "demo.json").read_text()) == small_demo.figures
-    assert {"fused", "naive"} == set(small_demo.figures["timings"][0]["median_seconds"])
+    assert {"ernet_fast", "PyTorch"} == set(small_demo.figures["timings"][0]["median_seconds"])
     assert len(small_demo.timing_lines) == 3
 
 
@@ -123,42 +123,16 @@ def test_synthetic_demo_command(call, tmp_path, monkeypatch):
     assert other.code == 2 and "holds other images" in other.err
 
 
-def test_without_torchstain_the_demo_says_so(monkeypatch):
+def test_without_other_packages_the_demo_says_so(monkeypatch):
     import torch
 
+    from ernet_fast.benchmark import stain_questions
     from ernet_fast.data.synthetic import generate_patch
 
-    monkeypatch.setattr(timing.importlib.util, "find_spec", lambda name: None)
-    found = timing.time_macenko(torch.from_numpy(generate_patch("A", size=(40, 40), seed=1).image), repeats=1)
-    assert list(found.seconds) == ["ernet_fast"] and "torchstain is not installed" in found.line
-
-
-def test_interleaved_medians_takes_turns_within_its_budget():
-    order = []
-
-    def long(name: str) -> None:  # longer than a turn: one call in each
-        order.append(name)
-        time.sleep(1.2 * timing._TURN)
-
-    calls = {"a": lambda: long("a"), "b": lambda: long("b")}
-    found, repeats = timing.interleaved_medians(calls, repeats=3)
-    assert order == ["a", "b"] * 4 and set(found) == {"a", "b"} and repeats == 3
-    order.clear()
-    assert timing.interleaved_medians(calls, repeats=3, budget=0.0)[1] == 1 and order == ["a", "b"] * 2
-
-
-def test_interleaved_medians_calls_what_is_short_many_times_in_a_turn():
-    counts = {"short": 0, "long": 0}
-
-    def call(name: str, seconds: float) -> None:
-        counts[name] += 1
-        time.sleep(seconds)
-
-    calls = {"short": lambda: call("short", timing._TURN / 50), "long": lambda: call("long", 2 * timing._TURN)}
-    found, repeats = timing.interleaved_medians(calls, repeats=2)
-    assert counts["long"] == 1 + repeats  # the first round warms up
-    assert counts["short"] > 1 + repeats
-    assert found["short"] < found["long"]
+    monkeypatch.setattr(stain_questions, "peers_on", lambda device: [])
+    found = timing.time_macenko(torch.from_numpy(generate_patch("A", size=(40, 40), seed=1).image), 0.0)
+    assert list(found.seconds) == ["ernet_fast"] and "No other package is installed" in found.line
+    assert found.repeats == 5 and "one 40x40 image, one thread" in found.task
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 2), (1e6, 8)])

@@ -187,7 +187,6 @@ class Emulator:
 
     def __init__(self, library: Path, seed: int = 0) -> None:
         self.lib = ctypes.CDLL(str(library))
-        self.lib.simt_moments_workspace.restype = ctypes.c_int64
         self.lib.simt_streaming_workspace.restype = ctypes.c_int64
         self.lib.simt_seed(ctypes.c_uint64(seed))
 
@@ -196,17 +195,6 @@ class Emulator:
         numbers = (ctypes.c_int64 * 4)()
         self.lib.simt_lists(numbers)
         return Lists(*numbers)
-
-    def moments(self, images: np.ndarray, io: float = 240, beta: float = 0.15, scale: float = 1) -> np.ndarray:
-        """[B, 10] of images [B, 3, H, W] in either memory layout."""
-        what = describe(images, scale)
-        workspace = np.full(self.lib.simt_moments_workspace(ctypes.byref(what)), 0xA5, np.uint8)
-        result = np.full((len(images), 10), -7.0)
-        error = self.lib.simt_moments(
-            ctypes.byref(what), ctypes.c_double(io), ctypes.c_double(beta), pointer(workspace), pointer(result)
-        )
-        assert error == 0
-        return result
 
     def reconstruct(
         self,

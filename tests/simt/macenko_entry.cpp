@@ -35,12 +35,6 @@ extern "C" {
 
 void simt_seed(uint64_t seed) { simt::set_seed(seed); }
 
-int64_t simt_moments_workspace(const Images* images) { return macenko_moments_workspace(*images); }
-
-int simt_moments(const Images* images, double io, double beta, void* workspace, double* moments) {
-  return macenko_moments(*images, io, beta, workspace, moments, nullptr);
-}
-
 int simt_reconstruct(const Images* images, const Recipe* recipe, double io, const Output* out) {
   return macenko_reconstruct(*images, *recipe, io, *out, nullptr);
 }

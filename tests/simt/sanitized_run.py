@@ -24,7 +24,6 @@ def run_kernels(library: Path) -> None:
                 planar = flat.reshape(count, 3, height, width)
                 interleaved = flat.reshape(count, height, width, 3).transpose(0, 3, 1, 2)
                 for images in (planar, interleaved):
-                    emulator.moments(images)
                     emulator.reconstruct(images, stains, stains)
                     emulator.separate(images, stains, stains, True)
                     if height < 60:

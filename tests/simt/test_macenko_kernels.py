@@ -49,24 +49,6 @@ CASES = [pytest.param(images, id=name) for name, images in cases()]
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("images", CASES)
-def test_moments_have_the_bits_of_the_cpu(simt_library, images, seed):
-    images = stack(*images)
-    emulator = Emulator(simt_library, seed)
-    for dtype in (np.uint8, np.float32):
-        typed = images.astype(dtype)
-        expected = torch.ops.ernet.macenko_moments(torch.from_numpy(typed), 240.0, 0.15).numpy()
-        for laid_out in layouts(typed).values():
-            found = emulator.moments(laid_out)
-            if dtype == np.uint8:
-                np.testing.assert_array_equal(found, expected)
-            else:
-                # The logarithm may be fused differently: at most one unit of the fixed-point OD, 2^-24, a pixel.
-                np.testing.assert_array_equal(found[:, 0], expected[:, 0])
-                np.testing.assert_allclose(found, expected, rtol=0, atol=12 * 2.0**-24 * images[0, 0].size)
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("images", CASES)
 def test_reconstruction_equals_the_cpu(simt_library, images, seed):
     images = stack(*images)
     emulator = Emulator(simt_library, seed)
@@ -91,13 +73,11 @@ def test_reconstruction_equals_the_cpu(simt_library, images, seed):
                 np.testing.assert_allclose(found, expected, rtol=16 * 2.0**-24 * 8, atol=0)
 
 
-def test_invalid_floats_have_no_moments_and_stay_nan(simt_library):
+def test_invalid_floats_stay_nan(simt_library):
     images = stack(synthetic_tissue(9, 13, 1), synthetic_tissue(9, 13, 2)).astype(np.float32)
     images[1, 1, 4, 5] = np.nan
     images[1, 2, 6, 7] = np.inf
     emulator = Emulator(simt_library, 1)
-    moments = emulator.moments(images)
-    assert np.isfinite(moments[0]).all() and np.isnan(moments[1, 0])
     stains = TARGET.stain_matrix.numpy(), TARGET.max_concentration.numpy()
     out = emulator.reconstruct(images, stains, stains)
     undefined = np.isnan(out[1]).all(axis=0)
@@ -107,8 +87,6 @@ def test_invalid_floats_have_no_moments_and_stay_nan(simt_library):
 def test_range_and_parameters_reach_the_kernels(simt_library):
     images = stack(synthetic_tissue(20, 30, 1)).astype(np.float32) / 255
     emulator = Emulator(simt_library, 1)
-    expected = torch.ops.ernet.macenko_moments(torch.from_numpy(images), 250.0, 0.3, 1.0).numpy()
-    np.testing.assert_allclose(emulator.moments(images, 250, 0.3, 255), expected, rtol=0, atol=12 * 2.0**-24 * 600)
     stains = TARGET.stain_matrix.numpy(), TARGET.max_concentration.numpy()
     other = stains[0], stains[1] * 1.3
     out = emulator.reconstruct(images, stains, other, 250, 255)

@@ -77,14 +77,16 @@ int run(int pixels, bool channels_last, Pixel type, int kind) {
                         }};
   const double gain = kind == 1 ? 40 : 1;  // beyond float32 for one kind
   const double matrix[3][3] = {{.5 * gain, .2, .1}, {.1, .9 * gain, .1}, {0, .2, .8}};
+  const double shift[3] = {0.1, -2, 0};
+  const auto r = ernet::cpu::make_reconstruction(type, matrix, shift, table, 240);
   int fitted = 0;
   for (const Strips& strips : {ernet::cpu::one_strip(), three}) {
     fitted += ernet::cpu::macenko_fit(type, image, parameters, table, strips).status == ernet::macenko::kOk;
-    ernet::cpu::macenko_reconstruct(type, image, matrix, table, 240, strips, out.get());
+    ernet::cpu::macenko_reconstruct(type, image, r, strips, out.get());
     for (NetworkType network_type : {NetworkType::f32, NetworkType::bf16, NetworkType::f16}) {
       const Fenced scaled(3 * pixels * (network_type == NetworkType::f32 ? 4 : 2));
       const ernet::cpu::NetworkInput network = {scaled.get(), network_type, 255, {.5, .4, .3}, {.2, .2, .1}};
-      ernet::cpu::macenko_reconstruct_scaled(type, image, matrix, table, 240, strips, network);
+      ernet::cpu::macenko_reconstruct_scaled(type, image, r, strips, network);
       ernet::cpu::macenko_scaled(type, image, strips, network);
     }
   }

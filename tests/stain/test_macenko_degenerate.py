@@ -165,10 +165,11 @@ def test_thresholds_of_python_and_cpp_agree():
 
     from ernet_fast.stain import result
 
-    header = Path(__file__).resolve().parents[2] / "csrc" / "macenko" / "stains.h"
+    header = Path(__file__).resolve().parents[2] / "csrc" / "macenko" / "steps" / "stains.h"
     if not header.exists():
         pytest.skip("the C++ sources are not beside the tests")
     text = header.read_text()
     assert f"kMinTissuePixels = {result.MIN_TISSUE_PIXELS};" in text
     assert f"kRankTolerance = {result.RANK_TOLERANCE:.0e};".replace("e-0", "e-") in text
     assert f"kMinConcentration = {result.MIN_CONCENTRATION:.0e};".replace("e-06", "e-6") in text
+    assert f"kEqualComponents = {result.EQUAL_COMPONENTS:.0e};".replace("e-06", "e-6") in text

@@ -10,7 +10,7 @@ import torch
 from stain_images import batch, synthetic_tissue
 
 from ernet_fast import _backend
-from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize, operators
+from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize, network_output, operators
 
 TARGET = MacenkoNormalizer().target
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,9 +30,18 @@ def scaled(images, dtype, mean=MEAN, std=STD, unit=255.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_equals_normalisation_then_scaling(dtype, given, channels_last, path, monkeypatch):
     if path != "one operator":
-        monkeypatch.setattr(operators, "normalize_scaled", lambda *arguments: None)
+        monkeypatch.setattr(operators, "normalize", lambda *arguments: None)
     if path == "composed":
-        monkeypatch.setattr(operators, "reconstruct_scaled", lambda *arguments: None)
+        plain = operators.reconstruct
+        monkeypatch.setattr(
+            operators,
+            "reconstruct",
+            lambda x, source, target, options, network=None: (
+                plain(x, source, target, options)
+                if network is None
+                else network_output.scale(plain(x, source, target, options), network, options.range)
+            ),
+        )
     images = batch(*IMAGES, WHITE).to(given)
     images = images.to(memory_format=torch.channels_last) if channels_last else images
     for policy in ("reference", "identity"):
@@ -106,19 +115,25 @@ def test_opcheck_and_argument_checks(given):
     images = batch(*IMAGES[:2]).to(given)
     stains = TARGET.stain_matrix, TARGET.max_concentration
     numbers = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    operator = torch.ops.ernet.macenko_reconstruct_scaled
-    whole = torch.ops.ernet.macenko_normalize_scaled
+    mean, std = numbers
+    operator, whole = torch.ops.ernet.macenko_reconstruct, torch.ops.ernet.macenko_normalize
+    given = images, *stains, *stains, 240.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        torch.library.opcheck(operator.default, (images, *stains, *stains, *numbers, 240.0, dtype))
-        torch.library.opcheck(whole.default, (images, *stains, *numbers, 240.0, 1.0, 0.15, False, True, dtype))
+        scaling = {"dtype": dtype, "mean": mean, "std": std}
+        torch.library.opcheck(operator.default, given, scaling)
+        torch.library.opcheck(whole.default, (images, *stains, 240.0, 1.0, 0.15, False, True), scaling)
+    unscaled = operator(*given, dtype=torch.float32)
+    assert torch.equal(unscaled, operator(*given, dtype=torch.float32, mean=mean * 0, std=std * 0 + 1))
     with pytest.raises(RuntimeError, match="must be float32, bfloat16 or float16"):
-        operator(images, *stains, *stains, *numbers, 240.0, torch.float64)
+        operator(*given, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="pass its dtype too"):
+        operator(*given, mean=mean)
     with pytest.raises(RuntimeError, match=r"std must be \[3\] float64 on the CPU; got \[2\]"):
-        operator(images, *stains, *stains, numbers[0], numbers[1][:2], 240.0, torch.float32)
+        operator(*given, dtype=torch.float32, mean=mean, std=std[:2])
     with pytest.raises(RuntimeError, match="mean must be"):
-        operator(images, *stains, *stains, numbers[0].float(), numbers[1], 240.0, torch.float32)
+        operator(*given, dtype=torch.float32, mean=mean.float())
     with pytest.raises(RuntimeError, match="std must be positive"):
-        operator(images, *stains, *stains, numbers[0], -numbers[1], 240.0, torch.float32)
+        operator(*given, dtype=torch.float32, std=-std)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from stain_images import batch, synthetic_tissue
 
 from ernet_fast import _backend, reference
-from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, macenko_fit, macenko_normalize, torch_backend
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, macenko_fit, macenko_normalize
 
 compiled = pytest.mark.skipif(not _backend.extension_available(), reason="the compiled operators are not built")
 TARGET = MacenkoNormalizer().target
@@ -29,26 +29,12 @@ def some_images(dtype, channels_last):
 def test_opcheck(dtype, channels_last):
     images = some_images(dtype, channels_last)
     ops = torch.ops.ernet
-    torch.library.opcheck(ops.macenko_moments.default, (images, 240.0, 0.15))
     torch.library.opcheck(ops.macenko_fit.default, (images, 240.0, 1.0, 0.15, False))
     torch.library.opcheck(ops.macenko_reconstruct.default, (images, *STAINS, *STAINS, 240.0))
     torch.library.opcheck(ops.macenko_normalize.default, (images, *STAINS, 240.0, 1.0, 0.15, True, False))
-
-
-@compiled
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
-def test_moments_equal_sums_over_tissue(dtype):
-    images = some_images(dtype, False)
-    expected = torch_backend.macenko_moments(images, 240.0, 0.15)
-    # Each fixed-point OD is off by at most 1.5 units of 2^-24, a product of ODs below 6 by twelve times that.
-    count = images.shape[2] * images.shape[3]
-    for layout in (images, images.to(memory_format=torch.channels_last)):
-        moments = torch.ops.ernet.macenko_moments(layout, 240.0, 0.15)
-        assert torch.equal(moments[:, 0], expected[:, 0])
-        torch.testing.assert_close(moments, expected, rtol=0, atol=count * 18 * 2.0**-24)
-    images = images.double()
-    images[1, 2, 3, 4] = math.nan
-    assert torch.ops.ernet.macenko_moments(images, 240.0, 0.15)[:, 0].isnan().tolist() == [False, True]
+    changes = torch.rand((2, 2, 2), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    torch.library.opcheck(ops.macenko_change.default, (images, *STAINS, *changes, 240.0))
+    torch.library.opcheck(ops.macenko_augment.default, (images, *STAINS, *changes, 240.0, 1.0, 0.15, True, False))
 
 
 @compiled
@@ -56,23 +42,30 @@ def test_operators_check_their_arguments():
     ops = torch.ops.ernet
     images = some_images(torch.uint8, False)
     with pytest.raises(RuntimeError, match=r"\[B, 3, H, W\]; got \[2, 19, 23\]"):
-        ops.macenko_moments(images[:, 0], 240.0, 0.15)
+        ops.macenko_fit(images[:, 0], 240.0, 1.0, 0.15, False)
     with pytest.raises(RuntimeError, match=r"contiguous\(\)"):
-        ops.macenko_moments(images[..., ::2], 240.0, 0.15)
+        ops.macenko_fit(images[..., ::2], 240.0, 1.0, 0.15, False)
     rows = images[:, :, 2:10]  # planes that do not follow each other
-    assert torch.equal(ops.macenko_moments(rows, 240.0, 0.15), ops.macenko_moments(rows.clone(), 240.0, 0.15))
+    for found, expected in zip(
+        ops.macenko_fit(rows, 240.0, 1.0, 0.15, False),
+        ops.macenko_fit(rows.clone(), 240.0, 1.0, 0.15, False),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
     with pytest.raises(RuntimeError, match="channels of planar images must follow each other"):
         ops.macenko_reconstruct(rows, *STAINS, *STAINS, 240.0)
     with pytest.raises(RuntimeError, match="channels of planar images must follow each other"):
         ops.macenko_normalize(rows, *STAINS, 240.0, 1.0, 0.15, True, False)
     with pytest.raises(RuntimeError, match="uint8, float32 or float64"):
-        ops.macenko_moments(images.to(torch.int16), 240.0, 0.15)
+        ops.macenko_fit(images.to(torch.int16), 240.0, 1.0, 0.15, False)
     with pytest.raises(RuntimeError, match="Io must be in"):
-        ops.macenko_moments(images, 0.0, 0.15)
+        ops.macenko_fit(images, 0.0, 1.0, 0.15, False)
     with pytest.raises(RuntimeError, match="alpha must be in"):
         ops.macenko_fit(images, 240.0, 60.0, 0.15, False)
     with pytest.raises(RuntimeError, match="source_stain of image 0 is not finite"):
         ops.macenko_reconstruct(images, STAINS[0] * math.nan, STAINS[1], *STAINS, 240.0)
+    with pytest.raises(RuntimeError, match=r"gain must be \[2, 2\] float64.*got \[1, 2\]"):
+        ops.macenko_change(images, *STAINS, torch.ones(1, 2, dtype=torch.float64), torch.ones(2, 2), 240.0)
     with pytest.raises(RuntimeError, match="float64"):
         ops.macenko_reconstruct(images, STAINS[0].float(), STAINS[1].float(), *STAINS, 240.0)
     with pytest.raises(RuntimeError, match=r"B = 1 or 2; got \[3, 3, 2\]"):

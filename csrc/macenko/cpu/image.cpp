@@ -52,15 +52,16 @@ Strips one_strip() {
 
 namespace {
 
-// Largest exponent of one input channel: with three, and log2 Io, 2^z stays within float32.
+// Largest exponent of one input channel, and of the shift: with all four 2^z stays within float32.
 constexpr double kSingleExponent = 25.0;
 
-// True if every exponent M_ck OD_k of an 8-bit image is small enough; false for NaN.
-bool fits_single(const double matrix[3][3], const macenko::OdTable& table) {
+// True if every exponent M_ck OD_k of an 8-bit image, and the shift, is small enough; false for NaN.
+bool fits_single(const double matrix[3][3], const double shift[3], const macenko::OdTable& table) {
   // OD falls with the level, so the ends bound the rest.
   const double od = std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
   bool fits = true;
   for (int c = 0; c < 3; ++c) {
+    fits &= std::fabs(shift[c]) < kSingleExponent;
     for (int k = 0; k < 3; ++k) fits &= std::fabs(matrix[c][k]) * od < kSingleExponent;
   }
   return fits;
@@ -171,21 +172,21 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
   return fit;
 }
 
-Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const macenko::OdTable& table, double io) {
+Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
+                                   const macenko::OdTable& table, double io) {
   Reconstruction r = {};
   for (int c = 0; c < 3; ++c) {
     for (int k = 0; k < 3; ++k) r.matrix[c][k] = matrix[c][k];
+    r.shift[c] = shift[c];
   }
   r.io = io;
   r.table = &table;
-  r.single = type == Pixel::u8 && fits_single(matrix, table);
+  r.single = type == Pixel::u8 && fits_single(matrix, shift, table);
   return r;
 }
 
-void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
-                         double io, const Strips& strips, void* out) {
+void macenko_reconstruct(Pixel type, const ImageView& image, Reconstruction r, const Strips& strips, void* out) {
   const MacenkoLoops& loops = macenko_loops(type);
-  Reconstruction r = make_reconstruction(type, matrix, table, io);
   r.out = out;
   strips.run(strips.tasks,
              [&](int64_t strip) { loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r); });

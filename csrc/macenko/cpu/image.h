@@ -43,11 +43,12 @@ int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParamet
 MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p,
                             const macenko::OdTable& table, const Strips& strips);
 
-// What the loops need for a reconstruction with `matrix`, but for where to write it.
-Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const macenko::OdTable& table, double io);
+// What the loops need for a reconstruction with `matrix` (macenko/steps/reconstruct.h) and `shift`, but for where to
+// write it.
+Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
+                                   const macenko::OdTable& table, double io);
 
-// Writes the reconstruction with `matrix` (macenko/reconstruct.h) to `out`, laid out as the image.
-void macenko_reconstruct(Pixel type, const ImageView& image, const double matrix[3][3], const macenko::OdTable& table,
-                         double io, const Strips& strips, void* out);
+// Writes the reconstruction to `out`, laid out as the image.
+void macenko_reconstruct(Pixel type, const ImageView& image, Reconstruction r, const Strips& strips, void* out);
 
 }  // namespace ernet::cpu

@@ -77,8 +77,10 @@ struct RadixPass {
   int64_t* counts;  // [kRadixBins], added to
 };
 
+// I' = Io exp(shift - matrix . OD).
 struct Reconstruction {
   double matrix[3][3];
+  double shift[3];
   double io;
   bool single;  // float32 holds the exponents: 8-bit images may be computed in it
   const macenko::OdTable* table;

@@ -157,10 +157,8 @@ void write(Pixel type, const ImageView& image, const Reconstruction* r, const St
 
 }  // namespace
 
-void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const double matrix[3][3],
-                                const macenko::OdTable& table, double io, const Strips& strips,
+void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const Reconstruction& r, const Strips& strips,
                                 const NetworkInput& out) {
-  const Reconstruction r = make_reconstruction(type, matrix, table, io);
   write(type, image, &r, strips, out);
 }
 

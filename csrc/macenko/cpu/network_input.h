@@ -18,8 +18,7 @@ struct NetworkInput {
 
 // The values of `macenko_reconstruct` (8-bit ones truncated), scaled; the image is read once and the result written
 // once.
-void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const double matrix[3][3],
-                                const macenko::OdTable& table, double io, const Strips& strips,
+void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const Reconstruction& r, const Strips& strips,
                                 const NetworkInput& out);
 
 // The image itself, scaled.

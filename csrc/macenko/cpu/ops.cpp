@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -120,22 +122,6 @@ struct FitTensors {
   }
 };
 
-Tensor macenko_moments(const Tensor& images, double io, double beta, double range) {
-  ernet::check_fit_parameters(io, 1.0, beta, range);
-  const Pixel type = pixel_type(images);
-  const DenseImages in = ernet::dense_images(images, "images");
-  Tensor moments = ernet::cpu_output({in.count, ernet::macenko::kMomentCount}, ScalarType::Double, 8);
-  auto* out = static_cast<double*>(moments.mutable_data_ptr());
-  const OdTable& table = od_table(io, beta);
-  const MacenkoParameters p = {io, 1.0, beta, false};
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    double* row = out + i * ernet::macenko::kMomentCount;
-    const ImageView view = view_of(in, i, images.element_size(), range);
-    if (ernet::cpu::macenko_moments(type, view, p, table, strips, row) > 0) row[0] = std::nan("");
-  });
-  return moments;
-}
-
 std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, double alpha, double beta, bool nearest,
                                                double range) {
   ernet::check_fit_parameters(io, alpha, beta, range);
@@ -149,6 +135,11 @@ std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, 
   });
   return {fits.stain, fits.maximum, fits.status};
 }
+
+struct ImageStains {
+  ernet::macenko::Stain stain;
+  double maximum[2];
+};
 
 // The stains of `count` images: [1 or count, 3, 2] and [1 or count, 2].
 struct StainsOfImages {
@@ -174,109 +165,12 @@ struct StainsOfImages {
     }
   }
 
-  void get(int64_t index, ernet::macenko::Stain& s, double m[2]) const {
+  ImageStains get(int64_t index) const {
     const int64_t i = shared ? 0 : index;
-    for (int k = 0; k < 3; ++k) {
-      s.h[k] = stain[6 * i + 2 * k];
-      s.e[k] = stain[6 * i + 2 * k + 1];
-    }
-    m[0] = maximum[2 * i];
-    m[1] = maximum[2 * i + 1];
+    const double* s = stain + 6 * i;
+    return {{{s[0], s[2], s[4]}, {s[1], s[3], s[5]}}, {maximum[2 * i], maximum[2 * i + 1]}};
   }
 };
-
-Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
-                           const Tensor& target_stain, const Tensor& target_max, double io, double range) {
-  ernet::check_fit_parameters(io, 1.0, 0.0, range);
-  const Pixel type = pixel_type(images);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  Tensor result = result_like(images, in);
-  const DenseImages out = ernet::output_images(result, in);
-  ernet::check_same_planes(in, out);
-  const OdTable& table = od_table(io, 0.0);
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    ernet::macenko::Stain source, target;
-    double source_maxima[2], target_maxima[2], matrix[3][3];
-    sources.get(i, source, source_maxima);
-    targets.get(i, target, target_maxima);
-    ernet::macenko::reconstruction_matrix(source, source_maxima, target, target_maxima, matrix);
-    ernet::cpu::macenko_reconstruct(type, view_of(in, i, images.element_size(), range), matrix, table, io, strips,
-                                    output_of(out, i, images.element_size()));
-  });
-  return result;
-}
-
-ernet::cpu::NetworkType network_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return ernet::cpu::NetworkType::f32;
-    case ScalarType::BFloat16:
-      return ernet::cpu::NetworkType::bf16;
-    case ScalarType::Half:
-      return ernet::cpu::NetworkType::f16;
-    default:
-      STD_TORCH_CHECK(false, "ernet: a network's input must be float32, bfloat16 or float16");
-  }
-  return ernet::cpu::NetworkType::f32;
-}
-
-// mean and std: [3] float64, contiguous, on the CPU.
-ernet::cpu::NetworkInput network_input(const Tensor& mean, const Tensor& std, ScalarType dtype, double range) {
-  ernet::cpu::NetworkInput out = {nullptr, network_type(dtype), range, {}, {}};
-  for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == 3 && tensor->is_contiguous() &&
-                        tensor->scalar_type() == ScalarType::Double,
-                    "ernet: ", name, " must be [3] float64 on the CPU; got ", ernet::shape_of(*tensor));
-    std::memcpy(values, tensor->const_data_ptr(), 3 * sizeof(double));
-  }
-  for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
-  return out;
-}
-
-// A network's input [B, H, W, 3] and where each image of it goes.
-struct ScaledImages {
-  Tensor tensor;
-  ernet::cpu::NetworkInput first;
-  int64_t image_bytes;
-
-  ScaledImages(const Tensor& images, const Tensor& mean, const Tensor& std, ScalarType dtype, double range)
-      : first(network_input(mean, std, dtype, images.element_size() == 1 ? 255.0 : range)) {
-    const int64_t element_size = dtype == ScalarType::Float ? 4 : 2;
-    tensor = ernet::cpu_output({images.size(0), images.size(2), images.size(3), 3}, dtype, size_t(element_size));
-    first.data = tensor.mutable_data_ptr();
-    image_bytes = 3 * images.size(2) * images.size(3) * element_size;
-  }
-
-  ernet::cpu::NetworkInput image(int64_t index) const {
-    ernet::cpu::NetworkInput out = first;
-    out.data = static_cast<unsigned char*>(first.data) + index * image_bytes;
-    return out;
-  }
-};
-
-Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
-                                  const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
-                                  const Tensor& std, double io, ScalarType dtype, double range) {
-  ernet::check_fit_parameters(io, 1.0, 0.0, range);
-  const Pixel type = pixel_type(images);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const ScaledImages result(images, mean, std, dtype, range);
-  const OdTable& table = od_table(io, 0.0);
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    ernet::macenko::Stain source, target;
-    double source_maxima[2], target_maxima[2], matrix[3][3];
-    sources.get(i, source, source_maxima);
-    targets.get(i, target, target_maxima);
-    ernet::macenko::reconstruction_matrix(source, source_maxima, target, target_maxima, matrix);
-    ernet::cpu::macenko_reconstruct_scaled(type, view_of(in, i, images.element_size(), range), matrix, table, io,
-                                           strips, result.image(i));
-  });
-  return result.tensor;
-}
 
 void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, size_t element_size) {
   const auto* from = static_cast<const unsigned char*>(in.data) + size_t(index * in.image_stride) * element_size;
@@ -291,115 +185,226 @@ void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, si
   }
 }
 
-// From an image's own stains, or, where it has no fit, from the target's, to the target's.
-void matrix_of_fit(const MacenkoImageFit& fit, const StainsOfImages& targets, int64_t index, double matrix[3][3]) {
-  ernet::macenko::Stain target;
-  double target_maxima[2];
-  targets.get(index, target, target_maxima);
-  const bool ok = fit.status == ernet::macenko::kOk;
-  ernet::macenko::reconstruction_matrix(ok ? fit.stain : target, ok ? fit.max_concentration : target_maxima, target,
-                                        target_maxima, matrix);
+ernet::cpu::NetworkType network_type(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? ernet::cpu::NetworkType::f32
+         : dtype == ScalarType::BFloat16 ? ernet::cpu::NetworkType::bf16
+                                         : ernet::cpu::NetworkType::f16;
 }
 
-// Fit and reconstruction of each image one after the other, while it is in the cache.
+// Where the results of a call go: to images laid out as the input, or to a network's input [B, H, W, 3].
+class Results {
+ public:
+  Results(const Tensor& images, const DenseImages& in, double range, const std::optional<ernet::NetworkScale>& scale)
+      : tensor(scale ? network_tensor(images, scale->dtype) : result_like(images, in)),
+        in_(in),
+        type_(pixel_type(images)),
+        element_size_(images.element_size()),
+        range_(range),
+        network_(scale.has_value()) {
+    if (!scale) {
+      out_ = ernet::output_images(tensor, in);
+      ernet::check_same_planes(in, out_);
+      return;
+    }
+    first_ = {tensor.mutable_data_ptr(), network_type(scale->dtype), scale->range, {}, {}};
+    std::memcpy(first_.mean, scale->mean, sizeof first_.mean);
+    std::memcpy(first_.std, scale->std, sizeof first_.std);
+    image_bytes_ = 3 * in.pixels * (scale->dtype == ScalarType::Float ? 4 : 2);
+  }
+
+  ImageView view(int64_t index) const { return view_of(in_, index, element_size_, range_); }
+  Pixel type() const { return type_; }
+
+  // Image `index` with other stains, whose exponents are increased by `shift`.
+  void reconstruct(int64_t index, const ImageStains& from, const ImageStains& to, const double shift[3],
+                   const OdTable& table, double io, const Strips& strips) const {
+    double matrix[3][3];
+    ernet::macenko::reconstruction_matrix(from.stain, from.maximum, to.stain, to.maximum, matrix);
+    const auto r = ernet::cpu::make_reconstruction(type_, matrix, shift, table, io);
+    if (network_) {
+      ernet::cpu::macenko_reconstruct_scaled(type_, view(index), r, strips, network_input(index));
+    } else {
+      ernet::cpu::macenko_reconstruct(type_, view(index), r, strips, output_of(out_, index, element_size_));
+    }
+  }
+
+  // Image `index` as it is.
+  void keep(int64_t index, const Strips& strips) const {
+    if (network_) {
+      ernet::cpu::macenko_scaled(type_, view(index), strips, network_input(index));
+    } else {
+      copy_image(in_, out_, index, element_size_);
+    }
+  }
+
+  Tensor tensor;
+
+ private:
+  static Tensor network_tensor(const Tensor& images, ScalarType dtype) {
+    const size_t element_size = dtype == ScalarType::Float ? 4 : 2;
+    return ernet::cpu_output({images.size(0), images.size(2), images.size(3), 3}, dtype, element_size);
+  }
+
+  ernet::cpu::NetworkInput network_input(int64_t index) const {
+    ernet::cpu::NetworkInput out = first_;
+    out.data = static_cast<unsigned char*>(first_.data) + index * image_bytes_;
+    return out;
+  }
+
+  DenseImages in_;
+  DenseImages out_ = {};
+  ernet::cpu::NetworkInput first_ = {};
+  int64_t image_bytes_ = 0;
+  Pixel type_;
+  size_t element_size_;
+  double range_;
+  bool network_;
+};
+
+constexpr double kNoShift[3] = {0, 0, 0};
+
+Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                           const Tensor& target_stain, const Tensor& target_max, double io, double range,
+                           std::optional<ScalarType> dtype, std::optional<Tensor> mean, std::optional<Tensor> std) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  const Results results(images, in, range, ernet::network_scale(images, dtype, mean, std, range));
+  const OdTable& table = od_table(io, 0.0);
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    results.reconstruct(i, sources.get(i), targets.get(i), kNoShift, table, io, strips);
+  });
+  return results.tensor;
+}
+
+// Fit and result of each image one after the other, while it is in the cache. `reconstruct` gets the image's own
+// stains, or those of `reference` where it has no fit, unless these images are to stay as they are.
+template <class F>
+std::tuple<Tensor, Tensor, Tensor, Tensor> fit_and(const Results& results, const DenseImages& in,
+                                                   const MacenkoParameters& p, const StainsOfImages& reference,
+                                                   bool identity, const F& reconstruct) {
+  const FitTensors fits(in.count);
+  const OdTable& table = od_table(p.io, p.beta);
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    const MacenkoImageFit fit = ernet::cpu::macenko_fit(results.type(), results.view(i), p, table, strips);
+    fits.set(i, fit);
+    const bool ok = fit.status == ernet::macenko::kOk;
+    if (!ok && identity) return results.keep(i, strips);
+    const ImageStains own = {fit.stain, {fit.max_concentration[0], fit.max_concentration[1]}};
+    reconstruct(i, ok ? own : reference.get(i), table, strips);
+  });
+  return {results.tensor, fits.stain, fits.maximum, fits.status};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
                                                              const Tensor& target_max, double io, double alpha,
-                                                             double beta, bool nearest, bool identity, double range) {
+                                                             double beta, bool nearest, bool identity, double range,
+                                                             std::optional<ScalarType> dtype,
+                                                             std::optional<Tensor> mean, std::optional<Tensor> std) {
   ernet::check_fit_parameters(io, alpha, beta, range);
-  const Pixel type = pixel_type(images);
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  Tensor result = result_like(images, in);
-  const DenseImages out = ernet::output_images(result, in);
-  ernet::check_same_planes(in, out);
-  const FitTensors fits(in.count);
-  const OdTable& table = od_table(io, beta);
-  const MacenkoParameters p = {io, alpha, beta, nearest};
-  const size_t element_size = images.element_size();
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    const ImageView view = view_of(in, i, element_size, range);
-    const MacenkoImageFit fit = ernet::cpu::macenko_fit(type, view, p, table, strips);
-    fits.set(i, fit);
-    if (fit.status != ernet::macenko::kOk && identity) {
-      copy_image(in, out, i, element_size);
-      return;
-    }
-    double matrix[3][3];
-    matrix_of_fit(fit, targets, i, matrix);
-    ernet::cpu::macenko_reconstruct(type, view, matrix, table, io, strips, output_of(out, i, element_size));
-  });
-  return {result, fits.stain, fits.maximum, fits.status};
+  const Results results(images, in, range, ernet::network_scale(images, dtype, mean, std, range));
+  return fit_and(results, in, {io, alpha, beta, nearest}, targets, identity,
+                 [&](int64_t i, const ImageStains& own, const OdTable& table, const Strips& strips) {
+                   results.reconstruct(i, own, targets.get(i), kNoShift, table, io, strips);
+                 });
 }
 
-// The same into a network's input.
-std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize_scaled(const Tensor& images, const Tensor& target_stain,
-                                                                    const Tensor& target_max, const Tensor& mean,
-                                                                    const Tensor& std, double io, double alpha,
-                                                                    double beta, bool nearest, bool identity,
-                                                                    ScalarType dtype, double range) {
-  ernet::check_fit_parameters(io, alpha, beta, range);
-  const Pixel type = pixel_type(images);
+// Gain and shift of the two stains of every image, [B, 2] float64 each.
+class Changes {
+ public:
+  Changes(const Tensor& gain, const Tensor& shift, int64_t count)
+      : gain_tensor_(gain),
+        shift_tensor_(shift),
+        gain_(values(gain, count, "gain")),
+        shift_(values(shift, count, "shift")) {}
+
+  // Image `index` of these stains, its concentrations C become gain C + shift.
+  void apply(const Results& results, int64_t index, const ImageStains& own, const OdTable& table, double io,
+             const Strips& strips) const {
+    const double *gain = gain_ + 2 * index, *shift = shift_ + 2 * index;
+    const ImageStains changed = {own.stain, {own.maximum[0] * gain[0], own.maximum[1] * gain[1]}};
+    double tint[3];
+    for (int c = 0; c < 3; ++c) tint[c] = -(own.stain.h[c] * shift[0] + own.stain.e[c] * shift[1]);
+    results.reconstruct(index, own, changed, tint, table, io, strips);
+  }
+
+ private:
+  static const double* values(const Tensor& t, int64_t count, const char* name) {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == count && t.size(1) == 2 && t.is_contiguous() &&
+                        t.scalar_type() == ScalarType::Double,
+                    "ernet: ", name, " must be [", count, ", 2] float64, contiguous, on the device of the images; got ",
+                    ernet::shape_of(t));
+    return static_cast<const double*>(t.const_data_ptr());
+  }
+
+  Tensor gain_tensor_, shift_tensor_;
+  const double *gain_, *shift_;
+};
+
+Tensor macenko_change(const Tensor& images, const Tensor& source_stain, const Tensor& source_max, const Tensor& gain,
+                      const Tensor& shift, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
   const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const ScaledImages result(images, mean, std, dtype, range);
-  const FitTensors fits(in.count);
-  const OdTable& table = od_table(io, beta);
-  const MacenkoParameters p = {io, alpha, beta, nearest};
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    const ImageView view = view_of(in, i, images.element_size(), range);
-    const MacenkoImageFit fit = ernet::cpu::macenko_fit(type, view, p, table, strips);
-    fits.set(i, fit);
-    if (fit.status != ernet::macenko::kOk && identity) {
-      ernet::cpu::macenko_scaled(type, view, strips, result.image(i));
-      return;
-    }
-    double matrix[3][3];
-    matrix_of_fit(fit, targets, i, matrix);
-    ernet::cpu::macenko_reconstruct_scaled(type, view, matrix, table, io, strips, result.image(i));
-  });
-  return {result.tensor, fits.stain, fits.maximum, fits.status};
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const Changes changes(gain, shift, in.count);
+  const Results results(images, in, range, std::nullopt);
+  const OdTable& table = od_table(io, 0.0);
+  for_each_image(
+      in, [&](int64_t i, const Strips& strips) { changes.apply(results, i, sources.get(i), table, io, strips); });
+  return results.tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images, const Tensor& reference_stain,
+                                                           const Tensor& reference_max, const Tensor& gain,
+                                                           const Tensor& shift, double io, double alpha, double beta,
+                                                           bool nearest, bool identity, double range) {
+  ernet::check_fit_parameters(io, alpha, beta, range);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages reference(reference_stain, reference_max, in.count, "reference");
+  const Changes changes(gain, shift, in.count);
+  const Results results(images, in, range, std::nullopt);
+  return fit_and(results, in, {io, alpha, beta, nearest}, reference, identity,
+                 [&](int64_t i, const ImageStains& own, const OdTable& table, const Strips& strips) {
+                   changes.apply(results, i, own, table, io, strips);
+                 });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
-  m.def("macenko_moments(Tensor images, float Io, float beta, float range=255.) -> Tensor");
   m.def(
       "macenko_fit(Tensor images, float Io, float alpha, float beta, bool nearest, float range=255.) -> (Tensor "
       "stain_matrix, Tensor max_concentration, Tensor status)");
+  // With a dtype the result is a network's input [B, H, W, 3] of (I' / range - mean) / std.
   m.def(
       "macenko_reconstruct(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
-      "target_max, float Io, float range=255.) -> Tensor");
-  m.def(
-      "macenko_reconstruct_scaled(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
-      "target_max, Tensor mean, Tensor std, float Io, ScalarType dtype, float range=255.) -> Tensor");
+      "target_max, float Io, float range=255., *, ScalarType? dtype=None, Tensor? mean=None, Tensor? std=None) -> "
+      "Tensor");
   m.def(
       "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, "
-      "bool "
-      "nearest, bool identity, float range=255.) -> (Tensor images, Tensor stain_matrix, Tensor max_concentration, "
-      "Tensor status)");
-  m.def(
-      "macenko_normalize_scaled(Tensor images, Tensor target_stain, Tensor target_max, Tensor mean, Tensor std, float "
-      "Io, float alpha, float beta, bool nearest, bool identity, ScalarType dtype, float range=255.) -> (Tensor "
-      "images, Tensor stain_matrix, Tensor max_concentration, Tensor status)");
-  // On CUDA only: augmentation, with stains that are known and with stains that are estimated, and separation.
+      "bool nearest, bool identity, float range=255., *, ScalarType? dtype=None, Tensor? mean=None, Tensor? std=None) "
+      "-> (Tensor images, Tensor stain_matrix, Tensor max_concentration, Tensor status)");
+  // Augmentation, with stains that are known and with stains that are estimated.
   m.def(
       "macenko_change(Tensor images, Tensor source_stain, Tensor source_max, Tensor gain, Tensor shift, float Io, "
       "float range=255.) -> Tensor");
   m.def(
-      "macenko_separate(Tensor images, Tensor source_stain, Tensor source_max, Tensor drawn_stain, Tensor drawn_max, "
-      "bool scaled, float Io, float range=255.) -> (Tensor haematoxylin, Tensor eosin, Tensor concentrations)");
-  m.def(
       "macenko_augment(Tensor images, Tensor reference_stain, Tensor reference_max, Tensor gain, Tensor shift, float "
       "Io, float alpha, float beta, bool nearest, bool identity, float range=255.) -> (Tensor images, Tensor "
       "stain_matrix, Tensor max_concentration, Tensor status)");
+  // On CUDA only.
+  m.def(
+      "macenko_separate(Tensor images, Tensor source_stain, Tensor source_max, Tensor drawn_stain, Tensor drawn_max, "
+      "bool scaled, float Io, float range=255.) -> (Tensor haematoxylin, Tensor eosin, Tensor concentrations)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
-  m.impl("macenko_moments", TORCH_BOX(&macenko_moments));
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
-  m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
-  m.impl("macenko_normalize_scaled", TORCH_BOX(&macenko_normalize_scaled));
+  m.impl("macenko_change", TORCH_BOX(&macenko_change));
+  m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
 }

@@ -22,15 +22,6 @@ struct Images {
   double scale;  // grey level of the value 1
 };
 
-// Bytes of workspace that macenko_moments needs, at a multiple of 8.
-int64_t macenko_moments_workspace(const Images& images);
-
-// Count, sums and products of the tissue ODs (macenko/od.h) of every image to `moments`, [count][10] float64. The count
-// is NaN where a value is no grey level. Integer sums: the same bits for any batch, and the CPU's bits for 8-bit
-// images.
-cudaError_t macenko_moments(const Images& images, double io, double beta, void* workspace, double* moments,
-                            cudaStream_t stream);
-
 // Stains as [1 or count][3][2] and [1 or count][2] float64; `shared` says that one serves all images.
 struct Stains {
   const double* stain;

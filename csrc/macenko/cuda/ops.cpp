@@ -10,6 +10,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -20,6 +23,7 @@
 namespace {
 
 using ernet::DenseImages;
+using ernet::NetworkScale;
 using ernet::cuda::Device;
 using ernet::cuda::FitResult;
 using ernet::cuda::Images;
@@ -64,20 +68,6 @@ Images cuda_images(const Tensor& t, double range) {
           dense.image_stride, dense.channel_stride,           dense.pixel_stride, bytes ? 1.0 : 255.0 / range};
 }
 
-Tensor macenko_moments(const Tensor& images, double io, double beta, double range) {
-  ernet::check_fit_parameters(io, 1.0, beta, range);
-  const Images in = cuda_images(images, range);
-  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor moments = torch::stable::new_empty(images, {in.count, ernet::macenko::kMomentCount}, ScalarType::Double);
-  const int64_t words = ernet::cuda::macenko_moments_workspace(in) / 8;
-  Tensor workspace = torch::stable::new_empty(images, {words}, ScalarType::Long);
-  check(ernet::cuda::macenko_moments(in, io, beta, workspace.mutable_data_ptr(),
-                                     static_cast<double*>(moments.mutable_data_ptr()),
-                                     current_stream(images.get_device_index())),
-        "macenko_moments");
-  return moments;
-}
-
 Stains cuda_stains(const Tensor& stain, const Tensor& maximum, const Tensor& images, const char* name) {
   ernet::check_stains(stain, maximum, images.size(0), name);
   const bool same = stain.is_cuda() && maximum.is_cuda() && stain.get_device_index() == images.get_device_index() &&
@@ -100,58 +90,35 @@ Recipe given_stains(const Tensor& images, const Tensor& source_stain, const Tens
   return {source, nullptr, target, false, nullptr, nullptr};
 }
 
-Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
-                           const Tensor& target_stain, const Tensor& target_max, double io, double range) {
-  ernet::check_fit_parameters(io, 1.0, 0.0, range);
-  const Images in = cuda_images(images, range);
-  const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
-  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor result = torch::stable::empty_like(images);
-  check(ernet::cuda::macenko_reconstruct(in, recipe, io, image_output(result, images),
-                                         current_stream(images.get_device_index())),
-        "macenko_reconstruct");
-  return result;
+// An uninitialised result: laid out as the images, or a network's input [B, H, W, 3].
+Tensor new_result(const Tensor& images, const std::optional<NetworkScale>& scale) {
+  if (!scale) return torch::stable::empty_like(images);
+  return torch::stable::new_empty(images, {images.size(0), images.size(2), images.size(3), 3}, scale->dtype);
 }
 
-// mean and std: [3] float64, contiguous, on the CPU.
-void set_scale(const Tensor& mean, const Tensor& std, Output& out) {
-  for (const auto& [tensor, values, name] : {std::tuple{&mean, out.mean, "mean"}, std::tuple{&std, out.std, "std"}}) {
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == 3 && tensor->is_contiguous() &&
-                        tensor->scalar_type() == ScalarType::Double,
-                    "ernet: ", name, " must be [3] float64 on the CPU; got ", ernet::shape_of(*tensor));
-    std::memcpy(values, tensor->const_data_ptr(), 3 * sizeof(double));
-  }
-  for (double value : out.std) STD_TORCH_CHECK(value > 0, "ernet: std must be positive; got ", value);
-}
-
-Tensor new_network_input(const Tensor& images, ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "ernet: a network's input must be float32, bfloat16 or float16");
-  return torch::stable::new_empty(images, {images.size(0), images.size(2), images.size(3), 3}, dtype);
-}
-
-Output network_output(Tensor& result, const Tensor& images, const Tensor& mean, const Tensor& std, double range) {
-  const ScalarType dtype = result.scalar_type();
-  const OutputType type = dtype == ScalarType::Float      ? OutputType::f32
-                          : dtype == ScalarType::BFloat16 ? OutputType::bf16
-                                                          : OutputType::f16;
-  const double unit = images.scalar_type() == ScalarType::Byte ? 255.0 : range;
-  Output out = {result.mutable_data_ptr(), 0, 0, type, unit, {}, {}};
-  set_scale(mean, std, out);
+Output output_of(Tensor& result, const Tensor& images, const std::optional<NetworkScale>& scale) {
+  if (!scale) return image_output(result, images);
+  const OutputType type = scale->dtype == ScalarType::Float      ? OutputType::f32
+                          : scale->dtype == ScalarType::BFloat16 ? OutputType::bf16
+                                                                 : OutputType::f16;
+  Output out = {result.mutable_data_ptr(), 0, 0, type, scale->range, {}, {}};
+  std::memcpy(out.mean, scale->mean, sizeof out.mean);
+  std::memcpy(out.std, scale->std, sizeof out.std);
   return out;
 }
 
-Tensor macenko_reconstruct_scaled(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
-                                  const Tensor& target_stain, const Tensor& target_max, const Tensor& mean,
-                                  const Tensor& std, double io, ScalarType dtype, double range) {
+Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                           const Tensor& target_stain, const Tensor& target_max, double io, double range,
+                           std::optional<ScalarType> dtype, std::optional<Tensor> mean, std::optional<Tensor> std) {
   ernet::check_fit_parameters(io, 1.0, 0.0, range);
   const Images in = cuda_images(images, range);
   const Recipe recipe = given_stains(images, source_stain, source_max, target_stain, target_max);
+  const auto scale = ernet::network_scale(images, dtype, mean, std, range);
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor result = new_network_input(images, dtype);
-  check(ernet::cuda::macenko_reconstruct(in, recipe, io, network_output(result, images, mean, std, range),
+  Tensor result = new_result(images, scale);
+  check(ernet::cuda::macenko_reconstruct(in, recipe, io, output_of(result, images, scale),
                                          current_stream(images.get_device_index())),
-        "macenko_reconstruct_scaled");
+        "macenko_reconstruct");
   return result;
 }
 
@@ -161,9 +128,17 @@ int attribute(cudaDeviceAttr which, int32_t device) {
   return value;
 }
 
-Device device_limits(int32_t device) {
-  return {attribute(cudaDevAttrComputeCapabilityMajor, device), attribute(cudaDevAttrMultiProcessorCount, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), attribute(cudaDevAttrL2CacheSize, device)};
+// Read once a device.
+const Device& device_limits(int32_t device) {
+  static std::mutex mutex;
+  static std::map<int32_t, Device> known;  // its elements stay where they are
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const Device limits = {
+      attribute(cudaDevAttrComputeCapabilityMajor, device), attribute(cudaDevAttrMultiProcessorCount, device),
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device), attribute(cudaDevAttrL2CacheSize, device)};
+  return known.emplace(device, limits).first->second;
 }
 
 // What ERNET_MACENKO_PLAN asks for: streaming, resident, cluster, or cluster2 to cluster16. Empty: any.
@@ -209,7 +184,7 @@ class FitCall {
   void run(const Parameters& parameters, const Recipe* recipe, const Output* out) {
     if (in_.count == 0) return;
     const int32_t index = images_.get_device_index();
-    const Device device = device_limits(index);
+    const Device& device = device_limits(index);
     const std::string asked = asked_plan();
     const Plan plan = plan_of(device, in_, out != nullptr && out->type != OutputType::image, asked);
     const cudaStream_t stream = current_stream(index);
@@ -246,32 +221,18 @@ std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
                                                              const Tensor& target_max, double io, double alpha,
-                                                             double beta, bool nearest, bool identity, double range) {
+                                                             double beta, bool nearest, bool identity, double range,
+                                                             std::optional<ScalarType> dtype,
+                                                             std::optional<Tensor> mean, std::optional<Tensor> std) {
   ernet::check_fit_parameters(io, alpha, beta, range);
   const Images in = cuda_images(images, range);
   const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const auto scale = ernet::network_scale(images, dtype, mean, std, range);
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor result = torch::stable::empty_like(images);
+  Tensor result = new_result(images, scale);
   FitCall fit(images, in);
   const Recipe recipe = {{}, nullptr, target, identity, nullptr, nullptr};
-  const Output out = image_output(result, images);
-  fit.run({io, alpha, beta, nearest}, &recipe, &out);
-  return {result, fit.stain, fit.maximum, fit.status};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize_scaled(const Tensor& images, const Tensor& target_stain,
-                                                                    const Tensor& target_max, const Tensor& mean,
-                                                                    const Tensor& std, double io, double alpha,
-                                                                    double beta, bool nearest, bool identity,
-                                                                    ScalarType dtype, double range) {
-  ernet::check_fit_parameters(io, alpha, beta, range);
-  const Images in = cuda_images(images, range);
-  const Stains target = cuda_stains(target_stain, target_max, images, "target");
-  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
-  Tensor result = new_network_input(images, dtype);
-  FitCall fit(images, in);
-  const Recipe recipe = {{}, nullptr, target, identity, nullptr, nullptr};
-  const Output out = network_output(result, images, mean, std, range);
+  const Output out = output_of(result, images, scale);
   fit.run({io, alpha, beta, nearest}, &recipe, &out);
   return {result, fit.stain, fit.maximum, fit.status};
 }
@@ -342,12 +303,9 @@ std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
-  m.impl("macenko_moments", TORCH_BOX(&macenko_moments));
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
-  m.impl("macenko_reconstruct_scaled", TORCH_BOX(&macenko_reconstruct_scaled));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
-  m.impl("macenko_normalize_scaled", TORCH_BOX(&macenko_normalize_scaled));
   m.impl("macenko_change", TORCH_BOX(&macenko_change));
   m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
   m.impl("macenko_separate", TORCH_BOX(&macenko_separate));

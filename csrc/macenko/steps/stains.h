@@ -19,6 +19,8 @@ enum Status : int32_t {
 constexpr int64_t kMinTissuePixels = 10;
 constexpr double kRankTolerance = 1e-10;
 constexpr double kMinConcentration = 1e-6;
+// Components of two stain vectors that are at most this far apart are equal: they differ by rounding.
+constexpr double kEqualComponents = 1e-6;
 
 // Orthonormal directions in OD space: `first` of the middle eigenvalue, `second` of the largest.
 struct Plane {
@@ -57,7 +59,14 @@ ERNET_HOST_DEVICE Status plane_of_moments(const double moments[kMomentCount], Pl
   return kOk;
 }
 
-// The stain matrix whose columns are the directions at the two extreme angles; haematoxylin absorbs more red.
+// Haematoxylin absorbs more red; of two that absorb as much red it absorbs less green; then more blue.
+ERNET_HOST_DEVICE bool is_haematoxylin(const double a[3], const double b[3]) {
+  if (fabs(a[0] - b[0]) > kEqualComponents) return a[0] > b[0];
+  if (fabs(a[1] - b[1]) > kEqualComponents) return a[1] < b[1];
+  return a[2] > b[2];
+}
+
+// The stain matrix whose columns are the directions at the two extreme angles.
 ERNET_HOST_DEVICE Status stain_of_angles(const Plane& plane, double min_angle, double max_angle, Stain& stain) {
   double low_cos, low_sin, high_cos, high_sin;
   cos_sin(min_angle, low_cos, low_sin);
@@ -68,7 +77,7 @@ ERNET_HOST_DEVICE Status stain_of_angles(const Plane& plane, double min_angle, d
     low[i] = plane.first[i] * low_cos + plane.second[i] * low_sin;
     high[i] = plane.first[i] * high_cos + plane.second[i] * high_sin;
   }
-  const bool low_is_h = low[0] > high[0];
+  const bool low_is_h = is_haematoxylin(low, high);
   for (int i = 0; i < 3; ++i) {
     stain.h[i] = low_is_h ? low[i] : high[i];
     stain.e[i] = low_is_h ? high[i] : low[i];

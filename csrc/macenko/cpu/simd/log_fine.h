@@ -64,7 +64,7 @@ static inline float log2_exponents(const Reconstruction& r, Affine exponent[3]) 
       exponent[c].n[k] = float(r.matrix[c][k]);
       sum += exponent[c].n[k];
     }
-    exponent[c].n0 = float(-sum * residue);
+    exponent[c].n0 = float(r.shift[c] * 1.44269504088896340736 - sum * residue);
   }
   return origin;
 }

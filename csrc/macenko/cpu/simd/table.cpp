@@ -132,7 +132,7 @@ static void levels_by_exp(const double od[3][kBlock], const Reconstruction& r, d
   for (int c = 0; c < 3; ++c) {
     const double* m = r.matrix[c];
     for (int i = 0; i < kBlock; ++i) {
-      const double exponent = -(m[0] * od[0][i] + m[1] * od[1][i] + m[2] * od[2][i]);
+      const double exponent = r.shift[c] - (m[0] * od[0][i] + m[1] * od[1][i] + m[2] * od[2][i]);
       const double value = r.io * macenko::exp_clamped(exponent);
       out[c][i] = value < 255.0 ? value : 255.0;
     }

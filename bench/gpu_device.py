@@ -17,7 +17,7 @@ SIMULATED = ROOT / "bench" / "simulated"
 
 
 @dataclass(frozen=True)
-class Target:
+class GpuDevice:
     """The device, the folder of its cases, and how to build for it and test on it."""
 
     machine: dict[str, Any]
@@ -33,11 +33,11 @@ def marked_tests(folder: Path = ROOT / "tests") -> list[str]:
     return sorted(str(path) for path in folder.rglob("test_*.py") if MARKED.search(path.read_text()))
 
 
-def device_at_hand() -> Target:
+def device_at_hand() -> GpuDevice:
     """The CUDA device that torch sees first."""
     known = shutil.which("compute-sanitizer")
     beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
-    return Target(
+    return GpuDevice(
         machine=describe("gpu"),
         folder=ROOT / "bench",
         build=[sys.executable, "setup.py", "build_ext", "--inplace"],
@@ -47,9 +47,9 @@ def device_at_hand() -> Target:
     )
 
 
-def emulator(folder: Path = SIMULATED) -> Target:
+def emulator(folder: Path = SIMULATED) -> GpuDevice:
     """The kernels run on the CPU: shows that the flow works, and says nothing about any GPU."""
-    return Target(
+    return GpuDevice(
         machine=describe("gpu-simulated") | {"name": "simulated-gpu"},
         folder=folder,
         build=[sys.executable, str(SIMULATED / "emulated.py"), str(ROOT / "build" / "simt")],

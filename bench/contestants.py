@@ -1,0 +1,117 @@
+"""Interleaved timings as pytest-benchmark benches: one bench a contestant, all contestants of a case timed together.
+
+A bench is parametrised by `contestants(OWN, *PEERS)` and asks the fixture `interleave` for its times. The first
+bench of a case that runs times all contestants, interleaved; each bench then replays its own times to
+`benchmark.pedantic` through a clock (pytest-benchmark's `timer`), so that its tables, JSON, comparisons and saved runs
+show every contestant, and a ratio is always of one interleaved measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import pytest
+from this_tree import percentiles, time_interleaved
+
+Calls = Mapping[str, Callable[[], Any]]
+
+
+class ReplayClock:
+    """A clock that advances by seconds that were measured before."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        """The time now."""
+        return self.now
+
+    def replay(self, seconds: Sequence[float], benchmark: Any) -> None:
+        """Give pytest-benchmark one round for each value."""
+        self.now = 0.0
+        values = iter(seconds)
+
+        def advance() -> None:
+            self.now += next(values)
+
+        benchmark.pedantic(advance, rounds=len(seconds))
+
+
+CLOCK = ReplayClock()
+
+
+class Measured(NamedTuple):
+    """The times of one case in seconds, a value a round, and the calls."""
+
+    times: dict[str, list[float]]
+    calls: dict[str, Callable[[], Any]]
+
+    def medians(self, scale: float = 1e3) -> dict[str, float]:
+        """Median of every contestant, in milliseconds."""
+        return {name: scale * median(values) for name, values in self.times.items()}
+
+    def figures(self, own: str, unit: str = "ms") -> dict[str, Any]:
+        """What every row has: percentiles and repeats of `own`, medians of all, ratios to all others."""
+        scale = {"ms": 1e3, "us": 1e6}[unit]
+        found = self.medians(scale)
+        return {
+            **percentiles(self.times[own], scale),
+            "unit": unit,
+            "repeats": len(self.times[own]),
+            **{f"{key_of(name)}_{unit}": value for name, value in found.items()},
+            **{f"ratio_{key_of(name)}": value / found[own] for name, value in found.items() if name != own},
+        }
+
+
+def key_of(name: str) -> str:
+    """A contestant's name as part of a key."""
+    return name.lower().replace(" ", "_").replace("-", "_")
+
+
+def contestants(*names: str) -> pytest.MarkDecorator:
+    """Parametrise a bench by contestant; the outermost mark, so that the benches of a case follow each other."""
+    return pytest.mark.parametrize("who", names)
+
+
+def name_of(item: Any) -> str:
+    """The name of a row: that of the bench, without `test_` and the contestant."""
+    name = item.name.removeprefix("test_")
+    who = item.callspec.params.get("who") if hasattr(item, "callspec") else None
+    if who is None:
+        return name
+    name = name.removesuffix("]").removesuffix(who).rstrip("-")
+    return name.removesuffix("[") if name.endswith("[") else f"{name}]"
+
+
+def mark(items: Sequence[pytest.Item]) -> None:
+    """Give each interleaved bench the replay clock, and a group of the contestants of its case."""
+    for item in items:
+        if "interleave" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{item.path.stem}: {name_of(item)}"))
+
+
+class Interleaver:
+    """Times a case when its first contestant asks, and keeps the times, of the last case alone, for the others."""
+
+    def __init__(self) -> None:
+        self.case, self.times = "", {}
+
+    def measure(self, request: pytest.FixtureRequest, make: Callable[[], Calls], **options: Any) -> Measured:
+        """The times of the bench's case; `make` gives its calls, `options` are those of `time_interleaved`."""
+        who, benchmark = request.node.callspec.params["who"], request.getfixturevalue("benchmark")
+        calls: Calls = {}
+        case = f"{request.path}::{name_of(request.node)}"
+        if self.case != case:
+            calls = make()
+            for call in calls.values():  # compiles, chooses algorithms, fills caches
+                call()
+            self.case, self.times = case, time_interleaved(calls, **options)
+        if who not in self.times:
+            pytest.skip(f"{who} is not measured here")
+        CLOCK.replay(self.times[who], benchmark)
+        found = Measured(self.times, dict(calls))
+        first, *_ = self.times
+        benchmark.extra_info |= {"contestant": who, "times_slower": found.medians()[who] / found.medians()[first]}
+        return found
