@@ -15,7 +15,7 @@ QUICK = (
     "tests/er/test_operators.py",
     "tests/er/test_stage_maps.py",
     "tests/er/test_shortcut_sum.py",
-    "tests/er/test_batch_norm_relu.py",
+    "tests/er/test_norm_relu.py",
     "tests/models/test_paths_agree.py",
     "tests/stain/test_macenko_operators.py",
     "tests/stain/test_macenko_parity.py",

@@ -35,10 +35,18 @@ def test_linear_equals_torchstain_numpy_bit_for_bit(parameter):
 
 
 @pytest.mark.parametrize("parameter", IMAGES)
-def test_nearest_is_within_one_level_of_torchstain_torch(parameter):
+def test_nearest_is_within_one_level_of_torchstain_torch(parameter, monkeypatch):
+    """In float64: in float32 its result depends on the CPU's linear algebra by more than a level."""
     torchstain = pytest.importorskip("torchstain.torch.normalizers.macenko")
     image = load(parameter)
-    expected = torchstain.TorchMacenkoNormalizer().normalize(torch.from_numpy(image).permute(2, 0, 1), stains=False)[0]
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        theirs = torchstain.TorchMacenkoNormalizer()
+    finally:
+        torch.set_default_dtype(default)
+    expected = theirs.normalize(torch.from_numpy(image).permute(2, 0, 1), stains=False)[0]
     ours = reference.macenko_normalize(image, TORCHSTAIN_REFERENCE, percentile="nearest").astype(np.int64)
     difference = np.abs(ours - expected.numpy())
     assert difference.max() <= 1
