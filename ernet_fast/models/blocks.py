@@ -115,20 +115,13 @@ class ProjectionBlock(ResidualBranch):
         if fused is None:
             fused = norms_supported(x)
         z = self.branch(x, fused=fused)
-        if self.downsample is None or not fused:
-            return self.relu(self.last_bn(z) + (x if self.downsample is None else self.downsample(x)))
-        projected, bn = _before_batch_norm(self.downsample, x)
-        return projection_sum(z, self.last_bn, projected, bn, self.relu, fused=True)
-
-
-def _before_batch_norm(downsample: Any, x: Tensor) -> tuple[Tensor, nn.Module]:
-    """The input of the BatchNorm that ends a projection shortcut, and that BatchNorm, or anything in its place."""
-    if not is_plain(downsample, nn.Sequential) or len(downsample) == 0:
-        return downsample(x), nn.Identity()
-    *layers, last = downsample
-    for layer in layers:
-        x = layer(x)
-    return x, last
+        downsample: Any = self.downsample
+        if downsample is None or not (fused and is_plain(downsample, nn.Sequential) and len(downsample)):
+            return self.relu(self.last_bn(z) + (x if downsample is None else downsample(x)))
+        *layers, bn = downsample
+        for layer in layers:
+            x = layer(x)
+        return projection_sum(z, self.last_bn, x, bn, self.relu, fused=True)
 
 
 class ERBlock(ResidualBranch):
