@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
+from ernet_fast.console.progress import Reporter
 from ernet_fast.console.tables import format_table, metrics_header, metrics_rows
-from ernet_fast.train import Reporter, evaluate
+from ernet_fast.train import evaluate
 from ernet_fast.train.device import finish_together
 
 

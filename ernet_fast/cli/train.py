@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ernet_fast.cli.json_output import print_json
-from ernet_fast.train import Reporter, TrainConfig, fit, load_checkpoint
+from ernet_fast.console.progress import Reporter
+from ernet_fast.train import TrainConfig, fit, load_checkpoint
 from ernet_fast.train.device import finish_together
 
 _GROUPS = (
