@@ -156,4 +156,29 @@ def test_means_are_no_stages_of_the_readme(tmp_path):
     stage = Row("bench_er_stage", "a", "g", {"stage": "resnet50-1", **where}, 2, 2, 2, "ms", 5, found)
     mean = Row("bench_er_stage", "mean", "g", where, 2, 2, 2, "ms", 5, {"ratio_naive": 6.0})
     Record.of(MACHINE, tmp_path).add(stage, mean)
-    assert "| **2 ms** | 12 ms | 6x | 50 % |" in report_readme.stages(Records(tmp_path))
+    assert "| **2 ms** | 12 ms | 6x | 6x (channels-last, 1 thread) | 50 % |" in report_readme.stages(Records(tmp_path))
+
+
+def test_the_readme_shows_the_worst_and_times_of_few_repeats_as_such(tmp_path):
+    where = {"stage": "resnet50-1", "batch": 8}
+    found = {"naive_ms": 12.0, "ratio_naive": 6.0, "share_of_copy": 1.31}
+    typical = Row(
+        "bench_er_stage", "a", "g", where | {"layout": "channels-last", "threads": 1}, 2, 2, 2, "ms", 1, found
+    )
+    worst = Row(
+        "bench_er_stage", "b", "g", where | {"layout": "contiguous", "threads": 2}, 4, 4, 4, "ms", 4,
+        found | {"ratio_naive": 3.0},
+    )  # fmt: skip
+    Record.of(MACHINE, tmp_path).add(typical, worst)
+    line = report_readme.stages(Records(tmp_path)).splitlines()[-1]
+    assert line.endswith("| **2 ms** (1 repeat) | 12 ms | 6x | 3x (contiguous, 2 threads) (4 repeats) | 131 % |")
+
+
+def test_missed_targets_are_told_with_the_worst(tmp_path):
+    rows = [row(name, 1.0, bench="bench_er_stage", ratio_naive=value, target="ratio_naive >= 3")
+            for name, value in (("a", 2.5), ("b", 4.0), ("c", 1.5))]  # fmt: skip
+    Record.of(MACHINE, tmp_path).add(*rows)
+    (line,) = report_readme.missed(Records(tmp_path)).splitlines()[2:]
+    assert line == "| normalise | `ratio_naive >= 3` | 2 | 1.5: c |"
+    Record.of(MACHINE, tmp_path / "met").add(rows[1])
+    assert report_readme.missed(Records(tmp_path / "met")) == "Every target is met."

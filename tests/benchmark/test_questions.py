@@ -17,7 +17,7 @@ from ernet_fast.benchmark.macenko_peers import as_levels
 from ernet_fast.benchmark.question import ask
 from ernet_fast.benchmark.show import answer_text, duration, picture, rate
 from ernet_fast.benchmark.stain_questions import macenko, same_levels, tissue
-from ernet_fast.train import Reporter
+from ernet_fast.console.progress import Reporter
 
 CPU = torch.device("cpu")
 
