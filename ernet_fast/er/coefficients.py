@@ -312,4 +312,3 @@ def _backward_fake(
 def register() -> None:
     """Give the operators fake kernels; they have no autograd, `_autograd.Block` is their derivative."""
     torch.library.register_fake("ernet::block_coefficients", _forward_fake)
-    torch.library.register_fake("ernet::block_coefficients_backward", _backward_fake)
