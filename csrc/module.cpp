@@ -54,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
   ernet::cpu::map_buffer_limit();  // and so does an ERNET_KEEP_MB that is no number
   m.def("build_info", &build_info,
         "What this binary is: version, compiler, instruction sets compiled in and the one in use, CUDA architectures, "
-        "the torch whose headers it was built with, and the oldest torch it serves.");
+        "the torch whose headers it was built with, and the oldest torch that it supports.");
   m.def(
       "map_buffers", &map_buffers,
       "Memory of freed outputs that is kept for later ones: bytes kept, how many may be, buffers used again and new.");

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from ernet_fast import _moved
 from ernet_fast._version import __version__
 from ernet_fast.er.functional import er_shortcut_sum
@@ -38,3 +41,10 @@ __all__ = [
 ]
 
 _moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    """Subpackages, imported when they are first named: `ernet_fast.stain` after `import ernet_fast`."""
+    if name in ("benchmark", "data", "demo", "stain", "train"):
+        return importlib.import_module(f"ernet_fast.{name}")
+    raise AttributeError(f"module 'ernet_fast' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-// The C-vectors of the ER operators as arrays: checks, conversions, and the arguments of the algebra's loops.
+// The per-channel vectors of the ER operators as arrays: checks, conversions, and the arguments of the algebra's loops.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,7 +28,7 @@ using cpu::kTableRows;
 using cpu::kTotalRows;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kGrainValues = 32768;  // values of C-vectors below which a second thread costs more than it brings
+constexpr int64_t kGrainValues = 32768;  // values of vectors below which a second thread costs more than it brings
 
 inline std::string sizes_text(const std::vector<int64_t>& sizes) {
   std::string text = "[";
@@ -46,18 +46,30 @@ inline void check_vector(const Tensor& t, const char* name, const std::vector<in
   STD_TORCH_CHECK(t.is_contiguous() || t.numel() == 0, "ernet: ", name, " must be contiguous");
 }
 
-template <typename T, typename A>
-void convert(const void* from, A* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(static_cast<const T*>(from)[i]);
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-template <typename T, typename A>
-void convert_back(const A* from, void* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) static_cast<T*>(to)[i] = static_cast<T>(from[i]);
+// work(a number of the tensor's type)
+template <typename Work>
+void with_type(const Tensor& t, const char* name, const Work& work) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return work(float{});
+    case ScalarType::Double:
+      return work(double{});
+    case ScalarType::BFloat16:
+      return work(torch::headeronly::BFloat16{});
+    case ScalarType::Half:
+      return work(torch::headeronly::Half{});
+    default:
+      STD_TORCH_CHECK(false, "ernet: ", name, " must be float32, float64, bfloat16 or float16");
+  }
 }
 
-// C-vectors as arrays of A: the tensors' own memory, or, where their dtype is another one, copies of it; those of
-// tensors to be changed are written back in the end.
+// Per-channel vectors as arrays of A: the tensors' own memory, or, where their dtype is another one, copies of it;
+// those of tensors to be changed are written back in the end.
 template <typename A>
 class Vectors {
  public:
@@ -81,20 +93,9 @@ class Vectors {
 
   void write_back() {
     for (auto& [copy, t] : changed_) {
-      void* to = t.mutable_data_ptr();
-      switch (t.scalar_type()) {
-        case ScalarType::Float:
-          convert_back<float>(copy, to, t.numel());
-          break;
-        case ScalarType::Double:
-          convert_back<double>(copy, to, t.numel());
-          break;
-        case ScalarType::BFloat16:
-          convert_back<torch::headeronly::BFloat16>(copy, to, t.numel());
-          break;
-        default:
-          convert_back<torch::headeronly::Half>(copy, to, t.numel());
-      }
+      with_type(t, "running statistics", [from = copy, to = t](auto of_type) {
+        convert(from, static_cast<decltype(of_type)*>(to.mutable_data_ptr()), to.numel());
+      });
     }
   }
 
@@ -104,22 +105,9 @@ class Vectors {
   A* copy_of(const Tensor& t, const char* name) {
     copies_.emplace_back(static_cast<size_t>(t.numel()));
     A* copy = copies_.back().data();
-    switch (t.scalar_type()) {
-      case ScalarType::Float:
-        convert<float>(t.const_data_ptr(), copy, t.numel());
-        break;
-      case ScalarType::Double:
-        convert<double>(t.const_data_ptr(), copy, t.numel());
-        break;
-      case ScalarType::BFloat16:
-        convert<torch::headeronly::BFloat16>(t.const_data_ptr(), copy, t.numel());
-        break;
-      case ScalarType::Half:
-        convert<torch::headeronly::Half>(t.const_data_ptr(), copy, t.numel());
-        break;
-      default:
-        STD_TORCH_CHECK(false, "ernet: ", name, " must be float32, float64, bfloat16 or float16");
-    }
+    with_type(t, name, [&](auto of_type) {
+      convert(static_cast<const decltype(of_type)*>(t.const_data_ptr()), copy, t.numel());
+    });
     return copy;
   }
 
@@ -127,14 +115,14 @@ class Vectors {
   std::vector<std::pair<A*, Tensor>> changed_;
 };
 
-// The table or the totals of a stage: float64 [maps, rows, C].
-inline double* stage_rows(const Tensor& t, const char* name, int64_t rows, int64_t index, int64_t channels) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == rows && t.size(2) == channels && t.is_cpu() && t.is_contiguous() &&
+// The table of a stage, float64 [maps, kTableRows, C].
+inline double* table_of(const Tensor& t, int64_t index, int64_t channels) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == kTableRows && t.size(2) == channels && t.is_cpu() && t.is_contiguous() &&
                       t.scalar_type() == ScalarType::Double,
-                  "ernet: ", name, " must be a contiguous float64 tensor [maps, ", rows, ", ", channels,
+                  "ernet: table must be a contiguous float64 tensor [maps, ", +kTableRows, ", ", channels,
                   "] on the CPU");
-  STD_TORCH_CHECK(index >= 0 && index < t.size(0), "ernet: index ", index, " is outside the ", t.size(0), " maps of ",
-                  name);
+  STD_TORCH_CHECK(index >= 0 && index < t.size(0), "ernet: index ", index, " is outside the ", t.size(0),
+                  " maps of table");
   return static_cast<double*>(t.mutable_data_ptr());
 }
 
@@ -165,29 +153,13 @@ inline double next_momentum(const std::optional<Tensor>& batches, const std::opt
   return momentum.has_value() ? *momentum : 1.0 / static_cast<double>(seen);
 }
 
-inline void run(const BlockCoefficients<float>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().forward_f32(k, begin, end);
-}
-inline void run(const BlockCoefficients<double>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().forward_f64(k, begin, end);
-}
-inline void run(const cpu::PairGradient<float>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().pair_f32(k, begin, end);
-}
-inline void run(const cpu::PairGradient<double>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().pair_f64(k, begin, end);
-}
-inline void run(const cpu::OwnGradient<float>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().own_f32(k, begin, end);
-}
-inline void run(const cpu::OwnGradient<double>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().own_f64(k, begin, end);
-}
-inline void run(const cpu::MomentsGradient<float>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().gradient_f32(k, begin, end);
-}
-inline void run(const cpu::MomentsGradient<double>& k, int64_t begin, int64_t end) {
-  cpu::coefficient_loops().gradient_f64(k, begin, end);
+template <typename A>
+const cpu::VectorLoops<A>& vector_loops() {
+  if constexpr (std::is_same_v<A, double>) {
+    return cpu::coefficient_loops().f64;
+  } else {
+    return cpu::coefficient_loops().f32;
+  }
 }
 
 inline ScalarType vector_type(bool doubles) { return doubles ? ScalarType::Double : ScalarType::Float; }
@@ -219,7 +191,7 @@ struct EpilogueParameters {
 };
 
 // The arguments of the loops but a and b. `moments`: mean and variance of the map, null where nothing depends on them.
-// Counts a batch where running statistics are to be moved, so whatever else is checked must have been before.
+// Counts a batch where running statistics are to be updated, so whatever else is checked must have been before.
 template <typename A>
 BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const Tensor& table, int64_t index,
                                        const EpilogueParameters& k, std::pair<const A*, const A*> moments,
@@ -231,7 +203,7 @@ BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const Tensor& table,
   BlockCoefficients<A> args{};
   args.index = index;
   args.C = channels;
-  args.table = stage_rows(table, "table", kTableRows, index, channels);
+  args.table = table_of(table, index, channels);
   args.mean = moments.first;
   args.var = moments.second;
   args.count = count;
@@ -255,11 +227,11 @@ BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const Tensor& table,
                   "ernet: norm 2 (running) needs norm_mean and norm_var");
   STD_TORCH_CHECK(!k.use_running || args.running_mean != nullptr,
                   "ernet: use_running needs running_mean and running_var");
-  const bool move_norm = batch && k.norm_mean.has_value(), move = !k.use_running && k.running_mean.has_value();
-  if (move_norm) check_batches(k.norm_batches, k.norm_momentum, "norm_batches");
-  if (move) check_batches(k.batches, k.momentum, "batches");
-  if (move_norm) args.norm_momentum = next_momentum(k.norm_batches, k.norm_momentum);
-  if (move) args.momentum = next_momentum(k.batches, k.momentum);
+  const bool update_norm = batch && k.norm_mean.has_value(), update = !k.use_running && k.running_mean.has_value();
+  if (update_norm) check_batches(k.norm_batches, k.norm_momentum, "norm_batches");
+  if (update) check_batches(k.batches, k.momentum, "batches");
+  if (update_norm) args.norm_momentum = next_momentum(k.norm_batches, k.norm_momentum);
+  if (update) args.momentum = next_momentum(k.batches, k.momentum);
   return args;
 }
 

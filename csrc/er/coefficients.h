@@ -1,5 +1,5 @@
-// The algebra on C-vectors between the moments of raw maps and the coefficients of a block's weighted sum, for
-// batch norm, free of torch. docs/er-shortcuts.md derives it.
+// The algebra on per-channel vectors between the moments of raw maps and the coefficients of a block's weighted sum,
+// for batch norm, free of torch. docs/er-shortcuts.md derives it.
 //
 // Map i of a stage is x_i = scale_i * z_i + shift_i, its normalisation N(x_i) = s_i scale_i (z_i - mean_i). The table
 // of a stage holds a row of numbers for each; block l turns its own row and those before into
@@ -23,7 +23,7 @@ enum TableRow : int { kScale, kRstd, kCentre, kShift, kMean, kVar, kNorm, kTable
 // kMean     measured mean of z; kVar its biased variance
 // kNorm     s = 1 / sqrt(scale^2 var + eps)
 
-// Rows of [C] sums of each map in the totals of a backward pass: gradients of scale, shift, mean and variance.
+// Rows of [C] sums over the later blocks of a map: gradients of its scale, shift, mean and variance.
 enum TotalRow : int { kDScale, kDShift, kDMean, kDVar, kTotalRows };
 
 // Vectors are [C] arrays of A, float or double. Null: absent.
@@ -39,13 +39,13 @@ struct BlockCoefficients {
   BranchNorm norm;
   const A* gamma;
   const A* beta;
-  A* norm_mean;  // norm batch: moved towards the measured ones, if given; norm running: read
+  A* norm_mean;  // norm batch: updated with the measured ones, if given; norm running: read
   A* norm_var;
   double norm_momentum;
   double norm_eps;
 
   const A* weight;  // [l][C]
-  A* running_mean;  // [l][C]; use_running: read; else moved towards the measured ones, if given
+  A* running_mean;  // [l][C]; use_running: read; else updated with the measured ones, if given
   A* running_var;
   bool use_running;
   double momentum;
@@ -95,16 +95,18 @@ struct MomentsGradient {
   A* k0;
 };
 
+// Channels [begin, end) of each.
+template <typename A>
+struct VectorLoops {
+  void (*block)(const BlockCoefficients<A>&, int64_t begin, int64_t end);
+  void (*pair)(const PairGradient<A>&, int64_t begin, int64_t end);
+  void (*own)(const OwnGradient<A>&, int64_t begin, int64_t end);
+  void (*moments)(const MomentsGradient<A>&, int64_t begin, int64_t end);
+};
+
 struct CoefficientLoops {
-  // Channels [begin, end).
-  void (*forward_f32)(const BlockCoefficients<float>&, int64_t begin, int64_t end);
-  void (*forward_f64)(const BlockCoefficients<double>&, int64_t begin, int64_t end);
-  void (*pair_f32)(const PairGradient<float>&, int64_t begin, int64_t end);
-  void (*pair_f64)(const PairGradient<double>&, int64_t begin, int64_t end);
-  void (*own_f32)(const OwnGradient<float>&, int64_t begin, int64_t end);
-  void (*own_f64)(const OwnGradient<double>&, int64_t begin, int64_t end);
-  void (*gradient_f32)(const MomentsGradient<float>&, int64_t begin, int64_t end);
-  void (*gradient_f64)(const MomentsGradient<double>&, int64_t begin, int64_t end);
+  VectorLoops<float> f32;
+  VectorLoops<double> f64;
 };
 
 namespace isa_portable {

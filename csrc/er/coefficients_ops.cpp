@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> forward(const ForwardParameters& k) {
   Tensor b = torch::stable::new_empty(k.table, {block ? channels : 0}, type);
   args.a = block ? data_of<A>(a) : nullptr;
   args.b = data_of<A>(b);
-  over_channels(channels, k.index + 1, [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  over_channels(channels, k.index + 1, [&](int64_t begin, int64_t end) { vector_loops<A>().block(args, begin, end); });
   vectors.write_back();
   return {a, b};
 }
@@ -78,7 +78,7 @@ Gradients backward(const BackwardParameters& k) {
   Vectors<A> vectors;
   MapVectors<A> v{};
   v.C = C;
-  v.row = stage_rows(k.table, "table", kTableRows, k.index, C) + k.index * kTableRows * C;
+  v.row = table_of(k.table, k.index, C) + k.index * kTableRows * C;
   v.norm = branch_norm(k.norm);
   v.eps = k.eps;
   v.count = value_count(k.count, k.elements);

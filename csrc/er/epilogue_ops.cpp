@@ -1,33 +1,22 @@
-// The tail of an ER block with batch norm as one operator each way, for the CPU: schemas, argument checks and the
-// implementation, by loops over maps and over C-vectors. Autograd is in ernet_fast/er/nodes.py, fake kernels in
-// ernet_fast/er/epilogue.py.
+// The epilogue of an ER block with batch norm as one operator each way, for the CPU: schemas, argument checks and the
+// implementation, by loops over feature maps and over per-channel vectors. Autograd is in ernet_fast/er/nodes.py, fake
+// kernels in ernet_fast/er/epilogue.py.
 //
-// Forward goes by block: moments of z, coefficients, weighted sum of all maps up to z. Backward goes by map: the dots
-// of z with its own and every later g, gradients of C-vectors, and dz, a weighted sum of just those g and z. Channels
-// have nothing to do with one another, so where a strip of some channels of these maps fits in the second-level cache,
-// all of that is done strip by strip, and each map comes from memory once. Strips are of no use channels-last; there
-// the pass that writes dz takes the dots of the map before with the g that it reads. Bits do not depend on strips.
+// Forward goes by block: moments of z, coefficients, weighted sum of all maps up to z. Backward goes by map: the inner
+// products of z with its own and every later g, gradients of per-channel vectors, and dz, a weighted sum of just those
+// g and z. Channels are independent, so where a tile of some channels of these maps fits in the second-level cache, all
+// of that is done channel tile by channel tile, and each map comes from memory once. Channels-last maps are not tiled;
+// there the pass that writes dz takes the inner products of the map before with the g that it reads. Results are the
+// same bits with and without tiles.
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "er/map_algebra.h"
-#include "er/strips.h"
-#include "memory/outputs.h"
+#include "er/passes.h"
 
 namespace ernet {
 namespace {
-
-template <typename A>
-struct Moments {
-  explicit Moments(int64_t channels) : values(new A[static_cast<size_t>(2 * channels)]), channels(channels) {}
-
-  A* mean() const { return values.get(); }
-  A* var() const { return values.get() + channels; }
-
-  std::unique_ptr<A[]> values;
-  int64_t channels;
-};
 
 struct ForwardParameters {
   StackArguments& in;
@@ -44,19 +33,21 @@ template <typename A>
 std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& shape, Storage storage) {
   const int64_t index = static_cast<int64_t>(k.maps.size()) - 1;
   const double count = static_cast<double>(shape.N * shape.P);
-  std::vector<Moments<A>> moments;
-  std::vector<MomentsPass<A>> passes;
+  std::vector<std::unique_ptr<A[]>> moments;  // [2][C] of each map
+  std::vector<Reduction<cpu::ChannelMoments, A>> passes;
   std::vector<BlockCoefficients<A>> files;  // of earlier maps, as they are
   for (int64_t i = k.filed; i <= index; ++i) {
-    moments.emplace_back(shape.C);
-    passes.emplace_back(shape, storage, k.maps[static_cast<size_t>(i)], moments.back().mean(), moments.back().var());
+    moments.emplace_back(new A[static_cast<size_t>(2 * shape.C)]);
+    A *const mean = moments.back().get(), *const var = mean + shape.C;
+    const void* const map = k.maps[static_cast<size_t>(i)].const_data_ptr();
+    passes.emplace_back(storage, cpu::ChannelMoments{shape, map, nullptr}, mean, var);
     if (i == index) break;
     BlockCoefficients<A> file{};
     file.index = i;
     file.C = shape.C;
-    file.table = stage_rows(k.table, "table", kTableRows, i, shape.C);
-    file.mean = k.measure_earlier ? moments.back().mean() : nullptr;
-    file.var = k.measure_earlier ? moments.back().var() : nullptr;
+    file.table = table_of(k.table, i, shape.C);
+    file.mean = k.measure_earlier ? mean : nullptr;
+    file.var = k.measure_earlier ? var : nullptr;
     file.count = count;
     file.norm = BranchNorm::none;
     file.eps = k.epilogue.eps;
@@ -65,21 +56,21 @@ std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& s
   Vectors<A> vectors;
   Tensor a = cpu_output({index + 1, shape.C}, vector_type(std::is_same_v<A, double>), sizeof(A));
   const std::unique_ptr<A[]> b(new A[static_cast<size_t>(shape.C)]);
-  const std::pair<const A*, const A*> own = {k.measure ? moments.back().mean() : nullptr,
-                                             k.measure ? moments.back().var() : nullptr};
+  const std::pair<const A*, const A*> own = {k.measure ? moments.back().get() : nullptr,
+                                             k.measure ? moments.back().get() + shape.C : nullptr};
   BlockCoefficients<A> args = forward_arguments<A>(vectors, k.table, index, k.epilogue, own, count);
   args.a = data_of<A>(a);
   args.b = b.get();
   const std::vector<const void*> data = pointers(k.maps);
   const SumPass sum(shape, storage, k.maps[0], data, args.a, args.b, k.relu);
-  over_strips(shape, index + 1, k.maps[0].element_size(), [&](const Strip* strip) {
-    for (size_t i = 0; k.measure_earlier && i < files.size(); ++i) over(strip, passes[i]);
-    if (k.measure) over(strip, passes.back());
-    over_vectors(strip, shape.C, index + 1, [&](int64_t begin, int64_t end) {
-      for (const BlockCoefficients<A>& file : files) run(file, begin, end);
-      run(args, begin, end);
+  over_channel_tiles(shape, index + 1, k.maps[0].element_size(), [&](const ChannelTile* tile) {
+    for (size_t i = 0; k.measure_earlier && i < files.size(); ++i) over(tile, passes[i]);
+    if (k.measure) over(tile, passes.back());
+    over_vectors(tile, shape.C, index + 1, [&](int64_t begin, int64_t end) {
+      for (const BlockCoefficients<A>& file : files) vector_loops<A>().block(file, begin, end);
+      vector_loops<A>().block(args, begin, end);
     });
-    over(strip, sum);
+    over(tile, sum);
   });
   vectors.write_back();
   return {sum.y, a};
@@ -99,7 +90,7 @@ std::tuple<Tensor, Tensor> er_block(const ForwardParameters& k) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Lists: what later blocks have left, one entry each; their g as a dy and its bits.
+// Lists: what later blocks have left, one entry each; their g as a dy and its ReLU bitmask.
 struct BackwardParameters {
   StackArguments& in;
   int64_t index = in.integer();
@@ -126,8 +117,8 @@ struct BackwardParameters {
   bool needed = in.boolean();
 };
 
-// The bits of map i begin i lines into their tensor: those of all maps at one place of their pages would have every
-// load of one wait for a store to another.
+// The ReLU bitmask of map i begins i lines into its tensor: those of all maps at one place of their pages would have
+// every load of one wait for a store to another.
 constexpr int64_t kLeadBytes = 64, kLeads = 64;
 int64_t lead_bytes(int64_t index) { return index % kLeads * kLeadBytes; }
 
@@ -140,8 +131,8 @@ const uint8_t* checked_bits(const Tensor& bits, const MapShape& shape) {
   return static_cast<const uint8_t*>(bits.const_data_ptr()) + lead;
 }
 
-// Backward of one map. What the passes and the algebra need is laid out first; then all of it runs, strip by strip or
-// over whole maps.
+// Backward of one map. What the passes and the algebra need is laid out first; then all of it runs, channel tile by
+// tile or over whole maps.
 template <typename A>
 class MapGradient {
  public:
@@ -163,15 +154,15 @@ class MapGradient {
   }
 
   Gradients run() {
-    over_strips(shape_, static_cast<int64_t>(terms_.size()) + 1, k_.z.element_size(), [&](const Strip* strip) {
-      if (dots_) over(strip, *dots_);
-      over_vectors(strip, C_, num_later_ + 2, [&](int64_t begin, int64_t end) { algebra_->run(begin, end); });
-      if (sum_) over(strip, *sum_);
-      if (sum_dots_) sum_dots_->whole();
-    });
+    over_channel_tiles(
+        shape_, static_cast<int64_t>(terms_.size()) + 1, k_.z.element_size(), [&](const ChannelTile* tile) {
+          if (dots_) over(tile, *dots_);
+          over_vectors(tile, C_, num_later_ + 2, [&](int64_t begin, int64_t end) { algebra_->run(begin, end); });
+          if (sum_) over(tile, *sum_);
+          if (sum_dots_) over(nullptr, *sum_dots_);
+        });
     if (k_.dots && reached_) std::copy_n(own_sums_ + C_, C_, data_of<A>(db_));
-    const Tensor none = cpu_output({0}, k_.z.scalar_type(), 1);
-    return {sum_ ? sum_->y : sum_dots_ ? sum_dots_->y : none, bits_, db_, dgamma_, dbeta_, before_dots_};
+    return {dz_, bits_, db_, dgamma_, dbeta_, before_dots_};
   }
 
  private:
@@ -182,7 +173,7 @@ class MapGradient {
   static ScalarType type() { return vector_type(std::is_same_v<A, double>); }
   Tensor vector(int64_t rows) const { return cpu_output({rows * C_}, type(), sizeof(A)); }
 
-  // The dots of z with its own g, and, where they are not known, with every later one.
+  // The inner products of z with its own g, and, where they are not known, with every later one.
   void prepare_dots() {
     const bool gated = reached_ && k_.y.has_value(), known = k_.known.has_value();
     // Not from the memory that is kept for maps: a size of its own would have a map's given back to the system.
@@ -212,7 +203,8 @@ class MapGradient {
     if (k_.dots && args.rows() > 0) dots_.emplace(storage_, args, known ? own_sums_ : sums_.get());
   }
 
-  // dz, the weighted sum of g, z and what is passed on; over whole maps also the dots of the map before with every g.
+  // dz, the weighted sum of g, z and what is passed on; over whole maps also the inner products of the map before with
+  // every g.
   void prepare_sum() {
     if (reached_) add_term(k_.dy->const_data_ptr(), own_bits_);
     for (size_t l = 0; l < later_g_.size(); ++l) add_term(later_g_[l], later_bits_[l]);
@@ -220,6 +212,7 @@ class MapGradient {
     if (k_.measured) add_term(k_.z.const_data_ptr(), nullptr);
     if (k_.passed.has_value()) add_term(k_.passed->const_data_ptr(), nullptr);
     before_dots_ = vector(0);
+    dz_ = cpu_output({0}, k_.z.scalar_type(), 1);
     if (!k_.needed || terms_.empty()) return;
     const int64_t num_terms = static_cast<int64_t>(terms_.size());
     rows_ = array<A>(num_terms + 1);  // and k0
@@ -228,17 +221,26 @@ class MapGradient {
         k_.before.has_value() && k_.dots && num_g > 0 && shape_.channels_last && !k_.passed.has_value();
     if (!with_before) {
       sum_.emplace(shape_, storage_, k_.z, terms_, rows_.get(), k0, false, term_bits_.data());
+      dz_ = sum_->y;
       return;
     }
     before_dots_ = cpu_output({num_g, C_}, type(), sizeof(A));
-    const cpu::SumDots args{
-        shape_,      num_g, terms_.data(), term_bits_.data(),           k_.measured ? k_.z.const_data_ptr() : nullptr,
-        rows_.get(), k0,    nullptr,       k_.before->const_data_ptr(), nullptr,
-        false};
-    sum_dots_.emplace(storage_, k_.z, args, data_of<A>(before_dots_));
+    dz_ = empty_map_like(k_.z);
+    const cpu::SumDots args{shape_,
+                            num_g,
+                            terms_.data(),
+                            term_bits_.data(),
+                            k_.measured ? k_.z.const_data_ptr() : nullptr,
+                            rows_.get(),
+                            k0,
+                            dz_.mutable_data_ptr(),
+                            k_.before->const_data_ptr(),
+                            nullptr,
+                            streams(k_.z)};
+    sum_dots_.emplace(storage_, args, data_of<A>(before_dots_));
   }
 
-  // What the dots say of the per-channel vectors, and the coefficients of dz.
+  // What the inner products say of the per-channel vectors, and the coefficients of dz.
   void prepare_algebra() {
     const bool affine = k_.norm != 0;
     db_ = vector(reached_ ? 1 : 0);
@@ -249,7 +251,7 @@ class MapGradient {
     later.check(k_.later_dy.size());
     MapVectors<A> v{};
     v.C = C_;
-    v.row = stage_rows(k_.table, "table", kTableRows, k_.index, C_) + k_.index * kTableRows * C_;
+    v.row = table_of(k_.table, k_.index, C_) + k_.index * kTableRows * C_;
     v.norm = branch_norm(k_.norm);
     v.eps = k_.eps;
     v.count = static_cast<double>(shape_.N * shape_.P);
@@ -280,16 +282,16 @@ class MapGradient {
   const std::unique_ptr<A[]> sums_;  // [num_later][C]; then, of its own g, those of g * z and of g
   A* const own_sums_;
   const std::unique_ptr<double[]> dmoments_;
-  Tensor bits_, db_, dgamma_, dbeta_, before_dots_;
+  Tensor dz_, bits_, db_, dgamma_, dbeta_, before_dots_;
   uint8_t* own_bits_ = nullptr;
   std::vector<const void*> later_g_, terms_;
   std::vector<const uint8_t*> later_bits_, term_bits_;
   Vectors<A> vectors_;
   std::unique_ptr<A[]> rows_;
   std::optional<MapAlgebra<A>> algebra_;
-  std::optional<MapDotsPass<A>> dots_;
+  std::optional<Reduction<cpu::MapDots, A>> dots_;
   std::optional<SumPass> sum_;
-  std::optional<SumDotsPass<A>> sum_dots_;
+  std::optional<Reduction<cpu::SumDots, A>> sum_dots_;
 };
 
 Gradients er_block_backward(const BackwardParameters& k) {

@@ -1,4 +1,4 @@
-// Maps and C-vectors as the ER operators take and return them: checks, layouts, memory.
+// Feature maps and per-channel vectors as the ER operators take and return them: checks, layouts, memory.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -116,13 +116,6 @@ inline int64_t grain(const MapShape& shape, int64_t num_maps, bool reduction) {
   return items > 0 ? items : 1;
 }
 
-// Partial results: every item writes its own, so they need no value but for empty maps, which have no items.
-inline std::unique_ptr<double[]> partial_results(int64_t count, bool empty) {
-  std::unique_ptr<double[]> partial(new double[static_cast<size_t>(count)]);
-  if (empty) std::fill_n(partial.get(), count, 0.0);
-  return partial;
-}
-
 inline Tensor like_channels(const Tensor& map, const std::vector<int64_t>& sizes, Storage storage) {
   return torch::stable::new_empty(map, sizes, acc_type(storage));
 }
@@ -136,9 +129,9 @@ inline Tensor empty_map_like(const Tensor& map) {
   return torch::stable::from_blob(buffer, map.sizes(), map.strides(), map.device(), map.scalar_type(), give_back);
 }
 
-// Outputs this large are written past the cache. A stage's maps do not fit there together, and an ordinary store of a
-// line that is not in the cache reads it first: a stage's tails take a tenth longer with 3 MiB maps that were out of
-// the cache, 13 % with 12 MiB and 30 % with 25 MiB.
+// Outputs this large are written with non-temporal stores. A stage's maps do not fit in the cache together, and an
+// ordinary store of a line that is not there reads it first: a stage's block epilogues take a tenth longer with 3 MiB
+// maps, 13 % with 12 MiB and 30 % with 25 MiB.
 constexpr size_t kStreamBytes = size_t{2} << 20;
 inline bool streams(const Tensor& map) {
   return static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size()) >= kStreamBytes;

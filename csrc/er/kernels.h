@@ -5,7 +5,7 @@
 //   weighted_dot      g = dy (where y > 0);  da_l = sum g * x_l,  db = sum g
 //   map_dots          the same by map: of one map x, sum g_l * x for every g_l that is known
 //
-// In place of g there may be dy and the bits of where y > 0: a thirty-second of a map of float.
+// In place of g there may be dy and a ReLU bitmask, which says where y > 0: a thirty-second of a map of float.
 //
 // A map is N samples of C channels of P pixels, either "planar" (NCHW: [N][C][P]) or channels-last ([N][P][C]).
 // "Groups" are what has coefficients or sums of its own: 1 (per channel) or N (per sample and channel).
@@ -38,7 +38,7 @@ struct WeightedSum {
   const void* b;               // acc [groups][C], or null for zero
   void* y;
   bool relu;
-  bool stream;  // write y past the cache
+  bool stream;  // write y with non-temporal stores
 };
 
 struct WeightedDot {
@@ -48,8 +48,11 @@ struct WeightedDot {
   const void* y;            // null: no ReLU, g = dy
   void* g;                  // written only where y is given
   const void* const* maps;  // [num_maps]
-  double* partial;          // [groups * slabs][num_maps + 1][C]: sums of g * x_l of a slab, the last row those of g
-  bool stream;              // write g past the cache
+  double* partial;          // [groups * slabs][rows()][C]: sums of g * x_l of a slab, the last row those of g
+  bool stream;              // write g with non-temporal stores
+
+  int64_t rows() const { return num_maps + 1; }
+  int64_t num_streams() const { return num_maps + 1; }
 };
 
 // g_l are those of later blocks, each as a dy and its bits; and that of the block whose output y came from x, if any.
@@ -66,10 +69,11 @@ struct MapDots {
   double* partial;                   // [slabs][rows()][C]: sums of g_l * x of a slab; with a dy, then of g * x and of g
 
   int64_t rows() const { return num_later + (dy == nullptr ? 0 : 2); }
+  int64_t num_streams() const { return rows() + 1; }
 };
 
-// Channels-last maps alone: the gradient of a map, y = sum_l a_l * g_l + a_z * z + b, and the dots of the map before
-// with the same g_l, which its own gradient is to need.
+// Channels-last maps alone: the gradient of a map, y = sum_l a_l * g_l + a_z * z + b, and the inner products of the map
+// before with the same g_l, which its own gradient is to need.
 struct SumDots {
   MapShape shape;
   int64_t num_g;
@@ -80,18 +84,24 @@ struct SumDots {
   const void* b;               // acc [C], or null for zero
   void* y;
   const void* before;
-  double* partial;  // [slabs][num_g][C]: sums of g_l * before of a slab
-  bool stream;      // write y past the cache
+  double* partial;  // [slabs][rows()][C]: sums of g_l * before of a slab
+  bool stream;      // write y with non-temporal stores
+
+  int64_t rows() const { return num_g; }
+  int64_t num_streams() const { return num_g + 2; }
 };
 
 struct ChannelMoments {
   MapShape shape;
   const void* x;
   double* partial;  // [groups * slabs][2][C]: mean and sum of squared deviations of a slab
+
+  int64_t rows() const { return 2; }
+  int64_t num_streams() const { return 1; }
 };
 
-// Bytes of the bits of a row, and of all rows of a map: planes in the planar layout, pixels in channels-last. Some more
-// at their end may be read.
+// Bytes of a row of a ReLU bitmask, and of all rows of a map: planes in the planar layout, pixels in channels-last.
+// Some more at their end may be read.
 constexpr int64_t kBitsPast = 8;
 int64_t bit_row_bytes(const MapShape& shape);
 int64_t bit_bytes(const MapShape& shape);
@@ -143,36 +153,37 @@ int64_t item_elements(const MapShape& shape, bool reduction);
 
 // Some channels of all maps of a block, [begin, end): what is done to them in one pass after another stays in the
 // second-level cache. Batch norm alone, whose channels have nothing to do with one another.
-struct Strip {
+struct ChannelTile {
   int64_t begin, end;
 };
-// How many channels a strip has, for a block of `num_maps` maps: by shape alone. All C where strips would not help:
-// then every pass goes over whole maps.
-int64_t strip_channels(const MapShape& shape, int64_t num_maps, int64_t element_size);
+// How many channels a tile has, for a block of `num_maps` maps: by shape alone. All C where tiles would not help: then
+// every pass goes over whole maps.
+int64_t tile_channels(const MapShape& shape, int64_t num_maps, int64_t element_size);
 
-// Merge the partial results of some channels, in order, in double. mean, var, da, db are acc arrays ("acc" as above):
-// mean and var [groups][C]; da [num_maps][groups][C]; db [groups][C].
+// Merge the partial results of some channels, in order, in double, into acc arrays ("acc" as above).
 template <typename A>
-void merge_moments(const ChannelMoments& args, const Strip& strip, A* mean, A* var);
+void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var);  // [groups][C] each
 template <typename A>
-void merge_dot(const WeightedDot& args, const Strip& strip, A* da, A* db);
+void merge(const WeightedDot& args, const ChannelTile& tile, A* da, A* db);  // [num_maps][groups][C], [groups][C]
 template <typename A>
-void merge_map_dots(const MapDots& args, const Strip& strip, A* sums);  // [rows()][C]
+void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* none);  // [rows()][C]
 template <typename A>
-void merge_sum_dots(const SumDots& args, A* sums);  // [num_g][C]
+void merge(const SumDots& args, const ChannelTile& tile, A* sums, A* none);  // [num_g][C]
+
+// The loops of one operator, by storage type: over work items [begin, end), of which any partition gives the same bits;
+// and all that those items do to the channels of a tile, with the same bits.
+template <typename Arguments>
+struct MapLoops {
+  void (*items[kNumStorage])(const Arguments&, int64_t begin, int64_t end);
+  void (*channel_tile[kNumStorage])(const Arguments&, const ChannelTile&);
+};
 
 struct ErLoops {
-  // Work items [begin, end). Any partition of the items gives the same bits.
-  void (*weighted_sum[kNumStorage])(const WeightedSum&, int64_t begin, int64_t end);
-  void (*weighted_dot[kNumStorage])(const WeightedDot&, int64_t begin, int64_t end);
-  void (*map_dots[kNumStorage])(const MapDots&, int64_t begin, int64_t end);
-  void (*sum_dots[kNumStorage])(const SumDots&, int64_t begin, int64_t end);  // items of a reduction
-  void (*channel_moments[kNumStorage])(const ChannelMoments&, int64_t begin, int64_t end);
-  // All that those items do to the channels of a strip, with the same bits.
-  void (*weighted_sum_strip[kNumStorage])(const WeightedSum&, const Strip&);
-  void (*weighted_dot_strip[kNumStorage])(const WeightedDot&, const Strip&);
-  void (*map_dots_strip[kNumStorage])(const MapDots&, const Strip&);
-  void (*channel_moments_strip[kNumStorage])(const ChannelMoments&, const Strip&);
+  const MapLoops<WeightedSum>& weighted_sum;
+  const MapLoops<WeightedDot>& weighted_dot;
+  const MapLoops<MapDots>& map_dots;
+  const MapLoops<SumDots>& sum_dots;
+  const MapLoops<ChannelMoments>& channel_moments;
 };
 
 namespace isa_portable {

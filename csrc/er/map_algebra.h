@@ -66,17 +66,18 @@ class MapAlgebra {
     for (int64_t i = 0; i < kTotalRows; ++i) {
       std::fill(totals_.get() + i * v_.C + begin, totals_.get() + i * v_.C + end, 0.0);
     }
+    const cpu::VectorLoops<A>& loops = vector_loops<A>();
     const A* sums = v_.sums;
     for (const LaterRows<A>& later : v_.later) {
-      ernet::run(cpu::PairGradient<A>{v_.C, v_.row, totals_.get(), later.weight, sums, later.db, later.running_mean,
-                                      later.running_var, v_.eps, later.dweight},
+      loops.pair({v_.C, v_.row, totals_.get(), later.weight, sums, later.db, later.running_mean, later.running_var,
+                  v_.eps, later.dweight},
                  begin, end);
       sums += v_.C;
     }
     const A* const own = v_.a == nullptr ? nullptr : v_.own_sums;
-    ernet::run(cpu::OwnGradient<A>{v_.C, v_.row, totals_.get(), own, own == nullptr ? nullptr : own + v_.C, v_.norm,
-                                   v_.dgamma, v_.dbeta, v_.dmoments},
-               begin, end);
+    loops.own({v_.C, v_.row, totals_.get(), own, own == nullptr ? nullptr : own + v_.C, v_.norm, v_.dgamma, v_.dbeta,
+               v_.dmoments},
+              begin, end);
   }
 
   // Coefficients of dz: those with which blocks read the map, k1, and ones for a gradient passed on; and k0.
@@ -90,7 +91,7 @@ class MapAlgebra {
     for (const LaterRows<A>& later : v_.later) add(later.a);
     if (v_.measured) {
       const double* const mean = v_.row + cpu::kMean * v_.C;
-      ernet::run(cpu::MomentsGradient<A>{v_.C, mean, v_.dmoments, v_.count, row, v_.k0}, begin, end);
+      vector_loops<A>().moments({v_.C, mean, v_.dmoments, v_.count, row, v_.k0}, begin, end);
       row += v_.C;
     }
     if (v_.pass_on) std::fill(row + begin, row + end, A(1));

@@ -10,17 +10,24 @@
 namespace ernet {
 namespace {
 
+// A reduction over whole maps into tensors of the accumulation type.
+template <typename Arguments>
+void reduce(Storage storage, const Arguments& args, const Tensor& out, const Tensor* last = nullptr) {
+  if (storage == Storage::f64) {
+    Reduction(storage, args, data_of<double>(out), last == nullptr ? nullptr : data_of<double>(*last)).whole();
+  } else {
+    Reduction(storage, args, data_of<float>(out), last == nullptr ? nullptr : data_of<float>(*last)).whole();
+  }
+}
+
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& x, bool per_sample) {
   const MapChecker checker(x, "x");
   const Storage storage = storage_of(x, "x");
   const MapShape shape = checker.shape(per_sample);
   Tensor mean = like_channels(x, channel_sizes(shape), storage);
   Tensor var = like_channels(x, channel_sizes(shape), storage);
-  if (storage == Storage::f64) {
-    MomentsPass<double>(shape, storage, x, data_of<double>(mean), data_of<double>(var)).whole();
-  } else {
-    MomentsPass<float>(shape, storage, x, data_of<float>(mean), data_of<float>(var)).whole();
-  }
+  const cpu::ChannelMoments args{shape, x.const_data_ptr(), nullptr};
+  reduce(storage, args, mean, &var);
   return {mean, var};
 }
 
@@ -52,15 +59,19 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
   Tensor da = like_channels(dy, sizes, storage);
   const std::vector<const void*> data = pointers(maps);
   Tensor g = y.has_value() ? empty_map_like(dy) : torch::stable::new_empty(dy, std::vector<int64_t>{0});
-  void* const g_data = y.has_value() ? g.mutable_data_ptr() : nullptr;
-  if (storage == Storage::f64) {
-    DotPass<double>(shape, storage, dy, y, g_data, data, data_of<double>(da), data_of<double>(db)).whole();
-  } else {
-    DotPass<float>(shape, storage, dy, y, g_data, data, data_of<float>(da), data_of<float>(db)).whole();
-  }
+  const cpu::WeightedDot args{shape,
+                              static_cast<int64_t>(maps.size()),
+                              dy.const_data_ptr(),
+                              y.has_value() ? y->const_data_ptr() : nullptr,
+                              y.has_value() ? g.mutable_data_ptr() : nullptr,
+                              data.data(),
+                              nullptr,
+                              y.has_value() && streams(dy)};
+  reduce(storage, args, da, &db);
   return {da, db, g};
 }
 
+<<<<<<< HEAD
 template <typename A>
 std::tuple<Tensor, Tensor> inner_products(const MapShape& shape, Storage storage, const cpu::MapDots& args,
                                           const Tensor& z, const Tensor& g, bool with_dy) {
@@ -75,6 +86,8 @@ std::tuple<Tensor, Tensor> inner_products(const MapShape& shape, Storage storage
   return {sums, g};
 }
 
+=======
+>>>>>>> erkernels
 std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>& dy, const std::optional<Tensor>& y,
                                     const std::vector<Tensor>& later_g) {
   MapChecker checker(z, "z");
@@ -97,8 +110,19 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
                           later.data(),
                           all.data(),
                           nullptr};
+<<<<<<< HEAD
   return storage == Storage::f64 ? inner_products<double>(shape, storage, args, z, g, dy.has_value())
                                  : inner_products<float>(shape, storage, args, z, g, dy.has_value());
+=======
+  const int64_t rows = args.num_later + (dy.has_value() ? 2 : 0);  // an empty dy has no address
+  const Tensor sums = like_channels(z, {rows, shape.C}, storage);
+  if (z.numel() == 0) {
+    torch::stable::zero_(sums);
+  } else if (rows > 0) {
+    reduce(storage, args, sums);
+  }
+  return {sums, g};
+>>>>>>> erkernels
 }
 
 }  // namespace

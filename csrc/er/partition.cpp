@@ -1,4 +1,4 @@
-// How the ER loops are cut into work items, how partial sums are merged, and which instruction set runs.
+// How the ER loops are cut into work items, and how partial sums are merged.
 #include "er/kernels.h"
 
 namespace ernet::cpu {
@@ -8,9 +8,10 @@ constexpr int64_t kSumElements = 16384;    // elements of a map in one channels-
 constexpr int64_t kRowElements = 2048;     // planar: samples share a slab up to this many elements of a channel
 constexpr int64_t kSlabElements = 262144;  // channels-last: elements of a slab, about
 constexpr int64_t kMaxSlabs = 64;          // bounds the partial results of a group
-// What a strip may take of the second-level cache: of 2 MiB, as servers have, with room for what streams through.
-constexpr int64_t kStripBytes = int64_t{1536} << 10;
-constexpr int64_t kPlanarRun = 4096;  // planar: bytes that a strip has of a sample in one run, at least
+// What a channel tile may take of the second-level cache: of 2 MiB, as servers have, with room for what streams
+// through.
+constexpr int64_t kChannelTileBytes = int64_t{1536} << 10;
+constexpr int64_t kPlanarRun = 4096;  // planar: bytes that a channel tile has of a sample in one run, at least
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t at_least_one(int64_t a) { return a > 0 ? a : 1; }
@@ -62,16 +63,16 @@ ReduceItem slab_item(const MapShape& s, int64_t slab, int64_t channel, int64_t c
 
 int64_t reduce_channels(const MapShape& s) { return block_channels(s); }
 
-int64_t strip_channels(const MapShape& s, int64_t num_maps, int64_t element_size) {
-  if (s.channels_last) return s.C;  // a strip's runs would lie a power of two apart and share a few sets of the cache
+int64_t tile_channels(const MapShape& s, int64_t num_maps, int64_t element_size) {
+  if (s.channels_last) return s.C;  // a tile's runs would lie a power of two apart and share a few sets of the cache
   const int64_t channel_bytes = at_least_one(s.N * s.P * element_size);
   // A map that was read in the pass before is still there if all that has come since leaves room for it.
-  const int64_t fits = kStripBytes / (channel_bytes * (num_maps + 2));
+  const int64_t fits = kChannelTileBytes / (channel_bytes * (num_maps + 2));
   const int64_t run = ceil_div(kPlanarRun, at_least_one(s.P * element_size));
   int64_t channels = 1;
   while (channels * 2 <= fits) channels *= 2;
   while (channels < run) channels *= 2;
-  return channels * channel_bytes * 3 > kStripBytes ? s.C : at_most(channels, s.C);
+  return channels * channel_bytes * 3 > kChannelTileBytes ? s.C : at_most(channels, s.C);
 }
 
 int64_t slab_elements(const MapShape& s, int64_t slab) {
@@ -96,7 +97,7 @@ int64_t item_elements(const MapShape& s, bool reduction) {
 // Chan's update: two sets of count, mean and sum of squared deviations become one. Slabs are merged into the first one,
 // all channels at a time.
 template <typename A>
-void merge_moments(const ChannelMoments& args, const Strip& strip, A* mean, A* var) {
+void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var) {
   const MapShape& s = args.shape;
   const int64_t slabs = slabs_per_group(s);
   for (int64_t group = 0; group < s.groups(); ++group) {
@@ -106,14 +107,14 @@ void merge_moments(const ChannelMoments& args, const Strip& strip, A* mean, A* v
       const double* part = first + slab * 2 * s.C;
       const double n = static_cast<double>(slab_elements(s, slab)), total = count + n;
       const double weight = n / total, spread = count * weight;
-      for (int64_t c = strip.begin; c < strip.end; ++c) {
+      for (int64_t c = tile.begin; c < tile.end; ++c) {
         const double delta = part[c] - first[c];
         first[c] += delta * weight;
         first[s.C + c] += part[s.C + c] + delta * delta * spread;
       }
       count = total;
     }
-    for (int64_t c = strip.begin; c < strip.end; ++c) {  // no values: 0 / 0 = NaN, as torch.var gives
+    for (int64_t c = tile.begin; c < tile.end; ++c) {  // no values: 0 / 0 = NaN, as torch.var gives
       mean[group * s.C + c] = count > 0 ? static_cast<A>(first[c]) : A(0);
       var[group * s.C + c] = static_cast<A>((count > 0 ? first[s.C + c] : 0) / count);
     }
@@ -122,12 +123,22 @@ void merge_moments(const ChannelMoments& args, const Strip& strip, A* mean, A* v
 
 namespace {
 
-// Rows of partial sums of one group: slabs are added to the first one.
-void add_slabs(double* first, int64_t slabs, int64_t rows, int64_t C, const Strip& strip) {
-  for (int64_t slab = 1; slab < slabs; ++slab) {
-    const double* part = first + slab * rows * C;
+// Slabs are added to the first one of their group, whose rows become sums [rows][groups][C]; the last row goes to
+// `last`, if that is given.
+template <typename A>
+void merge_sums(double* partial, const MapShape& s, int64_t rows, const ChannelTile& tile, A* sums, A* last) {
+  const int64_t slabs = slabs_per_group(s);
+  for (int64_t group = 0; group < s.groups(); ++group) {
+    double* const first = partial + group * slabs * rows * s.C;
+    for (int64_t slab = 1; slab < slabs; ++slab) {
+      const double* part = first + slab * rows * s.C;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t c = tile.begin; c < tile.end; ++c) first[row * s.C + c] += part[row * s.C + c];
+      }
+    }
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t c = strip.begin; c < strip.end; ++c) first[row * C + c] += part[row * C + c];
+      A* const out = last != nullptr && row == rows - 1 ? last + group * s.C : sums + (row * s.groups() + group) * s.C;
+      for (int64_t c = tile.begin; c < tile.end; ++c) out[c] = slabs > 0 ? static_cast<A>(first[row * s.C + c]) : A(0);
     }
   }
 }
@@ -135,63 +146,27 @@ void add_slabs(double* first, int64_t slabs, int64_t rows, int64_t C, const Stri
 }  // namespace
 
 template <typename A>
-void merge_dot(const WeightedDot& args, const Strip& strip, A* da, A* db) {
-  const MapShape& s = args.shape;
-  const int64_t slabs = slabs_per_group(s), rows = args.num_maps + 1;
-  for (int64_t group = 0; group < s.groups(); ++group) {
-    double* first = args.partial + group * slabs * rows * s.C;
-    add_slabs(first, slabs, rows, s.C, strip);
-    for (int64_t row = 0; row < rows; ++row) {
-      A* out = row < args.num_maps ? da + (row * s.groups() + group) * s.C : db + group * s.C;
-      for (int64_t c = strip.begin; c < strip.end; ++c) {
-        out[c] = slabs > 0 ? static_cast<A>(first[row * s.C + c]) : A(0);
-      }
-    }
-  }
+void merge(const WeightedDot& args, const ChannelTile& tile, A* da, A* db) {
+  merge_sums(args.partial, args.shape, args.rows(), tile, da, db);
 }
 
 template <typename A>
-void merge_rows(double* partial, const MapShape& shape, int64_t rows, const Strip& strip, A* sums) {
-  add_slabs(partial, slabs_per_group(shape), rows, shape.C, strip);
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = strip.begin; c < strip.end; ++c) {
-      sums[row * shape.C + c] = static_cast<A>(partial[row * shape.C + c]);
-    }
-  }
+void merge(const MapDots& args, const ChannelTile& tile, A* sums, A*) {
+  merge_sums<A>(args.partial, args.shape, args.rows(), tile, sums, nullptr);
 }
 
 template <typename A>
-void merge_map_dots(const MapDots& args, const Strip& strip, A* sums) {
-  merge_rows(args.partial, args.shape, args.rows(), strip, sums);
+void merge(const SumDots& args, const ChannelTile& tile, A* sums, A*) {
+  merge_sums<A>(args.partial, args.shape, args.rows(), tile, sums, nullptr);
 }
 
-template <typename A>
-void merge_sum_dots(const SumDots& args, A* sums) {
-  merge_rows(args.partial, args.shape, args.num_g, {0, args.shape.C}, sums);
-}
-
-template void merge_moments<float>(const ChannelMoments&, const Strip&, float*, float*);
-template void merge_moments<double>(const ChannelMoments&, const Strip&, double*, double*);
-template void merge_dot<float>(const WeightedDot&, const Strip&, float*, float*);
-template void merge_dot<double>(const WeightedDot&, const Strip&, double*, double*);
-template void merge_sum_dots<float>(const SumDots&, float*);
-template void merge_sum_dots<double>(const SumDots&, double*);
-template void merge_map_dots<float>(const MapDots&, const Strip&, float*);
-template void merge_map_dots<double>(const MapDots&, const Strip&, double*);
-
-const ErLoops& er_loops() {
-  switch (selected_isa()) {
-#ifdef ERNET_HAS_AVX512
-    case Isa::avx512:
-      return isa_avx512::er_loops;
-#endif
-#ifdef ERNET_HAS_AVX2
-    case Isa::avx2:
-      return isa_avx2::er_loops;
-#endif
-    default:
-      return isa_portable::er_loops;
-  }
-}
+template void merge<float>(const ChannelMoments&, const ChannelTile&, float*, float*);
+template void merge<double>(const ChannelMoments&, const ChannelTile&, double*, double*);
+template void merge<float>(const WeightedDot&, const ChannelTile&, float*, float*);
+template void merge<double>(const WeightedDot&, const ChannelTile&, double*, double*);
+template void merge<float>(const MapDots&, const ChannelTile&, float*, float*);
+template void merge<double>(const MapDots&, const ChannelTile&, double*, double*);
+template void merge<float>(const SumDots&, const ChannelTile&, float*, float*);
+template void merge<double>(const SumDots&, const ChannelTile&, double*, double*);
 
 }  // namespace ernet::cpu

@@ -1,6 +1,8 @@
-// The passes over maps that the ER operators are made of: each over whole maps by several threads, or over one strip.
+// The passes over maps that the ER operators are made of: each over whole maps by several threads, or over one channel
+// tile; and all passes and the algebra of an operator in one go, channel tile by channel tile.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -9,42 +11,53 @@
 
 namespace ernet {
 
-using cpu::Strip;
+using cpu::ChannelTile;
 
-inline Strip all_channels(const MapShape& shape) { return {0, shape.C}; }
+inline const auto& loops_of(const cpu::WeightedSum&) { return cpu::er_loops().weighted_sum; }
+inline const auto& loops_of(const cpu::WeightedDot&) { return cpu::er_loops().weighted_dot; }
+inline const auto& loops_of(const cpu::MapDots&) { return cpu::er_loops().map_dots; }
+inline const auto& loops_of(const cpu::SumDots&) { return cpu::er_loops().sum_dots; }
+inline const auto& loops_of(const cpu::ChannelMoments&) { return cpu::er_loops().channel_moments; }
 
-// Mean and biased variance of each channel: mean, var [groups][C].
-template <typename A>
-class MomentsPass {
+// A pass that reduces maps to sums a channel, in the arrays `out` and `last` as cpu::merge() has them. `args.partial`
+// is set here.
+template <typename Arguments, typename A>
+class Reduction {
  public:
-  MomentsPass(const MapShape& shape, Storage storage, const Tensor& x, A* mean, A* var)
-      : partial_(partial_results(shape.groups() * cpu::slabs_per_group(shape) * 2 * shape.C, x.numel() == 0)),
-        args_{shape, x.const_data_ptr(), partial_.get()},
-        storage_(static_cast<int>(storage)),
-        empty_(x.numel() == 0),
-        mean_(mean),
-        var_(var) {}
-
-  void whole() const {
-    if (!empty_) {
-      const auto loop = cpu::er_loops().channel_moments[storage_];
-      torch::stable::parallel_for(0, cpu::reduce_items(args_.shape), grain(args_.shape, 1, true),
-                                  [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
-    }
-    cpu::merge_moments(args_, all_channels(args_.shape), mean_, var_);
+  Reduction(Storage storage, const Arguments& args, A* out, A* last = nullptr)
+      : args_(args), storage_(static_cast<int>(storage)), out_(out), last_(last) {
+    const MapShape& s = args.shape;
+    const int64_t count = s.groups() * cpu::slabs_per_group(s) * args.rows() * s.C;
+    partial_.reset(new double[static_cast<size_t>(count)]);  // every item writes its own; empty maps have no items
+    empty_ = s.N * s.C * s.P == 0;
+    if (empty_) std::fill_n(partial_.get(), count, 0.0);
+    args_.partial = partial_.get();
   }
 
-  void strip(const Strip& strip) const {
-    cpu::er_loops().channel_moments_strip[storage_](args_, strip);
-    cpu::merge_moments(args_, strip, mean_, var_);
+  void whole() const {
+    const MapShape& s = args_.shape;
+    if (!empty_) {
+      const auto loop = loops_of(args_).items[storage_];
+      torch::stable::parallel_for(0, cpu::reduce_items(s), grain(s, args_.num_streams(), true),
+                                  [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
+    }
+    cpu::merge(args_, {0, s.C}, out_, last_);
+  }
+
+  void channel_tile(const ChannelTile& tile) const {
+    Arguments args = args_;
+    // What comes next in the tile reads g from the cache.
+    if constexpr (std::is_same_v<Arguments, cpu::WeightedDot>) args.stream = false;
+    loops_of(args).channel_tile[storage_](args, tile);
+    cpu::merge(args, tile, out_, last_);
   }
 
  private:
-  std::unique_ptr<double[]> partial_;
-  cpu::ChannelMoments args_;
+  Arguments args_;
   int storage_;
+  A *out_, *last_;
+  std::unique_ptr<double[]> partial_;
   bool empty_;
-  A *mean_, *var_;
 };
 
 // y = sum_l a_l * x_l + b, then ReLU if asked; y is allocated. `bits`: as cpu::WeightedSum has them.
@@ -59,12 +72,12 @@ class SumPass {
 
   void whole() const {
     if (y.numel() == 0) return;
-    const auto loop = cpu::er_loops().weighted_sum[storage_];
+    const auto loop = loops_of(args_).items[storage_];
     torch::stable::parallel_for(0, cpu::sum_items(args_.shape), grain(args_.shape, args_.num_maps, false),
                                 [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
   }
 
-  void strip(const Strip& strip) const { cpu::er_loops().weighted_sum_strip[storage_](args_, strip); }
+  void channel_tile(const ChannelTile& tile) const { loops_of(args_).channel_tile[storage_](args_, tile); }
 
   const Tensor y;
 
@@ -73,114 +86,32 @@ class SumPass {
   int storage_;
 };
 
-// g = dy, or dy where y > 0, which is written; da [maps][groups][C] and db [groups][C] of the maps.
-template <typename A>
-class DotPass {
- public:
-  DotPass(const MapShape& shape, Storage storage, const Tensor& dy, const std::optional<Tensor>& y, void* g,
-          const std::vector<const void*>& maps, A* da, A* db)
-      : partial_(partial_results(
-            shape.groups() * cpu::slabs_per_group(shape) * (static_cast<int64_t>(maps.size()) + 1) * shape.C,
-            dy.numel() == 0)),
-        args_{shape,
-              static_cast<int64_t>(maps.size()),
-              dy.const_data_ptr(),
-              y.has_value() ? y->const_data_ptr() : nullptr,
-              g,
-              maps.data(),
-              partial_.get(),
-              g != nullptr && streams(dy)},
-        storage_(static_cast<int>(storage)),
-        empty_(dy.numel() == 0),
-        da_(da),
-        db_(db) {}
+// Runs `steps` for every channel tile, or for whole maps: null. Fewer tiles than threads would leave some without work.
+template <typename Steps>
+void over_channel_tiles(const MapShape& shape, int64_t num_maps, int64_t element_size, const Steps& steps) {
+  const int64_t width = cpu::tile_channels(shape, num_maps, element_size);
+  const int64_t tiles = (shape.C + width - 1) / width;
+  if (tiles < std::max<int64_t>(2, torch::stable::get_num_threads())) return steps(nullptr);
+  const int64_t elements = width * shape.N * shape.P * num_maps;
+  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kGrainElements / elements),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const ChannelTile tile{i * width, std::min(shape.C, (i + 1) * width)};
+                                  steps(&tile);
+                                }
+                              });
+}
 
-  void whole() const {
-    if (!empty_) {
-      const auto loop = cpu::er_loops().weighted_dot[storage_];
-      torch::stable::parallel_for(0, cpu::reduce_items(args_.shape), grain(args_.shape, args_.num_maps + 1, true),
-                                  [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
-    }
-    cpu::merge_dot(args_, all_channels(args_.shape), da_, db_);
-  }
+template <typename Pass>
+void over(const ChannelTile* tile, const Pass& pass) {
+  tile == nullptr ? pass.whole() : pass.channel_tile(*tile);
+}
 
-  // What comes next in the strip reads g from the cache.
-  void strip(const Strip& strip) const {
-    cpu::WeightedDot args = args_;
-    args.stream = false;
-    cpu::er_loops().weighted_dot_strip[storage_](args, strip);
-    cpu::merge_dot(args, strip, da_, db_);
-  }
-
- private:
-  std::unique_ptr<double[]> partial_;
-  cpu::WeightedDot args_;
-  int storage_;
-  bool empty_;
-  A *da_, *db_;
-};
-
-// The gradient `y` of a channels-last map like `like`, allocated, and the sums [args.num_g][C] of the map before;
-// `args.y` and `args.partial` are set here.
-template <typename A>
-class SumDotsPass {
- public:
-  SumDotsPass(Storage storage, const Tensor& like, const cpu::SumDots& args, A* sums)
-      : y(empty_map_like(like)),
-        partial_(partial_results(cpu::slabs_per_group(args.shape) * args.num_g * args.shape.C, false)),
-        args_(args),
-        storage_(static_cast<int>(storage)),
-        sums_(sums) {
-    args_.y = y.mutable_data_ptr();
-    args_.partial = partial_.get();
-    args_.stream = streams(like);
-  }
-
-  void whole() const {
-    const auto loop = cpu::er_loops().sum_dots[storage_];
-    torch::stable::parallel_for(0, cpu::reduce_items(args_.shape), grain(args_.shape, args_.num_g + 2, true),
-                                [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
-    cpu::merge_sum_dots(args_, sums_);
-  }
-
-  const Tensor y;
-
- private:
-  std::unique_ptr<double[]> partial_;
-  cpu::SumDots args_;
-  int storage_;
-  A* sums_;
-};
-
-// Sums [args.rows()][C] of one map with every g; `args.partial` is set here.
-template <typename A>
-class MapDotsPass {
- public:
-  MapDotsPass(Storage storage, const cpu::MapDots& args, A* sums)
-      : partial_(partial_results(cpu::slabs_per_group(args.shape) * args.rows() * args.shape.C, false)),
-        args_(args),
-        storage_(static_cast<int>(storage)),
-        sums_(sums) {
-    args_.partial = partial_.get();
-  }
-
-  void whole() const {
-    const auto loop = cpu::er_loops().map_dots[storage_];
-    torch::stable::parallel_for(0, cpu::reduce_items(args_.shape), grain(args_.shape, args_.rows() + 1, true),
-                                [&](int64_t begin, int64_t end) { loop(args_, begin, end); });
-    cpu::merge_map_dots(args_, all_channels(args_.shape), sums_);
-  }
-
-  void strip(const Strip& strip) const {
-    cpu::er_loops().map_dots_strip[storage_](args_, strip);
-    cpu::merge_map_dots(args_, strip, sums_);
-  }
-
- private:
-  std::unique_ptr<double[]> partial_;
-  cpu::MapDots args_;
-  int storage_;
-  A* sums_;
-};
+// work(begin, end) on the per-channel vectors of the tile; on all of them by several threads where `rows` values a
+// channel pay.
+template <typename Work>
+void over_vectors(const ChannelTile* tile, int64_t channels, int64_t rows, const Work& work) {
+  tile == nullptr ? over_channels(channels, rows, work) : work(tile->begin, tile->end);
+}
 
 }  // namespace ernet

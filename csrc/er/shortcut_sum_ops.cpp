@@ -2,15 +2,15 @@
 // the implementation, by the loops of the other ER operators. Forward it is er_block, of a stage whose last map alone
 // is a block's. Autograd and the fake kernel are in ernet_fast/er/shortcut_sum.py.
 //
-// Where a strip of some channels of all maps fits in the second-level cache, dots, algebra and the gradients of all
-// maps are done strip by strip, and each map comes from memory once. Over whole maps one pass over g serves the
+// Where a tile of some channels of all maps fits in the second-level cache, inner products, algebra and the gradients
+// of all maps are done tile by tile, and each map comes from memory once. Over whole maps one pass over g serves the
 // gradients of all maps: a tile of it stays in cache while they are written.
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "er/map_algebra.h"
-#include "er/strips.h"
+#include "er/passes.h"
 
 namespace ernet {
 namespace {
@@ -26,7 +26,7 @@ MapChecker checked(const std::vector<Tensor>& maps) {
 // Every dx_i in one pass over g, from the end: there the pass before has left g and the maps in cache.
 void map_gradients(const MapShape& shape, Storage storage, const std::vector<cpu::WeightedSum>& sums) {
   if (sums.empty()) return;
-  const auto loop = cpu::er_loops().weighted_sum[static_cast<int>(storage)];
+  const auto loop = cpu::er_loops().weighted_sum.items[static_cast<int>(storage)];
   const int64_t together = std::max<int64_t>(1, kGradientElements / cpu::item_elements(shape, false));
   const int64_t num_sums = static_cast<int64_t>(sums.size());
   torch::stable::parallel_for(0, cpu::sum_items(shape), grain(shape, 2 * num_sums, false),
@@ -117,8 +117,15 @@ Gradients backward(const BackwardParameters& k, const MapShape& shape, Storage s
   const Tensor g = k.y.has_value() ? empty_map_like(k.dy) : k.dy;
   const Tensor dweight = like_channels(k.dy, {last, C}, storage);
   const Algebra<A> algebra(k, storage, C, static_cast<double>(shape.N * shape.P), data_of<A>(dweight));
-  const DotPass<A> dots(shape, storage, k.dy, k.y, k.y.has_value() ? g.mutable_data_ptr() : nullptr, data, algebra.da(),
-                        algebra.db());
+  const cpu::WeightedDot args{shape,
+                              last,
+                              k.dy.const_data_ptr(),
+                              k.y.has_value() ? k.y->const_data_ptr() : nullptr,
+                              k.y.has_value() ? g.mutable_data_ptr() : nullptr,
+                              data.data(),
+                              nullptr,
+                              k.y.has_value() && streams(k.dy)};
+  const Reduction dots(storage, args, algebra.da(), algebra.db());
   std::vector<Tensor> dmaps;
   std::vector<const void*> inputs(static_cast<size_t>(2 * last));  // of each map: g, x
   std::vector<cpu::WeightedSum> sums;
@@ -132,12 +139,12 @@ Gradients backward(const BackwardParameters& k, const MapShape& shape, Storage s
     sums.push_back({shape, k.measured() ? 2 : 1, pair, nullptr, row, k.measured() ? row + 2 * C : nullptr,
                     dmaps.back().mutable_data_ptr(), false, streams(k.dy)});
   }
-  over_strips(shape, last + 1, k.dy.element_size(), [&](const Strip* strip) {
-    over(strip, dots);
-    over_vectors(strip, C, last + 1, [&](int64_t begin, int64_t end) { algebra.run(begin, end); });
-    if (strip == nullptr) return map_gradients(shape, storage, sums);
-    const auto loop = cpu::er_loops().weighted_sum_strip[static_cast<int>(storage)];
-    for (const cpu::WeightedSum& sum : sums) loop(sum, *strip);
+  over_channel_tiles(shape, last + 1, k.dy.element_size(), [&](const ChannelTile* tile) {
+    over(tile, dots);
+    over_vectors(tile, C, last + 1, [&](int64_t begin, int64_t end) { algebra.run(begin, end); });
+    if (tile == nullptr) return map_gradients(shape, storage, sums);
+    const auto loop = cpu::er_loops().weighted_sum.channel_tile[static_cast<int>(storage)];
+    for (const cpu::WeightedSum& sum : sums) loop(sum, *tile);
   });
   return {dmaps, dweight, k.y.has_value() ? g : torch::stable::new_empty(k.dy, {0})};  // without y it is dy itself
 }

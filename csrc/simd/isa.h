@@ -1,6 +1,6 @@
 // Instruction sets: which are compiled in, which one runs.
 //
-// The loops in *_loops.cpp are compiled once per instruction set, each time inside its own namespace
+// The loops in */simd/*.cpp are compiled once per instruction set, each time inside its own namespace
 // (ERNET_ISA_NAMESPACE), and the dispatcher picks a table of function pointers at run time. Such files must not include
 // torch or any C++ standard library header with inline functions: the linker keeps one copy of those, and it could be
 // the AVX-512 one, which then crashes on a machine without it.

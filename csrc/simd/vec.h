@@ -165,7 +165,7 @@ static inline void store(f16* p, Vec<float> v) {
   memcpy(p, &bits, sizeof bits);
 }
 
-// Stores past the cache, for outputs that would only evict what is still needed; `p` must be a multiple of the bytes
+// Non-temporal stores, for outputs that would only evict what is still needed; `p` must be a multiple of the bytes
 // stored (stream_aligned). Before another thread may read them: stream_fence.
 template <typename V>
 static inline void stream_bytes(void* p, const V& v) {

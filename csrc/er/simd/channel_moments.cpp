@@ -156,30 +156,18 @@ void channels_last(const ChannelMoments& args, const ReduceItem& item) {
 }
 
 template <typename T>
-inline void measure(const ChannelMoments& args, const ReduceItem& item) {
+void measure(const ChannelMoments& args, const ReduceItem& item) {
   using A = typename Accumulate<T>::type;
   args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
 }
 
 }  // namespace
 
-template <typename T>
-void channel_moments(const ChannelMoments& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) measure<T>(args, reduce_item(args.shape, i));
-}
-
-template <typename T>
-void channel_moments_strip(const ChannelMoments& args, const Strip& strip) {
-  over_strip(args.shape, strip, [&](const ReduceItem& item) { measure<T>(args, item); });
-}
-
-template void channel_moments<float>(const ChannelMoments&, int64_t, int64_t);
-template void channel_moments_strip<float>(const ChannelMoments&, const Strip&);
-template void channel_moments<double>(const ChannelMoments&, int64_t, int64_t);
-template void channel_moments_strip<double>(const ChannelMoments&, const Strip&);
-template void channel_moments<bf16>(const ChannelMoments&, int64_t, int64_t);
-template void channel_moments_strip<bf16>(const ChannelMoments&, const Strip&);
-template void channel_moments<f16>(const ChannelMoments&, int64_t, int64_t);
-template void channel_moments_strip<f16>(const ChannelMoments&, const Strip&);
+const MapLoops<ChannelMoments> channel_moments_loops = {
+    {over_items<ChannelMoments, measure<float>>, over_items<ChannelMoments, measure<double>>,
+     over_items<ChannelMoments, measure<bf16>>, over_items<ChannelMoments, measure<f16>>},
+    {over_channel_tile<ChannelMoments, measure<float>>, over_channel_tile<ChannelMoments, measure<double>>,
+     over_channel_tile<ChannelMoments, measure<bf16>>, over_channel_tile<ChannelMoments, measure<f16>>},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

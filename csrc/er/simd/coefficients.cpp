@@ -1,5 +1,5 @@
-// The algebra on C-vectors in double, whatever the vectors are stored in: plain loops that the compiler vectorises.
-// Compiled once per instruction set.
+// The algebra on per-channel vectors in double, whatever the vectors are stored in: plain loops that the compiler
+// vectorises. Compiled once per instruction set.
 #include "er/coefficients.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
@@ -62,7 +62,7 @@ void file_map(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   }
 }
 
-// Moves the shortcut's running statistics of map i towards mean and unbiased variance of x_i.
+// Updates the shortcut's running statistics of map i with mean and unbiased variance of x_i.
 template <typename A>
 void update_running(const BlockCoefficients<A>& args, int64_t i, int64_t c0, int64_t n) {
   const double* row = args.table + i * kTableRows * args.C + c0;
@@ -81,7 +81,7 @@ void forward_chunk(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   file_map(args, c0, n);
   if (args.a == nullptr) return;
   const double* own = args.table + args.index * kTableRows * args.C + c0;
-  // The constants go with the coefficients as they are stored: rounding one is not to move a large mean.
+  // The constants go with the coefficients as they are stored: rounding one must not shift a large mean.
   double constant[kChunk];
   A* __restrict own_a = args.a + args.index * args.C + c0;
   for (int64_t c = 0; c < n; ++c) {
@@ -213,7 +213,7 @@ void gradient(const MomentsGradient<A>& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const CoefficientLoops coefficient_loops;
-const CoefficientLoops coefficient_loops = {forward<float>, forward<double>, pair<float>,     pair<double>,
-                                            own<float>,     own<double>,     gradient<float>, gradient<double>};
+const CoefficientLoops coefficient_loops = {{forward<float>, pair<float>, own<float>, gradient<float>},
+                                            {forward<double>, pair<double>, own<double>, gradient<double>}};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -1,5 +1,5 @@
 // map_dots: of one map x, sum g_l * x for all g_l that are known when its gradient is due, and for the block that x was
-// made in the bits of its ReLU and the sums of g * x and g. A few g at once stream past x, which is in the cache for
+// made in the bitmask of its ReLU and the sums of g * x and g. A few g at once stream past x, which is in the cache for
 // the next few. Products are summed in the accumulation type within a tile and in double across tiles. Compiled once
 // per instruction set.
 #include "er/simd/relu_mask.h"
@@ -20,7 +20,7 @@ struct Row {
   const T* x;
   const T* dy;  // of the block's own g
   const T* y;   // null: g = dy
-  T* g;         // where y is given, g goes there, or, if that is null, its bits
+  T* g;         // where y is given, g goes there, or, if that is null, its bitmask
   uint8_t* bits;
   const T* later[kLaterAtOnce];
   const uint8_t* later_bits[kLaterAtOnce];
@@ -175,19 +175,7 @@ struct PixelTile {
 // Loop<later, own, T, A>::run(...) for as many later g as there are.
 template <template <int, bool, typename, typename> class Loop, bool kOwn, typename T, typename A, typename... Arguments>
 inline void run(int64_t later, Arguments... arguments) {
-  static_assert(kLaterAtOnce == 4, "one case for each possible number");
-  switch (later) {
-    case 0:
-      return Loop<0, kOwn, T, A>::run(arguments...);
-    case 1:
-      return Loop<1, kOwn, T, A>::run(arguments...);
-    case 2:
-      return Loop<2, kOwn, T, A>::run(arguments...);
-    case 3:
-      return Loop<3, kOwn, T, A>::run(arguments...);
-    default:
-      return Loop<4, kOwn, T, A>::run(arguments...);
-  }
+  with_number<0, kLaterAtOnce>(later, [&](auto n) { Loop<decltype(n)::value, kOwn, T, A>::run(arguments...); });
 }
 
 // Some later g, from `first` on; with those from 0 on the block's own.
@@ -274,30 +262,18 @@ void channels_last(const MapDots& args, const ReduceItem& item) {
 }
 
 template <typename T>
-inline void dots(const MapDots& args, const ReduceItem& item) {
+void dots(const MapDots& args, const ReduceItem& item) {
   using A = typename Accumulate<T>::type;
   args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
 }
 
 }  // namespace
 
-template <typename T>
-void map_dots(const MapDots& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) dots<T>(args, reduce_item(args.shape, i));
-}
-
-template <typename T>
-void map_dots_strip(const MapDots& args, const Strip& strip) {
-  over_strip(args.shape, strip, [&](const ReduceItem& item) { dots<T>(args, item); });
-}
-
-template void map_dots<float>(const MapDots&, int64_t, int64_t);
-template void map_dots_strip<float>(const MapDots&, const Strip&);
-template void map_dots<double>(const MapDots&, int64_t, int64_t);
-template void map_dots_strip<double>(const MapDots&, const Strip&);
-template void map_dots<bf16>(const MapDots&, int64_t, int64_t);
-template void map_dots_strip<bf16>(const MapDots&, const Strip&);
-template void map_dots<f16>(const MapDots&, int64_t, int64_t);
-template void map_dots_strip<f16>(const MapDots&, const Strip&);
+const MapLoops<MapDots> map_dots_loops = {
+    {over_items<MapDots, dots<float>>, over_items<MapDots, dots<double>>, over_items<MapDots, dots<bf16>>,
+     over_items<MapDots, dots<f16>>},
+    {over_channel_tile<MapDots, dots<float>>, over_channel_tile<MapDots, dots<double>>,
+     over_channel_tile<MapDots, dots<bf16>>, over_channel_tile<MapDots, dots<f16>>},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

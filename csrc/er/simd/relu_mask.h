@@ -1,5 +1,6 @@
-// One bit an element in place of a map: where a ReLU let the gradient through. Every row of a map (planar: the plane of
-// a channel; channels-last: a pixel) has bit_row_bytes() of its own, so rows may be written by different threads.
+// The ReLU bitmask, one bit an element in place of a map: where a ReLU let the gradient through. Every row of a map
+// (planar: the plane of a channel; channels-last: a pixel) has bit_row_bytes() of its own, so rows may be written by
+// different threads.
 #pragma once
 
 #include "er/kernels.h"
@@ -75,7 +76,7 @@ static inline uint32_t load_bits_from(const uint8_t* row, int64_t j) {
   return bits >> (j % 8);
 }
 
-// A row of bits for maps that have none: all are set.
+// A row of a bitmask for maps that have none: all bits are set.
 constexpr int64_t kAllLanes = 8192;
 struct AllLanes {
   uint8_t bits[kAllLanes / 8 + kBitsPast];

@@ -1,6 +1,6 @@
-// sum_dots: the gradient of a channels-last map, and the dots of the map before with the same g, in one pass. A few g
-// at once; where there are more, the accumulators of a tile wait in the cache between them. Products are summed in the
-// accumulation type within a tile and in double across tiles. Compiled once per instruction set.
+// sum_dots: the gradient of a channels-last map, and the inner products of the map before with the same g, in one pass.
+// A few g at once; where there are more, the accumulators of a tile wait in the cache between them. Products are summed
+// in the accumulation type within a tile and in double across tiles. Compiled once per instruction set.
 #include "er/simd/relu_mask.h"
 #include "er/simd/table.h"
 
@@ -12,7 +12,7 @@ constexpr int64_t kTileElements = 32768;  // accumulators of a tile, where they 
 constexpr int64_t kAtOnce = 4;            // more streams at once than that slow the prefetcher down
 static_assert(kPixelChannels <= kAllLanes && kPixelChannels <= kTileElements);
 
-// Some g and what goes with them, from one pixel on; all C-vectors from the same channel on.
+// Some g and what goes with them, from one pixel on; all per-channel vectors from the same channel on.
 template <typename T, typename A>
 struct Pixels {
   const T* g[kAtOnce];
@@ -26,7 +26,7 @@ struct Pixels {
   A* acc;  // between groups
   A (*sums)[kPixelChannels];
   int64_t channels;
-  bool past_cache;
+  bool non_temporal;
 };
 
 template <int kG, bool kFirst, bool kLast, typename T, typename A>
@@ -48,7 +48,7 @@ inline void pixel_vector(const Pixels<T, A>& p, int64_t c, int64_t left) {
   }
   if constexpr (!kLast) {
     store_upto<A>(p.acc + c, acc, left);
-  } else if (p.past_cache && left >= kLanes<A>) {
+  } else if (p.non_temporal && left >= kLanes<A>) {
     stream(p.y + c, acc);
   } else {
     store_upto<A>(p.y + c, acc, left);
@@ -65,18 +65,9 @@ void pixel(const Pixels<T, A>& p) {
 }
 
 template <bool kFirst, typename T, typename A>
-inline void last_pixel(int64_t num_g, const Pixels<T, A>& p) {
-  static_assert(kAtOnce == 4, "one case for each possible number");
-  switch (num_g) {
-    case 1:
-      return pixel<1, kFirst, true>(p);
-    case 2:
-      return pixel<2, kFirst, true>(p);
-    case 3:
-      return pixel<3, kFirst, true>(p);
-    default:
-      return pixel<4, kFirst, true>(p);
-  }
+inline void pixel_group(int64_t left, const Pixels<T, A>& p) {
+  if (left > kAtOnce) return pixel<kAtOnce, kFirst, false>(p);
+  with_number<1, kAtOnce>(left, [&](auto n) { pixel<decltype(n)::value, kFirst, true>(p); });
 }
 
 // Pixels [begin, begin + count) of an item, and all g.
@@ -112,11 +103,7 @@ void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t co
         p.bits[l] = bits == nullptr ? all_lanes.bits : bits + at_pixel * row_bytes + item.channel / 8;
         p.a[l] = a + (first + l) * s.C;
       }
-      if (left > kAtOnce) {
-        first == 0 ? pixel<kAtOnce, true, false>(p) : pixel<kAtOnce, false, false>(p);
-      } else {
-        first == 0 ? last_pixel<true>(num_g, p) : last_pixel<false>(num_g, p);
-      }
+      first == 0 ? pixel_group<true>(left, p) : pixel_group<false>(left, p);
     }
     for (int64_t l = 0; l < num_g; ++l) {
       double* out = partial + (first + l) * s.C;
@@ -126,8 +113,6 @@ void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t co
     }
   }
 }
-
-}  // namespace
 
 template <typename T>
 void sum_dots(const SumDots& args, int64_t begin, int64_t end) {
@@ -144,9 +129,11 @@ void sum_dots(const SumDots& args, int64_t begin, int64_t end) {
   if (args.stream) stream_fence();
 }
 
-template void sum_dots<float>(const SumDots&, int64_t, int64_t);
-template void sum_dots<double>(const SumDots&, int64_t, int64_t);
-template void sum_dots<bf16>(const SumDots&, int64_t, int64_t);
-template void sum_dots<f16>(const SumDots&, int64_t, int64_t);
+}  // namespace
+
+const MapLoops<SumDots> sum_dots_loops = {
+    {sum_dots<float>, sum_dots<double>, sum_dots<bf16>, sum_dots<f16>},
+    {},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -1,4 +1,4 @@
-// The loop templates of one instruction set, gathered by er_tables_loops.cpp into its ErLoops table.
+// What the ER loops of one instruction set share; table.cpp gathers them in its ErLoops.
 #pragma once
 
 #include "er/kernels.h"
@@ -6,28 +6,28 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-template <typename T>
-void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end);
-template <typename T>
-void weighted_dot(const WeightedDot& args, int64_t begin, int64_t end);
-template <typename T>
-void weighted_dot_strip(const WeightedDot& args, const Strip& strip);
-template <typename T>
-void channel_moments(const ChannelMoments& args, int64_t begin, int64_t end);
-template <typename T>
-void weighted_sum_strip(const WeightedSum& args, const Strip& strip);
-template <typename T>
-void map_dots(const MapDots& args, int64_t begin, int64_t end);
-template <typename T>
-void sum_dots(const SumDots& args, int64_t begin, int64_t end);
-template <typename T>
-void map_dots_strip(const MapDots& args, const Strip& strip);
-template <typename T>
-void channel_moments_strip(const ChannelMoments& args, const Strip& strip);
+extern const MapLoops<WeightedSum> weighted_sum_loops;
+extern const MapLoops<WeightedDot> weighted_dot_loops;
+extern const MapLoops<MapDots> map_dots_loops;
+extern const MapLoops<SumDots> sum_dots_loops;
+extern const MapLoops<ChannelMoments> channel_moments_loops;
 
 template <typename T>
 inline T* at(const void* p, int64_t offset) {
   return p == nullptr ? nullptr : static_cast<T*>(const_cast<void*>(p)) + offset;
+}
+
+// work(Number<count>), for loops that are unrolled: kLeast <= count <= kMost.
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+template <int kLeast, int kMost, typename Work>
+inline void with_number(int64_t count, const Work& work) {
+  if constexpr (kLeast < kMost) {
+    if (count < kMost) return with_number<kLeast, kMost - 1>(count, work);
+  }
+  work(Number<kMost>{});
 }
 
 // How far ahead, in elements, a map that streams past is fetched. The hardware's own prefetching ends with each page of
@@ -43,13 +43,19 @@ inline void over_plane_chunks(const MapShape& s, const Work& work) {
   for (int64_t j = 0; j < s.P; j += chunk) work(j, s.P - j < chunk ? s.P - j : chunk);
 }
 
-// The items of a reduction that make up a strip: work(item) for each.
-template <typename Work>
-inline void over_strip(const MapShape& s, const Strip& strip, const Work& work) {
+// The loops of a reduction from `work`, which does one item.
+template <typename Arguments, void (*work)(const Arguments&, const ReduceItem&)>
+void over_items(const Arguments& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) work(args, reduce_item(args.shape, i));
+}
+
+template <typename Arguments, void (*work)(const Arguments&, const ReduceItem&)>
+void over_channel_tile(const Arguments& args, const ChannelTile& tile) {
+  const MapShape& s = args.shape;
   const int64_t rows = s.groups() * slabs_per_group(s), width = reduce_channels(s);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t c = strip.begin; c < strip.end; c += width) {
-      work(slab_item(s, row, c, strip.end - c < width ? strip.end - c : width));
+    for (int64_t c = tile.begin; c < tile.end; c += width) {
+      work(args, slab_item(s, row, c, tile.end - c < width ? tile.end - c : width));
     }
   }
 }

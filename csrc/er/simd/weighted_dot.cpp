@@ -16,10 +16,10 @@ static_assert(kTileElements >= kPlanarElements && kTileElements >= kPixelChannel
 // g = dy, or dy where y > 0 and zero elsewhere; written to `out` (as T) and to `tile` (as A), which is read again.
 template <typename T, typename A>
 inline void mask(const T* dy, const T* y, T* out, A* tile, int64_t count, bool stream_wanted) {
-  const bool past_cache = stream_wanted && stream_aligned(out);
+  const bool non_temporal = stream_wanted && stream_aligned(out);
   for (int64_t j = 0; j < count; j += kLanes<A>) {
     const Vec<A> g = keep_lanes(load_upto<A>(dy + j, count - j), lanes_alive(load_upto<A>(y + j, count - j)));
-    if (past_cache && count - j >= kLanes<A>) {
+    if (non_temporal && count - j >= kLanes<A>) {
       stream(out + j, g);
     } else {
       store_upto<A>(out + j, g, count - j);
@@ -33,7 +33,7 @@ template <typename T, typename A>
 struct PlaneRow {
   const T* dy;  // null: g is in the tile already
   const T* y;   // null: g = dy
-  A* tile;      // where g is, or, beside dy, where it is to be left; null: nobody needs it
+  A* tile;      // where g is, or, beside dy, where it is to be left; null: it is not needed
   const T* x[kMapsAtOnce];
 };
 
@@ -67,17 +67,7 @@ void plane_row(const PlaneRow<T, A>& row, int64_t count, Vec<A>* sums) {
 
 template <bool kFirst, bool kTile, typename T, typename A>
 inline void plane_row(int64_t maps, const PlaneRow<T, A>& row, int64_t count, Vec<A>* sums) {
-  static_assert(kMapsAtOnce == 4, "one case for each possible number of maps");
-  switch (maps) {
-    case 1:
-      return plane_row<1, kFirst, kTile>(row, count, sums);
-    case 2:
-      return plane_row<2, kFirst, kTile>(row, count, sums);
-    case 3:
-      return plane_row<3, kFirst, kTile>(row, count, sums);
-    default:
-      return plane_row<4, kFirst, kTile>(row, count, sums);
-  }
+  with_number<1, kMapsAtOnce>(maps, [&](auto n) { plane_row<decltype(n)::value, kFirst, kTile>(row, count, sums); });
 }
 
 // Adds the sums of `maps` maps, from `first` on, over planes, or chunks of planes from element j on: `count` elements
@@ -198,17 +188,7 @@ void pixels_dot(const Pixels<T, A>& p, int64_t pixels) {
 
 template <bool kFirst, typename T, typename A>
 inline void pixels_dot(int64_t maps, const Pixels<T, A>& p, int64_t pixels) {
-  static_assert(kMapsAtOnce == 4, "one case for each possible number of maps");
-  switch (maps) {
-    case 1:
-      return pixels_dot<1, kFirst>(p, pixels);
-    case 2:
-      return pixels_dot<2, kFirst>(p, pixels);
-    case 3:
-      return pixels_dot<3, kFirst>(p, pixels);
-    default:
-      return pixels_dot<4, kFirst>(p, pixels);
-  }
+  with_number<1, kMapsAtOnce>(maps, [&](auto n) { pixels_dot<decltype(n)::value, kFirst>(p, pixels); });
 }
 
 template <typename T, typename A>
@@ -219,7 +199,7 @@ void channels_last(const WeightedDot& args, const ReduceItem& item) {
   A tile[kTileElements];
   A sums[kMapsAtOnce + 1][kPixelChannels];
   double* partial = args.partial + item.slab * rows * s.C + item.channel;
-  const int64_t width = s.C < kPixelChannels ? s.C : kPixelChannels;  // a strip is cut as whole pixels are
+  const int64_t width = s.C < kPixelChannels ? s.C : kPixelChannels;  // a channel tile is cut as whole pixels are
   const int64_t in_cache = tiled ? kTileElements / width : kTilePixels;
   const int64_t tile_pixels = in_cache < kTilePixels ? in_cache : kTilePixels;
   for (int64_t p = 0; p < item.count; p += tile_pixels) {
@@ -254,32 +234,19 @@ void channels_last(const WeightedDot& args, const ReduceItem& item) {
 }
 
 template <typename T>
-inline void dot(const WeightedDot& args, const ReduceItem& item) {
+void dot(const WeightedDot& args, const ReduceItem& item) {
   using A = typename Accumulate<T>::type;
   args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
+  if (args.stream) stream_fence();
 }
 
 }  // namespace
 
-template <typename T>
-void weighted_dot(const WeightedDot& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) dot<T>(args, reduce_item(args.shape, i));
-  if (args.stream) stream_fence();
-}
-
-template <typename T>
-void weighted_dot_strip(const WeightedDot& args, const Strip& strip) {
-  over_strip(args.shape, strip, [&](const ReduceItem& item) { dot<T>(args, item); });
-  if (args.stream) stream_fence();
-}
-
-template void weighted_dot<float>(const WeightedDot&, int64_t, int64_t);
-template void weighted_dot_strip<float>(const WeightedDot&, const Strip&);
-template void weighted_dot<double>(const WeightedDot&, int64_t, int64_t);
-template void weighted_dot_strip<double>(const WeightedDot&, const Strip&);
-template void weighted_dot<bf16>(const WeightedDot&, int64_t, int64_t);
-template void weighted_dot_strip<bf16>(const WeightedDot&, const Strip&);
-template void weighted_dot<f16>(const WeightedDot&, int64_t, int64_t);
-template void weighted_dot_strip<f16>(const WeightedDot&, const Strip&);
+const MapLoops<WeightedDot> weighted_dot_loops = {
+    {over_items<WeightedDot, dot<float>>, over_items<WeightedDot, dot<double>>, over_items<WeightedDot, dot<bf16>>,
+     over_items<WeightedDot, dot<f16>>},
+    {over_channel_tile<WeightedDot, dot<float>>, over_channel_tile<WeightedDot, dot<double>>,
+     over_channel_tile<WeightedDot, dot<bf16>>, over_channel_tile<WeightedDot, dot<f16>>},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -15,7 +15,7 @@ constexpr int64_t kLeastJoined = 16;     // pixels of such a plane, at least: a 
 constexpr int64_t kRunElements = 16384;  // planar: elements of a map in a run; channels-last an item is one
 constexpr int64_t kMapsAtOnce = 6;       // more streams at once than cache ways would evict each other's lines
 static_assert(kChunk <= kAllLanes && kLanes<float> <= kLeastJoined);
-// Rows of bits are padded to 64: those of at most 64 planes that are joined, of kMostJoined elements together.
+// Rows of a bitmask are padded to 64: those of at most 64 planes that are joined, of kMostJoined elements together.
 static_assert(kChunk / kLeastJoined <= 64 && kMostJoined + 64 * 64 <= kAllLanes);
 
 // Coefficients of rows of one channel each: constant within a row.
@@ -53,7 +53,8 @@ struct PerChannel {
   }
 };
 
-// Some rows of `count` elements, one after the other in every map and y; their bits lie `bit_stride` bytes apart.
+// Some rows of `count` elements, one after the other in every map and y; their ReLU bitmasks lie `bit_stride` bytes
+// apart.
 template <typename T, typename A>
 struct Rows {
   const T* x[kMapsAtOnce];
@@ -147,22 +148,9 @@ struct Joined {
 // The last group holds 1 to kMapsAtOnce maps; those before are full.
 template <template <int, bool, bool, bool> class Loop, bool kFirst, bool kBits, typename Coefficients, typename T,
           typename A>
-inline void sum_last_group(int64_t maps, const Rows<T, A>& rows, const Coefficients& k) {
-  static_assert(kMapsAtOnce == 6, "one case for each possible number of maps");
-  switch (maps) {
-    case 1:
-      return Loop<1, kFirst, true, kBits>::run(rows, k);
-    case 2:
-      return Loop<2, kFirst, true, kBits>::run(rows, k);
-    case 3:
-      return Loop<3, kFirst, true, kBits>::run(rows, k);
-    case 4:
-      return Loop<4, kFirst, true, kBits>::run(rows, k);
-    case 5:
-      return Loop<5, kFirst, true, kBits>::run(rows, k);
-    default:
-      return Loop<6, kFirst, true, kBits>::run(rows, k);
-  }
+inline void sum_group(int64_t left, const Rows<T, A>& rows, const Coefficients& k) {
+  if (left > kMapsAtOnce) return Loop<kMapsAtOnce, kFirst, false, kBits>::run(rows, k);
+  with_number<1, kMapsAtOnce>(left, [&](auto maps) { Loop<decltype(maps)::value, kFirst, true, kBits>::run(rows, k); });
 }
 
 // Rows of every map.
@@ -192,12 +180,7 @@ inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, 
       }
       k.a[l] = a + (first + l) * s.groups() * s.C;
     }
-    if (left > kMapsAtOnce) {
-      first == 0 ? Loop<kMapsAtOnce, true, false, kBits>::run(rows, k)
-                 : Loop<kMapsAtOnce, false, false, kBits>::run(rows, k);
-    } else {
-      first == 0 ? sum_last_group<Loop, true, kBits>(maps, rows, k) : sum_last_group<Loop, false, kBits>(maps, rows, k);
-    }
+    first == 0 ? sum_group<Loop, true, kBits>(left, rows, k) : sum_group<Loop, false, kBits>(left, rows, k);
   }
 }
 
@@ -247,18 +230,16 @@ inline void planar(const WeightedSum& args, const Planes& planes, A* acc, int64_
 
 // Channels [begin, end) of some pixels.
 template <typename T, typename A>
-inline void pixel_rows(const WeightedSum& args, A* acc, const PixelRange& range, const Strip& strip) {
+inline void pixel_rows(const WeightedSum& args, A* acc, const PixelRange& range, const ChannelTile& tile) {
   const int64_t C = args.shape.C, row_bytes = bit_row_bytes(args.shape);
   for (int64_t pixel = range.begin; pixel < range.begin + range.count; ++pixel) {
-    for (int64_t c = strip.begin; c < strip.end; c += kChunk) {
-      const int64_t count = least(kChunk, strip.end - c);
+    for (int64_t c = tile.begin; c < tile.end; c += kChunk) {
+      const int64_t count = least(kChunk, tile.end - c);
       const Block block = {pixel * C + c, pixel * row_bytes + c / 8, range.group * C + c, 1, count};
       sum_maps<OneRow, PerChannel<A>, T, A>(args, acc, block, static_cast<T*>(args.y) + block.offset, args.stream);
     }
   }
 }
-
-}  // namespace
 
 template <typename T>
 void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
@@ -280,26 +261,24 @@ void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-void weighted_sum_strip(const WeightedSum& args, const Strip& strip) {
+void channel_tile(const WeightedSum& args, const ChannelTile& tile) {
   using A = typename Accumulate<T>::type;
   const MapShape& s = args.shape;
   A acc[kMostJoined];
   if (s.channels_last) {
-    pixel_rows<T, A>(args, acc, {0, 0, s.N * s.P}, strip);
+    pixel_rows<T, A>(args, acc, {0, 0, s.N * s.P}, tile);
   } else {
     const Planes planes = planes_of<T, A>(s);
-    for (int64_t n = 0; n < s.N; ++n) planar<T, A>(args, planes, acc, n * s.C + strip.begin, n * s.C + strip.end);
+    for (int64_t n = 0; n < s.N; ++n) planar<T, A>(args, planes, acc, n * s.C + tile.begin, n * s.C + tile.end);
   }
   if (args.stream) stream_fence();
 }
 
-template void weighted_sum<float>(const WeightedSum&, int64_t, int64_t);
-template void weighted_sum_strip<float>(const WeightedSum&, const Strip&);
-template void weighted_sum<double>(const WeightedSum&, int64_t, int64_t);
-template void weighted_sum_strip<double>(const WeightedSum&, const Strip&);
-template void weighted_sum<bf16>(const WeightedSum&, int64_t, int64_t);
-template void weighted_sum_strip<bf16>(const WeightedSum&, const Strip&);
-template void weighted_sum<f16>(const WeightedSum&, int64_t, int64_t);
-template void weighted_sum_strip<f16>(const WeightedSum&, const Strip&);
+}  // namespace
+
+const MapLoops<WeightedSum> weighted_sum_loops = {
+    {weighted_sum<float>, weighted_sum<double>, weighted_sum<bf16>, weighted_sum<f16>},
+    {channel_tile<float>, channel_tile<double>, channel_tile<bf16>, channel_tile<f16>},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE
