@@ -45,15 +45,9 @@ _PURPOSES = {
     "weighted_sum": "ER shortcuts: forward and backward",
     "weighted_dot": "ER shortcuts: gradients of the weights",
     "block_coefficients": "ER shortcuts: coefficients of a block's weighted sum",
-<<<<<<< HEAD
     "map_dots": "ER shortcuts: inner products of a map with all gradients of sums that read it",
     "map_coefficients_backward": "ER shortcuts: gradients of weights, gamma and beta from them",
     "er_block": "ER shortcuts: the epilogue of a block",
-=======
-    "map_dots": "ER shortcuts: inner products of a map with gradients",
-    "map_coefficients_backward": "ER shortcuts: their gradients",
-    "er_block": "ER shortcuts: the tail of a block",
->>>>>>> erkernels
     "er_block_backward": "ER shortcuts: its gradients",
     "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
     "macenko_fit": "Macenko: stains of an image",

@@ -71,23 +71,6 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
   return {da, db, g};
 }
 
-<<<<<<< HEAD
-template <typename A>
-std::tuple<Tensor, Tensor> inner_products(const MapShape& shape, Storage storage, const cpu::MapDots& args,
-                                          const Tensor& z, const Tensor& g, bool with_dy) {
-  // not args.rows(): the data of an empty dy may be null
-  const int64_t rows = args.num_later + (with_dy ? 2 : 0);
-  Tensor sums = like_channels(z, {rows, shape.C}, storage);
-  if (z.numel() == 0) {
-    std::fill_n(data_of<A>(sums), sums.numel(), A(0));
-  } else if (rows > 0) {
-    MapDotsPass<A>(storage, args, data_of<A>(sums)).whole();
-  }
-  return {sums, g};
-}
-
-=======
->>>>>>> erkernels
 std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>& dy, const std::optional<Tensor>& y,
                                     const std::vector<Tensor>& later_g) {
   MapChecker checker(z, "z");
@@ -110,10 +93,6 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
                           later.data(),
                           all.data(),
                           nullptr};
-<<<<<<< HEAD
-  return storage == Storage::f64 ? inner_products<double>(shape, storage, args, z, g, dy.has_value())
-                                 : inner_products<float>(shape, storage, args, z, g, dy.has_value());
-=======
   const int64_t rows = args.num_later + (dy.has_value() ? 2 : 0);  // an empty dy has no address
   const Tensor sums = like_channels(z, {rows, shape.C}, storage);
   if (z.numel() == 0) {
@@ -122,7 +101,6 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
     reduce(storage, args, sums);
   }
   return {sums, g};
->>>>>>> erkernels
 }
 
 }  // namespace
