@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
                           all.data(),
                           nullptr};
   const int64_t rows = args.num_later + (dy.has_value() ? 2 : 0);  // an empty dy has no address
-  const Tensor sums = like_channels(z, {rows, shape.C}, storage);
+  Tensor sums = like_channels(z, {rows, shape.C}, storage);
   if (z.numel() == 0) {
     torch::stable::zero_(sums);
   } else if (rows > 0) {
