@@ -183,7 +183,7 @@ def report(machine: dict[str, Any], rows: Sequence[Row]) -> str:
         f"Written by `python3 dev.py report` from a record of {machine['time'][:10]}, commit "
         f"`{machine['commit']}`: {machine['cpu']}, {machine['cores']} cores, {machine['system']}, Python "
         f"{machine['python']}, {packages}. `bench/bench_macenko*.py` say what each row is, "
-        "`bench/macenko_peers.py` how the peers are installed.",
+        "`ernet_fast/benchmark/macenko_peers.py` how the peers are installed.",
         f"![Images per second against size]({PICTURE})",
     ]
     for operation, title in OPERATIONS.items():
