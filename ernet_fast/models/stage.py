@@ -160,7 +160,7 @@ class ERStage(nn.Module):
             self._check(x)
         opening, *er_blocks = self._blocks()
         fuses_norms = self.fused and norms_supported(x)
-        x_0 = opening(x, fuses_norms)
+        x_0 = opening(x, fused=fuses_norms)
         if not er_blocks:
             return x_0
         modules = self._modules_of(er_blocks)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from er_kernel_counts import profiled_kernels
 from er_networks import train_step
-from er_stage_epilogues import StageShape, Tails, make_maps, map_accesses, train_tails
+from er_stage_epilogues import StageShape, EpilogueStage, make_maps, map_accesses, train_epilogues
 from plain_resnet import plain_resnet
 from tensor_memory import held_bytes, memory_use, training_peak
 from torch import Tensor, nn
@@ -124,13 +124,13 @@ def test_a_stage_moves_what_the_design_counts(num_maps):
     moved, map_bytes = [], []
     for size in (6, 12):
         maps = make_maps(StageShape(CHANNELS, size, num_maps), 2)
-        tails = Tails(CHANNELS, num_maps)
-        train_tails(tails, maps)
-        moved.append(bytes_moved(functools.partial(train_tails, tails, maps), ("ernet_bench::",)))
+        stage = EpilogueStage(CHANNELS, num_maps)
+        train_epilogues(stage, maps)
+        moved.append(bytes_moved(functools.partial(train_epilogues, stage, maps), ("ernet_bench::",)))
         map_bytes.append(maps.map_bytes)
     bits = 8 * math.ceil(CHANNELS / 64) / (4 * CHANNELS)  # of a map: those of a pixel's channels
     blocks = range(1, num_maps)  # each also reads the map before in backward
-    accesses = map_accesses(num_maps, strips=True) + len(blocks) + bits * sum(1 + block for block in blocks)
+    accesses = map_accesses(num_maps, tiled=True) + len(blocks) + bits * sum(1 + block for block in blocks)
     assert moved[1] - moved[0] <= accesses * (map_bytes[1] - map_bytes[0])
 
 
@@ -138,10 +138,10 @@ def test_a_stage_moves_what_the_design_counts(num_maps):
 def test_kernels_of_a_stage(num_maps):
     """One pass over maps for the moments and the gradient of each map, and for the sum and the dot of each block."""
     maps = make_maps(StageShape(CHANNELS, 9, num_maps), 2)
-    fused = Tails(CHANNELS, num_maps)
+    fused = EpilogueStage(CHANNELS, num_maps)
     size = maps.zs[0].numel()
-    own = profiled_kernels(functools.partial(train_tails, fused, maps), size)
-    naive = profiled_kernels(functools.partial(train_tails, fused.naive(), maps), size)
+    own = profiled_kernels(functools.partial(train_epilogues, fused, maps), size)
+    naive = profiled_kernels(functools.partial(train_epilogues, fused.naive(), maps), size)
     assert 0 < own.map <= 2 * num_maps + 2 * (num_maps - 1)
     pairs = num_maps * (num_maps - 1) // 2
     assert naive.map >= 7 * pairs  # norm, product, sum; product, product, reduction, norm backward
