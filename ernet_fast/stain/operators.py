@@ -165,9 +165,9 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
     if _is_composed(images):
         return MacenkoFit(*torch_backend.macenko_fit(supported(images), *numbers, inside))
     assert inside is None
-    from ernet_fast import reference
+    from ernet_fast.reference.macenko import fit_images
 
-    return reference.fit_images(images, options)
+    return fit_images(images, options)
 
 
 def fits_inside(images: torch.Tensor) -> bool:
@@ -202,7 +202,7 @@ def reconstruct(
     return out if network is None else scale(out, network, options.range)
 
 
-def _reconstructed(images: torch.Tensor, *stains: torch.Tensor, options: Options) -> torch.Tensor:
+def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
@@ -223,7 +223,7 @@ def change(
     return kernel(images.detach(), *(part.detach() for part in stains))
 
 
-def _changed(images: torch.Tensor, *stains: torch.Tensor, options: Options) -> torch.Tensor:
+def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
