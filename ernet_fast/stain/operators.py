@@ -206,7 +206,7 @@ def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torc
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_reconstruct(images, *stains, options.Io, options.range)
+    return torch_backend.macenko_reconstruct(images, *stains, Io=options.Io, range=options.range)
 
 
 def change(
@@ -227,7 +227,7 @@ def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tens
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_change(images, *stains, options.Io, options.range)
+    return torch_backend.macenko_change(images, *stains, Io=options.Io, range=options.range)
 
 
 class _Transform(torch.autograd.Function):
