@@ -206,7 +206,10 @@ def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torc
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_reconstruct(images, *stains, Io=options.Io, range=options.range)
+    source_stain, source_max, target_stain, target_max = stains
+    return torch_backend.macenko_reconstruct(
+        images, source_stain, source_max, target_stain, target_max, options.Io, options.range
+    )
 
 
 def change(
@@ -227,7 +230,8 @@ def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tens
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_change(images, *stains, Io=options.Io, range=options.range)
+    source_stain, source_max, gain, shift = stains
+    return torch_backend.macenko_change(images, source_stain, source_max, gain, shift, options.Io, options.range)
 
 
 class _Transform(torch.autograd.Function):
