@@ -40,7 +40,7 @@ class Setting:
     size: int = 224
     base_channels: int = 64
     rounds: int = 10
-    turn: float = 0.3  # seconds
+    slice_seconds: float = 0.3
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
@@ -57,7 +57,7 @@ class Setting:
             call()
             call()
         self.wait()
-        times = time_interleaved(calls, self.rounds, slice_seconds=self.turn, wait=self.wait)
+        times = time_interleaved(calls, self.rounds, slice_seconds=self.slice_seconds, wait=self.wait)
         return {name: [1e3 * seconds for seconds in values] for name, values in times.items()}
 
 

@@ -22,6 +22,7 @@ _SCHEMAS = (
     "float Io, float alpha, float beta, bool nearest, bool identity, ScalarType dtype, float range=255.) -> (Tensor "
     "images, Tensor stain_matrix, Tensor max_concentration, Tensor status)",
 )
+NAMES = tuple(schema.split("(")[0] for schema in _SCHEMAS)
 
 
 def _warn(name: str, instead: str) -> None:
@@ -74,9 +75,10 @@ def _normalize_scaled(
 
 
 def _register() -> None:
-    for schema, function in zip(_SCHEMAS, (_moments, _reconstruct_scaled, _normalize_scaled), strict=True):
+    functions = _moments, _reconstruct_scaled, _normalize_scaled
+    for name, schema, function in zip(NAMES, _SCHEMAS, functions, strict=True):
         _LIBRARY.define(schema)
-        _LIBRARY.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
+        _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
 
 
 if _backend.extension_available():

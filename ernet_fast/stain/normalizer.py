@@ -96,7 +96,7 @@ class MacenkoNormalizer(TargetModule):
     ) -> None:
         super().__init__()
         if isinstance(Io, str):
-            Io, backend = 240, Io
+            backend, Io = Io, 240
         compat = compat_of_backend(compat, backend)
         self.options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
         self.network = read_output(output, mean, std)
@@ -259,7 +259,7 @@ class MacenkoNormalizer(TargetModule):
 
     def _options_of(self, images: Any, **given: float | None) -> Options:
         """The options for these images, with what is given for one call."""
-        changed = {name: value for name, value in given.items() if value is not None}
+        changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         first = images[0] if isinstance(images, (list, tuple)) and images else images
         if self.compat is not None and isinstance(first, torch.Tensor):
             changed["percentile"] = "nearest"

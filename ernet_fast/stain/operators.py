@@ -165,9 +165,9 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
     if _is_composed(images):
         return MacenkoFit(*torch_backend.macenko_fit(supported(images), *numbers, inside))
     assert inside is None
-    from ernet_fast import reference
+    from ernet_fast.reference.macenko import fit_images
 
-    return reference.fit_images(images, options)
+    return fit_images(images, options)
 
 
 def fits_inside(images: torch.Tensor) -> bool:
@@ -202,11 +202,14 @@ def reconstruct(
     return out if network is None else scale(out, network, options.range)
 
 
-def _reconstructed(images: torch.Tensor, *stains: torch.Tensor, options: Options) -> torch.Tensor:
+def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_reconstruct(images, *stains, options.Io, options.range)
+    source_stain, source_max, target_stain, target_max = stains
+    return torch_backend.macenko_reconstruct(
+        images, source_stain, source_max, target_stain, target_max, options.Io, options.range
+    )
 
 
 def change(
@@ -223,11 +226,12 @@ def change(
     return kernel(images.detach(), *(part.detach() for part in stains))
 
 
-def _changed(images: torch.Tensor, *stains: torch.Tensor, options: Options) -> torch.Tensor:
+def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_change(images, *stains, options.Io, options.range)
+    source_stain, source_max, gain, shift = stains
+    return torch_backend.macenko_change(images, source_stain, source_max, gain, shift, options.Io, options.range)
 
 
 class _Transform(torch.autograd.Function):

@@ -86,8 +86,12 @@ def separate(
         for part in collection.parts
     ]
     haematoxylin, eosin, concentrations = zip(*whole, strict=True) if whole else ((), (), ())
-    restored = (collection.restore(results) for results in (haematoxylin, eosin, concentrations))
-    return Separation(*restored, found.known.status)
+    return Separation(
+        collection.restore(haematoxylin),
+        collection.restore(eosin),
+        collection.restore(concentrations),
+        found.known.status,
+    )
 
 
 def _separate(

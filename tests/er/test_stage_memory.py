@@ -9,7 +9,7 @@ import pytest
 import torch
 from er_kernel_counts import profiled_kernels
 from er_networks import train_step
-from er_stage_epilogues import StageShape, EpilogueStage, make_maps, map_accesses, train_epilogues
+from er_stage_epilogues import EpilogueStage, StageShape, make_maps, map_accesses, train_epilogues
 from plain_resnet import plain_resnet
 from tensor_memory import held_bytes, memory_use, training_peak
 from torch import Tensor, nn

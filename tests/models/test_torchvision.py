@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -108,3 +111,14 @@ def test_other_families_are_refused(build: str) -> None:
         model = getattr(torchvision.models, build)()
     with pytest.raises(ValueError, match=r"has no |grouped convolutions|is a "):
         convert_resnet(model)
+
+
+def test_its_operators_load_after_the_stain_peers() -> None:
+    """A second definition of an operator of torchvision's, by whatever comes first, aborts the process."""
+    program = (
+        "import torch; from ernet_fast.benchmark import macenko_peers; macenko_peers._let_torchvision_import()\n"
+        "import torchvision; boxes = torch.tensor([[0., 0., 1., 1.]])\n"
+        "assert torchvision.ops.nms(boxes, torch.ones(1), 0.5).tolist() == [0]"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]

@@ -35,11 +35,11 @@ class BlockArguments(NamedTuple):
     """The arguments of `ernet::block_coefficients`, which `epilogue_arguments` describes in part."""
 
     table: Tensor
-    index: int
+    index: int  # type: ignore[assignment]  # a method of tuple has the name
     doubles: bool
     mean: Tensor | None
     var: Tensor | None
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a method of tuple has the name
     elements: int
     norm: int
     gamma: Tensor | None
@@ -73,7 +73,7 @@ class MapArguments(NamedTuple):
 
     table: Tensor
     """Float64 [maps, TABLE_ROWS, C]."""
-    index: int
+    index: int  # type: ignore[assignment]  # a method of tuple has the name
     """Which map of the stage."""
     sums: Tensor | None
     """[later + 2, C] of `map_dots`, without `a` [later, C]; None where no gradient depends on inner products."""
@@ -90,7 +90,7 @@ class MapArguments(NamedTuple):
     later_running_var: Sequence[Tensor]
     later_dweight: Sequence[Tensor]
     """[> index, C] each, of which row `index` is written."""
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a method of tuple has the name
     """Float64 [1]: values a channel over all processes; None: `elements`."""
     elements: int
     norm: int
