@@ -79,10 +79,15 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 def _read_file(path: Path) -> bytes:
     """The bytes of a regular file; reading a FIFO would wait for ever."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise ImageReadError("a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device, not a file")
-    return path.read_bytes()
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ImageReadError(f"the file cannot be read: {error.strerror}") from None
+    raise ImageReadError("a folder" if stat.S_ISDIR(mode) else "a FIFO, socket or device, not a file")
 
 
 def _open(pil: Any, data: bytes) -> Any:

@@ -7,8 +7,9 @@ import io
 import os
 import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ernet_fast.console.atomic_file import atomic_write
 
 FORMAT = 2
+_SINCE_2 = ("split", "val_images")
+"""Fields that files of format 1, which are still read, do not have: None stands for them."""
 _TRAILER = b"sha256:"
 """Behind the file of `torch.save`, which stays readable by `torch.load`; 64 hexadecimal digits follow."""
 
@@ -127,12 +130,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     state = _read(path)
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is no checkpoint of ernet_fast (expected the file that `ernet-fast train` writes).")
-    if state["format"] != FORMAT:
+    if state["format"] not in (1, FORMAT):
         raise ValueError(f"{path} has checkpoint format {state['format']!r}; this version reads format {FORMAT}.")
+    fields = dict(_FIELDS)
+    if state["format"] == 1:
+        warnings.warn(
+            f"{path} is of checkpoint format 1, without a checksum and without the run's split: the split is made anew "
+            "from the data. Check that no images were added or removed since.",
+            stacklevel=2,
+        )
+        state |= dict.fromkeys(_SINCE_2)
+        fields = {key: value for key, value in _FIELDS.items() if key not in _SINCE_2}
     missing = [key for key in _FIELDS if key not in state]
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}.")
-    for key, (is_right, expected) in _FIELDS.items():
+    for key, (is_right, expected) in fields.items():
         if not is_right(state[key]):
             raise ValueError(f"{path}: its {key!r} is {_shown(state[key])}; expected {expected}.")
     return state
@@ -146,6 +158,10 @@ def _read(path: Path) -> Any:
     reason = "its checksum is wrong"
     if end < 0 or data[end : end + len(_TRAILER)] != _TRAILER:
         reason = "it does not end with the checksum that `ernet-fast train` writes"
+        with suppress(Exception):  # whatever torch says of a file that is not its own
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if isinstance(state, dict) and state.get("format") == 1:
+                return state
     elif hashlib.sha256(memoryview(data)[:end]).hexdigest().encode() == data[-64:]:
         try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -75,7 +75,7 @@ def open_run_data(config: TrainConfig, saved: dict[str, Any] | None = None) -> R
     Raises:
         ValueError: the folder does not hold the images that the resumed run was made on.
     """
-    splits = None if saved is None else Splits.from_dict(saved["split"])
+    splits = None if saved is None or saved["split"] is None else Splits.from_dict(saved["split"])
     if splits is not None and config.on_error == "raise":
         _check_same_images("the folder", list(splits.fold_of), scan_tree(find_tree(config.data))[0], config.data)
     train = open_split(config, config.fit_on, splits)
@@ -87,7 +87,8 @@ def open_run_data(config: TrainConfig, saved: dict[str, Any] | None = None) -> R
     chosen = evenly_chosen(train.samples, config.max_train_images)
     if saved is not None:
         _check_same_images("training", saved["train_images"], chosen, config.data)
-        _check_same_images("validation", saved["val_images"], val_samples, config.data)
+        if saved["val_images"] is not None:
+            _check_same_images("validation", saved["val_images"], val_samples, config.data)
         stain = StainNormalization.from_state(saved["stain"])
     else:
         stain = _choose_stain(config, chosen)

@@ -134,7 +134,8 @@ def evaluate(
     with field_of(path, "config"):
         saved = TrainConfig.from_dict(state["config"] | {"weights": None})
     with field_of(path, "split"):
-        splits = Splits.from_dict(state["split"]) if split_file is None and split != "all" else None
+        own = split_file is None and split != "all" and state["split"] is not None
+        splits = Splits.from_dict(state["split"]) if own else None
     config = replace(saved, **{name: value for name, value in changes.items() if value is not None})
     opened = open_split(config, split, splits, any_images=split == "all" and split_file is None)
     if tuple(opened.classes) != tuple(state["classes"]):

@@ -113,7 +113,8 @@ def _state_to_resume(config: TrainConfig, resume: bool) -> dict[str, Any] | None
         with field_of(last, "config"):
             TrainConfig.from_dict(state["config"])
         with field_of(last, "split"):
-            Splits.from_dict(state["split"])
+            if state["split"] is not None:
+                Splits.from_dict(state["split"])
         check_same_run(state["config"], config)
         return state
     if last.exists():

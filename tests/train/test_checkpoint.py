@@ -116,6 +116,22 @@ def test_damage_is_reported(tmp_path):
         load_checkpoint(tmp_path / "missing.pt")
 
 
+def test_files_of_format_1_are_read_with_a_warning(tmp_path):
+    """As the version before wrote them: by torch.save alone, without the run's split and validation images."""
+    old = {key: value for key, value in COMPLETE.items() if key not in ("split", "val_images")} | {"format": 1}
+    torch.save(old, tmp_path / "old.pt")
+    with pytest.warns(UserWarning, match="of checkpoint format 1, without a checksum and without the run's split"):
+        loaded = load_checkpoint(tmp_path / "old.pt")
+    assert (
+        loaded["split"] is None
+        and loaded["val_images"] is None
+        and torch.equal(loaded["model"]["w"], old["model"]["w"])
+    )
+    torch.save({**COMPLETE, "format": 2}, tmp_path / "cut.pt")  # a later file that has lost its end
+    with pytest.raises(ValueError, match="does not end with the checksum"):
+        load_checkpoint(tmp_path / "cut.pt")
+
+
 def test_foreign_and_newer_files_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="does not end with the checksum that `ernet-fast train` writes"):
