@@ -149,6 +149,9 @@ def main(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         print(f"dev.py: no command {command!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    if command in ("build", "lint", "kernels") and {"-h", "--help"} & {*rest}:  # they have no page of their own
+        print(__doc__.strip())
+        return 0
     if command == "gpu" and "--simulate" not in rest and not {"-h", "--help"} & {*rest} and not gpu_present():
         print("dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded.")
         return 1
