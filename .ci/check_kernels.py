@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER_BUDGET = 128  # at least 512 threads a multiprocessor
-WITHOUT_PIXELS = ("total_kernel",)
 WRITERS = ("reconstruct_kernel", "separate_kernel", "team_kernel")  # of pixels; the others only read them
 EMPTY_BELOW_90 = "ClusterTeam"  # thread block clusters need compute capability 9.0: compiled to nothing before
 
@@ -46,7 +45,7 @@ class Kernel:
     def wanted(self) -> set[str]:
         """What `wide` must hold."""
         major = int(re.sub(r"\D", "", self.arch)) // 10
-        if self.name.startswith(WITHOUT_PIXELS) or (EMPTY_BELOW_90 in self.name and major < 9):
+        if EMPTY_BELOW_90 in self.name and major < 9:
             return set()
         return {"LDG", "STG"} if self.name.startswith(WRITERS) else {"LDG"}
 
@@ -113,7 +112,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
         if one.registers > REGISTER_BUDGET:
             found.append(f"{where} uses {one.registers} registers, more than {REGISTER_BUDGET}")
         found += [f"{where} has no 16-byte {kind}" for kind in sorted(one.wanted - one.wide)]
-    for name in (*WITHOUT_PIXELS, *WRITERS, EMPTY_BELOW_90):
+    for name in (*WRITERS, EMPTY_BELOW_90):
         if not any(name in one.name for one in kernels):
             found.append(f"no kernel is called {name}; .ci/check_kernels.py names it, so bring that up to date")
     return found

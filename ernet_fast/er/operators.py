@@ -48,17 +48,23 @@ def why_plain(x: Tensor) -> str | None:
         if x.device.type == "cpu":
             return f"no compiled operators: {_backend.why_unavailable()}"
         return f"no operators for {x.device.type} devices" + ("" if x.device.type != "cuda" else " without triton")
-    if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-            return "ONNX knows PyTorch's operators"
-        return None
-    if torch._C._is_tracing():
-        return "torch.jit.trace, or an export to ONNX by it, records PyTorch's operators"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func (grad, vmap, jvp, ...) is active"
-    if forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "ONNX knows PyTorch's operators"
+    if forward_ad._current_level >= 0:  # the compiler guards on it; ours would drop tangents without a word
         return "forward-mode AD is active"
+    if _in_func_transform():
+        return "a transform of torch.func (grad, vmap, jvp, ...) is active"
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        return "torch.jit.trace, or an export to ONNX by it, records PyTorch's operators"
     return None
+
+
+def _in_func_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler now.
+_in_func_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_first_order(*gradients: Tensor | None) -> None:
@@ -68,7 +74,7 @@ def check_first_order(*gradients: Tensor | None) -> None:
             "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
             "ernet_fast.reference.er_shortcut_sum) where create_graph=True is needed."
         )
-    batched = torch._C._functorch.peek_interpreter_stack() is not None
+    batched = _in_func_transform()
     for gradient in gradients:
         batched |= gradient is not None and _is_batched(gradient)
     if batched:

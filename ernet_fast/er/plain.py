@@ -60,4 +60,6 @@ def why_not_plain(module: nn.Module, kind: Kind) -> str | None:
     for parameter in module._parameters.values():
         if type(parameter) not in _TENSORS:
             return f"has a parameter that is a {type(parameter).__name__}"
+    if nn_module._has_any_global_hook():
+        return "is called with hooks that are registered for all modules"
     return "has hooks"

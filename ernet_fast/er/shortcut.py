@@ -178,7 +178,8 @@ class ERShortcut(nn.Module):
 
     def check_maps_filed(self, filed: int, z: Tensor) -> None:
         """Raise ValueError unless `filed` maps of the channels of `z` are what the weights are for."""
-        if filed != self.num_maps or (isinstance(z, Tensor) and z.shape[1] != self.channels):
+        traced = not isinstance(z, Tensor) or torch.jit.is_tracing()
+        if filed != self.num_maps or not (traced or z.shape[1] == self.channels):
             raise ValueError(
                 f"ERShortcut has weights for {self.num_maps} earlier maps of {self.channels} channels; "
                 f"got {filed} maps of {z.shape[1]} channels."
@@ -201,7 +202,8 @@ class ERShortcut(nn.Module):
         relu = self.relu if relu is None else relu
         fused = self.fused if fused is None else fused
         statistics = self.statistics
-        if not all(isinstance(x, Tensor) for x in xs) or not (statistics is None or is_plain(statistics, _BATCH_NORMS)):
+        traced = torch.jit.is_tracing() or not all(isinstance(x, Tensor) for x in xs)
+        if traced or not (statistics is None or is_plain(statistics, _BATCH_NORMS)):
             return self._by_calling(statistics, xs, relu)
         training = self.normalises_with_batch()
         group = self._group() if training else None
@@ -231,10 +233,11 @@ class ERShortcut(nn.Module):
         )
 
     def _by_calling(self, statistics: nn.Module | None, xs: Sequence[Tensor], relu: bool) -> Tensor:
-        """The sum for symbolic tracing, and where `statistics` has hooks or is of another class: N by its call."""
+        """The sum for tracers, and where `statistics` has hooks or is of another class: N by its call."""
         if statistics is None:
             assert self.num_groups is not None
-            normalised: Any = [nn.functional.group_norm(x, self.num_groups, eps=self.eps) for x in xs[:-1]]
+            # not that of nn.functional, which compares traced sizes
+            normalised: Any = [torch.group_norm(x, self.num_groups, None, None, self.eps) for x in xs[:-1]]
         else:
             normalised = statistics(torch.cat(list(xs[:-1]), 1)).chunk(self.num_maps, 1)
         y = xs[-1]
@@ -362,12 +365,13 @@ class FoldedShortcut(nn.Module):
     def forward(self, xs: Sequence[Tensor], fused: bool = True, relu: bool | None = None) -> Tensor:
         """Y [N, C, H, W] of the maps x_0 ... x_l; `fused` in one pass where operators support the device."""
         relu = self.relu if relu is None else relu
-        dtype = operators.acc_dtype(xs[-1])
+        # symbolic tracing has no dtype to look at
+        dtype = operators.acc_dtype(xs[-1]) if isinstance(xs[-1], Tensor) else self.a.dtype
         a, b = self.a.to(dtype), self.b.to(dtype)
         if fused and operators.why_plain(xs[-1]) is None:
             layout = operators.layout_of(xs)
             return operators.weighted_sum([operators.in_layout(x, layout) for x in xs], a, b, relu)
         y = xs[-1] + b.view(1, -1, 1, 1)
-        for x, row in zip(xs[:-1], a, strict=False):
-            y = y + row.view(1, -1, 1, 1) * x
+        for i in range(len(xs) - 1):  # `a` is not iterated: a trace would warn
+            y = y + a[i].view(1, -1, 1, 1) * xs[i]
         return (y.relu() if relu else y).to(xs[-1].dtype)

@@ -120,7 +120,7 @@ def _which_is_not_plain(pairs: Sequence[Any]) -> str:
         if why is not None:
             what = kind.__name__ if isinstance(kind, type) else "BatchNorm of a shortcut"
             return f"a module of an epilogue is not plain: the {what} {why}"
-    return "hooks are registered for all modules"
+    raise AssertionError("every module is plain")
 
 
 def statistics_group(modules: StageModules) -> ProcessGroup | None:
@@ -280,7 +280,7 @@ class StageMaps:
         return y
 
     def _check(self, z: Tensor) -> None:
-        if not isinstance(z, Tensor):  # symbolic tracing: no shape to look at
+        if not isinstance(z, Tensor) or torch.jit.is_tracing():  # no shape to look at, or one that is traced
             return
         if z.shape != self._shape:
             raise ValueError(

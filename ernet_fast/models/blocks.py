@@ -65,6 +65,11 @@ class ResidualBranch(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     @property
+    def last_conv(self) -> nn.Conv2d:
+        """The last convolution, whose `out_channels` are the block's."""
+        return getattr(self, f"conv{len(self.kernel_sizes)}")
+
+    @property
     def last_bn(self) -> nn.BatchNorm2d:
         """The BatchNorm of the last convolution."""
         return getattr(self, f"bn{len(self.kernel_sizes)}")

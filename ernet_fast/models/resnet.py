@@ -290,6 +290,13 @@ class ERResNet(nn.Module):
             "torch.no_grad(), or torch.export.export(model.eval(), (images,))"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled network, also of a version that always pooled by averages."""
+        super().__setstate__(state)
+        if "pool_type" not in self.__dict__:
+            self.pool_type, self.head_hidden_size = "avg", self.num_features
+            self.fused = all(stage.fused for stage in self.stages)
+
     def _stem(self, x: Tensor) -> Tensor:
         return batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=None if self.fused else False)
 

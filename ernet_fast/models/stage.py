@@ -124,7 +124,7 @@ class ERStage(nn.Module):
     @property
     def channels(self) -> int:
         """Channels of the stage's maps."""
-        return self._opening().last_bn.num_features
+        return self._opening().last_conv.out_channels
 
     @property
     def stride(self) -> int:
@@ -144,6 +144,8 @@ class ERStage(nn.Module):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             found = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x is {found}; expected a floating tensor [N, C, H, W].")
+        if torch.jit.is_tracing():  # sizes are values of the graph, and a comparison would fix them
+            return
         conv = self._opening().conv1
         channels = conv.in_channels if isinstance(conv, nn.Conv2d) else None
         if x.dim() != 4 or channels not in (None, x.shape[1]):
@@ -187,10 +189,11 @@ class ERStage(nn.Module):
         er_blocks = self._blocks()[1:]
         if not er_blocks:
             return Choice(Path.MODULES, "the stage has no ER block")
-        dtype = next((parameter.dtype for parameter in self.parameters()), x.dtype)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        like = x.new_empty((x.shape[0], 1, 2, 2), dtype=dtype)  # the choice asks for nothing but its kind
+        dtype = next((p.dtype for p in self.parameters()), x.dtype)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        like = x.new_empty((x.shape[0], 1, 2, 2), dtype=dtype)  # the choice asks for its kind alone
         return choose(like, self._modules_of(er_blocks), fused=self.fused)
 
     def _blocks(self) -> list[Any]:

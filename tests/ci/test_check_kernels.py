@@ -48,7 +48,7 @@ arch = sm_90a
         /*0070*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;   /* 0x00 */
         /*0080*/                   STG.E.U8 desc[UR4][R2.64], R4 ;             /* 0x00 */
 """
-NAMED = ("total_kernel", "separate_kernel", "team_kernel", "team_kernel<ClusterTeam>")
+NAMED = ("separate_kernel", "team_kernel", "team_kernel<ClusterTeam>")
 
 
 @pytest.fixture
@@ -97,7 +97,6 @@ def test_clusters_are_compiled_to_nothing_before_9_0():
     )
     assert old.wanted == set() and new.wanted == {"LDG", "STG"}
     assert check_kernels.Kernel("team_kernel<BlockTeam, true>", "sm_75", 4, 0, 0, 0).wanted == {"LDG", "STG"}
-    assert check_kernels.Kernel("total_kernel", "sm_120", 4, 0, 0, 0).wanted == set()
 
 
 def test_a_name_that_no_kernel_has_is_a_fault(kernels):
