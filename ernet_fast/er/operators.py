@@ -74,9 +74,11 @@ def check_first_order(*gradients: Tensor | None) -> None:
             "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
             "ernet_fast.reference.er_shortcut_sum) where create_graph=True is needed."
         )
-    batched = _in_func_transform()
+    # written out here, as every node of a backward pass comes by
+    batched = torch._C._functorch.peek_interpreter_stack() is not None
     for gradient in gradients:
-        batched |= gradient is not None and _is_batched(gradient)
+        if gradient is not None and torch._C._dispatch_keys(gradient).raw_repr() not in _NOT_BATCHED:
+            batched |= _is_batched(gradient)
     if batched:
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
@@ -91,8 +93,6 @@ _NOT_BATCHED: set[int] = set()
 def _is_batched(x: Tensor) -> bool:
     """True for a tensor of `torch.autograd`'s own vmap, which has no other mark than a dispatch key without a name."""
     keys = torch._C._dispatch_keys(x)
-    if keys.raw_repr() in _NOT_BATCHED:
-        return False
     if "Batched" in str(keys):
         return True
     _NOT_BATCHED.add(keys.raw_repr())
