@@ -67,7 +67,7 @@ def er_block(
         )
     record_updates(norm, shortcut)
     for _ in range(len(state.a), len(maps) - 1):  # maps that no block made
-        state.a.append(state.none)
+        state.a.append(None)
         state.measured.append(state.measure)
     state.a.append(a)
     state.measured.append(measure)

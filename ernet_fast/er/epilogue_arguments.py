@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,7 @@ class EpilogueState:
     """
 
     __slots__ = (
+        "_none",
         "a",
         "composed",
         "count",
@@ -109,8 +110,8 @@ class EpilogueState:
         "measure",
         "measured",
         "needs_dots",
-        "none",
         "table",
+        "vector_dtype",
     )
 
     def __init__(
@@ -139,16 +140,24 @@ class EpilogueState:
         channels = like.shape[1]
         self.elements = like.numel() // channels if channels else 0
         self.table = like.new_empty((num_maps, TABLE_ROWS, channels), dtype=torch.float64)
-        self.none = like.new_empty((0,), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+        self.vector_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self._none: Tensor | None = None
         self.count: Tensor | None = None
         """Values a channel over all processes, where statistics are taken over a group."""
         self.filed = 0
         """Maps that have a row of the table."""
-        self.a: list[Tensor] = []
-        """Of the blocks' weighted sums; `none` for a map that no block made."""
+        self.a: list[Any] = []
+        """Of the blocks' weighted sums; None for a map that no block made."""
         self.measured: list[bool] = []
         self.needs_dots = False
         """Gradients depend on inner products of maps with gradients: those of vectors, or through moments."""
+
+    @property
+    def none(self) -> Tensor:
+        """An empty tensor in the dtype of vectors, made when it is first asked for: most passes do without."""
+        if self._none is None:
+            self._none = self.table.new_empty((0,), dtype=self.vector_dtype)
+        return self._none
 
 
 def uses_batch(bn: nn.Module) -> bool:

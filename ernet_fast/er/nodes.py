@@ -180,7 +180,7 @@ class BlockEpilogue(torch.autograd.Function):
         running_mean, running_var = saved if ctx.use_running else (state.none, state.none)
         found, shared = state.backward(index, z, ctx.norm, dy=dy, y=y, before=before, needed=ctx.needs_input_grad[0])
         if dy is not None:
-            dweight = state.none.new_empty(weight.shape)
+            dweight = state.table.new_empty(weight.shape, dtype=state.vector_dtype)
             shared.blocks[index] = LaterBlock(
                 found.dy, found.relu_mask, state.a[index], found.db, weight, running_mean, running_var, dweight
             )

@@ -101,7 +101,7 @@ def projection_sum(
 
 def _forward(z: Tensor, norm: NormArguments) -> tuple[Tensor, EpilogueState]:
     state = EpilogueState(z, 1, norm.eps, measure=False, composed=False)
-    no_map = ShortcutArguments(state.none.new_empty((0, z.shape[1])), None, None, None, False, 0.0)
+    no_map = ShortcutArguments(z.new_empty((0, z.shape[1]), dtype=state.vector_dtype), None, None, None, False, 0.0)
     return er_block(state, [z], norm, no_map, measure=False, relu=True), state
 
 

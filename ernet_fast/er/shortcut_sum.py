@@ -43,7 +43,7 @@ def shortcut_sum(
     state = EpilogueState(xs[0], len(xs), eps, measure=measure, composed=composed, group=group)
     weight = shortcut.weight
     assert weight is not None
-    shortcut = shortcut._replace(weight=weight.detach().to(state.none.dtype).contiguous())
+    shortcut = shortcut._replace(weight=weight.detach().to(state.vector_dtype).contiguous())
     if torch.is_grad_enabled() and (weight.requires_grad or any(x.requires_grad for x in xs)):
         y: Tensor = _ShortcutSum.apply(weight, state, shortcut, relu, *xs)
         return y
@@ -86,7 +86,7 @@ class _ShortcutSum(torch.autograd.Function):
         if not maps or not (ctx.needs_input_grad[0] or any(needed) or state.group is not None):
             g = dy if y is None else relu_gradient(dy, y)
             return torch.zeros_like(weight), None, None, None, *([None] * len(maps)), g
-        a, vectors = state.a[-1], weight.detach().to(state.none.dtype).contiguous()
+        a, vectors = state.a[-1], weight.detach().to(state.vector_dtype).contiguous()
         if state.composed:
             gradients, dweight, g = _composed_backward(state, dy, maps, y, vectors, mean, var, needed)
         else:
