@@ -66,7 +66,7 @@ def step(model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None)
     """Output, gradients and buffers of one forward and backward pass of `call`, by default `model` itself."""
     x = x.clone().requires_grad_()
     model.zero_grad()
-    y = (call or model)(x)
+    y = (model if call is None else call)(x)
     weighted(y).backward()
     assert x.grad is not None
     found = {"y": y.detach().clone(), "x": x.grad}

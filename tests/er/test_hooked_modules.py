@@ -303,6 +303,6 @@ def test_copies_of_edited_stages_stay_independent() -> None:
     """A hook of the copy is none of the original's."""
     original = stage()
     copied = copy.deepcopy(original)
-    copied[2].bn2.register_forward_hook(lambda module, inputs, output: output + 1)
+    copied[2].shortcut.register_forward_hook(lambda module, inputs, output: output + 1)
     assert copied.choice(maps()).path is Path.MODULES
     assert original.choice(maps()).path is Path.BLOCK_OPERATOR
