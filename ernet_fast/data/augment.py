@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,9 @@ class PatchTransform:
         pixels = image.to(torch.float32)
         if self.train and (self.rotation or self.translation or self.zoom != (1.0, 1.0)):
             pixels = warp_affine(pixels, self._random_matrix())
-        scale = torch.tensor(self.std).mul_(255).reciprocal_()
-        offset = torch.tensor(self.mean) / torch.tensor(self.std)
+        # of the image, whatever torch.set_default_device and set_default_dtype say
+        std, mean = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device) for v in (self.std, self.mean))
+        scale, offset = std.mul(255).reciprocal_(), mean / std
         return torch.addcmul(-offset[:, None, None], pixels, scale[:, None, None]).contiguous()
 
     def __repr__(self) -> str:
@@ -120,20 +122,20 @@ class PatchTransform:
 
     def _crop(self, image: Tensor) -> Tensor:
         room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
-        top, left = (int(torch.randint(r + 1, ())) if self.train and r else r // 2 for r in room)
+        top, left = (int(torch.randint(r + 1, (), device="cpu")) if self.train and r else r // 2 for r in room)
         return image[:, top : top + self.size[0], left : left + self.size[1]]
 
     def _turned(self, image: Tensor) -> Tensor:
         if self.flips:
-            across, down = torch.rand(2).tolist()
+            across, down = _uniform(2)
             axes = [axis for axis, chance in ((1, down), (2, across)) if chance < 0.5]
             image = image.flip(axes) if axes else image
         if self.quarter_turns:
-            image = torch.rot90(image, int(torch.randint(4, ())), dims=(1, 2))
+            image = torch.rot90(image, int(torch.randint(4, (), device="cpu")), dims=(1, 2))
         return image
 
     def _random_matrix(self) -> Tensor:
-        angle, right, down, zoom = torch.rand(4).tolist()
+        angle, right, down, zoom = _uniform(4)
         low, high = map(math.log, self.zoom)
         return affine_matrix(
             self.size,
@@ -141,6 +143,12 @@ class PatchTransform:
             translation=((2 * right - 1) * self.translation, (2 * down - 1) * self.translation),
             zoom=math.exp(low + zoom * (high - low)),
         )
+
+
+def _uniform(count: int) -> list[float]:
+    """Draws from 0 to 1 of the CPU's generator."""
+    draws: list[float] = torch.rand(count, dtype=torch.float32, device="cpu").tolist()
+    return draws
 
 
 def affine_matrix(
@@ -154,14 +162,15 @@ def affine_matrix(
     """
     height, width = size
     cosine, sine = math.cos(math.radians(rotation)) / zoom, math.sin(math.radians(rotation)) / zoom
-    linear = torch.tensor([[cosine, -sine * height / width], [sine * width / height, cosine]])
-    shift = torch.tensor([2 * translation[0], 2 * translation[1]])
+    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    linear = torch.tensor([[cosine, -sine * height / width], [sine * width / height, cosine]], **kind)
+    shift = torch.tensor([2 * translation[0], 2 * translation[1]], **kind)
     return torch.cat([linear, -(linear @ shift)[:, None]], dim=1)
 
 
 def warp_affine(image: Tensor, matrix: Tensor) -> Tensor:
     """Resample a float image [C, H, W] bilinearly through an `affine_matrix`, mirrored beyond its border."""
-    grid = F.affine_grid(matrix[None].to(image.dtype), [1, *image.shape], align_corners=False)
+    grid = F.affine_grid(matrix[None].to(image), [1, *image.shape], align_corners=False)
     return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
 
 

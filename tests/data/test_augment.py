@@ -216,3 +216,20 @@ def test_pickles() -> None:
     copy = pickle.loads(pickle.dumps(transform))
     assert torch.equal(copy(image(8, 9)), transform(image(8, 9)))
     assert "size=(8, 9)" in repr(copy)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_torchs_default_device_and_dtype_change_nothing(train):
+    image = torch.randint(0, 256, (3, 40, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = PatchTransform(32, train=train, rotation=10.0)
+    torch.manual_seed(1)
+    expected = transform(image)
+    for default in (lambda: torch.set_default_device("meta"), lambda: torch.set_default_dtype(torch.float64)):
+        torch.manual_seed(1)
+        try:
+            default()
+            found = transform(image)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        assert found.device == expected.device and found.dtype == torch.float32 and torch.equal(found, expected)
