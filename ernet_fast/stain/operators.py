@@ -101,7 +101,7 @@ def _is_compiled_for(images: torch.Tensor) -> bool:
     )
 
 
-def _is_composed(images: torch.Tensor) -> bool:
+def is_composed(images: torch.Tensor) -> bool:
     """True if batched torch operations fit images of this device where no compiled code does."""
     return images.device.type != "cpu"
 
@@ -162,7 +162,7 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
     numbers = options.Io, options.alpha, options.beta, options.nearest, options.range
     if inside is None and _is_compiled_for(images):
         return MacenkoFit(*torch.ops.ernet.macenko_fit(supported(images), *numbers))
-    if _is_composed(images):
+    if is_composed(images):
         return MacenkoFit(*torch_backend.macenko_fit(supported(images), *numbers, inside))
     assert inside is None
     from ernet_fast.reference.macenko import fit_images
@@ -172,7 +172,7 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
 
 def fits_inside(images: torch.Tensor) -> bool:
     """True if `fit` takes `inside` for these images."""
-    return _is_composed(images)
+    return is_composed(images)
 
 
 def reconstruct(

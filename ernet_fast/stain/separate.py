@@ -144,7 +144,8 @@ def _concentrations(images: torch.Tensor, stain: torch.Tensor, Io: float, range:
     rows = concentration_rows(stain)
     amounts = _products(images, rows, Io, range, dtype)
     large = rows.detach().abs().amax(dim=(1, 2)) > LARGE_ROWS
-    if dtype == torch.float32 and is_readable(large) and large.any():
+    # on a device the host does not wait for the answer and computes both
+    if dtype == torch.float32 and is_readable(large) and (operators.is_composed(images) or large.any()):
         # of each image by itself, whose bits do not depend on the others
         amounts = torch.where(large[:, None, None, None], _products(images, rows, Io, range, torch.float64), amounts)
     return amounts.to(dtype)

@@ -56,7 +56,6 @@ def cuda_kernels_available() -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def why_no_kernels(device: int) -> str | None:
     """Why the CUDA kernels do not serve the CUDA device of this number; None if they do."""
@@ -74,6 +73,10 @@ def why_no_kernels(device: int) -> str | None:
         f"the CUDA kernels are compiled for {', '.join(architectures)}, and the device has compute capability "
         f"{major}.{minor} (build with ERNET_CUDA_ARCHS={major}{minor})"
     )
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler now.
+why_no_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def optical_density(images: torch.Tensor, Io: float, range: float) -> torch.Tensor:

@@ -40,7 +40,7 @@ DTYPES = [torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat
 def composed(monkeypatch):
     """Every call takes the path of a GPU for which there are no kernels."""
     monkeypatch.setattr(operators, "_is_compiled_for", lambda images: False)
-    monkeypatch.setattr(operators, "_is_composed", lambda images: True)
+    monkeypatch.setattr(operators, "is_composed", lambda images: True)
 
 
 def with_bad_images(dtype):
@@ -140,7 +140,7 @@ class TestAgainstTheOperators:
 
         expected = everything()
         monkeypatch.setattr(operators, "_is_compiled_for", lambda images: False)
-        monkeypatch.setattr(operators, "_is_composed", lambda images: True)
+        monkeypatch.setattr(operators, "is_composed", lambda images: True)
         for found, wanted in zip(everything(), expected, strict=True):
             assert found.dtype == wanted.dtype and found.stride() == wanted.stride()
             if found.dtype in (torch.uint8, torch.int32):

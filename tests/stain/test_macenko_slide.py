@@ -246,7 +246,7 @@ def test_arguments_are_checked(arguments, error, message):
         ({"layout": "CHW"}, ValueError, "150 channels as CHW"),
         ({"mask": np.ones((3, 3), bool)}, ValueError, r"mask has shape \(3, 3\)"),
         ({"mask": np.ones(SLIDE.shape[:2])}, ValueError, "mask has .*float64"),
-        ({"mask": np.ones(SLIDE.shape[:2], bool), "source": TARGET}, ValueError, "pass one of them"),
+        ({"mask": np.ones(SLIDE.shape[:2], bool), "source": TARGET}, ValueError, "pass one of the two"),
         ({"on_degenerate": "skip"}, ValueError, "on_degenerate"),
     ],
 )
