@@ -173,7 +173,7 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
     info = _backend.build_info() or {}
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", device.upper()):
         return ("C++", f"compiled, {info['isa']}") if device == "cpu" else ("CUDA", "registered for CUDA")
-    if name in ("macenko_change", "macenko_augment", "macenko_separate"):
+    if name == "macenko_separate":
         return "C++ and PyTorch", "macenko_reconstruct between torch operations"
     return "PyTorch reference", f"no {device.upper()} kernel is compiled in"
 

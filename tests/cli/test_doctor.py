@@ -15,7 +15,7 @@ from ernet_fast.diagnosis import serves_capability
 from ernet_fast.stain import deprecated_operators
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_ONLY = ("macenko_change", "macenko_augment", "macenko_separate")
+CUDA_ONLY = ("macenko_separate",)
 
 CORE_ONLY = """
 import sys
