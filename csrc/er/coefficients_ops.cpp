@@ -1,5 +1,5 @@
 // The algebra on per-channel vectors as two operators, one for each way: schemas, argument checks, the CPU
-// implementation. Fake kernels are in ernet_fast/er/coefficients.py; the GPU implementation is Triton, in
+// implementation. Fake kernels are in ernet_fast/er/epilogue_composed.py; the GPU implementation is Triton, in
 // ernet_fast/er/triton/.
 #include <optional>
 #include <tuple>
