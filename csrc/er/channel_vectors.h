@@ -115,12 +115,11 @@ class Vectors {
   std::vector<std::pair<A*, Tensor>> changed_;
 };
 
-// The table of a stage, float64 [maps, kTableRows, C].
-inline double* table_of(const Tensor& t, int64_t index, int64_t channels) {
-  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == kTableRows && t.size(2) == channels && t.is_cpu() && t.is_contiguous() &&
+// The table of a stage, float64 [maps, rows, C].
+inline double* table_of(const Tensor& t, int64_t index, int64_t channels, int64_t rows = kTableRows) {
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == rows && t.size(2) == channels && t.is_cpu() && t.is_contiguous() &&
                       t.scalar_type() == ScalarType::Double,
-                  "ernet: table must be a contiguous float64 tensor [maps, ", +kTableRows, ", ", channels,
-                  "] on the CPU");
+                  "ernet: table must be a contiguous float64 tensor [maps, ", rows, ", ", channels, "] on the CPU");
   STD_TORCH_CHECK(index >= 0 && index < t.size(0), "ernet: index ", index, " is outside the ", t.size(0),
                   " maps of table");
   return static_cast<double*>(t.mutable_data_ptr());
@@ -190,12 +189,18 @@ struct EpilogueParameters {
   double eps = in.number();
 };
 
+// Group norm: how a map is cut. None with batch norm.
+struct Grouping {
+  int64_t samples, num_groups = 0;
+  int64_t table_rows() const { return num_groups > 0 ? cpu::group_table_rows(samples) : +kTableRows; }
+};
+
 // The arguments of the loops but a and b. `moments`: mean and variance of the map, null where nothing depends on them.
 // Counts a batch where running statistics are to be updated, so whatever else is checked must have been before.
 template <typename A>
 BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const Tensor& table, int64_t index,
-                                       const EpilogueParameters& k, std::pair<const A*, const A*> moments,
-                                       double count) {
+                                       const EpilogueParameters& k, std::pair<const A*, const A*> moments, double count,
+                                       const Grouping& grouping = {}) {
   const int64_t channels = table.dim() == 3 ? table.size(2) : 0;
   const std::vector<int64_t> one = {channels}, all = {index, channels};
   const BranchNorm norm = branch_norm(k.norm);
@@ -203,7 +208,9 @@ BlockCoefficients<A> forward_arguments(Vectors<A>& vectors, const Tensor& table,
   BlockCoefficients<A> args{};
   args.index = index;
   args.C = channels;
-  args.table = table_of(table, index, channels);
+  args.table = table_of(table, index, channels, grouping.table_rows());
+  args.samples = grouping.samples;
+  args.num_groups = grouping.num_groups;
   args.mean = moments.first;
   args.var = moments.second;
   args.count = count;

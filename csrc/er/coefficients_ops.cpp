@@ -84,7 +84,7 @@ Gradients backward(const BackwardParameters& k) {
   v.count = value_count(k.count, k.elements);
   v.a = k.a.has_value() ? row_of<A>(*k.a, "a", k.index, C) : nullptr;
   v.later = later_rows<A>(vectors, later, k.index, C, dots);
-  v.sums = dots ? vector_of<A>(*k.sums, "sums", {num_later + (v.a == nullptr ? 0 : 2), C}) : nullptr;
+  v.sums = dots ? vector_of<double>(*k.sums, "sums", {num_later + (v.a == nullptr ? 0 : 2), C}) : nullptr;
   v.own_sums = dots ? v.sums + num_later * C : nullptr;
   v.measured = k.measured;
   v.pass_on = k.pass_on;
@@ -104,12 +104,9 @@ Gradients backward(const BackwardParameters& k) {
   return {rows, k0, dgamma, dbeta, dmoments};
 }
 
-// Per-channel vectors are of one dtype, that of whichever are there.
+// Coefficients are of one dtype, that of whichever are there.
 Gradients map_coefficients_backward(const BackwardParameters& k) {
-  const Tensor* const any = k.sums.has_value()  ? &*k.sums
-                            : k.a.has_value()   ? &*k.a
-                            : k.later_a.empty() ? nullptr
-                                                : &k.later_a[0];
+  const Tensor* const any = k.a.has_value() ? &*k.a : k.later_a.empty() ? nullptr : &k.later_a[0];
   const bool doubles = any != nullptr && any->scalar_type() == ScalarType::Double;
   return doubles ? backward<double>(k) : backward<float>(k);
 }

@@ -1,4 +1,4 @@
-// The epilogue of an ER block with batch norm as one operator each way, for the CPU: schemas, argument checks and the
+// The epilogue of an ER block as one operator each way, for the CPU: schemas, argument checks and the
 // implementation, by loops over feature maps and over per-channel vectors. Autograd is in ernet_fast/er/nodes.py, fake
 // kernels in ernet_fast/er/epilogue.py.
 //
@@ -7,7 +7,8 @@
 // g and z. Channels are independent, so where a tile of some channels of these maps fits in the second-level cache, all
 // of that is done channel tile by channel tile, and each map comes from memory once. Channels-last maps are not tiled;
 // there the pass that writes dz takes the inner products of the map before with the g that it reads. Results are the
-// same bits with and without tiles.
+// same bits with and without tiles. With group norm moments, inner products and coefficients are those of each sample,
+// and channels of a group depend on one another: there are no tiles.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -26,39 +27,60 @@ struct ForwardParameters {
   bool measure_earlier = in.boolean();
   bool measure = in.boolean();
   EpilogueParameters epilogue{in};
+  int64_t num_groups = in.integer();
   bool relu = in.boolean();
 };
+
+Grouping grouping_of(int64_t num_groups, const Tensor& map) {
+  STD_TORCH_CHECK(num_groups >= 0 && (num_groups == 0 || map.size(1) % num_groups == 0), "ernet: num_groups must be 0 ",
+                  "(batch norm) or divide the ", map.size(1), " channels; got ", num_groups);
+  return {map.size(0), num_groups};
+}
+
+// work(begin, end) on per-channel vectors of whole groups, by several threads where `values` of a channel pay.
+template <typename Work>
+void over_channel_groups(int64_t channels, int64_t num_groups, int64_t values, const Work& work) {
+  const int64_t width = channels / num_groups;
+  torch::stable::parallel_for(0, num_groups, kGrainValues / (width * values) + 1,
+                              [&](int64_t begin, int64_t end) { work(begin * width, end * width); });
+}
 
 template <typename A>
 std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& shape, Storage storage) {
   const int64_t index = static_cast<int64_t>(k.maps.size()) - 1;
+  const int64_t width = shape.groups() * shape.C;
   const double count = static_cast<double>(shape.N * shape.P);
-  std::vector<std::unique_ptr<A[]>> moments;  // [2][C] of each map
+  const Grouping grouping{shape.N, k.num_groups};
+  std::vector<std::unique_ptr<A[]>> moments;  // [2][groups][C] of each map
   std::vector<Reduction<cpu::ChannelMoments, A>> passes;
   std::vector<BlockCoefficients<A>> files;  // of earlier maps, as they are
   for (int64_t i = k.filed; i <= index; ++i) {
-    moments.emplace_back(new A[static_cast<size_t>(2 * shape.C)]);
-    A *const mean = moments.back().get(), *const var = mean + shape.C;
+    moments.emplace_back(new A[static_cast<size_t>(2 * width)]);
+    A *const mean = moments.back().get(), *const var = mean + width;
     const void* const map = k.maps[static_cast<size_t>(i)].const_data_ptr();
     passes.emplace_back(storage, cpu::ChannelMoments{shape, map, nullptr}, mean, var);
     if (i == index) break;
     BlockCoefficients<A> file{};
     file.index = i;
     file.C = shape.C;
-    file.table = table_of(k.table, i, shape.C);
+    file.table = table_of(k.table, i, shape.C, grouping.table_rows());
     file.mean = k.measure_earlier ? mean : nullptr;
     file.var = k.measure_earlier ? var : nullptr;
     file.count = count;
     file.norm = BranchNorm::none;
     file.eps = k.epilogue.eps;
+    file.samples = grouping.samples;
+    file.num_groups = grouping.num_groups;
     files.push_back(file);
   }
   Vectors<A> vectors;
-  Tensor a = cpu_output({index + 1, shape.C}, vector_type(std::is_same_v<A, double>), sizeof(A));
-  const std::unique_ptr<A[]> b(new A[static_cast<size_t>(shape.C)]);
+  std::vector<int64_t> sizes = channel_sizes(shape);
+  sizes.insert(sizes.begin(), index + 1);
+  Tensor a = cpu_output(sizes, vector_type(std::is_same_v<A, double>), sizeof(A));
+  const std::unique_ptr<A[]> b(new A[static_cast<size_t>(width)]);
   const std::pair<const A*, const A*> own = {k.measure ? moments.back().get() : nullptr,
-                                             k.measure ? moments.back().get() + shape.C : nullptr};
-  BlockCoefficients<A> args = forward_arguments<A>(vectors, k.table, index, k.epilogue, own, count);
+                                             k.measure ? moments.back().get() + width : nullptr};
+  BlockCoefficients<A> args = forward_arguments<A>(vectors, k.table, index, k.epilogue, own, count, grouping);
   args.a = data_of<A>(a);
   args.b = b.get();
   const std::vector<const void*> data = pointers(k.maps);
@@ -66,10 +88,16 @@ std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& s
   over_channel_tiles(shape, index + 1, k.maps[0].element_size(), [&](const ChannelTile* tile) {
     for (size_t i = 0; k.measure_earlier && i < files.size(); ++i) over(tile, passes[i]);
     if (k.measure) over(tile, passes.back());
-    over_vectors(tile, shape.C, index + 1, [&](int64_t begin, int64_t end) {
-      for (const BlockCoefficients<A>& file : files) vector_loops<A>().block(file, begin, end);
-      vector_loops<A>().block(args, begin, end);
-    });
+    const auto block = k.num_groups > 0 ? vector_loops<A>().group_block : vector_loops<A>().block;
+    const auto algebra = [&](int64_t begin, int64_t end) {
+      for (const BlockCoefficients<A>& file : files) block(file, begin, end);
+      block(args, begin, end);
+    };
+    if (k.num_groups > 0) {
+      over_channel_groups(shape.C, k.num_groups, (index + 1) * shape.N, algebra);
+    } else {
+      over_vectors(tile, shape.C, index + 1, algebra);
+    }
     over(tile, sum);
   });
   vectors.write_back();
@@ -80,11 +108,14 @@ std::tuple<Tensor, Tensor> er_block(const ForwardParameters& k) {
   const MapChecker checker = checked_maps(k.maps);
   STD_TORCH_CHECK(k.maps[0].numel() > 0, "ernet: maps must not be empty; got ", shape_text(k.maps[0]));
   const Storage storage = storage_of(k.maps[0], "maps");
-  const MapShape shape = checker.shape(false);
+  const MapShape shape = checker.shape(grouping_of(k.num_groups, k.maps[0]).num_groups > 0);
   const int64_t earlier = static_cast<int64_t>(k.maps.size()) - 1;
   STD_TORCH_CHECK(k.filed >= 0 && k.filed <= earlier, "ernet: filed must be 0 to ", earlier, ", the earlier maps; got ",
                   k.filed);
   STD_TORCH_CHECK(k.epilogue.weight.has_value(), "ernet: weight is missing");
+  STD_TORCH_CHECK(k.num_groups == 0 || !k.epilogue.running_mean.has_value(),
+                  "ernet: group norm has no running_mean and running_var");
+  STD_TORCH_CHECK(k.num_groups == 0 || k.measure_earlier, "ernet: group norm needs measure_earlier");
   return storage == Storage::f64 ? forward<double>(k, shape, storage) : forward<float>(k, shape, storage);
 }
 
@@ -112,6 +143,7 @@ struct BackwardParameters {
   Tensor table = in.tensor();
   int64_t norm = in.integer();
   double eps = in.number();
+  int64_t num_groups = in.integer();
   bool dots = in.boolean();
   bool measured = in.boolean();
   bool needed = in.boolean();
@@ -141,37 +173,41 @@ class MapGradient {
         shape_(shape),
         storage_(storage),
         C_(shape.C),
+        width_(shape.groups() * shape.C),
         num_later_(static_cast<int64_t>(k.later_dy.size())),
         reached_(k.dy.has_value()),
-        sums_(array<A>(num_later_ + 2)),
-        own_sums_(sums_.get() + num_later_ * shape.C),
-        dmoments_(array<double>(2)) {
+        sums_(array<double>((num_later_ + 2) * width_)),
+        own_sums_(sums_.get() + num_later_ * width_) {
     STD_TORCH_CHECK(k.a.has_value() == reached_, "ernet: a and dy go together");
     STD_TORCH_CHECK(k.dots || !(reached_ && k.y.has_value()), "ernet: without dots, dy must be g itself and y None");
     prepare_dots();
     prepare_sum();
-    prepare_algebra();
+    k.num_groups > 0 ? prepare_group_algebra() : prepare_algebra();
   }
 
   Gradients run() {
     over_channel_tiles(
         shape_, static_cast<int64_t>(terms_.size()) + 1, k_.z.element_size(), [&](const ChannelTile* tile) {
           if (dots_) over(tile, *dots_);
-          over_vectors(tile, C_, num_later_ + 2, [&](int64_t begin, int64_t end) { algebra_->run(begin, end); });
+          if (algebra_)
+            over_vectors(tile, C_, num_later_ + 2, [&](int64_t begin, int64_t end) { algebra_->run(begin, end); });
+          if (group_.scratch != nullptr) run_group_algebra();
           if (sum_) over(tile, *sum_);
           if (sum_dots_) over(nullptr, *sum_dots_);
         });
-    if (k_.dots && reached_) std::copy_n(own_sums_ + C_, C_, data_of<A>(db_));
+    if (k_.dots && reached_) std::copy_n(own_sums_ + width_, width_, data_of<double>(db_));
     return {dz_, bits_, db_, dgamma_, dbeta_, before_dots_};
   }
 
  private:
   template <typename T>
-  std::unique_ptr<T[]> array(int64_t rows) const {
-    return std::unique_ptr<T[]>(new T[static_cast<size_t>(rows * C_)]);
+  static std::unique_ptr<T[]> array(int64_t size) {
+    return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
   }
-  static ScalarType type() { return vector_type(std::is_same_v<A, double>); }
-  Tensor vector(int64_t rows) const { return cpu_output({rows * C_}, type(), sizeof(A)); }
+  Tensor vector(bool there) const {
+    return cpu_output({there ? C_ : 0}, vector_type(std::is_same_v<A, double>), sizeof(A));
+  }
+  std::vector<int64_t> sizes() const { return channel_sizes(shape_); }
 
   // The inner products of z with its own g, and, where they are not known, with every later one.
   void prepare_dots() {
@@ -185,10 +221,10 @@ class MapGradient {
       later_bits_.push_back(checked_bits(k_.later_bits[l], shape_));
     }
     if (known) {
-      STD_TORCH_CHECK(k_.known->dim() == 2 && k_.known->size(0) == num_later_,
+      STD_TORCH_CHECK(k_.known->dim() == 2 + shape_.per_sample && k_.known->size(0) == num_later_,
                       "ernet: known must have a row for each of the ", num_later_, " later blocks; got ",
                       shape_text(*k_.known));
-      if (num_later_ > 0) std::copy_n(row_of<A>(*k_.known, "known", 0, C_), num_later_ * C_, sums_.get());
+      if (num_later_ > 0) std::copy_n(row_of<double>(*k_.known, "known", 0, width_), num_later_ * width_, sums_.get());
     }
     const cpu::MapDots args{shape_,
                             k_.z.const_data_ptr(),
@@ -211,12 +247,12 @@ class MapGradient {
     const int64_t num_g = static_cast<int64_t>(terms_.size());
     if (k_.measured) add_term(k_.z.const_data_ptr(), nullptr);
     if (k_.passed.has_value()) add_term(k_.passed->const_data_ptr(), nullptr);
-    before_dots_ = vector(0);
+    before_dots_ = cpu_output({0}, ScalarType::Double, sizeof(double));
     dz_ = cpu_output({0}, k_.z.scalar_type(), 1);
     if (!k_.needed || terms_.empty()) return;
     const int64_t num_terms = static_cast<int64_t>(terms_.size());
-    rows_ = array<A>(num_terms + 1);  // and k0
-    const A* const k0 = k_.measured ? rows_.get() + num_terms * C_ : nullptr;
+    rows_ = array<A>((num_terms + 1) * width_);  // and k0
+    const A* const k0 = k_.measured ? rows_.get() + num_terms * width_ : nullptr;
     const bool with_before =
         k_.before.has_value() && k_.dots && num_g > 0 && shape_.channels_last && !k_.passed.has_value();
     if (!with_before) {
@@ -224,7 +260,9 @@ class MapGradient {
       dz_ = sum_->y;
       return;
     }
-    before_dots_ = cpu_output({num_g, C_}, type(), sizeof(A));
+    std::vector<int64_t> dots_sizes = sizes();
+    dots_sizes.insert(dots_sizes.begin(), num_g);
+    before_dots_ = cpu_output(dots_sizes, ScalarType::Double, sizeof(double));
     dz_ = empty_map_like(k_.z);
     const cpu::SumDots args{shape_,
                             num_g,
@@ -237,18 +275,25 @@ class MapGradient {
                             k_.before->const_data_ptr(),
                             nullptr,
                             streams(k_.z)};
-    sum_dots_.emplace(storage_, args, data_of<A>(before_dots_));
+    sum_dots_.emplace(storage_, args, data_of<double>(before_dots_));
+  }
+
+  // What is returned of per-channel vectors.
+  LaterVectors prepare_vectors() {
+    const bool affine = k_.norm != 0;
+    db_ = cpu_output(reached_ ? sizes() : std::vector<int64_t>{0}, ScalarType::Double, sizeof(double));
+    dgamma_ = vector(affine);
+    dbeta_ = vector(affine);
+    const LaterVectors later{k_.later_a,           k_.later_db,     k_.later_weight, k_.later_running_mean,
+                             k_.later_running_var, k_.later_dweight};
+    later.check(k_.later_dy.size());
+    return later;
   }
 
   // What the inner products say of the per-channel vectors, and the coefficients of dz.
   void prepare_algebra() {
-    const bool affine = k_.norm != 0;
-    db_ = vector(reached_ ? 1 : 0);
-    dgamma_ = vector(affine ? 1 : 0);
-    dbeta_ = vector(affine ? 1 : 0);
-    const LaterVectors later{k_.later_a,           k_.later_db,     k_.later_weight, k_.later_running_mean,
-                             k_.later_running_var, k_.later_dweight};
-    later.check(k_.later_dy.size());
+    const LaterVectors later = prepare_vectors();
+    dmoments_ = array<double>(2 * C_);
     MapVectors<A> v{};
     v.C = C_;
     v.row = table_of(k_.table, k_.index, C_) + k_.index * kTableRows * C_;
@@ -263,10 +308,61 @@ class MapGradient {
     v.pass_on = k_.passed.has_value();
     v.rows = rows_.get();
     v.k0 = v.rows == nullptr ? nullptr : v.rows + v.terms() * C_;
-    v.dgamma = affine ? data_of<A>(dgamma_) : nullptr;
-    v.dbeta = affine ? data_of<A>(dbeta_) : nullptr;
+    v.dgamma = k_.norm != 0 ? data_of<A>(dgamma_) : nullptr;
+    v.dbeta = k_.norm != 0 ? data_of<A>(dbeta_) : nullptr;
     v.dmoments = dmoments_.get();
     algebra_.emplace(std::move(v));
+  }
+
+  // The same with group norm. Coefficients with which blocks read the map, and ones, are rows as they are.
+  void prepare_group_algebra() {
+    const LaterVectors later = prepare_vectors();
+    const Grouping grouping = grouping_of(k_.num_groups, k_.z);
+    const double* const table = table_of(k_.table, k_.index, C_, grouping.table_rows());
+    A* row = rows_.get();
+    const auto add_row = [&](const A* from) {
+      if (row != nullptr) row = std::copy_n(from, width_, row);
+    };
+    if (reached_) add_row(row_of<A>(*k_.a, "a", k_.index, width_));
+    for (size_t l = 0; l < later.a.size(); ++l) {
+      add_row(row_of<A>(later.a[l], "later_a", k_.index, width_));
+      if (!k_.dots) continue;
+      STD_TORCH_CHECK(later.running_mean[l].numel() == 0, "ernet: group norm has no later_running_mean");
+      readers_.push_back({sums_.get() + static_cast<int64_t>(l) * width_,
+                          vector_of<double>(later.db[l], "later_db", sizes()),
+                          read_row(vectors_, later.weight[l], "later_weight", k_.index, C_),
+                          const_cast<A*>(row_of<A>(later.dweight[l], "later_dweight", k_.index, C_))});
+    }
+    const bool moments = k_.measured && row != nullptr;
+    if (k_.passed.has_value() && row != nullptr) std::fill_n(row + (moments ? width_ : 0), width_, A(1));
+    if (!k_.dots) {
+      for (const Tensor& vector : {dgamma_, dbeta_}) std::fill_n(data_of<A>(vector), vector.numel(), A(0));
+      if (moments) std::fill_n(row, width_, A(0));
+      if (moments) std::fill_n(rows_.get() + static_cast<int64_t>(terms_.size()) * width_, width_, A(0));
+      return;
+    }
+    scratch_ = array<double>(cpu::group_scratch_rows(shape_.N) * C_);
+    const bool own = reached_, affine = k_.norm != 0;
+    group_ = {C_,
+              shape_.N,
+              k_.num_groups,
+              table + k_.index * grouping.table_rows() * C_,
+              branch_norm(k_.norm),
+              static_cast<double>(shape_.P),
+              readers_.data(),
+              static_cast<int64_t>(readers_.size()),
+              own ? own_sums_ : nullptr,
+              own ? own_sums_ + width_ : nullptr,
+              affine ? data_of<A>(dgamma_) : nullptr,
+              affine ? data_of<A>(dbeta_) : nullptr,
+              moments ? row : nullptr,
+              moments ? rows_.get() + static_cast<int64_t>(terms_.size()) * width_ : nullptr,
+              scratch_.get()};
+  }
+
+  void run_group_algebra() const {
+    over_channel_groups(C_, k_.num_groups, (num_later_ + 2) * shape_.N,
+                        [&](int64_t begin, int64_t end) { vector_loops<A>().group_gradient(group_, begin, end); });
   }
 
   void add_term(const void* map, const uint8_t* bits) {
@@ -277,21 +373,23 @@ class MapGradient {
   const BackwardParameters& k_;
   const MapShape shape_;
   const Storage storage_;
-  const int64_t C_, num_later_;
+  const int64_t C_, width_, num_later_;
   const bool reached_;
-  const std::unique_ptr<A[]> sums_;  // [num_later][C]; then, of its own g, those of g * z and of g
-  A* const own_sums_;
-  const std::unique_ptr<double[]> dmoments_;
+  const std::unique_ptr<double[]> sums_;  // [num_later][groups][C]; then, of its own g, those of g * z and of g
+  double* const own_sums_;
+  std::unique_ptr<double[]> dmoments_, scratch_;
   Tensor dz_, bits_, db_, dgamma_, dbeta_, before_dots_;
   uint8_t* own_bits_ = nullptr;
   std::vector<const void*> later_g_, terms_;
   std::vector<const uint8_t*> later_bits_, term_bits_;
   Vectors<A> vectors_;
   std::unique_ptr<A[]> rows_;
-  std::optional<MapAlgebra<A>> algebra_;
-  std::optional<Reduction<cpu::MapDots, A>> dots_;
+  std::optional<MapAlgebra<A>> algebra_;  // batch norm
+  std::vector<cpu::GroupReader<A>> readers_;
+  cpu::GroupGradient<A> group_{};
+  std::optional<Reduction<cpu::MapDots, double>> dots_;
   std::optional<SumPass> sum_;
-  std::optional<Reduction<cpu::SumDots, A>> sum_dots_;
+  std::optional<Reduction<cpu::SumDots, double>> sum_dots_;
 };
 
 Gradients er_block_backward(const BackwardParameters& k) {
@@ -307,7 +405,7 @@ Gradients er_block_backward(const BackwardParameters& k) {
                   "each of the ",
                   k.later_dy.size(), " dy");
   const Storage storage = storage_of(k.z, "z");
-  const MapShape shape = checker.shape(false);
+  const MapShape shape = checker.shape(grouping_of(k.num_groups, k.z).num_groups > 0);
   return storage == Storage::f64 ? MapGradient<double>(k, shape, storage).run()
                                  : MapGradient<float>(k, shape, storage).run();
 }
@@ -320,12 +418,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "er_block(Tensor[] maps, Tensor(a!) table, int filed, bool measure_earlier, bool measure, int norm, "
       "Tensor? gamma, Tensor? beta, Tensor(b!)? norm_mean, Tensor(c!)? norm_var, Tensor(d!)? norm_batches, "
       "float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, Tensor(f!)? running_var, "
-      "Tensor(g!)? batches, bool use_running, float? momentum, float eps, bool relu) -> (Tensor y, Tensor a)");
+      "Tensor(g!)? batches, bool use_running, float? momentum, float eps, int num_groups, bool relu) "
+      "-> (Tensor y, Tensor a)");
   m.def(
       "er_block_backward(int index, Tensor z, Tensor? dy, Tensor? y, Tensor? a, Tensor[] later_dy, "
       "Tensor[] later_bits, Tensor[] later_a, Tensor[] later_db, Tensor[] later_weight, "
       "Tensor[] later_running_mean, Tensor[] later_running_var, Tensor(a!)[] later_dweight, Tensor? passed, "
-      "Tensor? before, Tensor? known, Tensor table, int norm, float eps, bool dots, bool measured, bool needed) "
+      "Tensor? before, Tensor? known, Tensor table, int norm, float eps, int num_groups, bool dots, bool measured, "
+      "bool needed) "
       "-> (Tensor dz, Tensor bits, Tensor db, Tensor dgamma, Tensor dbeta, Tensor before_dots)");
 }
 

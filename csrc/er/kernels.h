@@ -66,7 +66,7 @@ struct MapDots {
   int64_t num_later;
   const void* const* later;          // [num_later]
   const uint8_t* const* later_bits;  // [num_later], null for those that count whole
-  double* partial;                   // [slabs][rows()][C]: sums of g_l * x of a slab; with a dy, then of g * x and of g
+  double* partial;  // [groups * slabs][rows()][C]: sums of g_l * x of a slab; with a dy, then of g * x and of g
 
   int64_t rows() const { return num_later + (dy == nullptr ? 0 : 2); }
   int64_t num_streams() const { return rows() + 1; }
@@ -80,11 +80,11 @@ struct SumDots {
   const void* const* g;        // [num_g], at least one
   const uint8_t* const* bits;  // [num_g], null for those that count whole
   const void* z;               // or null
-  const void* a;               // acc [num_g + 1][C], the last row that of z
-  const void* b;               // acc [C], or null for zero
+  const void* a;               // acc [num_g + 1][groups][C], the last row that of z
+  const void* b;               // acc [groups][C], or null for zero
   void* y;
   const void* before;
-  double* partial;  // [slabs][rows()][C]: sums of g_l * before of a slab
+  double* partial;  // [groups * slabs][rows()][C]: sums of g_l * before of a slab
   bool stream;      // write y with non-temporal stores
 
   int64_t rows() const { return num_g; }
@@ -160,15 +160,15 @@ struct ChannelTile {
 // every pass goes over whole maps.
 int64_t tile_channels(const MapShape& shape, int64_t num_maps, int64_t element_size);
 
-// Merge the partial results of some channels, in order, in double, into acc arrays ("acc" as above).
+// Merge the partial results of some channels, in order, in double, into arrays of A.
 template <typename A>
 void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var);  // [groups][C] each
 template <typename A>
 void merge(const WeightedDot& args, const ChannelTile& tile, A* da, A* db);  // [num_maps][groups][C], [groups][C]
 template <typename A>
-void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* none);  // [rows()][C]
+void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* none);  // [rows()][groups][C]
 template <typename A>
-void merge(const SumDots& args, const ChannelTile& tile, A* sums, A* none);  // [num_g][C]
+void merge(const SumDots& args, const ChannelTile& tile, A* sums, A* none);  // [num_g][groups][C]
 
 // The loops of one operator, by storage type: over work items [begin, end), of which any partition gives the same bits;
 // and all that those items do to the channels of a tile, with the same bits.

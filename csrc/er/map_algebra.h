@@ -14,7 +14,7 @@ namespace ernet {
 template <typename A>
 struct LaterRows {
   const A* a;  // with which it reads the map
-  const A* db = nullptr;
+  const double* db = nullptr;
   const A* weight = nullptr;
   const A* running_mean = nullptr;  // null: the map was normalised with its measured moments
   const A* running_var = nullptr;
@@ -30,8 +30,8 @@ struct MapVectors {
   double count;                     // values a channel
   const A* a;                       // of the map's own block, or null where that block's output has no gradient
   std::vector<LaterRows<A>> later;  // in the order of the rows of sums
-  const A* sums;                    // [later][C] inner products with each g; null: all gradients of vectors are 0
-  const A* own_sums;                // [2][C]: sums of g * z and of g of the map's own block; null without a
+  const double* sums;               // [later][C] inner products with each g; null: all gradients of vectors are 0
+  const double* own_sums;           // [2][C]: sums of g * z and of g of the map's own block; null without a
   bool measured, pass_on;           // z, and a gradient passed on, are terms of dz
   A* rows;                          // [terms()][C], or null
   A* k0;                            // [C]
@@ -67,14 +67,14 @@ class MapAlgebra {
       std::fill(totals_.get() + i * v_.C + begin, totals_.get() + i * v_.C + end, 0.0);
     }
     const cpu::VectorLoops<A>& loops = vector_loops<A>();
-    const A* sums = v_.sums;
+    const double* sums = v_.sums;
     for (const LaterRows<A>& later : v_.later) {
       loops.pair({v_.C, v_.row, totals_.get(), later.weight, sums, later.db, later.running_mean, later.running_var,
                   v_.eps, later.dweight},
                  begin, end);
       sums += v_.C;
     }
-    const A* const own = v_.a == nullptr ? nullptr : v_.own_sums;
+    const double* const own = v_.a == nullptr ? nullptr : v_.own_sums;
     loops.own({v_.C, v_.row, totals_.get(), own, own == nullptr ? nullptr : own + v_.C, v_.norm, v_.dgamma, v_.dbeta,
                v_.dmoments},
               begin, end);
@@ -113,14 +113,14 @@ struct LaterVectors {
   }
 };
 
-// The row of map `index` of an acc tensor [> index, C].
+// The row of map `index` of a tensor of A [> index, ...], with `width` values a row.
 template <typename A>
-const A* row_of(const Tensor& t, const char* name, int64_t index, int64_t channels) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) > index && t.size(1) == channels && t.is_cpu() && t.is_contiguous() &&
-                      t.scalar_type() == vector_type(std::is_same_v<A, double>),
-                  "ernet: ", name, " must be contiguous tensors [> ", index, ", ", channels, "] of ",
+const A* row_of(const Tensor& t, const char* name, int64_t index, int64_t width) {
+  STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) > index && t.numel() == t.size(0) * width && t.is_cpu() &&
+                      t.is_contiguous() && t.scalar_type() == vector_type(std::is_same_v<A, double>),
+                  "ernet: ", name, " must be contiguous tensors [> ", index, ", ", width, "] of ",
                   std::is_same_v<A, double> ? "float64" : "float32", "; got ", shape_text(t));
-  return static_cast<const A*>(t.const_data_ptr()) + index * channels;
+  return static_cast<const A*>(t.const_data_ptr()) + index * width;
 }
 
 template <typename A>
@@ -147,7 +147,7 @@ std::vector<LaterRows<A>> later_rows(Vectors<A>& vectors, const LaterVectors& t,
     rows.push_back({row_of<A>(t.a[l], "later_a", index, C)});
     if (!dots) continue;
     LaterRows<A>& row = rows.back();
-    row.db = vector_of<A>(t.db[l], "later_db", {C});
+    row.db = vector_of<double>(t.db[l], "later_db", {C});
     row.weight = read_row(vectors, t.weight[l], "later_weight", index, C);
     const bool running = t.running_mean[l].numel() > 0;
     STD_TORCH_CHECK(running == (t.running_var[l].numel() > 0),

@@ -12,11 +12,11 @@ namespace {
 
 // A reduction over whole maps into tensors of the accumulation type.
 template <typename Arguments>
-void reduce(Storage storage, const Arguments& args, const Tensor& out, const Tensor* last = nullptr) {
+void reduce(Storage storage, const Arguments& args, const Tensor& out, const Tensor& last) {
   if (storage == Storage::f64) {
-    Reduction(storage, args, data_of<double>(out), last == nullptr ? nullptr : data_of<double>(*last)).whole();
+    Reduction(storage, args, data_of<double>(out), data_of<double>(last)).whole();
   } else {
-    Reduction(storage, args, data_of<float>(out), last == nullptr ? nullptr : data_of<float>(*last)).whole();
+    Reduction(storage, args, data_of<float>(out), data_of<float>(last)).whole();
   }
 }
 
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> channel_moments(const Tensor& x, bool per_sample) {
   Tensor mean = like_channels(x, channel_sizes(shape), storage);
   Tensor var = like_channels(x, channel_sizes(shape), storage);
   const cpu::ChannelMoments args{shape, x.const_data_ptr(), nullptr};
-  reduce(storage, args, mean, &var);
+  reduce(storage, args, mean, var);
   return {mean, var};
 }
 
@@ -67,19 +67,19 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
                               data.data(),
                               nullptr,
                               y.has_value() && streams(dy)};
-  reduce(storage, args, da, &db);
+  reduce(storage, args, da, db);
   return {da, db, g};
 }
 
 std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>& dy, const std::optional<Tensor>& y,
-                                    const std::vector<Tensor>& later_g) {
+                                    const std::vector<Tensor>& later_g, bool per_sample) {
   MapChecker checker(z, "z");
   STD_TORCH_CHECK(dy.has_value() || !y.has_value(), "ernet: y is given without dy");
   if (dy.has_value()) checker.add(*dy, "dy");
   if (y.has_value()) checker.add(*y, "y");
   for (size_t l = 0; l < later_g.size(); ++l) checker.add(later_g[l], ("later_g[" + std::to_string(l) + "]").c_str());
   const Storage storage = storage_of(z, "z");
-  const MapShape shape = checker.shape(false);
+  const MapShape shape = checker.shape(per_sample);
   const Tensor g = y.has_value() ? empty_map_like(z) : torch::stable::new_empty(z, std::vector<int64_t>{0});
   const std::vector<const void*> later = pointers(later_g);
   const std::vector<const uint8_t*> all(later.size(), nullptr);
@@ -94,11 +94,13 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
                           all.data(),
                           nullptr};
   const int64_t rows = args.num_later + (dy.has_value() ? 2 : 0);  // an empty dy has no address
-  Tensor sums = like_channels(z, {rows, shape.C}, storage);
+  std::vector<int64_t> sizes = channel_sizes(shape);
+  sizes.insert(sizes.begin(), rows);
+  Tensor sums = torch::stable::new_empty(z, sizes, ScalarType::Double);
   if (z.numel() == 0) {
     torch::stable::zero_(sums);
   } else if (rows > 0) {
-    reduce(storage, args, sums);
+    Reduction(storage, args, data_of<double>(sums)).whole();
   }
   return {sums, g};
 }
@@ -112,7 +114,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
   m.def(
       "weighted_dot(Tensor dy, Tensor[] maps, Tensor? y, bool per_sample) "
       "-> (Tensor da, Tensor db, Tensor g)");
-  m.def("map_dots(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g) -> (Tensor sums, Tensor g)");
+  m.def("map_dots(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g, bool per_sample) -> (Tensor sums, Tensor g)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {

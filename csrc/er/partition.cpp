@@ -64,7 +64,8 @@ ReduceItem slab_item(const MapShape& s, int64_t slab, int64_t channel, int64_t c
 int64_t reduce_channels(const MapShape& s) { return block_channels(s); }
 
 int64_t tile_channels(const MapShape& s, int64_t num_maps, int64_t element_size) {
-  if (s.channels_last) return s.C;  // a tile's runs would lie a power of two apart and share a few sets of the cache
+  if (s.channels_last || s.per_sample)
+    return s.C;  // a tile's runs would lie a power of two apart and share a few sets of the cache
   const int64_t channel_bytes = at_least_one(s.N * s.P * element_size);
   // A map that was read in the pass before is still there if all that has come since leaves room for it.
   const int64_t fits = kChannelTileBytes / (channel_bytes * (num_maps + 2));
@@ -164,9 +165,7 @@ template void merge<float>(const ChannelMoments&, const ChannelTile&, float*, fl
 template void merge<double>(const ChannelMoments&, const ChannelTile&, double*, double*);
 template void merge<float>(const WeightedDot&, const ChannelTile&, float*, float*);
 template void merge<double>(const WeightedDot&, const ChannelTile&, double*, double*);
-template void merge<float>(const MapDots&, const ChannelTile&, float*, float*);
 template void merge<double>(const MapDots&, const ChannelTile&, double*, double*);
-template void merge<float>(const SumDots&, const ChannelTile&, float*, float*);
 template void merge<double>(const SumDots&, const ChannelTile&, double*, double*);
 
 }  // namespace ernet::cpu

@@ -59,7 +59,11 @@ template <typename A>
 class Algebra {
  public:
   Algebra(const BackwardParameters& k, Storage storage, int64_t C, double count, A* dweight)
-      : C_(C), last_(static_cast<int64_t>(k.maps.size())), da_(array(last_)), db_(array(1)), rows_(array(3 * last_)) {
+      : C_(C),
+        last_(static_cast<int64_t>(k.maps.size())),
+        da_(new double[static_cast<size_t>(last_ * C)]),
+        db_(new double[static_cast<size_t>(C)]),
+        rows_(array(3 * last_)) {
     const std::vector<int64_t> sizes = {last_, C};
     const auto acc = [&](const Tensor& t, const char* name) {
       return static_cast<const A*>(coefficients(t, name, sizes, storage));
@@ -90,8 +94,8 @@ class Algebra {
   }
 
   // [maps][C] and [C], to be filled before run().
-  A* da() const { return da_.get(); }
-  A* db() const { return db_.get(); }
+  double* da() const { return da_.get(); }
+  double* db() const { return db_.get(); }
   // [3][C]: a, and where statistics are those of the maps, k1 and k0.
   const A* row(int64_t l) const { return rows_.get() + l * 3 * C_; }
 
@@ -103,7 +107,8 @@ class Algebra {
   std::unique_ptr<A[]> array(int64_t rows) const { return std::unique_ptr<A[]>(new A[static_cast<size_t>(rows * C_)]); }
 
   const int64_t C_, last_;
-  const std::unique_ptr<A[]> da_, db_, rows_;
+  const std::unique_ptr<double[]> da_, db_;
+  const std::unique_ptr<A[]> rows_;
   std::unique_ptr<double[]> dmoments_;
   std::vector<MapAlgebra<A>> maps_;
 };

@@ -1,4 +1,4 @@
-"""The epilogue of an ER block with batch norm: the contract that a stage's autograd nodes call.
+"""The epilogue of an ER block: the contract that a stage's autograd nodes call.
 
     er_block            moments of z, coefficients, weighted sum -> y, and a of the sum
     er_block_backward   dy and what later blocks have left -> dz, gradients of gamma and beta, a row of each dweight
@@ -63,7 +63,7 @@ def er_block(
         y, a = epilogue_composed.er_block(state, maps, norm, shortcut, measure=measure, relu=relu)
     else:
         y, a = torch.ops.ernet.er_block.default(
-            maps, state.table, state.filed, state.measure, measure, *norm, *shortcut, state.eps, relu
+            maps, state.table, state.filed, state.measure, measure, *norm, *shortcut, state.eps, state.num_groups, relu
         )
     record_updates(norm, shortcut)
     for _ in range(len(state.a), len(maps) - 1):  # maps that no block made
@@ -102,12 +102,12 @@ def er_block_backward(
         y: that output, if it went through a ReLU; without `state.needs_dots`, dy is that of the weighted sum instead.
         passed: a gradient of the map from elsewhere.
         before: the map before, if its gradient is due next: its inner products may come at less cost now than then.
-        known: what the call for the map after has returned as `earlier_dots`, [later, C].
+        known: what the call for the map after has returned as `earlier_dots`, float64 [later, C] or [later, N, C].
         needed: whether dz is wanted.
     """
     if state.composed:
         return epilogue_composed.er_block_backward(
-            state, index, z, norm, later, dy=dy, y=y, passed=passed, needed=needed
+            state, index, z, norm, later, dy=dy, y=y, passed=passed, known=known, needed=needed
         )
     columns = [list(column) for column in zip(*later, strict=True)] if later else _NO_COLUMNS
     dz, relu_mask, db, dgamma, dbeta, earlier_dots = torch.ops.ernet.er_block_backward.default(
@@ -123,6 +123,7 @@ def er_block_backward(
         state.table,
         norm,
         state.eps,
+        state.num_groups,
         state.needs_dots,
         state.measured[index],
         needed,
@@ -130,9 +131,10 @@ def er_block_backward(
     return MapGradients(dz, state.none if dy is None else dy, relu_mask, db, dgamma, dbeta, earlier_dots)
 
 
-def _forward_fake(maps: list[Tensor], table: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    z = maps[-1]
-    return torch.empty_like(z), z.new_empty((len(maps), z.shape[1]), dtype=operators.acc_dtype(z))
+def _forward_fake(maps: list[Tensor], table: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    z, (*_, num_groups, _relu) = maps[-1], rest
+    sizes = z.shape[:2] if num_groups else z.shape[1:2]
+    return torch.empty_like(z), z.new_empty((len(maps), *sizes), dtype=operators.acc_dtype(z))
 
 
 def _backward_fake(
@@ -144,8 +146,9 @@ def _backward_fake(
     later_dy: list[Tensor],
     *rest: object,
 ) -> tuple[Tensor, ...]:
-    *_, passed, before, _known, _table, norm, _eps, dots, measured, needed = rest
+    *_, passed, before, _known, _table, norm, _eps, num_groups, dots, measured, needed = rest
     channels, dtype = z.shape[1], operators.acc_dtype(z)
+    sizes = z.shape[:2] if num_groups else z.shape[1:2]
     planar = z.is_contiguous()
     rows, length = (z.shape[0] * channels, z[0, 0].numel()) if planar else (z.numel() // channels, channels)
     num_g = len(later_dy) + (dy is not None)
@@ -156,10 +159,10 @@ def _backward_fake(
     return (
         torch.empty_like(z) if anything else z.new_empty((0,)),
         z.new_empty((mask_bytes,), dtype=torch.uint8),
-        z.new_empty((0 if dy is None else channels,), dtype=dtype),
+        z.new_empty((0,) if dy is None else sizes, dtype=torch.float64),
         z.new_empty((affine,), dtype=dtype),
         z.new_empty((affine,), dtype=dtype),
-        z.new_empty((num_g, channels) if with_before else (0,), dtype=dtype),
+        z.new_empty((num_g, *sizes) if with_before else (0,), dtype=torch.float64),
     )
 
 

@@ -12,6 +12,8 @@ from ernet_fast.er.process_group import ProcessGroup
 
 TABLE_ROWS = 7
 """Of each feature map, [C] each: scale, 1 / deviation, centre, shift, mean, variance, 1 / deviation of x."""
+AFFINE_ROWS = 4
+"""The first of them, which group norm has too; `group_coefficients` says what follows."""
 MEAN_ROW = 4
 
 
@@ -65,16 +67,16 @@ class LaterBlock(NamedTuple):
     relu_mask: Tensor
     """One bit an element, set where its output was positive, as `ernet::er_block_backward` returns it, or empty."""
     a: Tensor
-    """Coefficients of its weighted sum, [maps, C]."""
+    """Coefficients of its weighted sum, [maps, C]; with group norm [maps, N, C]."""
     db: Tensor
-    """[C]"""
+    """Float64 [C] or [N, C]."""
     weight: Tensor
     """[maps - 1, C]"""
     running_mean: Tensor
     """[maps - 1, C] that its shortcuts normalised with; empty: with the moments of the maps."""
     running_var: Tensor
     dweight: Tensor
-    """[maps - 1, C] in the dtype of `a`: row i is written with the gradient of map i."""
+    """[maps - 1, C] in the dtype of coefficients: row i is written with the gradient of map i."""
 
 
 class MapGradients(NamedTuple):
@@ -110,6 +112,7 @@ class EpilogueState:
         "measure",
         "measured",
         "needs_dots",
+        "num_groups",
         "table",
         "vector_dtype",
     )
@@ -121,6 +124,7 @@ class EpilogueState:
         eps: float,
         *,
         measure: bool,
+        num_groups: int = 0,
         composed: bool,
         group: ProcessGroup | None = None,
     ) -> None:
@@ -130,16 +134,19 @@ class EpilogueState:
             like: a map of the stage, [N, C, H, W].
             num_maps: how many maps there will be.
             eps: added to the variances of maps.
-            measure: some shortcut normalises with the batch, so the moments of every map are taken.
+            measure: some shortcut normalises with moments, so those of every map are taken.
+            num_groups: of channels, with group norm; 0 for batch norm.
             composed: one operator a step (Triton, process groups) instead of one a block each way.
             group: the processes over whose batches statistics are taken; None for this process alone.
         """
-        self.eps, self.measure, self.composed, self.group = eps, measure, composed, group
+        self.eps, self.measure, self.num_groups = eps, measure, num_groups
+        self.composed, self.group = composed, group
         contiguous = like.is_contiguous()
         self.layout = torch.contiguous_format if contiguous else torch.channels_last
         channels = like.shape[1]
         self.elements = like.numel() // channels if channels else 0
-        self.table = like.new_empty((num_maps, TABLE_ROWS, channels), dtype=torch.float64)
+        rows = AFFINE_ROWS * (1 + like.shape[0]) if num_groups else TABLE_ROWS
+        self.table = like.new_empty((num_maps, rows, channels), dtype=torch.float64)
         self.vector_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self._none: Tensor | None = None
         self.count: Tensor | None = None

@@ -3,7 +3,8 @@
     forward     channel_moments [gather], block_coefficients, weighted_sum
     backward    map_dots, map_coefficients_backward [all-reduce], weighted_sum
 
-The operators are Triton's on CUDA devices and C++ on the CPU. Signatures and results are those of `epilogue`.
+The operators are Triton's on CUDA devices and C++ on the CPU; with group norm the algebra is that of
+`group_coefficients`. Signatures and results are those of `epilogue`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ernet_fast.er import operators
+from ernet_fast.er import group_coefficients, operators
 from ernet_fast.er.epilogue_arguments import (
     MEAN_ROW,
     NO_NORM,
@@ -50,6 +51,12 @@ def _file(
 ) -> tuple[Tensor, Tensor]:
     """Write map `index` into the table; the coefficients of its block, empty without a shortcut."""
     mean = var = None
+    if state.num_groups:
+        moments = operators.channel_moments(z, True) if measure else None
+        group_coefficients.file_map(state, index, moments, norm)
+        if shortcut.weight is None:
+            return state.none, state.none
+        return group_coefficients.block_coefficients(state, index, shortcut.weight)
     if measure:
         mean, var = operators.channel_moments(z)
         if state.group is not None:
@@ -70,19 +77,20 @@ def er_block_backward(
     dy: Tensor | None,
     y: Tensor | None,
     passed: Tensor | None,
+    known: Tensor | None,
     needed: bool,
 ) -> MapGradients:
-    """Gradients of map `index`; `relu_mask` is empty, `dy` is that of the weighted sum."""
-    sums, g = None, dy
-    if state.needs_dots:
-        sums, written = operators.map_dots(z, dy, y, [block.dy for block in later])
+    """Gradients of map `index`; `relu_mask` is empty, `dy` is that of the weighted sum. With `known` there is no dy."""
+    sums, g = known, dy
+    if state.needs_dots and known is None:
+        sums, written = operators.map_dots(z, dy, y, [block.dy for block in later], state.num_groups > 0)
         g = dy if y is None else written
-    dz, dgamma, dbeta = map_gradient(state, index, z, norm, later, sums, g, passed, needed=needed)
+    dz, dgamma, dbeta = _map_gradient(state, index, z, norm, later, sums, g, passed, needed=needed)
     db = state.none if dy is None or sums is None else sums[-1]
     return MapGradients(dz, state.none if g is None else g, state.none, db, dgamma, dbeta, state.none)
 
 
-def map_gradient(
+def _map_gradient(
     state: EpilogueState,
     index: int,
     z: Tensor,
@@ -90,7 +98,7 @@ def map_gradient(
     later: Sequence[LaterBlock],
     sums: Tensor | None,
     g: Tensor | None,
-    passed: Tensor | None = None,
+    passed: Tensor | None,
     *,
     needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,6 +119,13 @@ def map_gradient(
     measured = state.measured[index]
     # gradients of moments over several processes are summed up before they become rows
     count = state.count if measured else None
+    terms = [t for t in (g, *(block.dy for block in later), z if measured else None, passed) if t is not None]
+    if state.num_groups:
+        rows, k0, dgamma, dbeta = group_coefficients.map_rows(
+            state, index, norm, later, sums, reached=g is not None, passed=passed is not None
+        )
+        dz = operators.weighted_sum(terms, rows, k0) if needed and terms else z.new_empty((0,))
+        return dz, dgamma, dbeta
     rows, k0, dgamma, dbeta, dmoments = torch.ops.ernet.map_coefficients_backward.default(
         state.table,
         index,
@@ -129,9 +144,10 @@ def map_gradient(
         measured and count is None,
         passed is not None and count is None,
     )
+    if g is None and not later:  # no coefficients that have a dtype
+        rows, k0 = rows.to(state.vector_dtype), k0.to(state.vector_dtype)
     if count is not None:
         rows, k0 = _rows_of_moments(state, index, rows, dmoments, count, passed is not None)
-    terms = [t for t in (g, *(block.dy for block in later), z if measured else None, passed) if t is not None]
     if not (needed and terms):
         return z.new_empty((0,)), dgamma, dbeta
     return operators.weighted_sum(terms, rows, k0 if measured else None), dgamma, dbeta
@@ -161,7 +177,7 @@ def _map_coefficients_fake(
 ) -> tuple[Tensor, ...]:
     *_, norm, _eps, measured, pass_on = rest
     channels = table.shape[2]
-    like = next((t for t in (sums, a, *later_a) if t is not None), None)
+    like = next((t for t in (a, *later_a) if t is not None), None)
     dtype = torch.float32 if like is None else like.dtype
     affine = channels if norm != BranchNorm.NONE and sums is not None else 0
     num_rows = (a is not None) + len(later_a) + bool(measured) + bool(pass_on)

@@ -113,10 +113,9 @@ def fused_shortcut_sum(
     """
     layout = operators.layout_of(xs)
     maps = [operators.in_layout(x, layout) for x in xs]
-    compiling = torch.compiler.is_compiling()
-    if num_groups is not None or compiling:
-        traceable = TraceableStage(num_groups=num_groups, eps=eps, measure=measure, nodes=not compiling)
+    if torch.compiler.is_compiling():
+        traceable = TraceableStage(num_groups=num_groups, eps=eps, measure=measure)
         for x in maps[:-1]:
-            traceable.start(x, pass_on=False)
+            traceable.start(x)
         return traceable.block(maps[-1], None, shortcut, relu=relu, measure=False)
-    return shortcut_sum(maps, shortcut, measure=measure, eps=eps, relu=relu, group=group)
+    return shortcut_sum(maps, shortcut, measure=measure, num_groups=num_groups or 0, eps=eps, relu=relu, group=group)

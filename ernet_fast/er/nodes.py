@@ -1,4 +1,4 @@
-"""The autograd nodes of a stage with batch norm: backward by map, each map's gradient written once.
+"""The autograd nodes of a stage: backward by map, each map's gradient written once.
 
 `StageInput` stands where x_0 and all shortcut weights enter the stage, `BlockEpilogue` where a block turns its raw map
 z_l into its output y_l. Earlier maps are read past autograd; what ties the nodes is a token that each returns and the
@@ -209,6 +209,7 @@ class FusedStage:
         eps: float,
         *,
         measure: bool,
+        num_groups: int = 0,
         composed: bool = False,
         group: ProcessGroup | None = None,
     ) -> None:
@@ -217,12 +218,13 @@ class FusedStage:
         Args:
             weights: of the shortcuts of the blocks to come, [maps before, C] each.
             eps: added to the variances of maps.
-            measure: some shortcut normalises with the batch, so every map is measured.
-            composed: see `EpilogueState`.
+            measure: some shortcut normalises with moments, so every map is measured.
+            num_groups: see `EpilogueState`.
+            composed: likewise.
             group: likewise.
         """
         self.weights, self.eps, self.measure = weights, eps, measure
-        self.composed, self.group = composed, group
+        self.num_groups, self.composed, self.group = num_groups, composed, group
         self.maps: list[Tensor] = []
         self._token: Tensor | None = None  # of the last map that has a node
         self._state: StageState
@@ -231,7 +233,13 @@ class FusedStage:
         """File x_0 [N, C, H, W]; returns it for use elsewhere, where its gradient joins those of the shortcuts."""
         x0 = dense(x0)
         state = self._state = StageState(
-            x0, len(self.weights) + 1, self.eps, measure=self.measure, composed=self.composed, group=self.group
+            x0,
+            len(self.weights) + 1,
+            self.eps,
+            measure=self.measure,
+            num_groups=self.num_groups,
+            composed=self.composed,
+            group=self.group,
         )
         self.maps.append(x0.detach())
         if torch.is_grad_enabled():

@@ -3,7 +3,7 @@
     channel_moments(x)             mean and biased variance of each channel
     weighted_sum(maps, a, b)       y = sum_l a_l * maps_l + b, then ReLU if asked
     weighted_dot(dy, maps, y)      g = dy where y > 0;  da_l = sum g * maps_l,  db = sum g
-    map_dots(z, dy, y, later)      g = dy where y > 0;  sums of z * later_l, z * g and g
+    map_dots(z, dy, y, later)      g = dy where y > 0;  sums of z * later_l, z * g and g, in float64
 
 Feature maps are [N, C, H, W], all contiguous or all channels-last. Coefficients, means and sums are per channel ([C],
 stacked [L, C]) or per sample and channel ([N, C], [L, N, C]); they are float64 for float64 maps and float32 otherwise.
@@ -153,10 +153,15 @@ def weighted_dot(
         return torch.ops.ernet.weighted_dot.default(dy, maps, y, per_sample)
 
 
-def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of z * later_l, then with `dy` those of z * g and of g, [later + 2, C]; and g, empty without `y`."""
+def map_dots(
+    z: Tensor, dy: Tensor | None, y: Tensor | None, later: Sequence[Tensor], per_sample: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Sums of z * later_l, then with `dy` those of z * g and of g, [later + 2, C]; and g, empty without `y`.
+
+    The sums are float64, since gradients are small differences of them, and with `per_sample` [later + 2, N, C].
+    """
     with _autograd_if_needed():
-        return torch.ops.ernet.map_dots.default(z, dy, y, later)
+        return torch.ops.ernet.map_dots.default(z, dy, y, later, per_sample)
 
 
 def one_value(z: Tensor) -> ValueError:
@@ -197,22 +202,11 @@ def _dot_fake(
     return _channels(dy, per_sample, (len(maps),)), _channels(dy, per_sample), g
 
 
-def _map_dots_fake(z: Tensor, dy: Tensor | None, y: Tensor | None, later: list[Tensor]) -> tuple[Tensor, Tensor]:
-    rows = len(later) + (0 if dy is None else 2)
-    return _channels(z, False, (rows,)), z.new_empty((0,)) if y is None else torch.empty_like(z)
-
-
-def moments_gradient(
-    x: Tensor, mean: Tensor, dmean: Tensor | None, dvar: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Coefficients k1, k0 of `dx = k1 * x + k0` for the gradients of mean and biased variance."""
-    count = x.shape[2] * x.shape[3] * (1 if mean.dim() == 2 else x.shape[0])
-    k0 = None if dmean is None else dmean / count
-    if dvar is None:
-        return None, k0
-    k1 = dvar * (2.0 / count)
-    shift = k1 * mean
-    return k1, -shift if k0 is None else k0 - shift
+def _map_dots_fake(
+    z: Tensor, dy: Tensor | None, y: Tensor | None, later: list[Tensor], per_sample: bool = False
+) -> tuple[Tensor, Tensor]:
+    sizes = (len(later) + (0 if dy is None else 2), *z.shape[0 if per_sample else 1 : 2])
+    return z.new_empty(sizes, dtype=torch.float64), z.new_empty((0,)) if y is None else torch.empty_like(z)
 
 
 def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -221,9 +215,9 @@ def _moments_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _moments_backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, None]:
     x, mean = ctx.saved_tensors
-    k1, k0 = moments_gradient(x, mean, dmean, dvar)
-    assert k1 is not None
-    return weighted_sum([x], k1.unsqueeze(0), k0), None
+    count = x.shape[2] * x.shape[3] * (1 if mean.dim() == 2 else x.shape[0])
+    k1 = dvar * (2.0 / count)
+    return weighted_sum([x], k1.unsqueeze(0), dmean / count - k1 * mean), None
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,7 +1,7 @@
-"""The ER shortcut sum with norm="batch": a stage whose last map alone is a block's, and one autograd node.
+"""The ER shortcut sum: a stage whose last map alone is a block's, and one autograd node.
 
-On the CPU it is one operator each way, `ernet::er_block` and `ernet::shortcut_sum_backward`, one pass over the gradient
-of the sum for the gradients of all maps; elsewhere, and over process groups, it is composed of operators.
+On the CPU, with norm="batch", it is one operator each way, `ernet::er_block` and `ernet::shortcut_sum_backward`, one
+pass over the gradient of the sum for the gradients of all maps; else backward takes the maps one by one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from ernet_fast.er import operators
-from ernet_fast.er.epilogue import er_block
+from ernet_fast.er.epilogue import er_block, er_block_backward
 from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, EpilogueState, LaterBlock, ShortcutArguments
-from ernet_fast.er.epilogue_composed import map_gradient
 from ernet_fast.er.operators import check_first_order, relu_gradient
 from ernet_fast.er.process_group import ProcessGroup
 
@@ -25,6 +24,7 @@ def shortcut_sum(
     shortcut: ShortcutArguments,
     *,
     measure: bool,
+    num_groups: int = 0,
     eps: float,
     relu: bool,
     group: ProcessGroup | None = None,
@@ -35,12 +35,13 @@ def shortcut_sum(
         xs: maps in one layout on a device that operators support; all arguments have been checked.
         shortcut: weights, and running statistics to update or use.
         measure: normalise with the moments of the maps.
+        num_groups: of group norm; 0 for batch norm.
         eps: added to variances.
         relu: apply the ReLU.
         group: processes over which the statistics are taken.
     """
     composed = group is not None or not _one_operator_supports(xs[0], shortcut)
-    state = EpilogueState(xs[0], len(xs), eps, measure=measure, composed=composed, group=group)
+    state = EpilogueState(xs[0], len(xs), eps, measure=measure, num_groups=num_groups, composed=composed, group=group)
     weight = shortcut.weight
     assert weight is not None
     shortcut = shortcut._replace(weight=weight.detach().to(state.vector_dtype).contiguous())
@@ -87,8 +88,8 @@ class _ShortcutSum(torch.autograd.Function):
             g = dy if y is None else relu_gradient(dy, y)
             return torch.zeros_like(weight), None, None, None, *([None] * len(maps)), g
         a, vectors = state.a[-1], weight.detach().to(state.vector_dtype).contiguous()
-        if state.composed:
-            gradients, dweight, g = _composed_backward(state, dy, maps, y, vectors, mean, var, needed)
+        if state.composed or state.num_groups:
+            gradients, dweight, g = _backward_by_map(state, dy, maps, y, vectors, mean, var, needed)
         else:
             found, dweight, g = torch.ops.ernet.shortcut_sum_backward.default(
                 dy, maps, y, vectors, state.table, a, mean, var, state.eps, needed
@@ -98,7 +99,7 @@ class _ShortcutSum(torch.autograd.Function):
         return dweight.to(weight.dtype), None, None, None, *gradients, (dy if y is None else g) if last else None
 
 
-def _composed_backward(
+def _backward_by_map(
     state: EpilogueState,
     dy: Tensor,
     maps: Sequence[Tensor],
@@ -109,17 +110,26 @@ def _composed_backward(
     needed: Sequence[bool],
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """Gradients of the earlier maps and of the weight, and g, by one pass over all maps and one more for each."""
-    da, db, g = operators.weighted_dot(dy, maps, y)
+    state.needs_dots = True
+    da, db, g = operators.weighted_dot(dy, maps, y, state.num_groups > 0)
     g = dy if y is None else g
     dweight = torch.empty_like(weight)
     none = state.none
     block = LaterBlock(
-        g, none, state.a[-1], db, weight, none if mean is None else mean, none if var is None else var, dweight
+        g,
+        dy.new_empty((0,), dtype=torch.uint8),
+        state.a[-1],
+        db.double(),
+        weight,
+        none if mean is None else mean,
+        none if var is None else var,
+        dweight,
     )
     gradients: list[Tensor | None] = []
     for index, (z, wanted) in enumerate(zip(maps, needed, strict=True)):
-        dz, _, _ = map_gradient(state, index, z, BranchNorm.NONE, [block], da[index : index + 1], None, needed=wanted)
-        gradients.append(dz if wanted else None)
+        known = da[index : index + 1].double()
+        found = er_block_backward(state, index, z, BranchNorm.NONE, [block], known=known, needed=wanted)
+        gradients.append(found.dz if wanted else None)
     return gradients, dweight, g
 
 

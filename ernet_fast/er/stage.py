@@ -74,8 +74,6 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
         choice = Choice(Path.MODULES, reason)
     elif torch.compiler.is_compiling():
         choice = Choice(Path.TRACEABLE, "compiled or exported programs trace operators")
-    elif shortcuts[0].norm == "group":
-        choice = Choice(Path.TRACEABLE, "norm='group': statistics of each sample")
     elif len({shortcut.eps for shortcut in shortcuts}) > 1:
         choice = Choice(Path.TRACEABLE, "the shortcuts of the stage differ in eps")
     elif epilogue.block_operator_supports(x0, group):
@@ -210,14 +208,13 @@ class StageMaps:
         for shortcut in shortcuts:
             measure |= shortcut.normalises_with_batch()
         if choice.path is Path.TRACEABLE:
-            self._stage = TraceableStage(
-                num_groups=first.num_groups, eps=first.eps, measure=measure, nodes=not torch.compiler.is_compiling()
-            )
+            self._stage = TraceableStage(num_groups=first.num_groups, eps=first.eps, measure=measure)
         else:
             self._stage = FusedStage(
                 [shortcut.weight for shortcut in shortcuts],
                 first.eps,
                 measure=measure,
+                num_groups=first.num_groups or 0,
                 composed=choice.path is Path.COMPOSED,
                 group=choice.group,
             )
@@ -240,14 +237,16 @@ class StageMaps:
             TypeError: z has another dtype than x_0, outside autocast, under which it is converted.
         """
         stage = self._stage
-        if torch.compiler.is_compiling() and not (
-            stage is None or (isinstance(stage, TraceableStage) and not stage.nodes)
-        ):
+        if torch.compiler.is_compiling() and not (stage is None or isinstance(stage, TraceableStage)):
             return self._add_uncompiled(z, bn, shortcut, relu)
         self._check(z)
         collapses = stage is not None and is_plain(bn, _BATCH_NORMS)
         if collapses or type(bn) in _BATCH_NORMS:
             z = self._in_dtype(z)
+        if collapses and isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None:
+            collapses = isinstance(stage, FusedStage) and stage.group is not None
+            if not collapses and self._modules.shortcuts[0].norm == "batch":
+                raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
         if isinstance(shortcut, ERShortcut):
             shortcut.check_maps_filed(self._filed, z)
         if stage is None:
@@ -262,8 +261,6 @@ class StageMaps:
             return stage.block(z, bn if collapses else None, shortcut.arguments(), relu=shortcut.relu)
         norm = NO_NORM
         if collapses:
-            if isinstance(bn, nn.SyncBatchNorm) and stage.group is None and bn.training and group_of(bn) is not None:
-                raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
             norm = norm_arguments(bn)
         if stage.group is None and z.numel() == z.shape[1]:
             if norm.norm == BranchNorm.BATCH or shortcut.normalises_with_batch():

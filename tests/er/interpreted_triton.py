@@ -86,12 +86,12 @@ def test_map_dots(shape, dtype, layout):
     """With and without a gradient and a ReLU of its own; no later blocks, some, and more than one launch holds."""
     for num_later, with_dy, with_y in ((0, True, True), (3, True, True), (9, True, True), (8, True, False), (2, 0, 0)):
         z, dy, y, *later = maps_like(shape, num_later + 3, dtype, layout)
-        check_map_dots(z, dy if with_dy else None, y.relu() if with_y else None, later)
+        check_map_dots(z, dy if with_dy else None, y.relu() if with_y else None, later, per_sample=num_later == 3)
 
 
-def check_map_dots(z, dy, y, later):
+def check_map_dots(z, dy, y, later, per_sample=False):
     """Against sums in float64, whose error bound is relative to the sums of magnitudes."""
-    sums, g = map_launch.map_dots(z, dy, y, later)
+    sums, g = map_launch.map_dots(z, dy, y, later, per_sample)
     products = [z.double() * x.double() for x in later]
     if dy is not None:
         g64 = dy.double() if y is None else dy.double().where(~(y.double() <= 0), 0)
@@ -101,10 +101,11 @@ def check_map_dots(z, dy, y, later):
     else:
         assert g.dtype == dy.dtype and g.stride() == dy.stride() and torch.equal(g.double(), g64)
     bound = tolerance(z.dtype, z.numel() // z.shape[1], stored=False)
-    assert sums.dtype == acc_dtype(z.dtype) and sums.shape == (len(products), z.shape[1])
-    for found, product in zip(sums.double(), products, strict=True):
-        error = (found - product.sum((0, 2, 3))).norm()
-        assert float(error) <= bound * float(product.abs().sum((0, 2, 3)).norm())
+    assert sums.dtype == torch.float64 and sums.shape == (len(products), *z.shape[0 if per_sample else 1 : 2])
+    over = (2, 3) if per_sample else (0, 2, 3)
+    for found, product in zip(sums, products, strict=True):
+        error = (found - product.sum(over)).norm()
+        assert float(error) <= bound * float(product.abs().sum(over).norm())
 
 
 @pytest.mark.parametrize(("shape", "dtype", "layout", "per_sample"), CASES)
@@ -215,7 +216,7 @@ def test_relu_and_nan_are_those_of_torch(layout):
     torch.testing.assert_close(map_launch.weighted_dot(torch.ones_like(x), [x], x.relu(), False)[2], leaf.grad)
     sums, g = map_launch.map_dots(torch.ones_like(x), torch.ones_like(x), x.relu(), [])
     torch.testing.assert_close(g, leaf.grad, rtol=0, atol=0)
-    torch.testing.assert_close(sums, leaf.grad.sum((0, 2, 3)).expand(2, -1), rtol=0, atol=0)
+    torch.testing.assert_close(sums, leaf.grad.sum((0, 2, 3)).expand(2, -1).double(), rtol=0, atol=0)
     mean, var = map_launch.channel_moments(x, False)
     assert not bool(mean[:3].isfinite().any()) and bool(var[:3].isnan().all())
     assert torch.equal(mean[3:], x.flatten()[3:]) and not bool(var[3:].any())
@@ -228,7 +229,7 @@ def test_empty_maps(shape):
     da, db, _ = map_launch.weighted_dot(x, [x], None, False)
     assert torch.equal(da, torch.zeros(1, shape[1])) and torch.equal(db, torch.zeros(shape[1]))
     sums, g = map_launch.map_dots(x, x, x, [x, x])
-    assert torch.equal(sums, torch.zeros(4, shape[1])) and g.shape == x.shape
+    assert torch.equal(sums, torch.zeros(4, shape[1], dtype=torch.float64)) and g.shape == x.shape
     mean, var = map_launch.channel_moments(x, False)
     assert torch.equal(mean, torch.zeros(shape[1])) and var.shape == (shape[1],) and bool(var.isnan().all())
 
@@ -236,7 +237,7 @@ def test_empty_maps(shape):
 def test_no_sums():
     x = torch.ones(2, 3, 4, 5)
     sums, g = map_launch.map_dots(x, None, None, [])
-    assert sums.shape == (0, 3) and sums.dtype == torch.float32 and g.shape == (0,)
+    assert sums.shape == (0, 3) and sums.dtype == torch.float64 and g.shape == (0,)
 
 
 def test_operators_name_what_is_wrong():

@@ -88,10 +88,10 @@ class Stage:
         return {
             "table": self.table,
             "index": index,
-            "sums": torch.stack(sums) if sums else own["db"].new_empty(0, self.channels),
+            "sums": torch.stack(sums).double() if sums else torch.empty(0, self.channels, dtype=torch.float64),
             "a": self.a[index] if self.reached[index] else None,
             "later_a": [self.a[k] for k in later],
-            "later_db": [self.blocks[k]["db"] for k in later],
+            "later_db": [self.blocks[k]["db"].double() for k in later],
             "later_weight": [self.blocks[k]["weight"] for k in later],
             "later_running_mean": [self.blocks[k]["running_mean"] if self.running[k] else empty for k in later],
             "later_running_var": [self.blocks[k]["running_var"] if self.running[k] else empty for k in later],

@@ -17,7 +17,7 @@ from ernet_fast.er.stage import StageMaps
 CHANNELS = 6
 STEPS = " by steps"
 """Of a stage whose blocks are not one operator each way, as on GPUs."""
-NORMS = [("batch", None), ("batch" + STEPS, None), ("group", 1), ("group", 3)]
+NORMS = [("batch", None), ("batch" + STEPS, None), ("group", 1), ("group", 3), ("group" + STEPS, 3)]
 
 
 @contextlib.contextmanager

@@ -97,13 +97,13 @@ def backward(table: torch.Tensor, index: int, blocks: list[dict[str, Any]], use_
     """Of map `index`, with what its own and all later blocks hold; each has `a`, and `dweight` to be written."""
     v, later = blocks[index], blocks[max(index, 0) + 1 :]
     own = [v["da"][index], v["db"]] if index else []
-    sums = torch.stack([*(block["da"][index] for block in later), *own]) if later or own else None
+    sums = torch.stack([*(block["da"][index] for block in later), *own]).double() if later or own else None
     none = torch.empty(0)
     arguments: dict[str, Any] = {
         "sums": sums,
         "a": v["a"] if index else None,
         "later_a": [block["a"] for block in later],
-        "later_db": [block["db"] for block in later],
+        "later_db": [block["db"].double() for block in later],
         "later_weight": [block["weight"] for block in later],
         "later_running_mean": [block["running_mean"] if use_running else none for block in later],
         "later_running_var": [block["running_var"] if use_running else none for block in later],
@@ -200,7 +200,7 @@ def test_a_last_map_whose_output_has_no_gradient():
     """No later block, none of its own: a gradient passed on is all that there is."""
     blocks = vectors(5, 2, BranchNorm.NONE, torch.float32)
     table = stage_of(blocks, False)
-    nothing = {"sums": torch.empty(0, 5), "a": None, "pass_on": True}
+    nothing = {"sums": torch.empty(0, 5, dtype=torch.float64), "a": None, "pass_on": True}
     rows, k0, *_, dmoments = backward(table, 1, blocks, False, **nothing)
     assert torch.equal(rows, torch.tensor([[0.0], [1.0]]).expand(2, 5))
     assert not k0.any() and not dmoments.any()
@@ -307,12 +307,12 @@ def test_opcheck_backward(norm, use_running):
     blocks = vectors(3, 3, norm, torch.float32)
     table = stage_of(blocks, use_running)
     none = [torch.empty(0)]
-    later = [[blocks[2][name]] for name in ("a", "db", "weight")]
+    later = [[blocks[2]["a"]], [blocks[2]["db"].double()], [blocks[2]["weight"]]]
     later += [[blocks[2][name]] if use_running else none for name in ("running_mean", "running_var")]
     dweight = [torch.zeros(2, 3)]
     for sums, a, measured, pass_on in (
-        (torch.randn(3, 3), blocks[1]["a"], True, True),
-        (torch.randn(1, 3), None, True, False),
+        (torch.randn(3, 3, dtype=torch.float64), blocks[1]["a"], True, True),
+        (torch.randn(1, 3, dtype=torch.float64), None, True, False),
         (None, blocks[1]["a"], False, False),
     ):
         arguments = (table, 1, sums, a, *later, dweight, None, COUNT, int(norm), EPS, measured, pass_on)
@@ -360,13 +360,13 @@ def test_errors_of_the_backward():
     blocks = vectors(3, 3, BranchNorm.BATCH, torch.float32)
     table = stage_of(blocks, False)
     for other, message in [
-        ({"sums": torch.ones(2, 3)}, r"sums must have shape \[3, 3\]; got \[2, 3\]"),
-        ({"sums": torch.ones(3, 3, dtype=torch.float64)}, "a must be contiguous tensors .* of float64"),
+        ({"sums": torch.ones(2, 3, dtype=torch.float64)}, r"sums must have shape \[3, 3\]; got \[2, 3\]"),
+        ({"sums": torch.ones(3, 3)}, "sums must be float64"),
         ({"a": torch.ones(1, 3)}, r"a must be contiguous tensors \[> 1, 3\] of float32; got \[1, 3\]"),
         ({"later_a": [torch.ones(2, 4)]}, r"later_a must be contiguous tensors \[> 1, 3\]"),
         ({"later_a": []}, "one entry for each of the 0"),
         ({"later_db": [torch.ones(4)]}, r"later_db must have shape \[3\]; got \[4\]"),
-        ({"later_db": [torch.ones(3, dtype=torch.float64)]}, "later_db must be float32"),
+        ({"later_db": [torch.ones(3)]}, "later_db must be float64"),
         ({"later_weight": [torch.ones(1, 3)]}, "later_weight must have rows for map 1"),
         ({"later_running_mean": [torch.ones(2, 3)]}, "go together"),
         ({"later_dweight": [torch.ones(2, 3).double()]}, "later_dweight must be contiguous tensors"),

@@ -130,14 +130,15 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         x,
         torch.empty(0, dtype=torch.uint8),
         torch.ones(3, 3),
-        torch.ones(3),
+        torch.ones(3, dtype=torch.float64),
         torch.ones(2, 3),
         *[torch.empty(0)] * 2,
         torch.ones(2, 3),
     )
     return {
         "index": 1, "z": x, "dy": x, "y": x.relu(), "a": torch.ones(2, 3), "later": [later], "passed": None,
-        "table": table, "norm": BranchNorm.BATCH, "eps": 1e-5, "dots": True, "measured": True, "needed": True,
+        "table": table, "norm": BranchNorm.BATCH, "eps": 1e-5, "num_groups": 0, "dots": True, "measured": True,
+        "needed": True,
     }  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def er_block_backward(
     """The operator, with later blocks one by one."""
     columns = [list(column) for column in zip(*later, strict=True)] if later else [[]] * len(LaterBlock._fields)
     first = [given[name] for name in ("index", "z", "dy", "y", "a")]
-    last = [given[name] for name in ("table", "norm", "eps", "dots", "measured", "needed")]
+    last = [given[name] for name in ("table", "norm", "eps", "num_groups", "dots", "measured", "needed")]
     return torch.ops.ernet.er_block_backward.default(*first, *columns, given["passed"], before, known, *last)
 
 
@@ -174,11 +175,11 @@ def test_opcheck(layout):
     z, dy, y = (t.contiguous(memory_format=layout) for t in (given["z"], given["dy"], given["y"]))
     columns = [[column] for column in later._replace(dy=dy)]
     utils = ("test_schema", "test_faketensor")  # no autograd of their own: the nodes around them have it
-    rest = (given["table"], given["norm"], given["eps"], True, True)
+    rest = (given["table"], given["norm"], given["eps"], 0, True, True)
     for own_dy, own_y, before, known, needed in (
         (dy, y, None, None, True),
         (dy, y, z, None, True),
-        (dy, y, None, torch.ones(1, 3), True),
+        (dy, y, None, torch.ones(1, 3, dtype=torch.float64), True),
         (dy, None, z, None, False),
         (None, None, z, None, True),
     ):
@@ -201,7 +202,7 @@ def test_dots_that_are_known_already():
     for found, expected in zip(with_dots[:5], without[:5], strict=True):
         torch.testing.assert_close(found, expected)
     g = [given["dy"] * (given["y"] > 0), given["dy"]]
-    torch.testing.assert_close(with_dots[5], torch.stack([(before * t).sum((0, 2, 3)) for t in g]))
+    torch.testing.assert_close(with_dots[5].float(), torch.stack([(before * t).sum((0, 2, 3)) for t in g]))
     assert without[5].numel() == 0
     # the call for the map before, with and without them
     own = LaterBlock(
@@ -229,7 +230,7 @@ def test_dots_that_are_known_already():
     ({"norm": 7}, "norm must be 0 .none., 1 .batch. or 2 .running.; got 7"),
     ({"dots": False}, "dy must be g itself"),
     ({"before": torch.ones(2, 3, 4, 5)}, "one shape; before has"),
-    ({"known": torch.ones(2, 3)}, "known must have a row for each of the 1 later blocks; got .2, 3."),
+    ({"known": torch.ones(2, 3).double()}, "known must have a row for each of the 1 later blocks; got .2, 3."),
     ({"z": torch.ones(0, 3, 4, 4), "dy": None, "y": None, "a": None, "later": []}, "must not be empty"),
 ])  # fmt: skip
 def test_bad_input_of_the_operator(wrong):
@@ -254,7 +255,7 @@ def test_bad_input_of_a_block():
 
     def block(maps: list[Tensor], filed: int = 0, weight: Tensor | None = shortcut.weight) -> None:
         given = shortcut._replace(weight=weight)
-        torch.ops.ernet.er_block.default(maps, table, filed, True, True, *NO_NORM, *given, 1e-5, True)
+        torch.ops.ernet.er_block.default(maps, table, filed, True, True, *NO_NORM, *given, 1e-5, 0, True)
 
     block([x, x])
     for maps, filed, weight, message in [

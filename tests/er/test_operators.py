@@ -244,57 +244,64 @@ def test_sums_that_are_written_past_the_cache(channels, dtype, layout):
     assert relative_error(y, expected.relu()) <= tolerance(dtype, 3)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("num_later", [0, 1, 4, 9])
 @pytest.mark.parametrize("own", ["none", "plain", "relu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_map_dots(shape, dtype, layout, own, num_later):
+def test_map_dots(shape, dtype, layout, own, num_later, per_sample):
     z, dy, y, *later = maps_like(shape, num_later + 3, dtype, layout)
     y = y.relu()
     y[0, 0, 0, 0] = float("nan")  # as threshold_backward has it, NaN lets the gradient through
-    sums, g = torch.ops.ernet.map_dots(z, None if own == "none" else dy, y if own == "relu" else None, later)
+    sums, g = torch.ops.ernet.map_dots(
+        z, None if own == "none" else dy, y if own == "relu" else None, later, per_sample
+    )
     exact = dy.double().masked_fill(y.double() <= 0, 0) if own == "relu" else dy.double()
-    assert sums.dtype == operators.acc_dtype(z)
+    assert sums.dtype == torch.float64
     if own == "relu":
         assert torch.equal(g.double(), exact) and g.stride() == dy.stride()
     else:
         assert g.shape == (0,)
     products = [z.double() * other.double() for other in later]
     products += [] if own == "none" else [z.double() * exact, exact]
-    assert sums.shape == (len(products), shape[1])
+    assert sums.shape == (len(products), *shape[0 if per_sample else 1 : 2])
+    over = (2, 3) if per_sample else (0, 2, 3)
     bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
-    for found, terms in zip(sums.double(), products, strict=True):
-        error = (found - terms.sum((0, 2, 3))).norm()
-        assert float(error) <= bound * float(terms.abs().sum((0, 2, 3)).norm())
+    for found, terms in zip(sums, products, strict=True):
+        error = (found - terms.sum(over)).norm()
+        assert float(error) <= bound * float(terms.abs().sum(over).norm())
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3, 3), (2, 5, 0, 3), (2, 0, 3, 3)])
 def test_map_dots_of_empty_maps(shape):
     x = torch.ones(shape)
-    sums, g = torch.ops.ernet.map_dots(x, x, x, [x])
-    assert torch.equal(sums, torch.zeros(3, shape[1])) and g.shape == shape
+    sums, g = torch.ops.ernet.map_dots(x, x, x, [x], False)
+    assert torch.equal(sums, torch.zeros(3, shape[1], dtype=torch.float64)) and g.shape == shape
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_map_dots_as_the_operators_of_the_library_are(layout):
     z, dy, y, *later = maps_like((6, 37, 23, 29), 8, torch.float32, layout)
     checks = ("test_schema", "test_faketensor")
-    for arguments in ((z, dy, y, later), (z, dy, None, []), (z, None, None, later[:1])):
+    for arguments in ((z, dy, y, later, False), (z, dy, None, [], True), (z, None, None, later[:1], False)):
         torch.library.opcheck(torch.ops.ernet.map_dots.default, arguments, test_utils=checks)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(torch.ops.ernet.map_dots(z, dy, y, later))
+            results.append(torch.ops.ernet.map_dots(z, dy, y, later, False))
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     finally:
         torch.set_num_threads(threads)
     for call, message in [
-        (lambda: torch.ops.ernet.map_dots(z, None, y, later), "y is given without dy"),
-        (lambda: torch.ops.ernet.map_dots(z, dy[:1], None, []), "one shape"),
-        (lambda: torch.ops.ernet.map_dots(z, None, None, [later[0].double()]), r"one dtype; later_g\[0\] differs"),
+        (lambda: torch.ops.ernet.map_dots(z, None, y, later, False), "y is given without dy"),
+        (lambda: torch.ops.ernet.map_dots(z, dy[:1], None, [], False), "one shape"),
+        (
+            lambda: torch.ops.ernet.map_dots(z, None, None, [later[0].double()], False),
+            r"one dtype; later_g\[0\] differs",
+        ),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()

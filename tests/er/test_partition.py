@@ -157,12 +157,16 @@ def check_maps(maps: list[Tensor], dy: Tensor, per_sample: bool) -> None:
         assert close(db, g64.sum(dims), terms, g64.abs().sum(dims))
 
 
-def preactivation(maps: list[Tensor], weight: Tensor) -> Tensor:
+def preactivation(maps: list[Tensor], weight: Tensor, num_groups: int = 0) -> Tensor:
     """z_l + sum_i w_i N(z_i), in double and differentiable."""
     y = maps[-1]
     for w, z in zip(weight, maps[:-1], strict=True):
-        mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), keepdim=True, correction=0)
-        y = y + w[None, :, None, None] * (z - mean) / (var + EPS).sqrt()
+        if num_groups:
+            normalised = torch.nn.functional.group_norm(z, num_groups, eps=EPS)
+        else:
+            mean, var = z.mean((0, 2, 3), keepdim=True), z.var((0, 2, 3), keepdim=True, correction=0)
+            normalised = (z - mean) / (var + EPS).sqrt()
+        y = y + w[None, :, None, None] * normalised
     return y
 
 
@@ -171,9 +175,11 @@ def scale_of(gradients: Tensor, dys: list[Tensor]) -> Tensor:
     return torch.maximum(gradients.norm(), torch.stack([dy.double().norm() for dy in dys]).sum())
 
 
-def er_block(maps: list[Tensor], table: Tensor, weight: Tensor, filed: int) -> tuple[Tensor, Tensor]:
+def er_block(
+    maps: list[Tensor], table: Tensor, weight: Tensor, filed: int, num_groups: int = 0
+) -> tuple[Tensor, Tensor]:
     shortcut = ShortcutArguments(weight, None, None, None, False, 0.1)
-    return OPS.er_block(maps, table, filed, True, False, *NO_NORM, *shortcut, EPS, True)
+    return OPS.er_block(maps, table, filed, True, False, *NO_NORM, *shortcut, EPS, num_groups, True)
 
 
 def check_shortcut_sum(maps: list[Tensor], dy: Tensor) -> None:
@@ -196,17 +202,17 @@ def check_shortcut_sum(maps: list[Tensor], dy: Tensor) -> None:
     assert close(dweight, expected[-1], terms, (terms**0.5 * torch.ones(dweight.shape)).double())
 
 
-def check_stage(maps: list[Tensor], dys: list[Tensor]) -> None:
+def check_stage(maps: list[Tensor], dys: list[Tensor], num_groups: int) -> None:
     """A stage of blocks on plain maps: er_block forward and er_block_backward from the last map to the first."""
     channels = maps[0].shape[1]
     terms = maps[0].numel() // channels * len(maps)
     generator = torch.Generator().manual_seed(2)
     weights = [torch.randn(i, channels, generator=generator) / len(maps) for i in range(len(maps))]
-    table = new_table(maps[0], len(maps))
-    outputs = [er_block(maps[: i + 1], table, weights[i], i - 1) for i in range(1, len(maps))]
+    table = new_table(maps[0], len(maps), num_groups)
+    outputs = [er_block(maps[: i + 1], table, weights[i], i - 1, num_groups) for i in range(1, len(maps))]
     leaves = [x.double().requires_grad_() for x in maps]
     weight64 = [w.double().requires_grad_() for w in weights[1:]]
-    before = [preactivation(leaves[: i + 2], w) for i, w in enumerate(weight64)]
+    before = [preactivation(leaves[: i + 2], w, num_groups) for i, w in enumerate(weight64)]
     gates = [dy.double() * (y > 0) for dy, (y, _) in zip(dys, outputs, strict=True)]
     expected = torch.autograd.grad(before, [*leaves, *weight64], gates)
     dweights = [torch.full_like(w, float("nan")) for w in weights]
@@ -220,7 +226,7 @@ def check_stage(maps: list[Tensor], dys: list[Tensor]) -> None:
         measured = i + 1 < len(maps)
         earlier = maps[i - 1] if i and channels_last else None
         dz, bits, db, _, _, known = OPS.er_block_backward(
-            i, maps[i], dy, y, a, *columns, None, earlier, known, table, 0, EPS, True, measured, True
+            i, maps[i], dy, y, a, *columns, None, earlier, known, table, 0, EPS, num_groups, True, measured, True
         )
         known = known if earlier is not None else None
         assert close(dz, expected[i], terms, scale_of(expected[i], dys))
@@ -237,7 +243,8 @@ def check(case: Case) -> None:
     for per_sample in (False, True):
         check_maps(maps, dys[0], per_sample)
     check_shortcut_sum(maps, dys[0])
-    check_stage(maps, dys[1:])
+    for num_groups in (0, 1 if shape[3] % 2 else shape[1]):  # batch norm, and layer or instance norm
+        check_stage(maps, dys[1:], num_groups)
 
 
 @pytest.mark.parametrize("group", CASES)

@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Path, str]] = {
     ),
     "hook on a convolution": (lambda: edited(hook("2.conv2")), Path.BLOCK_OPERATOR, "compiled operators for the CPU"),
     "hook on a block": (lambda: edited(hook("2")), Path.BLOCK_OPERATOR, "compiled operators for the CPU"),
-    "group": (lambda: stage("group"), Path.TRACEABLE, "norm='group'"),
+    "group": (lambda: stage("group"), Path.BLOCK_OPERATOR, "compiled operators for the CPU"),
     "another eps": (lambda: edited(other_eps), Path.TRACEABLE, "differ in eps"),
     "fused=False": (lambda: stage(fused=False), Path.MODULES, "fused=False"),
     "fused=False, group": (lambda: stage("group", fused=False), Path.MODULES, "fused=False"),
@@ -203,9 +203,9 @@ def test_a_hook_that_comes_during_a_pass_waits_for_the_next() -> None:
 def test_debug_log_names_the_path(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG", logger="ernet_fast.er"):
         stage()(maps())
-        stage("group")(maps())
+        edited(other_eps)(maps())
     assert "one operator a block each way (compiled operators for the CPU)" in caplog.records[0].getMessage()
-    assert "norm='group'" in caplog.records[1].getMessage()
+    assert "the shortcuts of the stage differ in eps" in caplog.records[1].getMessage()
 
 
 def test_blocks_must_come_as_announced() -> None:

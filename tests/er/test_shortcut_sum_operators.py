@@ -116,7 +116,7 @@ def test_opcheck(layout):
     for running in ((None, None, False), (mean, var, False), (mean, var, True)):
         table = new_table(x, 3)
         shortcut = ShortcutArguments(weight, *running[:2], None, running[2], 0.1)
-        arguments = ([x, y, z], table, 0, not running[2], False, *NO_NORM, *shortcut, 1e-5, True)
+        arguments = ([x, y, z], table, 0, not running[2], False, *NO_NORM, *shortcut, 1e-5, 0, True)
         torch.library.opcheck(OPS.er_block.default, arguments, test_utils=utils)
         _, a = OPS.er_block(*arguments)
         used = (mean, var) if running[2] else (None, None)
@@ -131,7 +131,7 @@ def test_operators_name_what_is_wrong():
 
     def forward(maps=(x, x), weight=weight, mean=None, var=None, use=False):
         shortcut = ShortcutArguments(weight, mean, var, None, use, 0.1)
-        return OPS.er_block(list(maps), table.clone(), 0, True, False, *NO_NORM, *shortcut, 1e-5, False)
+        return OPS.er_block(list(maps), table.clone(), 0, True, False, *NO_NORM, *shortcut, 1e-5, 0, False)
 
     def backward(dy=x, maps=(x,), weight=weight, table=table, a=a, mean=None, needed=(True,)):
         return OPS.shortcut_sum_backward(dy, list(maps), None, weight, table, a, mean, None, 1e-5, list(needed))

@@ -71,9 +71,10 @@ def test_weighted_dot(shape, dtype, layout, per_sample, num_maps):
         assert torch.equal(found[2].cpu().double(), g)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("num_later", [0, 1, 8, 19])
 @pytest.mark.parametrize(("shape", "dtype", "layout"), list(itertools.product(SHAPES, DTYPES, LAYOUTS)))
-def test_map_dots(shape, dtype, layout, num_later):
+def test_map_dots(shape, dtype, layout, num_later, per_sample):
     """With and without a gradient and a ReLU of its own, against the CPU in float64."""
     z, dy, y, *later = maps_like(shape, num_later + 3, dtype, layout)
     y = y.relu()
@@ -81,13 +82,13 @@ def test_map_dots(shape, dtype, layout, num_later):
     bound = tolerance(dtype, shape[0] * shape[2] * shape[3], stored=False)
     for own in ((dy, y), (dy, None), (None, None)):
         exact = [None if t is None else t.double() for t in (z, *own, *later)]
-        sums, g = operators.map_dots(*exact[:3], exact[3:])
+        sums, g = operators.map_dots(*exact[:3], exact[3:], per_sample)
         sizes = [None if t is None else t.abs() for t in exact]
-        scale, _ = operators.map_dots(sizes[0], sizes[1], None, sizes[3:])
-        found, found_g = operators.map_dots(*on_gpu(z, *own), on_gpu(*later))
-        assert found.is_cuda and found.dtype == operators.acc_dtype(z) and found.shape == sums.shape
+        scale, _ = operators.map_dots(sizes[0], sizes[1], None, sizes[3:], per_sample)
+        found, found_g = operators.map_dots(*on_gpu(z, *own), on_gpu(*later), per_sample)
+        assert found.is_cuda and found.dtype == torch.float64 and found.shape == sums.shape
         assert torch.equal(found_g.cpu().double(), g)
-        for row, wanted, size in zip(found.cpu().double(), sums, scale, strict=True):
+        for row, wanted, size in zip(found.cpu(), sums, scale, strict=True):
             assert float((row - wanted).norm()) <= bound * float(size.norm())
 
 
@@ -191,6 +192,7 @@ def everything(maps, a):
         *operators.weighted_dot(dy, rest, y),
         *operators.weighted_dot(dy, rest, y, True),
         *operators.map_dots(dy, rest[0], y, rest[1:]),
+        *operators.map_dots(dy, rest[0], y, rest[1:], True),
     ]
 
 
@@ -303,7 +305,7 @@ def test_more_than_2_to_31_elements(layout):
     assert torch.equal(g[-1, :, -1, -2], value.clamp_min(0).bfloat16()) and bool((g[-1, :, -1, -1] == 100).all())
     del g
     sums, g = operators.map_dots(x, x, x, [])
-    torch.testing.assert_close(sums, torch.stack([da[0], db]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums, torch.stack([da[0], db]).double(), rtol=1e-6, atol=0)
     assert torch.equal(g[-1, :, -1, -2], value.clamp_min(0).bfloat16()) and bool((g[-1, :, -1, -1] == 100).all())
 
 
@@ -355,8 +357,8 @@ def test_opcheck():
     torch.library.opcheck(ops.weighted_dot.default, (dy, maps, None, True))
     z, dy, *maps = (x.detach() for x in (maps[0], dy, *maps))
     checks = ("test_schema", "test_faketensor")  # it has no autograd of its own
-    torch.library.opcheck(ops.map_dots.default, (z, dy, z, maps), test_utils=checks)
-    torch.library.opcheck(ops.map_dots.default, (z, None, None, maps), test_utils=checks)
+    torch.library.opcheck(ops.map_dots.default, (z, dy, z, maps, False), test_utils=checks)
+    torch.library.opcheck(ops.map_dots.default, (z, None, None, maps, True), test_utils=checks)
 
 
 def test_devices_that_differ_are_named():

@@ -240,6 +240,12 @@ def check_errors() -> None:
         Stage(distributed.group.WORLD)(one if distributed.get_rank() == 0 else one[:0])
     with pytest.raises(ValueError, match="process_group has no meaning"):
         ERShortcut(CHANNELS, 1, norm="group", num_groups=1, process_group=distributed.group.WORLD)
+    # with group norm the branches' SyncBatchNorms run as they are: torch's own refuse the CPU
+    by_sample = ERStage(CHANNELS, 8, 3, norm="group", num_groups=2)
+    for block in list(by_sample)[1:]:
+        block.bn2 = nn.SyncBatchNorm.convert_sync_batchnorm(block.bn2)
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        by_sample(x.float())
     model = nn.SyncBatchNorm.convert_sync_batchnorm(ERResNet("basic", (1, 2, 1, 1), 3, base_channels=4))
     with pytest.raises(
         ValueError, match="SyncBatchNorm expected input tensor to be on GPU"

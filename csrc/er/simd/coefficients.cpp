@@ -1,65 +1,22 @@
 // The algebra on per-channel vectors in double, whatever the vectors are stored in: plain loops that the compiler
 // vectorises. Compiled once per instruction set.
-#include "er/coefficients.h"
+#include "er/simd/coefficients.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
-
-constexpr int64_t kChunk = 256;  // channels at a time: partial sums of a chunk stay in the first-level cache
-
-inline double inverse_sqrt(double x) { return 1.0 / __builtin_sqrt(x); }
-
-// value, or `otherwise` for a null vector
-template <typename A>
-inline void read(double* out, const A* v, double otherwise, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) out[c] = v == nullptr ? otherwise : static_cast<double>(v[c]);
-}
-
-template <typename A>
-void move_towards(A* __restrict running, const double* __restrict value, double factor, double momentum, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) {
-    const double old = static_cast<double>(running[c]);
-    running[c] = static_cast<A>(old + momentum * (value[c] * factor - old));
-  }
-}
 
 // Row l of the table, and running statistics of the branch's BatchNorm.
 template <typename A>
 void file_map(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   double* row = args.table + args.index * kTableRows * args.C + c0;
-  double* __restrict scale = row + kScale * args.C;
-  double* __restrict rstd = row + kRstd * args.C;
-  double* __restrict centre = row + kCentre * args.C;
-  double* __restrict shift = row + kShift * args.C;
+  const double* __restrict scale = row + kScale * args.C;
   double* __restrict mean = row + kMean * args.C;
   double* __restrict var = row + kVar * args.C;
   double* __restrict norm = row + kNorm * args.C;
-  double gamma[kChunk], beta[kChunk], norm_var[kChunk];
   read(mean, args.mean == nullptr ? nullptr : args.mean + c0, 0.0, n);
   read(var, args.var == nullptr ? nullptr : args.var + c0, 0.0, n);
-  if (args.norm == BranchNorm::none) {
-    for (int64_t c = 0; c < n; ++c) {
-      scale[c] = 1.0;
-      rstd[c] = centre[c] = shift[c] = 0.0;
-      norm[c] = inverse_sqrt(var[c] + args.eps);
-    }
-    return;
-  }
-  const bool batch = args.norm == BranchNorm::batch;
-  read(gamma, args.gamma == nullptr ? nullptr : args.gamma + c0, 1.0, n);
-  read(beta, args.beta == nullptr ? nullptr : args.beta + c0, 0.0, n);
-  read(norm_var, batch ? args.var + c0 : args.norm_var + c0, 0.0, n);
-  read(centre, batch ? args.mean + c0 : args.norm_mean + c0, 0.0, n);
-  for (int64_t c = 0; c < n; ++c) {
-    rstd[c] = inverse_sqrt(norm_var[c] + args.norm_eps);
-    scale[c] = gamma[c] * rstd[c];
-    shift[c] = beta[c] - scale[c] * centre[c];
-    norm[c] = inverse_sqrt(scale[c] * scale[c] * var[c] + args.eps);
-  }
-  if (batch && args.norm_mean != nullptr) {
-    move_towards(args.norm_mean + c0, mean, 1.0, args.norm_momentum, n);
-    move_towards(args.norm_var + c0, var, args.count / (args.count - 1.0), args.norm_momentum, n);
-  }
+  file_affine(args, row, mean, var, c0, n);
+  for (int64_t c = 0; c < n; ++c) norm[c] = inverse_sqrt(scale[c] * scale[c] * var[c] + args.eps);
 }
 
 // Updates the shortcut's running statistics of map i with mean and unbiased variance of x_i.
@@ -81,14 +38,8 @@ void forward_chunk(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   file_map(args, c0, n);
   if (args.a == nullptr) return;
   const double* own = args.table + args.index * kTableRows * args.C + c0;
-  // The constants go with the coefficients as they are stored: rounding one must not shift a large mean.
   double constant[kChunk];
-  A* __restrict own_a = args.a + args.index * args.C + c0;
-  for (int64_t c = 0; c < n; ++c) {
-    const double scale = own[kScale * args.C + c];
-    own_a[c] = static_cast<A>(scale);
-    constant[c] = own[kShift * args.C + c] + (scale - static_cast<double>(own_a[c])) * own[kCentre * args.C + c];
-  }
+  own_coefficient(own, args.C, args.a + args.index * args.C + c0, constant, n);
   for (int64_t i = 0; i < args.index; ++i) {
     const double* __restrict row = args.table + i * kTableRows * args.C + c0;
     const A* __restrict weight = args.weight + i * args.C + c0;
@@ -120,8 +71,8 @@ void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
   const double* __restrict row = args.row;
   double* __restrict total = args.totals;
   const A* __restrict weight = args.weight;
-  const A* __restrict da = args.da;
-  const A* __restrict db = args.db;
+  const double* __restrict da = args.da;
+  const double* __restrict db = args.db;
   A* __restrict dweight = args.dweight;
   double *dscale = total + kDScale * args.C, *dshift = total + kDShift * args.C, *dmean = total + kDMean * args.C,
          *dvar = total + kDVar * args.C;
@@ -133,7 +84,7 @@ void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
 #pragma GCC ivdep
     for (int64_t c = begin; c < end; ++c) {
       const double s = inverse_sqrt(static_cast<double>(running_var[c]) + args.eps), w = static_cast<double>(weight[c]);
-      const double d = static_cast<double>(da[c]), constant = static_cast<double>(db[c]);
+      const double d = da[c], constant = db[c];
       dweight[c] = static_cast<A>(s * (scale[c] * d + (shift[c] - static_cast<double>(running_mean[c])) * constant));
       dscale[c] += w * s * d;
       dshift[c] += w * s * constant;
@@ -142,9 +93,9 @@ void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
   }
 #pragma GCC ivdep
   for (int64_t c = begin; c < end; ++c) {
-    const double w = static_cast<double>(weight[c]), constant = static_cast<double>(db[c]);
+    const double w = static_cast<double>(weight[c]), constant = db[c];
     const double factor = norm[c] * scale[c];
-    const double centred = static_cast<double>(da[c]) - mean[c] * constant;
+    const double centred = da[c] - mean[c] * constant;
     const double dfactor = w * centred;  // factor = scale / sqrt(scale^2 var + eps)
     dweight[c] = static_cast<A>(factor * centred);
     dscale[c] += dfactor * args.eps * norm[c] * norm[c] * norm[c];
@@ -155,34 +106,21 @@ void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
 
 template <typename A>
 void own_chunk(const OwnGradient<A>& args, int64_t c0, int64_t n) {
-  const double* __restrict row = args.row + c0;
   const double* __restrict total = args.totals + c0;
-  const double *scale = row + kScale * args.C, *rstd = row + kRstd * args.C, *centre = row + kCentre * args.C;
   double* __restrict dmean = args.dmoments + c0;
   double* __restrict dvar = args.dmoments + args.C + c0;
-  double dscale[kChunk], dshift[kChunk], own[kChunk], constant[kChunk];
-  read(own, args.da == nullptr ? nullptr : args.da + c0, 0.0, n);
-  read(constant, args.da == nullptr ? nullptr : args.db + c0, 0.0, n);
+  double dscale[kChunk], dshift[kChunk];
+  read(dscale, args.da == nullptr ? nullptr : args.da + c0, 0.0, n);
+  read(dshift, args.da == nullptr ? nullptr : args.db + c0, 0.0, n);
   for (int64_t c = 0; c < n; ++c) {
-    dshift[c] = total[kDShift * args.C + c] + constant[c];
-    dscale[c] = total[kDScale * args.C + c] + own[c] - centre[c] * dshift[c];
+    dscale[c] += total[kDScale * args.C + c];
+    dshift[c] += total[kDShift * args.C + c];
     dmean[c] = total[kDMean * args.C + c];
     dvar[c] = total[kDVar * args.C + c];
   }
-  if (args.norm == BranchNorm::batch) {
-    for (int64_t c = 0; c < n; ++c) {
-      dmean[c] -= scale[c] * dshift[c];
-      dvar[c] -= 0.5 * dscale[c] * scale[c] * rstd[c] * rstd[c];
-    }
-  }
-  if (args.dgamma != nullptr) {
-    A* __restrict dgamma = args.dgamma + c0;
-    A* __restrict dbeta = args.dbeta + c0;
-    for (int64_t c = 0; c < n; ++c) {
-      dgamma[c] = static_cast<A>(dscale[c] * rstd[c]);
-      dbeta[c] = static_cast<A>(dshift[c]);
-    }
-  }
+  own_vectors(args.row + c0, args.C, args.norm, dscale, dshift, dmean, dvar,
+              args.dgamma == nullptr ? nullptr : args.dgamma + c0, args.dbeta == nullptr ? nullptr : args.dbeta + c0,
+              n);
 }
 
 template <typename A>
@@ -213,7 +151,8 @@ void gradient(const MomentsGradient<A>& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const CoefficientLoops coefficient_loops;
-const CoefficientLoops coefficient_loops = {{forward<float>, pair<float>, own<float>, gradient<float>},
-                                            {forward<double>, pair<double>, own<double>, gradient<double>}};
+const CoefficientLoops coefficient_loops = {
+    {forward<float>, pair<float>, own<float>, gradient<float>, group_block<float>, group_gradient<float>},
+    {forward<double>, pair<double>, own<double>, gradient<double>, group_block<double>, group_gradient<double>}};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -75,7 +75,8 @@ template <typename T, typename A>
 void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t count, double* partial, A* acc) {
   const MapShape& s = args.shape;
   const int64_t row_bytes = bit_row_bytes(s);
-  const A* const a = static_cast<const A*>(args.a) + item.channel;
+  const int64_t group = item.slab / slabs_per_group(s), width = s.groups() * s.C;
+  const A* const a = static_cast<const A*>(args.a) + group * s.C + item.channel;
   A sums[kAtOnce][kPixelChannels];
   for (int64_t first = 0; first < args.num_g; first += kAtOnce) {
     const int64_t left = args.num_g - first, num_g = left < kAtOnce ? left : kAtOnce;
@@ -89,8 +90,8 @@ void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t co
                         {},
                         {},
                         at<T>(args.z, offset),
-                        a + args.num_g * s.C,
-                        at<A>(args.b, item.channel),
+                        a + args.num_g * width,
+                        at<A>(args.b, group * s.C + item.channel),
                         at<T>(args.before, offset),
                         y,
                         acc + i * item.channels,
@@ -101,7 +102,7 @@ void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t co
         const uint8_t* const bits = args.bits[first + l];
         p.g[l] = at<T>(args.g[first + l], offset);
         p.bits[l] = bits == nullptr ? all_lanes.bits : bits + at_pixel * row_bytes + item.channel / 8;
-        p.a[l] = a + (first + l) * s.C;
+        p.a[l] = a + (first + l) * width;
       }
       first == 0 ? pixel_group<true>(left, p) : pixel_group<false>(left, p);
     }

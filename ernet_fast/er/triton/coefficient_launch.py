@@ -76,7 +76,7 @@ class MapArguments(NamedTuple):
     index: int  # type: ignore[assignment]  # a method of tuple has the name
     """Which map of the stage."""
     sums: Tensor | None
-    """[later + 2, C] of `map_dots`, without `a` [later, C]; None where no gradient depends on inner products."""
+    """Float64 [later + 2, C] of `map_dots`, without `a` [later, C]; None where nothing depends on inner products."""
     a: Tensor | None
     """[index + 1, C] of the map's own block's weighted sum, or None where its output has no gradient."""
     later_a: Sequence[Tensor]
@@ -230,8 +230,10 @@ def _check_later(k: MapArguments, dtype: torch.dtype) -> None:
             sizes = [channels] if name == "later_db" else [max([k.index + 1, *t.shape[:1]]), channels]
             if not (t.numel() == 0 and "running" in name):
                 _check_vector(t, f"{name}[{i}]", sizes, k.table)
-            if t.dtype != dtype and name in ("later_a", "later_db", "later_dweight"):
-                fail(f"{name}[{i}] must be {dtype}, as all sums and coefficients are; got {t.dtype}")
+            if t.dtype != dtype and name in ("later_a", "later_dweight"):
+                fail(f"{name}[{i}] must be {dtype}, as all coefficients are; got {t.dtype}")
+            if t.dtype != torch.float64 and name == "later_db":
+                fail(f"{name}[{i}] must be float64, as all sums are; got {t.dtype}")
     for i, (mean, var) in enumerate(zip(k.later_running_mean, k.later_running_var, strict=True)):
         if (mean.numel() == 0) != (var.numel() == 0):
             fail(f"later_running_mean[{i}] and later_running_var[{i}] go together")
@@ -243,12 +245,12 @@ def _check_map(k: MapArguments) -> torch.dtype:
     _check_norm(k.norm)
     _check_number(k.count, "count", torch.float64, k.table)
     channels = k.table.shape[2]
-    found = [t.dtype for t in (k.sums, k.a, *k.later_a) if t is not None]
+    found = [t.dtype for t in (k.a, *k.later_a) if t is not None]
     dtype = found[0] if found else torch.float32
     if dtype not in (torch.float32, torch.float64) or found.count(dtype) < len(found):
-        fail(
-            f"sums, a and later_a must all be float32, or float64 for float64 maps; got {sorted(map(str, set(found)))}"
-        )
+        fail(f"a and later_a must all be float32, or float64 for float64 maps; got {sorted(map(str, set(found)))}")
+    if k.sums is not None and k.sums.dtype != torch.float64:
+        fail(f"sums must be float64; got {k.sums.dtype}")
     _check_vector(k.sums, "sums", [len(k.later_a) + (0 if k.a is None else 2), channels], k.table)
     _check_vector(k.a, "a", [k.index + 1, channels], k.table)
     _check_later(k, dtype)
@@ -299,8 +301,11 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
         kernels().map_coefficients_backward_kernel[(ceil_div(channels, _COLS),)](
             k.table,
             sums,
-            sums if k.a is None else k.a,
-            *(padded(some, some[0] if some else sums) for some in lists),
+            rows if k.a is None else k.a,
+            *(
+                padded(some, some[0] if some else sums if name == "later_db" else rows)
+                for name, some in zip(_LATER, lists, strict=True)
+            ),
             k.table if k.count is None else k.count,
             totals,
             rows,

@@ -269,6 +269,7 @@ def weighted_dot_kernel(
     do_not_specialize=[
         "num_later",
         "num_rows",
+        "groups",
         "channels",
         "runs",
         "run_length",
@@ -284,6 +285,7 @@ def map_dots_kernel(
     partial,
     num_later,
     num_rows,
+    groups,
     channels,
     runs,
     run_length,
@@ -298,16 +300,16 @@ def map_dots_kernel(
 ):
     """`g = dy where y > 0`; partial[slab] = (sum z * later_g_l for each l, then with dy: sum z * g, sum g) of a slab.
 
-    partial is [slabs, num_rows, channels], from the row of the first of `later_g` on; the sums of g, which is made by
-    the launch that starts at row 0, are the last two rows. More later g than have accumulators in registers take
-    further launches, without dy.
+    partial is [slabs, num_rows, groups, channels], from the row of the first of `later_g` on; the sums of g, which is
+    made by the launch that starts at row 0, are the last two rows. More later g than have accumulators in registers
+    take further launches, without dy.
 
     Bytes: z, dy, y and n later g are read once and g is written once, (n + 4) * elements * itemsize; without y (n + 2),
     without dy (n + 1). Each further launch reads z once more. partial adds 4 bytes a slab, channel and row.
     """
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
     own: tl.constexpr = 2 if HAS_DY else 0
-    channels, run_length, tiles, row, col, offsets, _group, slab, channel0, begin, end, run, tile = _start(
+    channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, tile = _start(
         channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
     )
     zeros = tl.zeros([ROWS, COLS], partial.dtype.element_ty)
@@ -330,14 +332,13 @@ def map_dots_kernel(
     kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
     here = kept < channels - channel0
     first_row = tl.cast(slab, tl.int64) * num_rows
-    result = partial + channel0 + kept
     for i in tl.static_range(len(later_g)):
-        place = (first_row + i) * channels
-        tl.store(result + place, tl.sum(sums[i + own], axis), mask=here & (i < num_later))
+        result = ((first_row + i) * groups + group) * channels + channel0 + kept
+        tl.store(partial + result, tl.sum(sums[i + own], axis), mask=here & (i < num_later))
     if HAS_DY:
-        place = (first_row + num_rows - 2) * channels
-        tl.store(result + place, tl.sum(sums[0], axis), mask=here)
-        tl.store(result + place + channels, tl.sum(sums[1], axis), mask=here)
+        for i in tl.static_range(2):
+            result = ((first_row + num_rows - 2 + i) * groups + group) * channels + channel0 + kept
+            tl.store(partial + result, tl.sum(sums[i], axis), mask=here)
 
 
 @triton.jit(do_not_specialize=["slabs", "columns", "split"])

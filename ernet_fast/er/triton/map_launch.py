@@ -263,7 +263,9 @@ def weighted_dot(
     return da, db, g
 
 
-def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def map_dots(
+    z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[Tensor], per_sample: bool = False
+) -> tuple[Tensor, Tensor]:
     """`ernet::map_dots` on a CUDA device: inner products of a map with the gradients of the sums that read it.
 
     Args:
@@ -271,9 +273,10 @@ def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[T
         dy: gradient of the output of its own block, or None.
         y: that output if it went through a ReLU, else None.
         later_g: gradients of later blocks' sums, in any number.
+        per_sample: sums over H and W alone.
 
     Returns:
-        sums: [later + 2, C]: sum over N, H and W of z * later_g_l, then of z * g and of g (those only with dy).
+        sums: float64 [later + 2, C], or [later + 2, N, C]: of z * later_g_l, then with dy those of z * g and of g.
         g: `dy where y > 0 or y is NaN`; empty without y.
     """
     if y is not None and dy is None:
@@ -281,15 +284,15 @@ def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[T
     own = {name: x for name, x in (("z", z), ("dy", dy), ("y", y)) if x is not None}
     names = list(own)
     shape = _check_maps(
-        [*own.values(), *later_g], lambda i: names[i] if i < len(names) else f"later_g[{i - len(names)}]", False
+        [*own.values(), *later_g], lambda i: names[i] if i < len(names) else f"later_g[{i - len(names)}]", per_sample
     )
     num_rows = len(later_g) + (0 if dy is None else 2)
-    sums = z.new_empty((num_rows, shape.C), dtype=_ACCUMULATE[z.dtype])
+    sums = z.new_empty((num_rows, *_channel_sizes(shape)), dtype=torch.float64)
     g = z.new_empty((0,)) if y is None else torch.empty_like(z)
     if z.numel() == 0 or num_rows == 0:
         return sums.zero_(), g
     cut = tiling.reduction(shape, z.element_size())
-    partial = z.new_empty((cut.slabs, num_rows, shape.C), dtype=sums.dtype)
+    partial = z.new_empty((cut.slabs, num_rows, shape.groups, shape.C), dtype=_ACCUMULATE[z.dtype])
     with on_device_of(z):
         for first in range(0, max(1, len(later_g)), _DOT_MAPS):
             with_dy = dy is not None and first == 0  # further launches add later g alone
@@ -304,6 +307,7 @@ def map_dots(z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[T
                 partial[:, first:],
                 len(some),
                 num_rows,
+                shape.groups,
                 shape.C,
                 cut.runs,
                 cut.run_length,

@@ -20,7 +20,7 @@ _SCHEMAS = (
     "Tensor(d!)? norm_batches, float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, "
     "Tensor(f!)? running_var, Tensor(g!)? batches, bool use_running, float? momentum, float eps) "
     "-> (Tensor a, Tensor b)",
-    "map_dots(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g) -> (Tensor sums, Tensor g)",
+    "map_dots(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g, bool per_sample) -> (Tensor sums, Tensor g)",
     "map_coefficients_backward(Tensor table, int index, Tensor? sums, Tensor? a, Tensor[] later_a, Tensor[] later_db, "
     "Tensor[] later_weight, Tensor[] later_running_mean, Tensor[] later_running_var, Tensor(a!)[] later_dweight, "
     "Tensor? count, int elements, int norm, float eps, bool measured, bool pass_on) "
