@@ -235,7 +235,8 @@ class MapGradient {
                             known ? 0 : num_later_,
                             later_g_.data(),
                             later_bits_.data(),
-                            nullptr};
+                            nullptr,
+                            false};
     if (k_.dots && args.rows() > 0) dots_.emplace(storage_, args, known ? own_sums_ : sums_.get());
   }
 

@@ -2,8 +2,9 @@
 //
 //   channel_moments   mean and sum of squared deviations of each channel
 //   weighted_sum      y = sum_l a_l * x_l + b, then ReLU if asked
-//   weighted_dot      g = dy (where y > 0);  da_l = sum g * x_l,  db = sum g
-//   map_dots          the same by map: of one map x, sum g_l * x for every g_l that is known
+//   map_dots          g = dy (where y > 0);  of one map x, sum g_l * x for several g_l, sum g * x and sum g; or,
+//   without
+//                     x, sum g * x_l for several maps, and sum g
 //
 // In place of g there may be dy and a ReLU bitmask, which says where y > 0: a thirty-second of a map of float.
 //
@@ -41,34 +42,25 @@ struct WeightedSum {
   bool stream;  // write y with non-temporal stores
 };
 
-struct WeightedDot {
-  MapShape shape;
-  int64_t num_maps;
-  const void* dy;
-  const void* y;            // null: no ReLU, g = dy
-  void* g;                  // written only where y is given
-  const void* const* maps;  // [num_maps]
-  double* partial;          // [groups * slabs][rows()][C]: sums of g * x_l of a slab, the last row those of g
-  bool stream;              // write g with non-temporal stores
-
-  int64_t rows() const { return num_maps + 1; }
-  int64_t num_streams() const { return num_maps + 1; }
-};
+// map_dots: maps that are read at once. More streams than that slow the prefetcher down.
+constexpr int64_t kLaterAtOnce = 4;
 
 // g_l are those of later blocks, each as a dy and its bits; and that of the block whose output y came from x, if any.
+// Without x they are maps, and all inner products are with g.
 struct MapDots {
   MapShape shape;
-  const void* x;
+  const void* x;   // or null
   const void* dy;  // null: there is no such block, or its output has no gradient
   const void* y;   // null: no ReLU, g = dy
   uint8_t* bits;   // where y > 0; written where y is given and g is null
   void* g;         // g itself; written where y is given
   int64_t num_later;
   const void* const* later;          // [num_later]
-  const uint8_t* const* later_bits;  // [num_later], null for those that count whole
+  const uint8_t* const* later_bits;  // [num_later], null for those that count whole; or null: all do
   double* partial;  // [groups * slabs][rows()][C]: sums of g_l * x of a slab; with a dy, then of g * x and of g
+  bool stream;      // write g with non-temporal stores
 
-  int64_t rows() const { return num_later + (dy == nullptr ? 0 : 2); }
+  int64_t rows() const { return num_later + (dy == nullptr ? 0 : x == nullptr ? 1 : 2); }
   int64_t num_streams() const { return rows() + 1; }
 };
 
@@ -164,9 +156,7 @@ int64_t tile_channels(const MapShape& shape, int64_t num_maps, int64_t element_s
 template <typename A>
 void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var);  // [groups][C] each
 template <typename A>
-void merge(const WeightedDot& args, const ChannelTile& tile, A* da, A* db);  // [num_maps][groups][C], [groups][C]
-template <typename A>
-void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* none);  // [rows()][groups][C]
+void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* last);  // [rows()][groups][C]; last: the last row
 template <typename A>
 void merge(const SumDots& args, const ChannelTile& tile, A* sums, A* none);  // [num_g][groups][C]
 
@@ -180,7 +170,6 @@ struct MapLoops {
 
 struct ErLoops {
   const MapLoops<WeightedSum>& weighted_sum;
-  const MapLoops<WeightedDot>& weighted_dot;
   const MapLoops<MapDots>& map_dots;
   const MapLoops<SumDots>& sum_dots;
   const MapLoops<ChannelMoments>& channel_moments;

@@ -59,15 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> weighted_dot(const Tensor& dy, const std::vec
   Tensor da = like_channels(dy, sizes, storage);
   const std::vector<const void*> data = pointers(maps);
   Tensor g = y.has_value() ? empty_map_like(dy) : torch::stable::new_empty(dy, std::vector<int64_t>{0});
-  const cpu::WeightedDot args{shape,
-                              static_cast<int64_t>(maps.size()),
-                              dy.const_data_ptr(),
-                              y.has_value() ? y->const_data_ptr() : nullptr,
-                              y.has_value() ? g.mutable_data_ptr() : nullptr,
-                              data.data(),
-                              nullptr,
-                              y.has_value() && streams(dy)};
-  reduce(storage, args, da, db);
+  if (dy.numel() == 0) {  // an empty dy has no address
+    torch::stable::zero_(da);
+    torch::stable::zero_(db);
+  } else {
+    reduce(storage, gradient_dots(shape, dy, y, g, data), da, db);
+  }
   return {da, db, g};
 }
 
@@ -82,7 +79,6 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
   const MapShape shape = checker.shape(per_sample);
   const Tensor g = y.has_value() ? empty_map_like(z) : torch::stable::new_empty(z, std::vector<int64_t>{0});
   const std::vector<const void*> later = pointers(later_g);
-  const std::vector<const uint8_t*> all(later.size(), nullptr);
   const cpu::MapDots args{shape,
                           z.const_data_ptr(),
                           dy.has_value() ? dy->const_data_ptr() : nullptr,
@@ -91,8 +87,9 @@ std::tuple<Tensor, Tensor> map_dots(const Tensor& z, const std::optional<Tensor>
                           y.has_value() ? g.mutable_data_ptr() : nullptr,
                           static_cast<int64_t>(later.size()),
                           later.data(),
-                          all.data(),
-                          nullptr};
+                          nullptr,
+                          nullptr,
+                          y.has_value() && static_cast<int64_t>(later.size()) <= cpu::kLaterAtOnce && streams(z)};
   const int64_t rows = args.num_later + (dy.has_value() ? 2 : 0);  // an empty dy has no address
   std::vector<int64_t> sizes = channel_sizes(shape);
   sizes.insert(sizes.begin(), rows);

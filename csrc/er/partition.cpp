@@ -147,13 +147,8 @@ void merge_sums(double* partial, const MapShape& s, int64_t rows, const ChannelT
 }  // namespace
 
 template <typename A>
-void merge(const WeightedDot& args, const ChannelTile& tile, A* da, A* db) {
-  merge_sums(args.partial, args.shape, args.rows(), tile, da, db);
-}
-
-template <typename A>
-void merge(const MapDots& args, const ChannelTile& tile, A* sums, A*) {
-  merge_sums<A>(args.partial, args.shape, args.rows(), tile, sums, nullptr);
+void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* last) {
+  merge_sums(args.partial, args.shape, args.rows(), tile, sums, last);
 }
 
 template <typename A>
@@ -163,8 +158,7 @@ void merge(const SumDots& args, const ChannelTile& tile, A* sums, A*) {
 
 template void merge<float>(const ChannelMoments&, const ChannelTile&, float*, float*);
 template void merge<double>(const ChannelMoments&, const ChannelTile&, double*, double*);
-template void merge<float>(const WeightedDot&, const ChannelTile&, float*, float*);
-template void merge<double>(const WeightedDot&, const ChannelTile&, double*, double*);
+template void merge<float>(const MapDots&, const ChannelTile&, float*, float*);
 template void merge<double>(const MapDots&, const ChannelTile&, double*, double*);
 template void merge<double>(const SumDots&, const ChannelTile&, double*, double*);
 

@@ -14,7 +14,6 @@ namespace ernet {
 using cpu::ChannelTile;
 
 inline const auto& loops_of(const cpu::WeightedSum&) { return cpu::er_loops().weighted_sum; }
-inline const auto& loops_of(const cpu::WeightedDot&) { return cpu::er_loops().weighted_dot; }
 inline const auto& loops_of(const cpu::MapDots&) { return cpu::er_loops().map_dots; }
 inline const auto& loops_of(const cpu::SumDots&) { return cpu::er_loops().sum_dots; }
 inline const auto& loops_of(const cpu::ChannelMoments&) { return cpu::er_loops().channel_moments; }
@@ -47,7 +46,7 @@ class Reduction {
   void channel_tile(const ChannelTile& tile) const {
     Arguments args = args_;
     // What comes next in the tile reads g from the cache.
-    if constexpr (std::is_same_v<Arguments, cpu::WeightedDot>) args.stream = false;
+    if constexpr (std::is_same_v<Arguments, cpu::MapDots>) args.stream = false;
     loops_of(args).channel_tile[storage_](args, tile);
     cpu::merge(args, tile, out_, last_);
   }
@@ -59,6 +58,26 @@ class Reduction {
   std::unique_ptr<double[]> partial_;
   bool empty_;
 };
+
+// Of g = dy where y > 0, which is written to `g`, the inner products with all maps, and its sum.
+inline cpu::MapDots gradient_dots(const MapShape& shape, const Tensor& dy, const OptionalTensor& y, const Tensor& g,
+                                  const std::vector<const void*>& maps) {
+  const bool masks = y.has_value();
+  const int64_t num_maps = static_cast<int64_t>(maps.size());
+  // all but the first few maps take g from the cache
+  const bool stream = masks && num_maps <= cpu::kLaterAtOnce && streams(dy);
+  return {shape,
+          nullptr,
+          dy.const_data_ptr(),
+          masks ? y->const_data_ptr() : nullptr,
+          nullptr,
+          masks ? g.mutable_data_ptr() : nullptr,
+          num_maps,
+          maps.data(),
+          nullptr,
+          nullptr,
+          stream};
+}
 
 // y = sum_l a_l * x_l + b, then ReLU if asked; y is allocated. `bits`: as cpu::WeightedSum has them.
 class SumPass {

@@ -122,14 +122,7 @@ Gradients backward(const BackwardParameters& k, const MapShape& shape, Storage s
   const Tensor g = k.y.has_value() ? empty_map_like(k.dy) : k.dy;
   const Tensor dweight = like_channels(k.dy, {last, C}, storage);
   const Algebra<A> algebra(k, storage, C, static_cast<double>(shape.N * shape.P), data_of<A>(dweight));
-  const cpu::WeightedDot args{shape,
-                              last,
-                              k.dy.const_data_ptr(),
-                              k.y.has_value() ? k.y->const_data_ptr() : nullptr,
-                              k.y.has_value() ? g.mutable_data_ptr() : nullptr,
-                              data.data(),
-                              nullptr,
-                              k.y.has_value() && streams(k.dy)};
+  const cpu::MapDots args = gradient_dots(shape, k.dy, k.y, g, data);
   const Reduction dots(storage, args, algebra.da(), algebra.db());
   std::vector<Tensor> dmaps;
   std::vector<const void*> inputs(static_cast<size_t>(2 * last));  // of each map: g, x

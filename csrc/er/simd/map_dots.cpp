@@ -1,7 +1,7 @@
-// map_dots: of one map x, sum g_l * x for all g_l that are known when its gradient is due, and for the block that x was
-// made in the bitmask of its ReLU and the sums of g * x and g. A few g at once stream past x, which is in the cache for
-// the next few. Products are summed in the accumulation type within a tile and in double across tiles. Compiled once
-// per instruction set.
+// map_dots: inner products of one map with several. Of x with all g_l that are known when its gradient is due, and for
+// the block that x was made in the ReLU's bitmask and the sums of g * x and g; or of g with all maps that its block has
+// read, and the sum of g. A few maps at once stream past the one, which is in the cache for the next few. Products are
+// summed in the accumulation type within a tile and in double across tiles. Compiled once per instruction set.
 #include "er/simd/relu_mask.h"
 #include "er/simd/table.h"
 
@@ -10,8 +10,15 @@ namespace {
 
 constexpr int64_t kTilePixels = 64;      // channels-last: pixels of a tile
 constexpr int64_t kPairChannels = 1024;  // channels-last: with more channels, pixels are taken in pairs
-constexpr int64_t kLaterAtOnce = 4;      // more streams at once than that slow the prefetcher down
 constexpr int64_t kSums = kLaterAtOnce + 2;
+
+// What is done with dy besides.
+enum class Own {
+  none,
+  map,      // g, and its products with x
+  gradient  // g is what the products are with
+};
+constexpr int own_sums(Own own) { return own == Own::map ? 2 : own == Own::gradient ? 1 : 0; }
 static_assert(kPlaneChunk <= kAllLanes && kPixelChannels <= kAllLanes);
 
 // A row of x and some g: a plane or a chunk of one, or a pixel.
@@ -21,22 +28,28 @@ struct Row {
   const T* dy;  // of the block's own g
   const T* y;   // null: g = dy
   T* g;         // where y is given, g goes there, or, if that is null, its bitmask
+  bool stream;  // with non-temporal stores
   uint8_t* bits;
   const T* later[kLaterAtOnce];
   const uint8_t* later_bits[kLaterAtOnce];
 };
 
 template <typename T>
-inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, int64_t first, int64_t later) {
-  Row<T> row = {at<T>(args.x, offset),
+inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, int64_t stride, int64_t first,
+                     int64_t later) {
+  // Of all maps but the first few, the inner products are with the g that these have left.
+  const void* const gradient = args.g == nullptr ? args.dy : args.g;
+  T* const g = at<T>(args.g, offset);
+  Row<T> row = {at<T>(args.x == nullptr ? gradient : args.x, offset),
                 at<T>(args.dy, offset),
                 at<T>(args.y, offset),
-                at<T>(args.g, offset),
+                g,
+                args.stream && stream_aligned(g) && stride % kLanes<typename Accumulate<T>::type> == 0,
                 at<uint8_t>(args.bits, bit_offset),
                 {},
                 {}};
   for (int64_t l = 0; l < later; ++l) {
-    const uint8_t* const bits = args.later_bits[first + l];
+    const uint8_t* const bits = args.later_bits == nullptr ? nullptr : args.later_bits[first + l];
     row.later[l] = at<T>(args.later[first + l], offset);
     row.later_bits[l] = bits == nullptr ? all_lanes.bits : bits + bit_offset;
   }
@@ -44,10 +57,10 @@ inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, in
 }
 
 // The row `stride` elements and `bit_stride` bytes on.
-template <int kLater, bool kOwn, typename T>
+template <int kLater, Own kOwn, typename T>
 inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
-  row.x += stride;
-  if constexpr (kOwn) {
+  if constexpr (kOwn != Own::gradient) row.x += stride;
+  if constexpr (kOwn != Own::none) {
     row.dy += stride;
     if (row.y != nullptr) {
       row.y += stride;
@@ -61,31 +74,46 @@ inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
   return row;
 }
 
-template <typename T, typename A>
+template <Own kOwn, typename T, typename A>
 inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
+  if constexpr (kOwn == Own::gradient) return load_upto<A>(row.later[l] + j, left);  // a map as it is
   __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 3);
   return keep_lanes(load_upto<A>(row.later[l] + j, left), load_bits<A>(row.later_bits[l], j));
 }
 
-template <typename T, typename A>
+template <Own kOwn, typename T, typename A>
 inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
   const Vec<A> dy = load_upto<A>(row.dy + j, left);
-  __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
-  __builtin_prefetch(row.x + j + kFetchAhead<T>, 0, 3);
+  if constexpr (kOwn == Own::map) {
+    __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
+    __builtin_prefetch(row.x + j + kFetchAhead<T>, 0, 3);
+  }
   if (row.y == nullptr) return dy;
-  __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 3);
+  if constexpr (kOwn == Own::map) __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 3);
   const uint32_t alive = lanes_alive(load_upto<A>(row.y + j, left));
   const Vec<A> g = keep_lanes(dy, alive);
-  row.g == nullptr ? store_bits<A>(row.bits, j, alive) : store_upto<A>(row.g + j, g, left);
+  if (kOwn == Own::map && row.g == nullptr) {
+    store_bits<A>(row.bits, j, alive);
+  } else if (row.stream && left >= kLanes<A>) {
+    stream(row.g + j, g);
+  } else {
+    store_upto<A>(row.g + j, g, left);
+  }
   return g;
 }
 
-template <int kLater, bool kOwn, typename T, typename A>
+template <int kLater, Own kOwn, typename T, typename A>
 inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sums) {
-  const Vec<A> x = load_upto<A>(row.x + j, left);
-  for (int l = 0; l < kLater; ++l) sums[l] += later_g<T, A>(row, l, j, left) * x;
-  if constexpr (kOwn) {
-    const Vec<A> g = own_g<T, A>(row, j, left);
+  Vec<A> x;
+  if constexpr (kOwn == Own::gradient) {
+    x = own_g<kOwn, T, A>(row, j, left);
+    sums[kLater] += x;
+  } else {
+    x = load_upto<A>(row.x + j, left);
+  }
+  for (int l = 0; l < kLater; ++l) sums[l] += later_g<kOwn, T, A>(row, l, j, left) * x;
+  if constexpr (kOwn == Own::map) {
+    const Vec<A> g = own_g<kOwn, T, A>(row, j, left);
     sums[kLater] += g * x;
     sums[kLater + 1] += g;
   }
@@ -98,11 +126,11 @@ struct Planes {
   int64_t channels, count, stride, bit_stride;
 };
 
-// Adds each channel's sums to its `sums`: of the later g, then of g * x and g.
-template <int kLater, bool kOwn, typename T, typename A>
+// Adds each channel's sums to its `sums`: of the later g, then those of its own.
+template <int kLater, Own kOwn, typename T, typename A>
 struct PlaneRows {
   static void run(const Planes<T>& p, Vec<A> (*sums)[kSums]) {
-    constexpr int kOwnSums = kLater + 2 * kOwn;
+    constexpr int kOwnSums = kLater + own_sums(kOwn);
     Row<T> row = p.row;
     for (int64_t c = 0; c < p.channels; ++c) {
       Vec<A> own[kOwnSums + 1];  // none of no sums
@@ -127,30 +155,32 @@ struct Pixels {
 };
 
 // One vector of channels, `left` of them, of kRows pixels.
-template <int kRows, int kLater, bool kOwn, typename T, typename A>
+template <int kRows, int kLater, Own kOwn, typename T, typename A>
 inline void pixel_vector(const Row<T>* rows, A (*sums)[kPixelChannels], int64_t c, int64_t left) {
   Vec<A> x[kRows], g[kRows];
   for (int i = 0; i < kRows; ++i) {
-    x[i] = load_upto<A>(rows[i].x + c, left);
-    if constexpr (kOwn) g[i] = own_g<T, A>(rows[i], c, left);
+    if constexpr (kOwn != Own::none) g[i] = own_g<kOwn, T, A>(rows[i], c, left);
+    x[i] = kOwn == Own::gradient ? g[i] : load_upto<A>(rows[i].x + c, left);
   }
   for (int l = 0; l < kLater; ++l) {
     Vec<A> sum = load_upto<A>(sums[l] + c, left);
-    for (int i = 0; i < kRows; ++i) sum += later_g<T, A>(rows[i], l, c, left) * x[i];
+    for (int i = 0; i < kRows; ++i) sum += later_g<kOwn, T, A>(rows[i], l, c, left) * x[i];
     store_upto<A>(sums[l] + c, sum, left);
   }
-  if constexpr (kOwn) {
-    Vec<A> product = load_upto<A>(sums[kLater] + c, left), sum = load_upto<A>(sums[kLater + 1] + c, left);
-    for (int i = 0; i < kRows; ++i) {
-      product += g[i] * x[i];
-      sum += g[i];
-    }
+  if constexpr (kOwn == Own::map) {
+    Vec<A> product = load_upto<A>(sums[kLater] + c, left);
+    for (int i = 0; i < kRows; ++i) product += g[i] * x[i];
     store_upto<A>(sums[kLater] + c, product, left);
-    store_upto<A>(sums[kLater + 1] + c, sum, left);
+  }
+  if constexpr (kOwn != Own::none) {
+    A* const last = sums[kLater + own_sums(kOwn) - 1] + c;
+    Vec<A> sum = load_upto<A>(last, left);
+    for (int i = 0; i < kRows; ++i) sum += g[i];
+    store_upto<A>(last, sum, left);
   }
 }
 
-template <int kRows, int kLater, bool kOwn, typename T, typename A>
+template <int kRows, int kLater, Own kOwn, typename T, typename A>
 inline void pixel_rows(const Pixels<T, A>& p, int64_t r) {
   Row<T> rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i] = next_row<kLater, kOwn>(p.row, (r + i) * p.stride, (r + i) * p.bit_stride);
@@ -163,7 +193,7 @@ inline void pixel_rows(const Pixels<T, A>& p, int64_t r) {
 
 // One pixel at a time over all channels, so that memory is read in long runs; two where the sums of so many channels
 // would leave the L1 cache between them.
-template <int kLater, bool kOwn, typename T, typename A>
+template <int kLater, Own kOwn, typename T, typename A>
 struct PixelTile {
   static void run(const Pixels<T, A>& p, int64_t pixels) {
     int64_t r = 0;
@@ -172,18 +202,12 @@ struct PixelTile {
   }
 };
 
-// Loop<later, own, T, A>::run(...) for as many later g as there are.
-template <template <int, bool, typename, typename> class Loop, bool kOwn, typename T, typename A, typename... Arguments>
-inline void run(int64_t later, Arguments... arguments) {
-  with_number<0, kLaterAtOnce>(later, [&](auto n) { Loop<decltype(n)::value, kOwn, T, A>::run(arguments...); });
-}
-
 // Some later g, from `first` on; with those from 0 on the block's own.
 struct Group {
   int64_t first, later;
-  bool own;
+  Own own;
 
-  int64_t sums() const { return later + (own ? 2 : 0); }
+  int64_t sums() const { return later + own_sums(own); }
   // The row of partial results of sum l.
   int64_t row(const MapDots& args, int64_t l) const { return l < later ? first + l : args.num_later + l - later; }
 };
@@ -193,9 +217,21 @@ inline void over_groups(const MapDots& args, const Work& work) {
   int64_t first = 0;
   do {
     const int64_t left = args.num_later - first;
-    work(Group{first, left < kLaterAtOnce ? left : kLaterAtOnce, first == 0 && args.dy != nullptr});
+    const Own own = first > 0 || args.dy == nullptr ? Own::none : args.x == nullptr ? Own::gradient : Own::map;
+    work(Group{first, left < kLaterAtOnce ? left : kLaterAtOnce, own});
     first += kLaterAtOnce;
   } while (first < args.num_later);
+}
+
+// Loop<later, own, T, A>::run(...) for as many later g as there are.
+template <template <int, Own, typename, typename> class Loop, typename T, typename A, typename... Arguments>
+inline void run(const Group& group, Arguments... arguments) {
+  with_number<0, kLaterAtOnce>(group.later, [&](auto n) {
+    constexpr int later = decltype(n)::value;
+    if (group.own == Own::none) return Loop<later, Own::none, T, A>::run(arguments...);
+    if (group.own == Own::map) return Loop<later, Own::map, T, A>::run(arguments...);
+    Loop<later, Own::gradient, T, A>::run(arguments...);
+  });
 }
 
 // Planes, or chunks of planes from element j on.
@@ -210,10 +246,9 @@ void planes(const MapDots& args, const ReduceItem& item, const Group& group, int
   }
   for (int64_t r = 0; r < item.count; ++r) {
     const int64_t plane = (item.begin + r) * s.C + item.channel;
-    const Planes<T> p = {row_at<T>(args, plane * s.P + j, plane * row_bytes + j / 8, group.first, group.later),
+    const Planes<T> p = {row_at<T>(args, plane * s.P + j, plane * row_bytes + j / 8, s.P, group.first, group.later),
                          item.channels, count, s.P, row_bytes};
-    group.own ? run<PlaneRows, true, T, A, const Planes<T>&>(group.later, p, sums)
-              : run<PlaneRows, false, T, A, const Planes<T>&>(group.later, p, sums);
+    run<PlaneRows, T, A, const Planes<T>&>(group, p, sums);
   }
   for (int64_t l = 0; l < group.sums(); ++l) {
     double* out = partial + group.row(args, l) * s.C;
@@ -246,11 +281,10 @@ void channels_last(const MapDots& args, const ReduceItem& item) {
       for (int64_t l = 0; l < group.sums(); ++l) {
         for (int64_t c = 0; c < item.channels; ++c) sums[l][c] = 0;
       }
-      const Pixels<T, A> p = {
-          row_at<T>(args, pixel * s.C + item.channel, pixel * row_bytes + item.channel / 8, group.first, group.later),
-          s.C, row_bytes, item.channels, sums};
-      group.own ? run<PixelTile, true, T, A, const Pixels<T, A>&>(group.later, p, pixels)
-                : run<PixelTile, false, T, A, const Pixels<T, A>&>(group.later, p, pixels);
+      const Pixels<T, A> p = {row_at<T>(args, pixel * s.C + item.channel, pixel * row_bytes + item.channel / 8, s.C,
+                                        group.first, group.later),
+                              s.C, row_bytes, item.channels, sums};
+      run<PixelTile, T, A, const Pixels<T, A>&>(group, p, pixels);
       for (int64_t l = 0; l < group.sums(); ++l) {
         double* out = partial + group.row(args, l) * s.C;
         for (int64_t c = 0; c < item.channels; ++c) {
@@ -265,6 +299,7 @@ template <typename T>
 void dots(const MapDots& args, const ReduceItem& item) {
   using A = typename Accumulate<T>::type;
   args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
+  if (args.stream) stream_fence();
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
 extern const ErLoops er_loops;
-const ErLoops er_loops = {weighted_sum_loops, weighted_dot_loops, map_dots_loops, sum_dots_loops,
-                          channel_moments_loops};
+const ErLoops er_loops = {weighted_sum_loops, map_dots_loops, sum_dots_loops, channel_moments_loops};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -7,7 +7,6 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
 extern const MapLoops<WeightedSum> weighted_sum_loops;
-extern const MapLoops<WeightedDot> weighted_dot_loops;
 extern const MapLoops<MapDots> map_dots_loops;
 extern const MapLoops<SumDots> sum_dots_loops;
 extern const MapLoops<ChannelMoments> channel_moments_loops;
