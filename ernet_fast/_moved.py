@@ -17,7 +17,10 @@ MOVED = {
     "ernet_fast.stain.parameters": "ernet_fast.stain.options",
     "ernet_fast.stain.published": "ernet_fast.stain.result",
     "ernet_fast.train.atomic_file": "ernet_fast.console.atomic_file",
+    "ernet_fast.train.history": "ernet_fast.train.describe",
     "ernet_fast.train.progress": "ernet_fast.console.progress",
+    "ernet_fast.train.resume": "ernet_fast.train.config",
+    "ernet_fast.train.selection": "ernet_fast.train.images",
     "ernet_fast.train.tables": "ernet_fast.console.tables",
 }
 """Old path -> new path. An entry is removed in the second minor version after the one that added it."""

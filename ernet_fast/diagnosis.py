@@ -8,57 +8,29 @@ import importlib.util
 import os
 import platform
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ernet_fast import __version__, _backend
-from ernet_fast._backend import serves_capability
 
-
-class _Package(NamedTuple):
-    module: str
-    distribution: str
-    extra: str
-    purpose: str
-
-
+# Module, distribution, extra that brings it, purpose.
 _PACKAGES = (
-    _Package("torch", "torch", "core", "tensors"),
-    _Package("numpy", "numpy", "core", "arrays"),
-    _Package("triton", "triton", "with CUDA torch", "ER operators on GPUs"),
-    _Package("PIL", "pillow", "train", "reading and writing images"),
-    _Package("lightning_fabric", "lightning-fabric", "train", "training: devices, precision, several processes"),
-    _Package("torchmetrics", "torchmetrics", "train", "metrics"),
-    _Package("matplotlib", "matplotlib", "train", "pictures"),
-    _Package("rich", "rich", "train", "progress bars"),
-    _Package("safetensors", "safetensors", "optional", "weights in .safetensors files"),
-    _Package("timm", "timm", "timm", "model registry"),
-    _Package("torchvision", "torchvision", "optional", "needed by timm only"),
-    _Package("openslide", "openslide-python", "slides", "whole-slide images"),
-    _Package("tifffile", "tifffile", "slides", "TIFF images"),
-    _Package("torchstain", "torchstain", "bench", "the package to compare with"),
+    ("torch", "torch", "core", "tensors"),
+    ("numpy", "numpy", "core", "arrays"),
+    ("triton", "triton", "with CUDA torch", "ER operators on GPUs"),
+    ("PIL", "pillow", "train", "reading and writing images"),
+    ("lightning_fabric", "lightning-fabric", "train", "training: devices, precision, several processes"),
+    ("torchmetrics", "torchmetrics", "train", "metrics"),
+    ("matplotlib", "matplotlib", "train", "pictures"),
+    ("rich", "rich", "train", "progress bars"),
+    ("safetensors", "safetensors", "optional", "weights in .safetensors files"),
+    ("timm", "timm", "timm", "model registry"),
+    ("torchvision", "torchvision", "optional", "needed by timm only"),
+    ("openslide", "openslide-python", "slides", "whole-slide images"),
+    ("tifffile", "tifffile", "slides", "TIFF images"),
+    ("torchstain", "torchstain", "bench", "the package to compare with"),
 )
-
-_PURPOSES = {
-    "channel_moments": "ER shortcuts: mean and variance of each channel",
-    "weighted_sum": "ER shortcuts: forward and backward",
-    "weighted_dot": "ER shortcuts: gradients of the weights",
-    "block_coefficients": "ER shortcuts: coefficients of a block's weighted sum",
-    "map_dots": "ER shortcuts: inner products of a map with all gradients of sums that read it",
-    "map_coefficients_backward": "ER shortcuts: gradients of weights, gamma and beta from them",
-    "er_block": "ER shortcuts: the epilogue of a block",
-    "er_block_backward": "ER shortcuts: its gradients",
-    "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
-    "macenko_fit": "Macenko: stains of an image",
-    "macenko_reconstruct": "Macenko: image with other stains",
-    "macenko_normalize": "Macenko: fit and reconstruct in one",
-    "macenko_change": "Macenko: image with other concentrations",
-    "macenko_augment": "Macenko: fit and augmentation in one",
-    "macenko_separate": "Macenko: each stain alone",
-    "macenko_count_colours": "Macenko: colours of a slide, strip by strip",
-    "macenko_fit_colours": "Macenko: stains of counted colours",
-}
 
 
 def diagnose() -> dict[str, Any]:
@@ -66,7 +38,7 @@ def diagnose() -> dict[str, Any]:
     return {
         "version": __version__,
         "machine": _machine(),
-        "packages": [_package(package) for package in _PACKAGES],
+        "packages": [_package(*package) for package in _PACKAGES],
         "extension": {
             "available": _backend.extension_available(),
             "reason": _backend.why_unavailable(),
@@ -98,21 +70,20 @@ def _processor() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def _package(package: _Package) -> dict[str, Any]:
+def _package(module: str, distribution: str, extra: str, purpose: str) -> dict[str, Any]:
     """Name, version (None if missing), extra, and what it is for or what is wrong with it."""
-    entry = {"name": package.distribution, "version": None, "extra": package.extra, "note": package.purpose}
+    entry = {"name": distribution, "version": None, "extra": extra, "note": purpose}
     try:
-        present = importlib.util.find_spec(package.module) is not None
+        present = importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         present = False
-    if not present:
-        return entry
-    try:
-        entry["version"] = importlib.metadata.version(package.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        entry["version"] = "unknown"
-    if package.module == "torchvision":
-        entry["note"] = _torchvision_note()
+    if present:
+        try:
+            entry["version"] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            entry["version"] = "unknown"
+        if module == "torchvision":
+            entry["note"] = _torchvision_note()
     return entry
 
 
@@ -127,33 +98,30 @@ def _torchvision_note() -> str:
 
 
 def _cuda() -> dict[str, Any]:
+    archs = (_backend.build_info() or {"cuda_archs": []})["cuda_archs"]
     devices = []
-    info = _backend.build_info()
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            devices.append(
-                {
-                    "index": index,
-                    "name": found.name,
-                    "capability": f"{found.major}.{found.minor}",
-                    "memory_gib": round(found.total_memory / 2**30, 1),
-                    "compiled_for": info is not None
-                    and serves_capability(info["cuda_archs"], found.major, found.minor),
-                }
-            )
-    if devices:
-        reason = None
-    elif torch.version.cuda is None:
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        found = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "index": index,
+                "name": found.name,
+                "capability": f"{found.major}.{found.minor}",
+                "memory_gib": round(found.total_memory / 2**30, 1),
+                "compiled_for": _backend.serves_capability(archs, found.major, found.minor),
+            }
+        )
+    reason = None
+    if not devices and torch.version.cuda is None:
         reason = f"torch {torch.__version__} was built without CUDA"
-    else:
+    elif not devices:
         reason = "torch sees no device; check the driver with nvidia-smi"
     return {"torch_cuda": torch.version.cuda, "devices": devices, "reason": reason}
 
 
 def _operators() -> list[dict[str, str]]:
     rows = []
-    for name, purpose in _PURPOSES.items():
+    for name, purpose in _backend.OPERATORS.items():
         for device in ("cpu", "cuda"):
             backend, why = _backend_on(name, device)
             rows.append({"operator": name, "purpose": purpose, "device": device, "backend": backend, "why": why})

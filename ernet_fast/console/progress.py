@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 
@@ -28,8 +27,14 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False, mute: bool = False, bars: bool | None = None) -> None:
         self.quiet, self.mute = quiet or mute, mute
-        wanted = sys.stderr.isatty() if bars is None else bars
-        self._rich = _rich_progress() if wanted and not self.quiet else None
+        self._rich: Any = None
+        if not self.quiet and (sys.stderr.isatty() if bars is None else bars):
+            try:
+                import rich.progress
+            except ImportError:  # bars are a convenience, not a need
+                pass
+            else:
+                self._rich = rich.progress
 
     def line(self, text: str) -> None:
         """One line of information."""
@@ -45,16 +50,7 @@ class Reporter:
         """A bar, or now and then a line, while `total` units are done."""
         if self._rich is not None:
             return _bar(self._rich, title, total)
-        return _LineTask(self, title, total)
-
-
-def _rich_progress() -> Any:
-    """Module rich.progress, or None where rich is not installed: bars are a convenience, not a need."""
-    try:
-        import rich.progress
-    except ImportError:
-        return None
-    return rich.progress
+        return nullcontext(_LineTask(self, title, total))
 
 
 @contextmanager
@@ -69,8 +65,7 @@ def _bar(rich_progress: Any, title: str, total: int) -> Iterator[Task]:
         rich_progress.TextColumn("{task.fields[note]}"),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        identity = progress.add_task(title, total=total, note="")
-        yield _BarTask(progress, identity)
+        yield _BarTask(progress, progress.add_task(title, total=total, note=""))
 
 
 class _BarTask:
@@ -89,14 +84,6 @@ class _LineTask:
     def __init__(self, reporter: Reporter, title: str, total: int) -> None:
         self._reporter, self._title, self._total, self._done = reporter, title, total, 0
         self._next = time.monotonic() + self.INTERVAL
-
-    def __enter__(self) -> _LineTask:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done += count

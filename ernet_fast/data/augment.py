@@ -88,7 +88,12 @@ class PatchTransform:
         if self.normalizer is not None:
             image = self.normalizer(image)
             _check_image(image, "what normalizer returned")
-        image = self._crop(self._resized(image))
+        if self.resize == "none" and (image.shape[1] < self.size[0] or image.shape[2] < self.size[1]):
+            raise ValueError(
+                f"the image is {image.shape[1]}x{image.shape[2]} pixels, smaller than size "
+                f"{self.size[0]}x{self.size[1]}; use resize='shorter' or a smaller size"
+            )
+        image = self._crop(resized(image, self.size, self.resize))
         if self.train:
             image = self._turned(image)
         pixels = image.to(torch.float32)
@@ -102,23 +107,6 @@ class PatchTransform:
     def __repr__(self) -> str:
         shown = {name: value for name, value in vars(self).items() if name not in ("mean", "std")}
         return f"PatchTransform({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-    def _resized(self, image: Tensor) -> Tensor:
-        height, width = image.shape[1:]
-        if self.resize == "none":
-            if height < self.size[0] or width < self.size[1]:
-                raise ValueError(
-                    f"the image is {height}x{width} pixels, smaller than size {self.size[0]}x{self.size[1]}; "
-                    f"use resize='shorter' or a smaller size"
-                )
-            return image
-        target = self.size
-        if self.resize == "shorter":
-            factor = max(self.size[0] / height, self.size[1] / width)
-            target = (max(self.size[0], round(height * factor)), max(self.size[1], round(width * factor)))
-        if target == (height, width):
-            return image
-        return F.interpolate(image[None], size=target, mode="bilinear", antialias=True)[0]
 
     def _crop(self, image: Tensor) -> Tensor:
         room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
@@ -143,6 +131,17 @@ class PatchTransform:
             translation=((2 * right - 1) * self.translation, (2 * down - 1) * self.translation),
             zoom=math.exp(low + zoom * (high - low)),
         )
+
+
+def resized(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Antialiased bilinear resize of [C, H, W] so that it covers `size` ("shorter"), or has it ("squeeze")."""
+    height, width = image.shape[1:]
+    if mode == "shorter":
+        factor = max(size[0] / height, size[1] / width)
+        size = (max(size[0], round(height * factor)), max(size[1], round(width * factor)))
+    if mode == "none" or size == (height, width):
+        return image
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
 def _uniform(count: int) -> list[float]:

@@ -25,10 +25,9 @@ _TRAILER = b"sha256:"
 """Behind the file of `torch.save`, which stays readable by `torch.load`; 64 hexadecimal digits follow."""
 
 
-def _mapping(keys: type, values: type | None = None) -> Callable[[Any], bool]:
+def _mapping(values: type = object) -> Callable[[Any], bool]:
     return lambda found: (
-        isinstance(found, dict)
-        and all(isinstance(key, keys) and (values is None or isinstance(found[key], values)) for key in found)
+        isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, values) for k, v in found.items())
     )
 
 
@@ -44,31 +43,28 @@ def _stain(found: Any) -> bool:
     if found is None:
         return True
     tensors = found.get("normalizer") if isinstance(found, dict) else None
-    if not isinstance(tensors, dict):
-        return False
-    shapes = {"HERef": (3, 2), "maxCRef": (2,)}
-    return all(
+    return isinstance(tensors, dict) and all(
         isinstance(tensor := tensors.get(name), Tensor)
         and tuple(tensor.shape) == shape
         and bool((tensor.isfinite() & (tensor >= 0)).all())
-        for name, shape in shapes.items()
+        for name, shape in {"HERef": (3, 2), "maxCRef": (2,)}.items()
     )
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "version": (lambda found: isinstance(found, str), "a string"),
-    "model": (_mapping(str, Tensor), "tensors by name"),
-    "optimizer": (_mapping(str), "a dictionary"),
-    "schedule": (_mapping(str), "a dictionary"),
-    "precision": (_mapping(str), "a dictionary"),
+    "model": (_mapping(Tensor), "tensors by name"),
+    "optimizer": (_mapping(), "a dictionary"),
+    "schedule": (_mapping(), "a dictionary"),
+    "precision": (_mapping(), "a dictionary"),
     "epoch": (_count, "a number of epochs"),
     "step": (_count, "a number of steps"),
     "history": (_list_of(dict), "a list of records"),
-    "best": (_mapping(str), "a record"),
-    "rng": (_mapping(str), "states of random generators"),
-    "config": (_mapping(str), "settings by name"),
+    "best": (_mapping(), "a record"),
+    "rng": (_mapping(), "states of random generators"),
+    "config": (_mapping(), "settings by name"),
     "classes": (_list_of(str), "a list of names"),
-    "split": (_mapping(str), "a split"),
+    "split": (_mapping(), "a split"),
     "train_images": (_list_of(str), "a list of names"),
     "val_images": (_list_of(str), "a list of names"),
     "stain": (_stain, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
@@ -87,8 +83,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}.")
     with atomic_write(path) as file:
-        digest = _save(state, file)
-        file.write(_TRAILER + digest)
+        file.write(_TRAILER + _save(state, file))
 
 
 def _save(state: dict[str, Any], file: IO[bytes]) -> bytes:
@@ -132,28 +127,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint of ernet_fast (expected the file that `ernet-fast train` writes).")
     if state["format"] not in (1, FORMAT):
         raise ValueError(f"{path} has checkpoint format {state['format']!r}; this version reads format {FORMAT}.")
-    fields = dict(_FIELDS)
+    absent: tuple[str, ...] = ()
     if state["format"] == 1:
         warnings.warn(
             f"{path} is of checkpoint format 1, without a checksum and without the run's split: the split is made anew "
             "from the data. Check that no images were added or removed since.",
             stacklevel=2,
         )
-        state |= dict.fromkeys(_SINCE_2)
-        fields = {key: value for key, value in _FIELDS.items() if key not in _SINCE_2}
+        absent = _SINCE_2
+        state |= dict.fromkeys(absent)
     missing = [key for key in _FIELDS if key not in state]
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}.")
-    for key, (is_right, expected) in fields.items():
-        if not is_right(state[key]):
-            raise ValueError(f"{path}: its {key!r} is {_shown(state[key])}; expected {expected}.")
+    for key, (is_right, expected) in _FIELDS.items():
+        found = state[key]
+        if key not in absent and not is_right(found):
+            raise ValueError(f"{path}: its {key!r} is {type(found).__name__} {str(found)[:60]!r}; expected {expected}.")
     return state
 
 
 def _read(path: Path) -> Any:
     """The contents, once the checksum is right. Torch's messages advise to load unsafely and are not passed on."""
-    with open(path, "rb") as file:
-        data = file.read()
+    data = path.read_bytes()
     end = len(data) - len(_TRAILER) - 64
     reason = "its checksum is wrong"
     if end < 0 or data[end : end + len(_TRAILER)] != _TRAILER:
@@ -170,10 +165,6 @@ def _read(path: Path) -> Any:
         except Exception as error:  # torch reports what it cannot read as RuntimeError, EOFError, KeyError, ...
             reason = f"reading it ends in {type(error).__name__}"
     raise ValueError(f"{path} is no checkpoint or is damaged: {reason}.")
-
-
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 @contextmanager

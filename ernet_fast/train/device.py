@@ -18,6 +18,12 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def world_size() -> int:
+    """Number of processes of the run."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def build_fabric(device: str, precision: str) -> Any:
     """A launched `lightning_fabric.Fabric`; started by torchrun, it joins the other processes (DDP).
 
@@ -57,15 +63,16 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def to_network(fabric: Any, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+Pass = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_network(fabric: Any, channels_last: bool) -> Pass:
     """Function that brings images to the network's device and layout (Fabric's module takes care of the dtype)."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return lambda images: images.to(fabric.device, non_blocking=True).contiguous(memory_format=layout)
 
 
-def evaluation_pass(
-    fabric: Any, network: torch.nn.Module, channels_last: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def evaluation_pass(fabric: Any, network: torch.nn.Module, channels_last: bool) -> Pass:
     """Function from images to the output of `network` in the run's precision, without communication between processes.
 
     Fabric's wrapped module would exchange buffers at every call, and wait for ever where one process has a batch more.
@@ -81,10 +88,9 @@ def evaluation_pass(
 
 def share_buffers(network: torch.nn.Module) -> None:
     """Give all processes the first one's buffers (running statistics), which are the ones a checkpoint holds."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if world_size() > 1:
         for buffer in network.buffers():
-            distributed.broadcast(buffer, src=0)
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def finish_together() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ernet_fast.console.atomic_file import remove_abandoned, write_text
+from ernet_fast.console.atomic_file import remove_abandoned, write_json
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import Sample, Skipped, Splits, parse_name
+from ernet_fast.data import Skipped, Splits, parse_name
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.device import build_fabric, evaluation_pass
-from ernet_fast.train.images import ImageSet, build_loader
+from ernet_fast.train.images import ImageSet, build_loader, evenly_chosen
 from ernet_fast.train.metrics import (
     compute_metrics,
     confusion_matrix,
@@ -28,7 +27,6 @@ from ernet_fast.train.metrics import (
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import find_checkpoint
-from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization
 
 
@@ -77,7 +75,7 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
-        write_text(folder / "metrics.json", json.dumps(self.figures(), indent=1, allow_nan=False) + "\n")
+        write_json(folder / "metrics.json", self.figures())
         self.predictions.write_csv(folder / "predictions.csv")
         confusion_picture(self.predictions, folder / "confusion_matrix.png")
         roc_picture(self.predictions, folder / "roc.png")
@@ -147,7 +145,10 @@ def evaluate(
         normalizer=StainNormalization.from_state(state["stain"]),
     )
     reporter = reporter or Reporter()
-    seen_images, seen_patients = _seen(images.samples, state["train_images"])
+    trained_on = set(state["train_images"])
+    seen_images = sum(sample.name in trained_on for sample in images.samples)
+    patients = {parse_name(f"{name}.png").patient for name in trained_on}
+    seen_patients = len({sample.patient for sample in images.samples} & patients)
     if seen_patients and split not in ("train", "trainval"):
         reporter.warning(
             f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
@@ -161,13 +162,6 @@ def evaluate(
     )
 
 
-def _seen(samples: list[Sample], trained_on: list[str]) -> tuple[int, int]:
-    """How many of the images were trained on, and how many of their patients."""
-    names = set(trained_on)
-    patients = {parse_name(f"{name}.png").patient for name in names}
-    return sum(sample.name in names for sample in samples), len({sample.patient for sample in samples} & patients)
-
-
 def _predict(
     config: TrainConfig, state: dict[str, Any], path: Path, images: ImageSet, reporter: Reporter
 ) -> Predictions:
@@ -179,20 +173,8 @@ def _predict(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = fabric.strategy.precision.convert_module(network).to(fabric.device)
     batches, _ = build_loader(
-        images,
-        batch_size=config.batch_size,
-        shuffle=False,
-        num_workers=config.num_workers,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        pin_memory=fabric.device.type == "cuda",
+        images, batch_size=config.batch_size, shuffle=False, num_workers=config.num_workers, fabric=fabric
     )
+    forward = evaluation_pass(fabric, network, channels_last)
     with reporter.task("evaluate", len(images)) as task:
-        return predict(
-            network,
-            evaluation_pass(fabric, network, channels_last),
-            batches,
-            images.samples,
-            state["classes"],
-            advance=task.advance,
-        )
+        return predict(network, forward, batches, images.samples, state["classes"], advance=task.advance)

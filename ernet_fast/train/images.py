@@ -1,5 +1,5 @@
-"""Images on their way to the network: prepared (normalised, resized, perhaps kept), augmented, in an order that can be
-repeated.
+"""Images on their way to the network: chosen, prepared (normalised, resized, perhaps kept), augmented, in an order that
+can be repeated.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ernet_fast.data import PatchTransform, Sample, read_image
+from ernet_fast.data.augment import resized
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images float32 [N, 3, S, S], class indices int64 [N], positions in the sample list int64 [N]."""
@@ -22,6 +22,17 @@ Batch = tuple[Tensor, Tensor, Tensor]
 def mixed_seed(*parts: int) -> int:
     """One 64-bit seed of several non-negative numbers; different numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def evenly_chosen(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """At most `count` samples, evenly spaced in the order of class, patient, magnification and name; None keeps all.
+
+    Each class, patient and magnification keeps its share (give or take one image), whatever the order of `samples`.
+    """
+    ordered = sorted(samples, key=lambda s: (s.label, s.patient, s.magnification, s.path.name))
+    if count is None or count >= len(ordered):
+        return ordered
+    return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
 
 
 class ImageSet(Dataset[Any]):
@@ -66,7 +77,7 @@ class ImageSet(Dataset[Any]):
         image = read_image(self.samples[position].path)
         if self.normalizer is not None:
             image = self.normalizer(image)
-        image = _resized(image, self.size, self.resize)
+        image = resized(image, (self.size, self.size), self.resize)
         if self._kept is not None:
             self._kept[position] = image
         return image
@@ -74,23 +85,10 @@ class ImageSet(Dataset[Any]):
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, position = address
         image, label = self.prepared(position), self.samples[position].label
-        if not self.augment:
+        with torch.random.fork_rng(devices=[], enabled=self.augment):
+            if self.augment:
+                torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, position))
             return self._transform(image), label, position
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, position))
-            return self._transform(image), label, position
-
-
-def _resized(image: Tensor, size: int, resize: str) -> Tensor:
-    """Antialiased bilinear resize so that the image covers size x size (shorter), or is that size (squeeze)."""
-    height, width = image.shape[1:]
-    factor = size / min(height, width)
-    target = (
-        (size, size) if resize == "squeeze" else (max(size, round(height * factor)), max(size, round(width * factor)))
-    )
-    if target == (height, width):
-        return image
-    return F.interpolate(image.unsqueeze(0), size=target, mode="bilinear", antialias=True).squeeze(0)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -111,25 +109,26 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return len(range(self.rank, self.count, self.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        if not self.shuffle:
-            return ((self.epoch, position) for position in range(self.rank, self.count, self.world_size))
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.count, generator=generator)[self.rank :: self.world_size][: len(self)]
-        return ((self.epoch, position) for position in order.tolist())
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(
+                self.count, generator=torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+            )
+        share = order[self.rank :: self.world_size][: len(self)]
+        return ((self.epoch, position) for position in share.tolist())
 
 
 def build_loader(
-    images: ImageSet,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int = 0,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
+    images: ImageSet, *, batch_size: int, shuffle: bool, seed: int = 0, num_workers: int = 0, fabric: Any = None
 ) -> tuple[DataLoader[Batch], EpochSampler]:
-    """A loader and its sampler. Shuffled, an incomplete last batch is left out, unless it would be the only one."""
+    """A loader and its sampler, of the share of `fabric`'s process (default: all images).
+
+    Shuffled, an incomplete last batch is left out, unless it would be the only one.
+
+    Raises:
+        ValueError: shuffled, there are fewer images than processes.
+    """
+    rank, world_size = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     sampler = EpochSampler(len(images), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
     loader: DataLoader[Batch] = DataLoader(
         images,
@@ -137,10 +136,13 @@ def build_loader(
         sampler=sampler,
         num_workers=num_workers,
         drop_last=shuffle and len(sampler) >= batch_size,
-        pin_memory=pin_memory,
+        pin_memory=fabric is not None and fabric.device.type == "cuda",
         persistent_workers=num_workers > 0,
-        # A generator of the loader's own: by default each pass draws from torch's, and validation would move the
-        # training's numbers.
+        # Its own: by default each pass draws from torch's, and validation would move the training's numbers.
         generator=torch.Generator().manual_seed(mixed_seed(seed, len(images))),
     )
+    if shuffle and not len(loader):
+        raise ValueError(
+            f"{len(images)} training images are too few for {world_size} processes; each needs one image at least."
+        )
     return loader, sampler

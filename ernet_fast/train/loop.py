@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ernet_fast import _version
 from ernet_fast.console.atomic_file import write_text
@@ -27,9 +26,9 @@ from ernet_fast.train.checkpoint import (
     restore_generators,
     save_checkpoint,
 )
-from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.config import TrainConfig, check_same_run
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
-from ernet_fast.train.describe import describe_epoch, describe_run
+from ernet_fast.train.describe import describe_epoch, describe_run, write_history
 from ernet_fast.train.device import (
     build_fabric,
     deterministic_mode,
@@ -38,13 +37,11 @@ from ernet_fast.train.device import (
     share_buffers,
     to_network,
 )
-from ernet_fast.train.history import write_history
-from ernet_fast.train.images import Batch, EpochSampler, ImageSet, build_loader, mixed_seed
+from ernet_fast.train.images import build_loader, mixed_seed
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import predict
-from ernet_fast.train.resume import check_same_run
 from ernet_fast.train.run_folder import BEST, LAST, only_run
 from ernet_fast.train.schedule import build_optimizer, build_schedule, check_moments
 
@@ -133,8 +130,11 @@ class _Run:
         self.reporter = reporter if self.fabric.is_global_zero else Reporter(mute=True)
         torch.manual_seed(config.seed)
         self.data = open_run_data(config, state)
-        self.train_batches, self.train_order = self._loader(self.data.train, shuffle=True, batch_size=config.batch_size)
-        self.val_batches, self.val_order = self._loader(self.data.val, shuffle=False, batch_size=config.batch_size)
+        loading: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seed", "num_workers")}
+        loading["fabric"] = self.fabric
+        self.train_batches, self.train_order = build_loader(self.data.train, shuffle=True, **loading)
+        self.val_batches, _ = build_loader(self.data.val, shuffle=False, **loading)
+        self.steps_per_epoch = len(self.train_batches)
         # The checkpoint brings all weights: those the run started from may be gone.
         self._build_network(config if state is None else replace(config, weights=None))
         self.epoch = 0
@@ -144,28 +144,6 @@ class _Run:
             self._restore(state)
         if self.fabric.world_size > 1:  # dropout must differ between processes
             torch.manual_seed(mixed_seed(config.seed, self.epoch, self.fabric.global_rank))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train_batches)
-
-    def _loader(self, images: ImageSet, *, shuffle: bool, batch_size: int) -> tuple[DataLoader[Batch], EpochSampler]:
-        loader, order = build_loader(
-            images,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.config.seed,
-            num_workers=self.config.num_workers,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            pin_memory=self.fabric.device.type == "cuda",
-        )
-        if shuffle and not len(loader):
-            raise ValueError(
-                f"{len(images)} training images are too few for {self.fabric.world_size} processes; each needs one "
-                "image at least."
-            )
-        return loader, order
 
     def _build_network(self, config: TrainConfig) -> None:
         self.network = build_network(config, len(self.data.classes))
@@ -261,9 +239,8 @@ class _Run:
                 save_checkpoint(folder / LAST, state)
                 write_history(folder, self.history)
             except OSError as error:
-                error.strerror = (
-                    f"{error.strerror or error}, while epoch {self.epoch} of {self.config.epochs} was saved"
-                )
+                when = f"while epoch {self.epoch} of {self.config.epochs} was saved"
+                error.strerror = f"{error.strerror or error}, {when}"
                 error.filename = error.filename or str(folder)
                 raise
         self.fabric.barrier()
@@ -272,13 +249,12 @@ class _Run:
         """Better than before; an undefined AUC is worse than any, and equal AUCs are decided by the loss. Without
         validation the last epoch is the best.
         """
-        if not self.best or record["val_loss"] is None:
-            return True
-        return self._rank(record) > self._rank(self.best)
 
-    def _rank(self, record: dict[str, Any]) -> tuple[float, float]:
-        auc, loss = record["val"]["auc"], record["val_loss"]
-        return (-1.0 if auc is None or self.config.select_by == "loss" else auc, -loss)
+        def rank(record: dict[str, Any]) -> tuple[float, float]:
+            auc = record["val"]["auc"]
+            return (-1.0 if auc is None or self.config.select_by == "loss" else auc, -record["val_loss"])
+
+        return not self.best or record["val_loss"] is None or rank(record) > rank(self.best)
 
     def _one_epoch(self, number: int) -> dict[str, Any]:
         start = time.perf_counter()
@@ -287,13 +263,9 @@ class _Run:
         seconds = time.perf_counter() - start
         share_buffers(self.network)
         with self.reporter.task(f"validate {number}/{self.config.epochs}", len(self.data.val)) as task:
+            samples, classes = self.data.val.samples, self.data.classes
             predictions = predict(
-                self.network,
-                self.evaluation_pass,
-                self.val_batches,
-                self.data.val.samples,
-                self.data.classes,
-                advance=task.advance,
+                self.network, self.evaluation_pass, self.val_batches, samples, classes, advance=task.advance
             )
         return {
             "epoch": number,
@@ -311,7 +283,7 @@ class _Run:
         self.train_order.epoch = number
         advice = (
             f"Try a smaller --lr (it was {config.lr:g}), --clip-norm 1, or --precision bf16-mixed instead of 16-mixed; "
-            f"then --resume continues."
+            "then --resume continues."
         )
         watch = LossWatch(self.fabric, number, (number - 1) * self.steps_per_epoch, advice)
         count = self.steps_per_epoch * config.batch_size

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.atomic_file import write_csv
 from ernet_fast.data import Sample
+from ernet_fast.train.device import world_size
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,12 @@ class Predictions:
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """One line an image: name, patient, magnification, true and predicted class, probability of each class."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            ["image", "patient", "magnification", "true", "predicted", *(f"p_{name}" for name in self.classes)]
-        )
+        rows: list[list[Any]] = [["image", "patient", "magnification", "true", "predicted"]]
+        rows[0] += [f"p_{name}" for name in self.classes]
         for sample, guess, row in zip(self.samples, self.predicted.tolist(), self.probabilities.tolist(), strict=True):
             names = self.classes[sample.label], self.classes[guess]
-            writer.writerow(
-                [sample.path.name, sample.patient, sample.magnification, *names, *(f"{p:.6f}" for p in row)]
-            )
-        write_text(path, text.getvalue())
+            rows.append([sample.path.name, sample.patient, sample.magnification, *names, *(f"{p:.6f}" for p in row)])
+        write_csv(path, rows)
 
 
 @torch.no_grad()
@@ -98,19 +93,19 @@ def predict(
     """
     was_training = network.training
     network.eval()
-    probabilities, positions = [], []
+    found: list[tuple[Tensor, Tensor]] = [(torch.empty(0, len(classes), dtype=torch.float64), torch.empty(0).long())]
     try:
         for images, _, where in batches:
             output = forward(images).double().softmax(dim=1).cpu()
             _check_finite(output, where, samples)
-            probabilities.append(output)
-            positions.append(where.cpu())
+            found.append((output, where.cpu()))
             advance(len(where))
     finally:
         network.train(was_training)
-    table = torch.cat(probabilities) if probabilities else torch.empty(0, len(classes), dtype=torch.float64)
-    places = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    table, places = _gathered(table, places)
+    parts: list[Any] = [found] * world_size()
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, found)
+    table, places = (torch.cat(pieces) for pieces in zip(*chain.from_iterable(parts), strict=True))
     order = places.argsort()
     return Predictions(table[order], tuple(samples[i] for i in places[order].tolist()), tuple(classes))
 
@@ -122,12 +117,3 @@ def _check_finite(output: Tensor, where: Tensor, samples: Sequence[Sample]) -> N
         raise FloatingPointError(
             f"the network's output is not finite for {len(bad)} of {len(output)} images of a batch, e.g. {name}."
         )
-
-
-def _gathered(table: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return table, places
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, (table, places))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

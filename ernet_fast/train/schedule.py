@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from ernet_fast.models.weights import is_shortcut_entry
 from ernet_fast.train.config import TrainConfig
 
 
@@ -22,10 +23,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            shortcut = ".shortcut." in f".{name}"
-            (others if parameter.ndim < 2 or shortcut else decaying).append(parameter)
-    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+            (others if parameter.ndim < 2 or is_shortcut_entry(name) else decaying).append(parameter)
+    pairs = ((decaying, config.weight_decay), (others, 0.0))
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in pairs if parameters]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups, lr=config.lr)

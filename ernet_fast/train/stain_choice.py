@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ernet_fast.data import Sample, read_image
 from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, StainNormalize, macenko_fit
-from ernet_fast.train.selection import evenly_chosen
+from ernet_fast.train.images import evenly_chosen
 
 CANDIDATES = 64
 """Images looked at for the most typical stains."""
@@ -85,7 +84,8 @@ def most_typical(samples: Sequence[Sample]) -> tuple[Path, StainNormalization]:
             f"none of {len(chosen)} training images has stains to fit (all are background?). Name a target with "
             "--stain-target, or train with --stain none."
         )
-    table = torch.stack([_numbers(fit) for fit, _ in fitted])
+    numbers = [torch.cat([fit.stain_matrix[0].flatten(), fit.max_concentration[0]]) for fit, _ in fitted]
+    table = torch.stack(numbers).double().cpu()
     deviation = table - table.quantile(0.5, dim=0)
     spread = deviation.abs().quantile(0.5, dim=0).clamp_min(1e-6)
     fit, path = fitted[int(((deviation / spread) ** 2).sum(dim=1).argmin())]
@@ -96,7 +96,3 @@ def _to_target(fit: MacenkoFit, path: str | os.PathLike[str]) -> StainNormalizat
     normalizer = MacenkoNormalizer(layout="CHW")
     normalizer.HERef, normalizer.maxCRef = fit.stain_matrix[0], fit.max_concentration[0]
     return StainNormalization(normalizer, Path(path).name)
-
-
-def _numbers(fit: MacenkoFit) -> Tensor:
-    return torch.cat([fit.stain_matrix[0].flatten(), fit.max_concentration[0]]).double().cpu()
