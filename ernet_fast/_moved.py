@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 MOVED = {
+    "ernet_fast.cli.json_output": "ernet_fast.cli.streams",
     "ernet_fast.er.kept_memory": "ernet_fast.output_cache",
     "ernet_fast.er.folded": "ernet_fast.er.shortcut",
     "ernet_fast.er.batch_norm_relu": "ernet_fast.er.norm_relu",
+    "ernet_fast.models.feature_levels": "ernet_fast.models.resnet",
+    "ernet_fast.models.plain_forward": "ernet_fast.models.plain_resnet",
     "ernet_fast.stain.parameters": "ernet_fast.stain.options",
     "ernet_fast.stain.published": "ernet_fast.stain.result",
     "ernet_fast.train.atomic_file": "ernet_fast.console.atomic_file",

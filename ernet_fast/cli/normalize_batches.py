@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import count, repeat
 from typing import NamedTuple
 
 import torch
 
 from ernet_fast._optional import require
-from ernet_fast.cli.normalize_files import finish, normalize, read
+from ernet_fast.cli.normalize_files import completed, finish, normalize, read
 from ernet_fast.cli.normalize_plan import Job, Outcome
 from ernet_fast.data import Prefetcher
 from ernet_fast.data.prefetch import to_host
@@ -44,50 +45,43 @@ def normalize_batches(
     """
     require("PIL.Image", extra="train", purpose="reading and writing images")
     outcomes: list[Outcome] = []
-    unread: deque[Outcome] = deque()  # skipped or failed before there was an image; the reading thread fills it
+    unread: queue.SimpleQueue[Outcome] = queue.SimpleQueue()  # skipped or failed before there was an image
     unwritten: deque[list[Future[Outcome]]] = deque()
 
-    def collect(found: Iterable[Outcome]) -> None:
-        for outcome in found:
-            outcomes.append(outcome)
+    def collect(futures: Iterable[Future[Outcome]] = ()) -> None:
+        for future in futures:
+            outcomes.append(future.result())
             advance()
-
-    def take_unread() -> Iterator[Outcome]:
-        while unread:
-            yield unread.popleft()
+        while not unread.empty():
+            outcomes.append(unread.get())
+            advance()
 
     with ThreadPoolExecutor(workers) as pool:
         batches = iter(Prefetcher(_decoded(jobs, pool, 4 * workers, overwrite, unread), normalizer.HERef.device))
         try:
             for batch in batches:
                 unwritten.append(_begin(batch, normalizer, pool))
-                collect(take_unread())
+                collect()
                 while len(unwritten) > UNWRITTEN:
-                    collect(future.result() for future in unwritten.popleft())
+                    collect(unwritten.popleft())
             for futures in unwritten:
-                collect(future.result() for future in futures)
+                collect(futures)
         except BaseException:
             batches.close()  # type: ignore[attr-defined]
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    collect(take_unread())
+    collect()
     return outcomes
 
 
 def _decoded(
-    jobs: Iterable[Job], pool: ThreadPoolExecutor, ahead: int, overwrite: bool, unread: deque[Outcome]
+    jobs: Iterable[Job], pool: ThreadPoolExecutor, ahead: int, overwrite: bool, unread: queue.SimpleQueue[Outcome]
 ) -> Iterator[_Batch]:
     """Batches of images, read by `pool`, `ahead` at a time; outcomes of the other jobs go to `unread`."""
-    waiting = iter(jobs)
-    running = deque((job, pool.submit(read, job, overwrite)) for job in islice(waiting, ahead))
-    batch = _Batch([], [])
-    pixels = 0
-    while running:
-        job, future = running.popleft()
-        image = future.result()
-        running.extend((job, pool.submit(read, job, overwrite)) for job in islice(waiting, 1))
+    batch, pixels = _Batch([], []), 0
+    for job, image in completed(pool, lambda job: read(job, overwrite), jobs, ahead):
         if isinstance(image, Outcome):
-            unread.append(image)
+            unread.put(image)
             continue
         batch.jobs.append(job)
         batch.images.append(image)
@@ -103,12 +97,10 @@ def _begin(batch: _Batch, normalizer: MacenkoNormalizer, pool: ThreadPoolExecuto
     """Queue the work on a batch and the writing of its results."""
     results, statuses = normalize(batch.images, normalizer)
     (on_host, *images), copied = to_host([statuses, *results])
-    jobs = batch.jobs
 
-    def write(number: int) -> Outcome:
+    def write(job: Job, image: torch.Tensor, number: int) -> Outcome:
         if copied is not None:
             copied.synchronize()
-        status = MacenkoStatus(int(on_host[number]))
-        return finish(jobs[number], images[number], status, normalizer.on_degenerate)
+        return finish(job, image, MacenkoStatus(int(on_host[number])), normalizer.on_degenerate)
 
-    return [pool.submit(write, number) for number in range(len(jobs))]
+    return list(map(pool.submit, repeat(write), batch.jobs, images, count()))

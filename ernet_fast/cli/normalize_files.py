@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_normalize
 _JPEG: tuple[str, dict[str, Any]] = ("JPEG", {"quality": 95, "subsampling": 0})
 _TIFF: tuple[str, dict[str, Any]] = ("TIFF", {"compression": "tiff_lzw"})
 _ENCODING = {".png": ("PNG", {}), ".jpg": _JPEG, ".jpeg": _JPEG, ".tif": _TIFF, ".tiff": _TIFF}
+_Result = TypeVar("_Result")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Reasons why no further file could be written either."""
 
@@ -40,34 +41,37 @@ def normalize_files(
     require("PIL.Image", extra="train", purpose="reading and writing images")
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
-    waiting = iter(jobs)
+
+    def work(job: Job) -> Outcome:
+        image = read(job, overwrite)
+        if isinstance(image, Outcome):
+            return image
+        (result,), statuses = normalize([image], normalizer)
+        return finish(job, result, MacenkoStatus(int(statuses[0])), normalizer.on_degenerate)
+
     outcomes: list[Outcome] = []
+    pool = ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            running: set[Future[Outcome]] = {
-                pool.submit(_do, job, normalizer, overwrite) for job in islice(waiting, 2 * workers)
-            }
-            try:
-                while running:
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        outcomes.append(future.result())
-                        advance()
-                    running |= {pool.submit(_do, job, normalizer, overwrite) for job in islice(waiting, len(done))}
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        for _, outcome in completed(pool, work, jobs, 2 * workers):
+            outcomes.append(outcome)
+            advance()
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
     return outcomes
 
 
-def _do(job: Job, normalizer: MacenkoNormalizer, overwrite: bool) -> Outcome:
-    image = read(job, overwrite)
-    if isinstance(image, Outcome):
-        return image
-    (result,), statuses = normalize([image], normalizer)
-    return finish(job, result, MacenkoStatus(int(statuses[0])), normalizer.on_degenerate)
+def completed(
+    pool: ThreadPoolExecutor, work: Callable[[Job], _Result], jobs: Iterable[Job], ahead: int
+) -> Iterator[tuple[Job, _Result]]:
+    """Jobs and what `work` makes of them in `pool`, as they are done, `ahead` of them at a time."""
+    waiting = iter(jobs)
+    running: dict[Future[_Result], Job] = {pool.submit(work, job): job for job in islice(waiting, ahead)}
+    while running:
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield running.pop(future), future.result()
+        running |= {pool.submit(work, job): job for job in islice(waiting, len(done))}
 
 
 def read(job: Job, overwrite: bool) -> torch.Tensor | Outcome:

@@ -3,29 +3,58 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ernet_fast._version import __version__
 from ernet_fast.cli.normalize_plan import Job, files_below
-from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.atomic_file import write_json
 from ernet_fast.data.layout import IMAGE_SUFFIXES
 from ernet_fast.stain import MacenkoNormalizer
 
 NAME = "ernet-fast-normalize.json"
+METHOD = ("Io", "alpha", "beta", "percentile", "on_degenerate")
+"""Attributes of the normaliser that decide the pixels, beside its target; options of the command."""
 _ADVICE = "Give the same settings, choose another folder, or redo them with --overwrite."
 
 
 def settings_of(normalizer: MacenkoNormalizer, target: str | None) -> dict[str, Any]:
     """Everything that decides the pixels: method and target, as plain values. `target_image` is there to be read."""
-    names = ("Io", "alpha", "beta", "percentile", "on_degenerate")
     return {
         "ernet_fast": __version__,
-        **{name: getattr(normalizer, name) for name in names},
+        **{name: getattr(normalizer, name) for name in METHOD},
         "target_image": "published" if target is None else target,
         "target": {"HERef": normalizer.HERef.tolist(), "maxCRef": normalizer.maxCRef.tolist()},
     }
+
+
+@contextlib.contextmanager
+def one_run_overwrites(folder: Path, *, overwrite: bool) -> Iterator[None]:
+    """Make `folder`; a run with `overwrite` has it to itself, others may share it.
+
+    The lock, on the folder, ends with the process, however that ends.
+
+    Raises:
+        RuntimeError: another run is writing to it, and one of the two overwrites.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_EX if overwrite else fcntl.LOCK_SH))
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"another run is writing to {str(folder)!r}, and one of the two has --overwrite. Wait for it or "
+                    "stop it, or choose another folder."
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -63,13 +92,13 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
         with contextlib.suppress(OSError):  # writing it will say why
             output.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1) + "\n"
     if found is not None:
-        write_text(path, text)
+        write_json(path, settings)
         return
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
+            json.dump(settings, file, indent=1)
+            file.write("\n")
     except FileExistsError:  # another run was faster: its settings count
         claim(folder, jobs, settings, overwrite=overwrite)
 

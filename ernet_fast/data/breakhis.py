@@ -21,6 +21,7 @@ from ernet_fast.data.layout import (
     Skipped,
     find_tree,
     image_path,
+    magnifications_of,
     parse_name,
     scan_tree,
 )
@@ -92,11 +93,15 @@ class BreakHis(Dataset[tuple[Any, Any]]):
     ) -> None:
         if split_file is not None and splits is not None:
             raise ValueError("split_file and splits are both given; expected one of them")
-        _check_choice("split", split, SPLIT_NAMES)
-        _check_choice("target", target, ("binary", "subtype"))
-        _check_choice("split_by", split_by, ("patient", "image"))
-        _check_choice("on_error", on_error, ("raise", "skip"))
-        wanted = _check_magnifications(magnifications)
+        for argument, value, choices in (
+            ("split", split, SPLIT_NAMES),
+            ("target", target, ("binary", "subtype")),
+            ("split_by", split_by, ("patient", "image")),
+            ("on_error", on_error, ("raise", "skip")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{argument}={value!r}; expected one of {', '.join(map(repr, choices))}")
+        wanted = MAGNIFICATIONS if magnifications is None else magnifications_of(magnifications)
         self.root = find_tree(root)
         self.split, self.fold, self.target = split, fold, target
         self.transform, self.target_transform = transform, target_transform
@@ -110,7 +115,12 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             raise ValueError(f"no usable image below {str(self.root / 'breast')!r} ({len(problems)} unusable)")
         self.splits = splits
         if split_file is not None:
-            self.splits = _read_splits(split_file, split_by)
+            self.splits = read_split_csv(split_file)
+            if split_by == "patient" and self.splits.by == "image":
+                raise ValueError(
+                    f"split_file {str(split_file)!r} has images of one patient in several parts; "
+                    "pass split_by='image' if that is meant"
+                )
         if self.splits is not None:
             found = self._in_splits(self.splits, found, "the split" if split_file is None else os.fspath(split_file))
         elif split != "all":
@@ -129,8 +139,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         sample = self.samples[index]
-        image = read_image(sample.path)
-        label = sample.label
+        image, label = read_image(sample.path), sample.label
         return (
             image if self.transform is None else self.transform(image),
             label if self.target_transform is None else self.target_transform(label),
@@ -203,34 +212,9 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             )
 
 
-def _read_splits(split_file: str | os.PathLike[str], split_by: str) -> Splits:
-    splits = read_split_csv(split_file)
-    if split_by == "patient" and splits.by == "image":
-        raise ValueError(
-            f"split_file {str(split_file)!r} has images of one patient in several parts; "
-            f"pass split_by='image' if that is meant"
-        )
-    return splits
-
-
 def _damage(sample: Sample) -> str | None:
     try:
         read_image(sample.path)
     except (ImageReadError, OSError) as error:
         return str(error)
     return None
-
-
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_magnifications(magnifications: int | Iterable[int] | None) -> tuple[int, ...]:
-    if magnifications is None:
-        return MAGNIFICATIONS
-    wanted = (magnifications,) if isinstance(magnifications, int) else tuple(magnifications)
-    unknown = [m for m in wanted if m not in MAGNIFICATIONS]
-    if unknown or not wanted:
-        raise ValueError(f"magnifications={magnifications!r}; expected one or several of {MAGNIFICATIONS}")
-    return tuple(sorted(set(wanted)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class Subtype(NamedTuple):
     malignant: int
 
 
-SUBTYPES: dict[str, Subtype] = {
+SUBTYPES = {
     "A": Subtype("adenosis", 0),
     "F": Subtype("fibroadenoma", 0),
     "PT": Subtype("phyllodes_tumor", 0),
@@ -89,25 +89,32 @@ def parse_name(path: str | os.PathLike[str]) -> Sample:
             f"file name {path.name!r} does not parse; "
             f"expected SOB_<B|M>_<type>-<year>-<slide>-<magnification>-<sequence>, e.g. SOB_M_DC-14-11031-200-003.png"
         )
-    code = match["subtype"]
+    code, magnification = match["subtype"], int(match["magnification"])
     if code not in SUBTYPES:
         raise ValueError(f"file name {path.name!r} has tumour type {code!r}; expected one of {', '.join(SUBTYPES)}")
     letter = "BM"[SUBTYPES[code].malignant]
     if match["cls"] != letter:
         raise ValueError(f"file name {path.name!r} has class {match['cls']!r}, but type {code} is {letter!r}")
-    magnification = int(match["magnification"])
     if magnification not in MAGNIFICATIONS:
         raise ValueError(f"file name {path.name!r} has magnification {magnification}; expected one of {MAGNIFICATIONS}")
     slide = f"{match['year']}-{match['number']}{match['part']}"
     return Sample(path, SUBTYPES[code].malignant, code, slide, match["number"], magnification, match["sequence"])
 
 
+def magnifications_of(magnifications: int | Iterable[int]) -> tuple[int, ...]:
+    """One or several magnifications in ascending order; raises ValueError for others."""
+    wanted = {magnifications} if isinstance(magnifications, int) else set(magnifications)
+    if not wanted or not wanted <= set(MAGNIFICATIONS):
+        raise ValueError(f"magnifications={magnifications!r}; expected one or several of {MAGNIFICATIONS}")
+    return tuple(sorted(wanted))
+
+
 def image_path(tree: Path, subtype: str, slide: str, magnification: int, sequence: str, suffix: str = ".png") -> Path:
     """Where the official layout puts an image below `tree` (the folder that holds ``breast/``)."""
-    kind = SUBTYPES[subtype]
-    letter = "BM"[kind.malignant]
-    folder = tree / "breast" / LABELS[kind.malignant] / "SOB" / kind.folder / f"SOB_{letter}_{subtype}_{slide}"
-    return folder / f"{magnification}X" / f"SOB_{letter}_{subtype}-{slide}-{magnification}-{sequence}{suffix}"
+    folder, malignant = SUBTYPES[subtype]
+    name = f"SOB_{'BM'[malignant]}_{subtype}"
+    place = tree / "breast" / LABELS[malignant] / "SOB" / folder / f"{name}_{slide}" / f"{magnification}X"
+    return place / f"{name}-{slide}-{magnification}-{sequence}{suffix}"
 
 
 def find_tree(root: str | os.PathLike[str]) -> Path:
@@ -176,13 +183,12 @@ def _trees_below(root: Path) -> Iterator[Path]:
     seen: set[str] = set()
     for folder, children, _ in _walk(root, strict=False):
         real = os.path.realpath(folder)
-        if real in seen:  # a second way, over a link, to a folder that was searched
-            children.clear()
-            continue
-        seen.add(real)
-        if "breast" in children and _is_breast(folder / "breast"):
-            children.clear()
+        is_tree = "breast" in children and _is_breast(folder / "breast")
+        if is_tree and real not in seen:
             yield folder
+        if is_tree or real in seen:  # or a second way, over a link, to a folder that was searched
+            children.clear()
+        seen.add(real)
 
 
 def scan_tree(tree: Path) -> tuple[list[Sample], list[Skipped]]:
@@ -200,24 +206,17 @@ def scan_tree(tree: Path) -> tuple[list[Sample], list[Skipped]]:
     for folder, _, files in _walk(tree / "breast", strict=True):
         for file in files:
             path = folder / file
-            if path.suffix.lower() not in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
-                continue
-            try:
-                sample = _read_entry(tree, path)
-            except ValueError as error:
-                problems.append(Skipped(path, str(error)))
-            else:
-                found.setdefault(sample.name, []).append(sample)
-    samples = []
-    for name in sorted(found):
-        if len(found[name]) == 1:
-            samples.append(found[name][0])
-            continue
-        paths = sorted(sample.path for sample in found[name])
-        problems.extend(
-            Skipped(path, "the same image name occurs as " + " and ".join(map(str, paths))) for path in paths
-        )
-    return samples, sorted(problems)
+            if path.suffix.lower() in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
+                try:
+                    sample = _read_entry(tree, path)
+                    found.setdefault(sample.name, []).append(sample)
+                except ValueError as error:
+                    problems.append(Skipped(path, str(error)))
+    for same in found.values():
+        paths = sorted(sample.path for sample in same)
+        reason = "the same image name occurs as " + " and ".join(map(str, paths))
+        problems += [Skipped(path, reason) for path in paths if len(paths) > 1]
+    return [found[name][0] for name in sorted(found) if len(found[name]) == 1], sorted(problems)
 
 
 def _read_entry(tree: Path, path: Path) -> Sample:

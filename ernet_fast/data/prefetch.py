@@ -133,35 +133,48 @@ class _Uploaded(NamedTuple):
     copied: Any
 
 
-class _End(NamedTuple):
-    error: BaseException | None
-
-
 def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]:
     """Yield the batches of `source` that `lane` uploads, at most `depth` of them ahead of the one in use."""
-    ready: queue.SimpleQueue[_Uploaded | _End] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[_Uploaded | BaseException | None] = queue.SimpleQueue()  # last an error, or None
     places = threading.Semaphore(depth)
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_fill, args=(source, lane, ready, places, stop), name="ernet_fast-prefetch", daemon=True
-    )
+
+    def fill() -> None:
+        """The thread: upload one batch for each place, until the source ends or the iteration is left."""
+        error: BaseException | None = None
+        batches: Iterator[Any] | None = None
+        try:
+            batches = iter(source)
+            while places.acquire() and not stop.is_set():
+                ready.put(_upload(next(batches), lane))
+        except StopIteration:
+            pass
+        except BaseException as caught:  # whatever it is, it belongs to the thread that iterates
+            error = caught
+        try:
+            getattr(batches, "close", lambda: None)()
+        except BaseException as caught:
+            error = error or caught
+        ready.put(error)
+
+    thread = threading.Thread(target=fill, name="ernet_fast-prefetch", daemon=True)
     thread.start()
 
     def end() -> None:
         stop.set()
         places.release()
-        thread.join(_LAST_SECONDS)
+        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
+        if thread is not threading.current_thread() and not sys.is_finalizing():
+            thread.join(patience)
 
+    patience: float | None = _LAST_SECONDS
     # A thread that is within C++ code when the interpreter ends takes the process down; one whose source keeps it
     # waiting does not, and is waited for a few seconds at most.
     atexit.register(end)
     try:
-        while True:
-            item = ready.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
             lane.hand_over(item.arrays, item.copied)
             places.release()
             handed = [item.batch]
@@ -169,45 +182,8 @@ def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]
             yield handed.pop()
     finally:
         atexit.unregister(end)
-        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
-        stop.set()
-        places.release()
-        if thread is not threading.current_thread() and not sys.is_finalizing():
-            thread.join()
-
-
-def _fill(
-    source: Iterable[Any],
-    lane: CopyLane,
-    ready: queue.SimpleQueue[_Uploaded | _End],
-    places: threading.Semaphore,
-    stop: threading.Event,
-) -> None:
-    """The thread: upload one batch for each place, until the source ends or the iteration is left."""
-    error: BaseException | None = None
-    batches: Iterator[Any] | None = None
-    try:
-        batches = iter(source)
-        while True:
-            places.acquire()
-            if stop.is_set():
-                break
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            ready.put(_upload(batch, lane))
-            del batch
-    except BaseException as caught:  # whatever it is, it belongs to the thread that iterates
-        error = caught
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            try:
-                close()
-            except BaseException as caught:
-                error = error or caught
-        ready.put(_End(error))
+        patience = None
+        end()
 
 
 def _upload(batch: Any, lane: CopyLane) -> _Uploaded:
@@ -238,8 +214,8 @@ def map_arrays(batch: Any, function: Callable[[Any], torch.Tensor]) -> Any:
         return function(batch)
     if isinstance(batch, dict):
         return type(batch)({key: map_arrays(value, function) for key, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_arrays(value, function) for value in batch))
+    if isinstance(batch, tuple) and hasattr(batch, "_make"):
+        return batch._make(map_arrays(value, function) for value in batch)
     if type(batch) in (list, tuple):
         return type(batch)(map_arrays(value, function) for value in batch)
     return batch

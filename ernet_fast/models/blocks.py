@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class ResidualBranch(nn.Module):
-    """The convolutional branch H of a block: convolutions without bias, each with a BatchNorm, ReLU between them.
+    """The branch H of a block: convolutions without bias, each with a BatchNorm, ReLU between them.
 
-    The BatchNorm of the last convolution is left to the block, because the ER shortcut fuses with it.
+    The last BatchNorm is left to the block, because the ER shortcut fuses with it.
 
     Args:
         in_channels: channels of the input.
@@ -46,20 +46,15 @@ class ResidualBranch(nn.Module):
         first_dilation: int | None = None,
     ) -> None:
         super().__init__()
-        last = len(self.kernel_sizes) - 1
         spatial = self.kernel_sizes.index(3)
         for k, size in enumerate(self.kernel_sizes):
-            outputs = out_channels if k == last else width
-            spread = 1 if size == 1 else (first_dilation or dilation) if k == spatial else dilation
-            conv = nn.Conv2d(
-                in_channels if k == 0 else width,
-                outputs,
-                size,
-                stride if k == spatial else 1,
-                padding=spread * (size // 2),
-                dilation=spread,
-                bias=False,
+            inputs, outputs = (
+                (width if k else in_channels),
+                (out_channels if k == len(self.kernel_sizes) - 1 else width),
             )
+            spread = 1 if size == 1 else (first_dilation or dilation) if k == spatial else dilation
+            step, padding = (stride if k == spatial else 1), spread * (size // 2)
+            conv = nn.Conv2d(inputs, outputs, size, step, padding=padding, dilation=spread, bias=False)
             self.add_module(f"conv{k + 1}", conv)
             self.add_module(f"bn{k + 1}", nn.BatchNorm2d(outputs))
         self.relu = nn.ReLU(inplace=True)
@@ -93,19 +88,8 @@ class ProjectionBlock(ResidualBranch):
     where they do not (stage 1 of the 18- and 34-layer nets). Arguments as in `ResidualBranch`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, width, out_channels, stride=stride, dilation=dilation, first_dilation=first_dilation
-        )
+    def __init__(self, in_channels: int, width: int, out_channels: int, *, stride: int = 1, **dilations: Any) -> None:
+        super().__init__(in_channels, width, out_channels, stride=stride, **dilations)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -161,13 +145,7 @@ class ERBlock(ResidualBranch):
     ) -> None:
         super().__init__(channels, channels // self.reduction if width is None else width, channels, dilation=dilation)
         self.shortcut = ERShortcut(
-            channels,
-            num_maps,
-            norm=norm,
-            num_groups=num_groups,
-            relu=True,
-            fused=fused,
-            process_group=process_group,
+            channels, num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused, process_group=process_group
         )
 
     def forward(self, y: Tensor, maps: StageMaps) -> Tensor:

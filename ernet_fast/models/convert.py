@@ -11,8 +11,7 @@ from torch import nn
 
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.models.blocks import ERBlock, ProjectionBlock
-from ernet_fast.models.plain_forward import check_computes_plain_resnet
-from ernet_fast.models.plain_resnet import check_plain_resnet
+from ernet_fast.models.plain_resnet import check_computes_plain_resnet, check_plain_resnet
 from ernet_fast.models.resnet import DEFAULT_GROUPS, EXPANSION, STAGE_NAMES, ERResNet
 
 _STEM = ("conv1", "bn1", "maxpool")

@@ -53,14 +53,12 @@ def fold_for_inference(model: Model) -> Model:
             if isinstance(downsample, nn.Sequential) and len(downsample) == 2:
                 _fold_pair(downsample, "0", "1")
         if isinstance(module, ERBlock) and module.shortcut.norm == "batch":
-            shortcut = FoldedShortcut(module.shortcut)
-            module.shortcut = cast(ERShortcut, shortcut.train(module.shortcut.training))
+            module.shortcut = cast(ERShortcut, FoldedShortcut(module.shortcut).eval())
     return folded
 
 
 def _check(model: nn.Module) -> None:
-    stages = [module for module in model.modules() if isinstance(module, ERStage)]
-    if not stages:
+    if not any(isinstance(module, ERStage) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} holds no ERStage, so there is nothing to fold.")
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else f"the {type(model).__name__}"

@@ -6,6 +6,7 @@ wrap a network's state dict in keys and prefixes of their own.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ _FIRST_BLOCK = "layer1.0.conv1.weight"
 _NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4", "9": "fc"}
 _NUMBERED_FIRST_BLOCK = "4.0.conv1.weight"
 # Parts of names that wrappers insert at any depth.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 _USUAL_KEYS = ("state_dict", "model_state_dict", "model")
 _DEPTH = 4
 _LISTED = 5
@@ -28,8 +29,9 @@ class _Place(NamedTuple):
     prefix: str
     entries: dict[str, Any]
 
-    def __str__(self) -> str:
-        return "".join(f"[{key!r}]" for key in self.keys) + f" {self.prefix!r}"
+    @property
+    def path(self) -> str:
+        return "".join(f"[{key!r}]" for key in self.keys)
 
 
 def network_state(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -55,11 +57,14 @@ def network_state(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
             f"the weights are those under the prefix {place.prefix!r}; left out: {listed(outside)}", stacklevel=3
         )
     state = {str(key)[len(place.prefix) :]: value for key, value in inside.items()}
-    return state if _FIRST_BLOCK in state else _named(state)
+    if _FIRST_BLOCK in state:
+        return state
+    children = {key: key.partition(".") for key in state}
+    return {_NUMBERED.get(child, child) + dot + rest: state[key] for key, (child, dot, rest) in children.items()}
 
 
 def _places(mapping: Mapping[Any, Any], keys: tuple[str, ...], depth: int) -> Iterator[_Place]:
-    entries = {_unwrapped(key): value for key, value in mapping.items()}
+    entries = {_WRAPPERS.sub("", key) if isinstance(key, str) else key: value for key, value in mapping.items()}
     for key in entries:
         for name in (_FIRST_BLOCK, _NUMBERED_FIRST_BLOCK):
             if isinstance(key, str) and (key == name or key.endswith(f".{name}")):
@@ -69,34 +74,18 @@ def _places(mapping: Mapping[Any, Any], keys: tuple[str, ...], depth: int) -> It
             yield from _places(value, (*keys, str(key)), depth - 1)
 
 
-def _unwrapped(key: Any) -> Any:
-    if isinstance(key, str):
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-    return key
-
-
 def _usual_place(places: list[_Place]) -> _Place:
     for usual in _USUAL_KEYS:
-        found = [place for place in places if place.keys and place.keys[-1] == usual]
-        if len(found) == 1:
-            return found[0]
+        under = [place for place in places if place.keys[-1:] == (usual,)]
+        if len(under) == 1:
+            return under[0]
     first = places[0]
-    where = "".join(f"[{key!r}]" for key in first.keys)
+    found = listed([f"{place.path} {place.prefix!r}" for place in places])
     raise ValueError(
-        f"the weights hold several networks: {listed([str(place) for place in places])}. Write one of them to a file "
-        f"of its own, such as the first by:\n  python -c \"import torch; s = torch.load('FILE'){where}; torch.save("
+        f"the weights hold several networks: {found}. Write one of them to a file of its own, such as the first by:\n"
+        f"  python -c \"import torch; s = torch.load('FILE'){first.path}; torch.save("
         f"{{k: v for k, v in s.items() if k.startswith({first.prefix!r})}}, 'weights.pth')\""
     )
-
-
-def _named(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`state` with the names of torchvision's children in place of their numbers."""
-    named = {}
-    for key, value in state.items():
-        child, dot, rest = key.partition(".")
-        named[_NUMBERED.get(child, child) + dot + rest] = value
-    return named
 
 
 def listed(items: list[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,12 @@ from ernet_fast.models.blocks import (
     ProjectionBottleneck,
 )
 
-
-class BlockKind(NamedTuple):
-    """The two block classes of a stage."""
-
-    projection: type[ProjectionBlock]
-    er: type[ERBlock]
-
-
-BLOCK_KINDS: dict[str, BlockKind] = {
-    "basic": BlockKind(ProjectionBasicBlock, ERBasicBlock),
-    "bottleneck": BlockKind(ProjectionBottleneck, ERBottleneck),
-    "er133": BlockKind(ProjectionBlock133, ERBlock133),
+BLOCK_KINDS: dict[str, tuple[type[ProjectionBlock], type[ERBlock]]] = {
+    "basic": (ProjectionBasicBlock, ERBasicBlock),
+    "bottleneck": (ProjectionBottleneck, ERBottleneck),
+    "er133": (ProjectionBlock133, ERBlock133),
 }
+"""The two block classes of a stage."""
 
 
 class ERStage(nn.Module):
@@ -88,29 +82,23 @@ class ERStage(nn.Module):
         super().__init__()
         if block not in BLOCK_KINDS:
             raise ValueError(f"block must be one of {sorted(BLOCK_KINDS)}, got {block!r}")
-        kind = BLOCK_KINDS[block]
-        width = channels // kind.er.reduction if width is None else width
+        projection, er_block = BLOCK_KINDS[block]
+        width = channels // er_block.reduction if width is None else width
         sizes = {"in_channels": in_channels, "channels": channels, "num_blocks": num_blocks, "width": width}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.fused = fused
-        opening = kind.projection(
-            in_channels, width, channels, stride=stride, dilation=dilation, first_dilation=first_dilation
-        )
-        self.add_module("0", opening)
+        dilations = {"dilation": dilation, "first_dilation": first_dilation}
+        self.add_module("0", projection(in_channels, width, channels, stride=stride, **dilations))
+        common: dict[str, Any] = {
+            "norm": norm,
+            "num_groups": num_groups,
+            "fused": fused,
+            "process_group": process_group,
+        }
         for index in range(1, num_blocks):
-            block_l = kind.er(
-                channels,
-                index,
-                width=width,
-                norm=norm,
-                num_groups=num_groups,
-                dilation=dilation,
-                fused=fused,
-                process_group=process_group,
-            )
-            self.add_module(str(index), block_l)
+            self.add_module(str(index), er_block(channels, index, width=width, dilation=dilation, **common))
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -129,11 +117,10 @@ class ERStage(nn.Module):
     @property
     def stride(self) -> int:
         """Size of the stage's input over that of its maps."""
-        factor = 1
-        for name, layer in self._opening().named_children():
-            if name.startswith("conv") and isinstance(layer, nn.Conv2d):
-                factor *= layer.stride[0]
-        return factor
+        children = self._opening().named_children()
+        return math.prod(
+            conv.stride[0] for name, conv in children if name[:4] == "conv" and isinstance(conv, nn.Conv2d)
+        )
 
     def _opening(self) -> ProjectionBlock:
         opening = self[0]
@@ -202,19 +189,10 @@ class ERStage(nn.Module):
 
     @staticmethod
     def _modules_of(blocks: list[Any]) -> StageModules:
-        modules = StageModules([], [], [])
-        for block in blocks:
-            modules.shortcuts.append(block.shortcut)
-            modules.norms.append(block.last_bn)
-            modules.relus.append(block.relu)
-        return modules
+        return StageModules([b.shortcut for b in blocks], [b.last_bn for b in blocks], [b.relu for b in blocks])
 
     def __prepare_scriptable__(self) -> ERStage:
-        """TorchScript's compiler asks for what to compile in place of a stage.
-
-        Raises:
-            TypeError: always.
-        """
+        """Called by `torch.jit.script`, whose own error would name no way out."""
         raise TypeError(
             "torch.jit.script cannot compile an ERStage. Use torch.export.export(model.eval(), (x,)), or "
             "torch.jit.trace(model.eval(), x) where TorchScript is needed."

@@ -119,44 +119,45 @@ def _check_classifier(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"weights: no file {str(path)!r} (published weights are not downloaded; give a path)")
-    if path.suffix == ".safetensors":
-        load_file = require("safetensors.torch", extra="train", purpose="reading .safetensors weights").load_file
-    else:
-        load_file = _torch_load
     try:
-        state = load_file(str(path))
-    except _MoreThanTensorsError as error:
-        raise ValueError(f"weights: cannot read {str(path)!r}: {error}") from error
+        if path.suffix == ".safetensors":
+            load_file = require("safetensors.torch", extra="train", purpose="reading .safetensors weights").load_file
+            state = load_file(str(path))
+        else:
+            state = _torch_load(path)
+    except ImportError:
+        raise
     except Exception as error:  # safetensors and torch each have their own errors for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, _FileError):
+            reason = reason.splitlines()[0]
         raise ValueError(f"weights: cannot read {str(path)!r}: {reason}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"weights: {str(path)!r} holds a {type(state).__name__}, expected a state dict")
     return state
 
 
-class _MoreThanTensorsError(ValueError):
-    """A file that only an unsafe unpickler reads."""
+class _FileError(ValueError):
+    """A file that is not read, and why; to be shown whole."""
 
 
-def _torch_load(path: str) -> Any:
+def _torch_load(path: Path) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start and start != b"PK" and start[:1] != b"\x80":  # neither a ZIP archive nor a pickle
+        raise _FileError("it is no file of torch.save (.pt, .pth) or safetensors (.safetensors)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; timm and many scripts save theirs
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _MoreThanTensorsError(
-            f"it holds more than tensors{_unsafe_globals(path)}, or is no file of torch.save. If you trust whoever "
-            "wrote it, for reading it runs code, write the weights alone by:\n  "
-            f'python -c "import torch; s = torch.load({path!r}, weights_only=False); torch.save('
+        try:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # a damaged or an old file
+            names = []
+        raise _FileError(
+            f"it holds more than tensors{f' ({listed(names)})' if names else ''}, or is no file of torch.save. If you "
+            "trust whoever wrote it, for reading it runs code, write the weights alone by:\n  "
+            f'python -c "import torch; s = torch.load({str(path)!r}, weights_only=False); torch.save('
             "s.state_dict() if hasattr(s, 'state_dict') else {k: v for k, v in s.items() if 'state_dict' in k "
             "or k == 'model' or torch.is_tensor(v)}, 'weights.pth')\""
         ) from error
-
-
-def _unsafe_globals(path: str) -> str:
-    """The classes in a file that `weights_only=True` refuses, in brackets."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no file of torch.save
-        return ""
-    return f" ({listed(sorted(names))})" if names else ""
