@@ -49,14 +49,13 @@ def paint_nuclei(rng: np.random.Generator, nuclei: Nuclei, shape: tuple[int, int
     chromatin = np.clip(chromatin, 0.5, 1.7).ravel()
     reach = np.ceil(1.35 * nuclei.axes.max(axis=1) + 1.5).astype(int)
     order = np.argsort(reach, kind="stable")
-    begin = 0
-    while begin < len(order):  # nuclei of about one size share a window size
-        limit = int(reach[order[begin]] * 1.3) + 1
-        end = int(np.searchsorted(reach[order], limit, side="right"))
-        end = min(end, begin + max(1, _MAX_CELLS // (2 * limit + 1) ** 2))
+    while len(order):  # nuclei of about one size share a window size
+        limit = int(reach[order[0]] * 1.3) + 1
+        most = max(1, _MAX_CELLS // (2 * limit + 1) ** 2)
+        end = min(most, int(np.searchsorted(reach[order], limit, side="right")))
         half = int(reach[order[end - 1]])
-        _paint(nuclei.take(order[begin:end]), half, (shift_y, shift_x, chromatin), cover, haematoxylin)
-        begin = end
+        _paint(nuclei.take(order[:end]), half, (shift_y, shift_x, chromatin), cover, haematoxylin)
+        order = order[end:]
     return cover, haematoxylin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,9 +103,7 @@ def nuclei_grid(rng: np.random.Generator, shape: tuple[int, int], spacing: float
     turn = rng.uniform(0, np.pi)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     points = points @ rotation + np.array(shape) / 2 + rng.uniform(-0.5, 0.5, 2) * spacing
-    margin = spacing
-    inside = np.all((points > -margin) & (points < np.array(shape) + margin), axis=1)
-    return points[inside]
+    return points[np.all((points > -spacing) & (points < np.array(shape) + spacing), axis=1)]
 
 
 def _threshold(field: Image, share: float, softness: float) -> Image:
@@ -132,9 +131,9 @@ def _glands(
 ) -> tuple[NDArray[np.float64], Image, Image]:
     """Nuclei lining the glands (y, x, angle), and the maps of their epithelium and lumen."""
     epithelium, lumen = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    lining: list[NDArray[np.float64]] = []
+    lining = [np.zeros((0, 3))]
     if profile.gland_spacing <= 0:
-        return np.zeros((0, 3)), epithelium, lumen
+        return lining[0], epithelium, lumen
     wobble = smooth_noise(rng, shape, 28.0 / pixel) * np.float32(2.4 / pixel)
     for cy, cx in nuclei_grid(rng, shape, profile.gland_spacing / pixel):
         radius = profile.gland_radius * np.exp(rng.normal(scale=0.22)) / pixel
@@ -150,38 +149,24 @@ def _glands(
         along, athwart = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
         distance = np.hypot(along / stretch, athwart * stretch) + wobble[window]
         inner = max(0.25 * radius, radius - thickness)
-        soft = 1.2 / pixel
-        np.maximum(lumen[window], np.clip((inner - distance) / soft + 0.5, 0, 1), out=lumen[window])
-        np.maximum(
-            epithelium[window],
-            np.clip((radius + 0.1 * thickness - distance) / soft + 0.5, 0, 1),
-            out=epithelium[window],
-        )
-        lining.extend(_ring(rng, (cy, cx), inner, radius, stretch, turn, profile.spacing / pixel))
+        for area, edge in ((lumen[window], inner), (epithelium[window], radius + 0.1 * thickness)):
+            np.maximum(area, np.clip((edge - distance) / (1.2 / pixel) + 0.5, 0, 1), out=area)
+        ring = _ring(rng, inner, radius, stretch, turn, profile.spacing / pixel)
+        lining += [np.add(row, (cy, cx, 0.0)) for row in ring]
     epithelium *= 1 - lumen
-    return np.concatenate(lining) if lining else np.zeros((0, 3)), epithelium, lumen
+    return np.concatenate(lining), epithelium, lumen
 
 
 def _ring(
-    rng: np.random.Generator,
-    centre: tuple[float, float],
-    inner: float,
-    outer: float,
-    stretch: float,
-    turn: float,
-    spacing: float,
-) -> list[NDArray[np.float64]]:
-    """One or two rows of nuclei between the radii of a gland, standing upright on its wall."""
+    rng: np.random.Generator, inner: float, outer: float, stretch: float, turn: float, spacing: float
+) -> Iterator[NDArray[np.float64]]:
+    """One or two rows of nuclei between the radii of a gland, about its centre, standing upright on its wall."""
     rows = max(1, round((outer - inner) / spacing))
-    rings = []
     for row in range(rows):
         r = inner + (row + 0.5) * (outer - inner) / rows
         count = max(3, int(2 * np.pi * r / (0.80 * spacing)))
         phi = (np.arange(count) + rng.uniform(-0.22, 0.22, count)) * (2 * np.pi / count)
-        along, athwart = r * stretch * np.cos(phi), r / stretch * np.sin(phi)
-        along += rng.normal(scale=0.10 * spacing, size=count)
-        athwart += rng.normal(scale=0.10 * spacing, size=count)
-        x = centre[1] + along * np.cos(turn) - athwart * np.sin(turn)
-        y = centre[0] + along * np.sin(turn) + athwart * np.cos(turn)
-        rings.append(np.stack([y, x, phi + turn], axis=1))
-    return rings
+        along = r * stretch * np.cos(phi) + rng.normal(scale=0.10 * spacing, size=count)
+        athwart = r / stretch * np.sin(phi) + rng.normal(scale=0.10 * spacing, size=count)
+        x, y = along * np.cos(turn) - athwart * np.sin(turn), along * np.sin(turn) + athwart * np.cos(turn)
+        yield np.stack([y, x, phi + turn], axis=1)
