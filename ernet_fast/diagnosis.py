@@ -8,11 +8,14 @@ import importlib.util
 import os
 import platform
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ernet_fast import __version__, _backend
+from ernet_fast.er.operators import supports_device
+from ernet_fast.models.stage import ERStage
 
 # Module, distribution, extra that brings it, purpose.
 _PACKAGES = (
@@ -63,11 +66,10 @@ def _machine() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = re.search(r"model name\s*:\s*(.+)", file.read())
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
         found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _package(module: str, distribution: str, extra: str, purpose: str) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
         return "-", "no CUDA device here"
     if device == "cuda" and name.startswith("macenko"):
         return _macenko_on_cuda(name)
-    if device == "cuda" and _triton_serves():
+    if device == "cuda" and supports_device(torch.empty(1, 1, 1, 1, device="cuda")):
         return "Triton", "compiled at first use"
     if not _backend.extension_available():
         return "PyTorch reference", _backend.why_unavailable() or "the compiled operators are missing"
@@ -148,10 +150,8 @@ def _backend_on(name: str, device: str) -> tuple[str, str]:
 
 def _stages() -> list[dict[str, str]]:
     """The path of an `ERStage` with plain modules on each device here, and the reason."""
-    from ernet_fast.models.stage import ERStage
-
     rows = []
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         x = torch.zeros(1, 4, 2, 2, device=device)
         for options in ({}, {"norm": "group", "num_groups": 2}, {"fused": False}):
             choice = ERStage(4, 4, 2, block="basic", **options).to(device).choice(x)
@@ -169,9 +169,3 @@ def _macenko_on_cuda(name: str) -> tuple[str, str]:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA") and name not in operators.COMPOSED:
         return "CUDA", "compiled kernels"
     return "CUDA and PyTorch", "compiled kernels and batched torch operations"
-
-
-def _triton_serves() -> bool:
-    from ernet_fast.er import operators
-
-    return operators.supports_device(torch.empty(1, 1, 1, 1, device="cuda"))

@@ -57,10 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(figures)
         return 0
-    machine = figures["machine"]
-    print(
-        f"{machine['processor']}, {machine['cores']} cores; {figures['device']}; torch {figures['packages']['torch']}"
-    )
+    machine, device, torch = figures["machine"], figures["device"], figures["packages"]["torch"]
+    print(f"{machine['processor']}, {machine['cores']} cores; {device}; torch {torch}")
     for answer in figures["answers"]:
         print(f"\n{answer_text(answer)}")
     if folder is not None:

@@ -41,8 +41,7 @@ class PatchTransform:
         std: one value a channel, in the same units.
 
     Raises:
-        ValueError: an argument is out of range; or, on call, the image has a wrong shape or is too small for
-            ``resize="none"``.
+        ValueError: an argument is out of range; on call, the image's shape is, or too small for ``resize="none"``.
         TypeError: on call, the image (or what `normalizer` returned) is no uint8 tensor.
     """
 
@@ -105,8 +104,8 @@ class PatchTransform:
         return torch.addcmul(-offset[:, None, None], pixels, scale[:, None, None]).contiguous()
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if name not in ("mean", "std")}
-        return f"PatchTransform({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        shown = [f"{name}={value!r}" for name, value in vars(self).items() if name not in ("mean", "std")]
+        return f"PatchTransform({', '.join(shown)})"
 
     def _crop(self, image: Tensor) -> Tensor:
         room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
@@ -125,12 +124,9 @@ class PatchTransform:
     def _random_matrix(self) -> Tensor:
         angle, right, down, zoom = _uniform(4)
         low, high = map(math.log, self.zoom)
-        return affine_matrix(
-            self.size,
-            rotation=(2 * angle - 1) * self.rotation,
-            translation=((2 * right - 1) * self.translation, (2 * down - 1) * self.translation),
-            zoom=math.exp(low + zoom * (high - low)),
-        )
+        shift = (2 * right - 1) * self.translation, (2 * down - 1) * self.translation
+        zoom = math.exp(low + zoom * (high - low))
+        return affine_matrix(self.size, rotation=(2 * angle - 1) * self.rotation, translation=shift, zoom=zoom)
 
 
 def resized(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -156,8 +152,7 @@ def affine_matrix(
     """Matrix [2, 3] for `warp_affine`: zoom and rotate the content about the image's centre, then shift it.
 
     `rotation` in degrees, counter-clockwise as seen on a screen; `translation` is (right, down) in shares of width
-    and height. The matrix maps coordinates of the result to those of the input, both running from -1 to 1 between the
-    image's outer edges.
+    and height. It maps coordinates of the result to those of the input, -1 and 1 being the image's outer edges.
     """
     height, width = size
     cosine, sine = math.cos(math.radians(rotation)) / zoom, math.sin(math.radians(rotation)) / zoom

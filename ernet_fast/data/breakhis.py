@@ -12,19 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ernet_fast.data import layout
 from ernet_fast.data.image_io import ImageReadError, read_image
-from ernet_fast.data.layout import (
-    LABELS,
-    MAGNIFICATIONS,
-    SUBTYPES,
-    Sample,
-    Skipped,
-    find_tree,
-    image_path,
-    magnifications_of,
-    parse_name,
-    scan_tree,
-)
+from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, Skipped
 from ernet_fast.data.splits import SPLIT_NAMES, Splits, make_splits, read_split_csv
 
 _LISTED = 10  # files named in an error before "and N more"
@@ -33,44 +23,39 @@ _LISTED = 10  # files named in an error before "and N more"
 class BreakHis(Dataset[tuple[Any, Any]]):
     """Images of BreakHis, or of any folder in its layout, with patient-wise splits.
 
-    `dataset[i]` is ``(image, target)``: a uint8 tensor [3, H, W], or what `transform` makes of it, and an int class
-    index, or what `target_transform` makes of it. The split is made over all images of the folder, by file names
-    alone; `magnifications` selects afterwards, so a patient is in the same part at every magnification.
+    `dataset[i]` is ``(image, target)``: a uint8 tensor [3, H, W] and an int class index, or what `transform` and
+    `target_transform` make of them. The split is made over all images of the folder, by file names alone;
+    `magnifications` selects afterwards, so a patient is in the same part at every magnification.
 
     Args:
         root: ``BreaKHis_v1``, ``histology_slides`` or any folder above them.
         split: ``"train"``, ``"val"``, ``"test"``, ``"trainval"`` (train and val together) or ``"all"``.
         magnifications: one or several of 40, 100, 200, 400; None is all.
         target: ``"binary"`` (0 benign, 1 malignant) or ``"subtype"`` (index into `classes`, eight of them).
-        transform: applied to the uint8 image tensor.
-        target_transform: applied to the class index.
+        transform: of the uint8 image tensor.
+        target_transform: of the class index.
         fold: the fold that ``"val"`` is and ``"train"`` is not.
-        num_folds: number of folds the images outside the test set are divided into. A `split_file` brings its own.
-        split_by: ``"patient"``, or ``"image"`` as the ERNet paper did (images of one patient are then in train and
-            test).
+        num_folds: folds that the images outside the test set are divided into. A `split_file` brings its own.
+        split_by: ``"patient"``, or ``"image"`` as the ERNet paper did (a patient is then in train and test).
         seed: of the split.
         split_file: CSV of `write_split_csv`, used instead of a new split.
         splits: a split that was made before, used in the same way.
-        on_error: ``"raise"``, or ``"skip"`` to leave files that cannot be used out of `samples` and list them in
-            `skipped`.
-        verify: decode every selected image now, so that damage shows before training. Default: only with
-            ``on_error="skip"``.
+        on_error: ``"raise"``, or ``"skip"`` to list files that cannot be used in `skipped` instead of `samples`.
+        verify: decode every selected image now, so that damage shows before training; default: if they may be skipped.
 
     Attributes:
         samples: list of `Sample`, in the order of their names.
         classes: class names, indexed by the target.
         targets: class index of each sample.
         skipped: list of `Skipped` (path, reason), empty with ``on_error="raise"``.
-        splits: the `Splits` of the whole folder, for `write_split_csv`; None for ``split="all"`` without a
-            `split_file`.
+        splits: the `Splits` of the whole folder; None for ``split="all"`` without a `split_file`.
 
     Raises:
         FileNotFoundError: `root` or `split_file` is missing, or `root` holds no BreakHis folder.
         ValueError: an argument is out of range, `split_file` and `splits` are both given, the selection is empty, a
             class has too few patients, or (``on_error="raise"``) a name does not parse, contradicts its folder, occurs
             twice, or folder and `split_file` (or `splits`) differ in their images.
-        ImageReadError: an image is damaged, truncated or not 8-bit RGB (at construction with `verify`, else when it
-            is read).
+        ImageReadError: an image is damaged, truncated or not 8-bit RGB (now with `verify`, else when it is read).
     """
 
     def __init__(
@@ -101,15 +86,15 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         ):
             if value not in choices:
                 raise ValueError(f"{argument}={value!r}; expected one of {', '.join(map(repr, choices))}")
-        wanted = MAGNIFICATIONS if magnifications is None else magnifications_of(magnifications)
-        self.root = find_tree(root)
+        wanted = MAGNIFICATIONS if magnifications is None else layout.magnifications_of(magnifications)
+        self.root = layout.find_tree(root)
         self.split, self.fold, self.target = split, fold, target
         self.transform, self.target_transform = transform, target_transform
         self.classes = list(LABELS) if target == "binary" else [kind.folder for kind in SUBTYPES.values()]
         self._skip = on_error == "skip"
         self.skipped: list[Skipped] = []
 
-        found, problems = scan_tree(self.root)
+        found, problems = layout.scan_tree(self.root)
         self._report(problems, f"image(s) of {self.root} cannot be used")
         if not found:
             raise ValueError(f"no usable image below {str(self.root / 'breast')!r} ({len(problems)} unusable)")
@@ -127,10 +112,9 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             self.splits = make_splits(found, by=split_by, num_folds=num_folds, seed=seed)
         chosen = found if self.splits is None else self.splits.select(found, split, fold)
         self.samples = self._relabel(s for s in chosen if s.magnification in wanted)
-        self._check_not_empty(chosen, wanted)
-        if verify or (verify is None and self._skip):
+        if self.samples and (self._skip if verify is None else verify):
             self._verify()
-            self._check_not_empty(chosen, wanted)
+        self._check_not_empty(chosen, wanted)
         self.targets = [sample.label for sample in self.samples]
         self._warn_of_missing_classes(found)
 
@@ -147,8 +131,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
 
     def __repr__(self) -> str:
         patients = len({sample.patient for sample in self.samples})
-        counts = Counter(self.targets)
-        classes = ", ".join(f"{name} {counts[index]}" for index, name in enumerate(self.classes))
+        classes = ", ".join(f"{name} {self.targets.count(index)}" for index, name in enumerate(self.classes))
         what = f"BreakHis({str(self.root)!r}, split={self.split!r}, fold={self.fold})"
         return f"{what}: {len(self)} images, {patients} patients ({classes})"
 
@@ -157,7 +140,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         if self._skip:
             self.skipped.extend(problems)
         elif problems:
-            lines = [f"  {problem.path}: {problem.reason}" for problem in problems[:_LISTED]]
+            lines = [f"  {path}: {reason}" for path, reason in problems[:_LISTED]]
             if len(problems) > _LISTED:
                 lines.append(f"  and {len(problems) - _LISTED} more")
             advice = "Repair or remove them, or pass on_error='skip' to leave them out, listed in .skipped:"
@@ -168,8 +151,8 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         problems = [Skipped(s.path, f"not listed in {source}") for s in found if s.name not in splits.fold_of]
         there = {sample.name for sample in found} | {problem.path.stem for problem in self.skipped}
         for image in splits.fold_of.keys() - there:
-            s = parse_name(image + ".png")
-            path = image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
+            s = layout.parse_name(image + ".png")
+            path = layout.image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
             problems.append(Skipped(path, f"listed in {source}, but there is no such image"))
         self._report(sorted(problems), f"image(s) differ between {self.root} and {source}")
         return [sample for sample in found if sample.name in splits.fold_of]
@@ -200,16 +183,12 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             )
 
     def _warn_of_missing_classes(self, found: Sequence[Sample]) -> None:
-        there = {sample.label for sample in self._relabel(found)}
-        missing = sorted(there - set(self.targets))
+        missing = sorted({sample.label for sample in self._relabel(found)} - set(self.targets))
         if missing:
             names = ", ".join(self.classes[label] for label in missing)
-            warnings.warn(
-                f"split {self.split!r} (fold {self.fold}) has no image of: {names} "
-                f"(too few patients, or none at the magnifications asked for)",
-                UserWarning,
-                stacklevel=3,
-            )
+            where = f"split {self.split!r} (fold {self.fold})"
+            reason = "too few patients, or none at the magnifications asked for"
+            warnings.warn(f"{where} has no image of: {names} ({reason})", UserWarning, stacklevel=3)
 
 
 def _damage(sample: Sample) -> str | None:

@@ -1,7 +1,6 @@
 """Residual blocks: the projection block that opens a stage, and the ER blocks that follow it.
 
-Names and shapes of convolutions and BatchNorms are torchvision's (`conv1`, `bn1`, ..., `downsample.0`), so its
-checkpoints fit.
+Convolutions and BatchNorms have torchvision's names (`conv1`, `bn1`, ..., `downsample.0`), so its checkpoints fit.
 """
 
 from __future__ import annotations
@@ -70,10 +69,7 @@ class ResidualBranch(nn.Module):
         return getattr(self, f"bn{len(self.kernel_sizes)}")
 
     def branch(self, x: Tensor, *, fused: bool | None = None) -> Tensor:
-        """The last convolution's output before its BatchNorm, z [N, out_channels, H / stride, W / stride].
-
-        `fused`: the other BatchNorms are one pass with the ReLU behind them, see `batch_norm_relu`.
-        """
+        """The last convolution's output z [N, out_channels, H / stride, W / stride]; `fused`: see `batch_norm_relu`."""
         modules: dict[str, Any] = self._modules  # not by attributes: each is a call
         last = len(self.kernel_sizes)
         for k in range(1, last):
@@ -84,8 +80,8 @@ class ResidualBranch(nn.Module):
 class ProjectionBlock(ResidualBranch):
     """Block 0 of a stage ("Block A"): x_0 = ReLU(bn(z) + shortcut(x)), torchvision's residual block.
 
-    The shortcut is a strided 1x1 convolution with BatchNorm (`downsample`) where shapes change and the identity
-    where they do not (stage 1 of the 18- and 34-layer nets). Arguments as in `ResidualBranch`.
+    The shortcut is a strided 1x1 convolution with BatchNorm (`downsample`), or the identity where shapes stay (stage 1
+    of the 18- and 34-layer nets). Arguments as in `ResidualBranch`.
     """
 
     def __init__(self, in_channels: int, width: int, out_channels: int, *, stride: int = 1, **dilations: Any) -> None:
@@ -96,11 +92,7 @@ class ProjectionBlock(ResidualBranch):
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor, fused: bool | None = None) -> Tensor:
-        """x_0 [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W].
-
-        `fused`: each BatchNorm is one pass with the ReLU behind it, the last two with the sum between; see
-        `batch_norm_relu`.
-        """
+        """x_0 [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W]; `fused`: see `batch_norm_relu`."""
         if fused is None:
             fused = norms_supported(x)
         z = self.branch(x, fused=fused)
@@ -185,11 +177,10 @@ class ERBottleneck(ERBlock):
 
 
 class ERBlock133(ERBlock):
-    """ER block of "a 1x1 convolution accompanied by two 3x3 convolutions", as the ERNet paper once says; arguments
-    as in `ERBlock`.
+    """ER block of "a 1x1 convolution accompanied by two 3x3 convolutions" (ERNet paper); arguments as in `ERBlock`.
 
-    The paper gives neither order nor widths: here the 1x1 convolution leads to `width` and the last 3x3 to
-    `channels`, the bottleneck's widths. Its parameter counts are those of the standard blocks, not of this one.
+    The paper gives neither order nor widths: here they are the bottleneck's, with a 3x3 convolution from `width` to
+    `channels`. Its parameter counts are those of the standard blocks, not of this one.
     """
 
     kernel_sizes = (1, 3, 3)

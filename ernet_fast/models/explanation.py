@@ -12,12 +12,9 @@ from ernet_fast.models.stage import ERStage
 class StageExplanation(NamedTuple):
     """The path of one stage."""
 
-    name: str
-    """The stage's name in the model, "" for the model itself."""
-    path: str
-    """How the epilogues of its blocks are computed."""
-    reason: str
-    """Why this path and no faster one."""
+    name: str  # the stage's name in the model, "" for the model itself
+    path: str  # how the epilogues of its blocks are computed
+    reason: str  # why this path and no faster one
 
     def __str__(self) -> str:
         return f"{self.name or 'stage'}: {self.path} ({self.reason})"

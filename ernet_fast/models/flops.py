@@ -16,11 +16,8 @@ from ernet_fast.models.stage import ERStage
 class FlopCount(NamedTuple):
     """Operations of one forward pass: one multiply-accumulate (MAC) counts as two.
 
-    Attributes:
-        convolution: of all convolutions.
-        linear: of all matrix products.
-        er_shortcut: of the ER sums, one MAC for each value of each earlier map a block reads: normalisation and ER
-            weight are one scale a channel, and their constants one shift.
+    `er_shortcut` has one MAC for each value of each earlier map that a block reads: normalisation and ER weight are
+    one scale a channel, and their constants one shift.
     """
 
     convolution: int
@@ -55,7 +52,10 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
         raise ValueError(f"input_size must be [N, C, H, W] or [C, H, W], got {tuple(input_size)}")
     if len(size) == 3:
         size = (1, *size)
-    traced = _without_storage(model).eval()
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    traced = copy.deepcopy(model, memo).eval()
     shortcut_macs: list[int] = []
 
     def count_shortcut(shortcut: nn.Module, _: Any, y: Tensor) -> None:
@@ -71,16 +71,6 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         traced(torch.empty(size, device="meta", dtype=dtype))
-    counts = {str(operator): int(flops) for operator, flops in counter.get_flop_counts()["Global"].items()}
-    convolution = sum(flops for operator, flops in counts.items() if "conv" in operator)
-    return FlopCount(convolution, sum(counts.values()) - convolution, 2 * sum(shortcut_macs))
-
-
-def _without_storage(model: nn.Module) -> nn.Module:
-    """A copy of `model` whose tensors are on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, memo)
+    counts = counter.get_flop_counts()["Global"]
+    convolution = sum(flops for operator, flops in counts.items() if "conv" in str(operator))
+    return FlopCount(int(convolution), int(sum(counts.values()) - convolution), 2 * sum(shortcut_macs))

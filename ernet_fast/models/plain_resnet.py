@@ -155,11 +155,8 @@ def check_computes_plain_resnet(model: nn.Module) -> None:
     """Compare `model` in evaluation mode with the plain ResNet of its modules, on one image of 64x64.
 
     A forward method of its own, hooks that change values or another order of the layers (pre-activation) show here,
-    whatever the modules are called. Networks on the meta device hold no values and are not compared.
-
-    Args:
-        model: a network of which `check_plain_resnet` has found the modules; it is not modified and draws no random
-            numbers.
+    whatever the modules are called. Networks on the meta device hold no values and are not compared. `model`, of which
+    `check_plain_resnet` has found the modules, is not modified and draws no random numbers.
 
     Raises:
         ValueError: the outputs differ, or `model` does not run.

@@ -170,7 +170,7 @@ class ERResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the levels of `feature_info`, as in timm.
+        """The last feature map computed and a list of those of the selected levels of `feature_info`, as in timm.
 
         Args:
             x: images [N, in_channels, H, W].
@@ -180,9 +180,6 @@ class ERResNet(nn.Module):
             stop_early: leave out the stages after the last level selected.
             output_fmt: "NCHW".
             intermediates_only: return the list alone.
-
-        Returns:
-            The last feature map computed and the selected maps in order, or only these.
 
         Raises:
             ValueError: levels out of range, or another `output_fmt`.
@@ -205,15 +202,12 @@ class ERResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last level selected, as in timm; what is left ends with that level's map.
+        """Remove the stages after the last level selected, as in timm; returns the selected levels, counted from 0.
 
         Args:
             indices: as in `forward_intermediates`.
             prune_norm: without effect, because no normalisation follows the last stage.
             prune_head: remove pooling and classifier too; they go in any case when stages do.
-
-        Returns:
-            The selected levels, counted from 0.
 
         Raises:
             ValueError: levels out of range.
@@ -262,11 +256,7 @@ class ERResNet(nn.Module):
         self.fc.train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Regular expressions of parameter groups from the stem to the head, for timm's layer-wise learning rates.
-
-        Args:
-            coarse: one group a stage instead of one a block.
-        """
+        """Patterns of parameter groups for timm's layer-wise learning rates: one a block, or a stage (`coarse`)."""
         return {"stem": r"^(?:conv1|bn1)\b", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:

@@ -13,21 +13,12 @@ from torch._compile import _disable_dynamo
 from ernet_fast.er.norm_relu import norms_supported
 from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.stage import Choice, Path, StageMaps, StageModules, choose, statistics_group
-from ernet_fast.models.blocks import (
-    ERBasicBlock,
-    ERBlock,
-    ERBlock133,
-    ERBottleneck,
-    ProjectionBasicBlock,
-    ProjectionBlock,
-    ProjectionBlock133,
-    ProjectionBottleneck,
-)
+from ernet_fast.models import blocks
 
-BLOCK_KINDS: dict[str, tuple[type[ProjectionBlock], type[ERBlock]]] = {
-    "basic": (ProjectionBasicBlock, ERBasicBlock),
-    "bottleneck": (ProjectionBottleneck, ERBottleneck),
-    "er133": (ProjectionBlock133, ERBlock133),
+BLOCK_KINDS: dict[str, tuple[type[blocks.ProjectionBlock], type[blocks.ERBlock]]] = {
+    "basic": (blocks.ProjectionBasicBlock, blocks.ERBasicBlock),
+    "bottleneck": (blocks.ProjectionBottleneck, blocks.ERBottleneck),
+    "er133": (blocks.ProjectionBlock133, blocks.ERBlock133),
 }
 """The two block classes of a stage."""
 
@@ -46,16 +37,14 @@ class ERStage(nn.Module):
         width: channels inside the branches; default `channels` for "basic", `channels // 4` for the others.
         norm: "batch" (per channel, running statistics for evaluation) or "group" (per sample and group).
         num_groups: groups of norm="group"; 1 is layer norm, `channels` is instance norm.
-        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass, those of the
-            projection block too, and on the CPU every other BatchNorm with its ReLU; False composes them from plain
-            PyTorch operators. BatchNorms and ReLUs of other classes, or with hooks, are called as modules, except an
-            ER block's last ones. The attribute may be changed at any time.
+        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass, and on the CPU
+            every other BatchNorm with its ReLU; False composes them from plain PyTorch operators. BatchNorms and ReLUs
+            of other classes, or with hooks, are called as modules, except an ER block's last ones. May be changed.
         dilation: of the 3x3 convolutions.
         first_dilation: of block 0's first 3x3 convolution, default `dilation`.
-        process_group: with norm="batch", the processes of `torch.distributed` over whose batches together the
-            statistics of the stage's maps are taken in training: those of the shortcuts, and of each ER block's last
-            BatchNorm, which is fused with them. `nn.SyncBatchNorm.convert_sync_batchnorm` does this too, and
-            synchronises all other BatchNorms as well. Needs the fused path.
+        process_group: with norm="batch", the processes over whose batches together the training statistics of the
+            shortcuts, and of each ER block's last BatchNorm, are taken; needs the fused path.
+            `nn.SyncBatchNorm.convert_sync_batchnorm` does this too, and synchronises all other BatchNorms as well.
 
     Raises:
         ValueError: a size below 1, or an unknown block.
@@ -122,9 +111,9 @@ class ERStage(nn.Module):
             conv.stride[0] for name, conv in children if name[:4] == "conv" and isinstance(conv, nn.Conv2d)
         )
 
-    def _opening(self) -> ProjectionBlock:
+    def _opening(self) -> blocks.ProjectionBlock:
         opening = self[0]
-        assert isinstance(opening, ProjectionBlock)
+        assert isinstance(opening, blocks.ProjectionBlock)
         return opening
 
     def _check(self, x: Tensor) -> None:
@@ -157,10 +146,10 @@ class ERStage(nn.Module):
             return self._run_uncompiled(x_0, er_blocks, modules, fuses_norms)
         return self._run(x_0, er_blocks, modules, fuses_norms)
 
-    def _run(self, x_0: Tensor, blocks: list[Any], modules: StageModules, fuses_norms: bool) -> Tensor:
+    def _run(self, x_0: Tensor, er_blocks: list[Any], modules: StageModules, fuses_norms: bool) -> Tensor:
         maps = StageMaps(fused=self.fused, fuses_norms=fuses_norms)
         y = maps.start(x_0, *modules)
-        for block in blocks:
+        for block in er_blocks:
             y = block(y, maps)
         return y
 
@@ -168,11 +157,7 @@ class ERStage(nn.Module):
     _run_uncompiled = _disable_dynamo(_run)
 
     def choice(self, x: Tensor) -> Choice:
-        """The path on which a forward pass of maps like x would compute the stage, with the reason; nothing is run.
-
-        Args:
-            x: a tensor on the stage's device, as the stage's input [N, in_channels, H, W].
-        """
+        """The path, with the reason, that a forward pass of inputs like x [N, in_channels, H, W] would take."""
         er_blocks = self._blocks()[1:]
         if not er_blocks:
             return Choice(Path.MODULES, "the stage has no ER block")
@@ -188,8 +173,9 @@ class ERStage(nn.Module):
         return list(self._modules.values())
 
     @staticmethod
-    def _modules_of(blocks: list[Any]) -> StageModules:
-        return StageModules([b.shortcut for b in blocks], [b.last_bn for b in blocks], [b.relu for b in blocks])
+    def _modules_of(er_blocks: list[Any]) -> StageModules:
+        norms, relus = [block.last_bn for block in er_blocks], [block.relu for block in er_blocks]
+        return StageModules([block.shortcut for block in er_blocks], norms, relus)
 
     def __prepare_scriptable__(self) -> ERStage:
         """Called by `torch.jit.script`, whose own error would name no way out."""

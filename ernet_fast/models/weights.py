@@ -21,10 +21,10 @@ def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
 
     Args:
         weights: a state dict, or the path of a file written by `torch.save` or safetensors (.safetensors). The
-            network is found by the names of its parameters: in a checkpoint that holds it under a key ("state_dict",
-            "model_state_dict", ...), behind a prefix ("module.", "_orig_mod.", "model.", "encoder.", ...), or as
-            numbered children of an `nn.Sequential`. Of several ("state_dict" beside "state_dict_ema") the one under
-            "state_dict", "model_state_dict" or "model" is taken. Files are read with `weights_only=True`.
+            network is found by the names of its parameters: under a key ("state_dict", "model_state_dict", ...),
+            behind a prefix ("module.", "_orig_mod.", "model.", "encoder.", ...), or as numbered children of an
+            `nn.Sequential`. Of several ("state_dict" beside "state_dict_ema") the one under "state_dict",
+            "model_state_dict" or "model" is taken. Files are read with `weights_only=True`.
 
     Raises:
         TypeError: neither a path nor a mapping, or a mapping whose values are not tensors.

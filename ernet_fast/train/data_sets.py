@@ -45,11 +45,8 @@ class RunData:
 def open_split(config: TrainConfig, split: str, splits: Splits | None = None, *, any_images: bool = False) -> BreakHis:
     """A part (``"train"``, ``"val"``, ``"test"``, ...) of the data that `config` describes.
 
-    Args:
-        config: the settings.
-        split: the part.
-        splits: split of a run that exists, in place of a new one or that of `config.split_file`.
-        any_images: with split ``"all"``: images that no split lists belong to it too.
+    `splits`, of a run that exists, takes the place of a new split or that of `config.split_file`. With `any_images`,
+    images that no split lists belong to the part ``"all"`` too.
     """
     names = ("magnifications", "target", "fold", "num_folds", "split_by", "seed", "on_error")
     settings = {name: getattr(config, name) for name in names}

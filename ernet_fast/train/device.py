@@ -38,10 +38,10 @@ def build_fabric(device: str, precision: str) -> Any:
         )
     accelerator = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
     arguments: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "precision": precision}
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        nodes = int(os.environ["WORLD_SIZE"]) // per_node
-        arguments |= {"devices": per_node, "num_nodes": nodes, "strategy": "ddp"}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in os.environ and processes > 1:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        arguments |= {"devices": per_node, "num_nodes": processes // per_node, "strategy": "ddp"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*srun.*")
         fabric = fabric_module.Fabric(**arguments)
@@ -73,7 +73,7 @@ def to_network(fabric: Any, channels_last: bool) -> Pass:
 
 
 def evaluation_pass(fabric: Any, network: torch.nn.Module, channels_last: bool) -> Pass:
-    """Function from images to the output of `network` in the run's precision, without communication between processes.
+    """Function from images to the output of `network` in the run's precision.
 
     Fabric's wrapped module would exchange buffers at every call, and wait for ever where one process has a batch more.
     """

@@ -12,18 +12,12 @@ import torch
 from ernet_fast.console.atomic_file import remove_abandoned, write_json
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Skipped, Splits, parse_name
+from ernet_fast.train import metrics
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.device import build_fabric, evaluation_pass
 from ernet_fast.train.images import ImageSet, build_loader, evenly_chosen
-from ernet_fast.train.metrics import (
-    compute_metrics,
-    confusion_matrix,
-    metrics_by_magnification,
-    patient_recognition_rate,
-    patient_scores,
-)
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import find_checkpoint
@@ -34,8 +28,8 @@ from ernet_fast.train.stain_choice import StainNormalization
 class Evaluation:
     """Predictions on a set of images, and metrics of them.
 
-    `seen_images` of the images were trained on, and `seen_patients` of their patients: where these are not zero, the
-    metrics say less about new patients. `inputs` are the settings that chose the images, as plain values.
+    `seen_images` of the images were trained on, and `seen_patients` of their patients: if any, the metrics say less
+    about new patients. `inputs` are the settings that chose the images, as plain values.
     """
 
     predictions: Predictions
@@ -49,7 +43,7 @@ class Evaluation:
 
     def figures(self) -> dict[str, Any]:
         """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
-        scores = patient_scores(self.predictions)
+        scores = metrics.patient_scores(self.predictions)
         return {
             "checkpoint": str(self.checkpoint),
             "epoch": self.epoch,
@@ -57,12 +51,12 @@ class Evaluation:
             **self.inputs,
             "classes": list(self.predictions.classes),
             "loss": self.predictions.loss(),
-            "overall": compute_metrics(self.predictions),
-            "by_magnification": metrics_by_magnification(self.predictions),
+            "overall": metrics.compute_metrics(self.predictions),
+            "by_magnification": metrics.metrics_by_magnification(self.predictions),
             "patients": len(scores),
-            "patient_recognition_rate": patient_recognition_rate(self.predictions),
+            "patient_recognition_rate": metrics.patient_recognition_rate(self.predictions),
             "patient_scores": scores,
-            "confusion_matrix": confusion_matrix(self.predictions).tolist(),
+            "confusion_matrix": metrics.confusion_matrix(self.predictions).tolist(),
             "images_seen_in_training": self.seen_images,
             "patients_seen_in_training": self.seen_patients,
             "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
@@ -120,15 +114,10 @@ def evaluate(
         raise ValueError(f"max_images={max_images}; expected a positive number.")
     path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
-    changes: dict[str, Any] = {
-        "data": None if data is None else os.fspath(data),
-        "magnifications": magnifications,
-        "split_file": None if split_file is None else os.fspath(split_file),
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "on_error": on_error,
-    }
+    changes: dict[str, Any] = {"data": data, "split_file": split_file}
+    changes = {name: None if path is None else os.fspath(path) for name, path in changes.items()}
+    changes |= {"magnifications": magnifications, "batch_size": batch_size, "num_workers": num_workers}
+    changes |= {"device": device, "on_error": on_error}
     with field_of(path, "config"):
         saved = TrainConfig.from_dict(state["config"] | {"weights": None})
     with field_of(path, "split"):
@@ -155,8 +144,8 @@ def evaluate(
             "the figures do not measure how it does on new patients."
         )
     predictions = _predict(config, state, path, images, reporter)
-    inputs = {name: config.to_dict()[name] for name in ("data", "magnifications", "split_file")}
-    inputs["max_images"] = max_images
+    settings = config.to_dict() | {"max_images": max_images}
+    inputs = {name: settings[name] for name in ("data", "magnifications", "split_file", "max_images")}
     return Evaluation(
         predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs
     )

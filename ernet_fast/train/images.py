@@ -41,14 +41,8 @@ class ImageSet(Dataset[Any]):
     The random numbers of an image's augmentation depend on the seed, the epoch and the position alone: neither on the
     number of processes nor on what was read before, so a resumed run sees what an uninterrupted one would have seen.
 
-    Args:
-        samples: the images.
-        size: pixels of the result's sides.
-        resize: ``"shorter"`` or ``"squeeze"``, see `PatchTransform`.
-        normalizer: from uint8 [3, H, W] to uint8 [3, H, W], or None.
-        augment: vary the image at random.
-        cache: keep each prepared image (uint8, after normalisation and resize) in memory.
-        seed: of the augmentation.
+    `size` are the pixels of the result's sides; `resize` and `normalizer` are those of `PatchTransform`. With `cache`
+    each prepared image (uint8, after normalisation and resize) stays in memory.
     """
 
     def __init__(

@@ -17,26 +17,10 @@ from ernet_fast import _version
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Splits, write_split_csv
-from ernet_fast.train.checkpoint import (
-    FORMAT,
-    field_of,
-    generator_state,
-    load_checkpoint,
-    load_network,
-    restore_generators,
-    save_checkpoint,
-)
+from ernet_fast.train import checkpoint, device
 from ernet_fast.train.config import TrainConfig, check_same_run
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
 from ernet_fast.train.describe import describe_epoch, describe_run, write_history
-from ernet_fast.train.device import (
-    build_fabric,
-    deterministic_mode,
-    evaluation_pass,
-    is_first_process,
-    share_buffers,
-    to_network,
-)
 from ernet_fast.train.images import build_loader, mixed_seed
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
@@ -73,15 +57,13 @@ def fit(
     configuration.
 
     A run that is interrupted (Ctrl-C, a crash, a full disk) leaves the checkpoint of its last complete epoch; resumed,
-    it goes on from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, as far
-    as torch's operators are deterministic).
+    it gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, if torch is deterministic).
 
     Args:
         config: the settings.
         resume: continue the run in the folder, which must have been made with the same settings; only `data`, `out`,
             `device`, `num_workers` and `cache` may differ, and on the same images.
-        stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time
-            limit).
+        stop_after: end after this many epochs of the present call, to be resumed later.
         reporter: where progress goes; default: stderr.
         on_epoch: called with each epoch's record after its checkpoint is written; if it returns True, the call ends as
             with `stop_after`. With several processes it must decide the same in all.
@@ -98,7 +80,10 @@ def fit(
         raise ValueError(f"stop_after={stop_after}; expected a positive number of epochs.")
     if resume and not (config.folder / LAST).is_file():
         raise FileNotFoundError(f"nothing to resume: no {LAST} in {config.out!r}.")
-    with only_run(config.folder) if is_first_process() else nullcontext(), deterministic_mode(config.deterministic):
+    with (
+        only_run(config.folder) if device.is_first_process() else nullcontext(),
+        device.deterministic_mode(config.deterministic),
+    ):
         run = _Run(config, _state_to_resume(config, resume), reporter or Reporter())
         return run.train(stop_after, on_epoch or (lambda record: None))
 
@@ -106,10 +91,10 @@ def fit(
 def _state_to_resume(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     last = config.folder / LAST
     if resume:
-        state = load_checkpoint(last)
-        with field_of(last, "config"):
+        state = checkpoint.load_checkpoint(last)
+        with checkpoint.field_of(last, "config"):
             TrainConfig.from_dict(state["config"])
-        with field_of(last, "split"):
+        with checkpoint.field_of(last, "split"):
             if state["split"] is not None:
                 Splits.from_dict(state["split"])
         check_same_run(state["config"], config)
@@ -126,7 +111,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, state: dict[str, Any] | None, reporter: Reporter) -> None:
         self.config = config
-        self.fabric = build_fabric(config.device, config.precision)
+        self.fabric = device.build_fabric(config.device, config.precision)
         self.reporter = reporter if self.fabric.is_global_zero else Reporter(mute=True)
         torch.manual_seed(config.seed)
         self.data = open_run_data(config, state)
@@ -156,12 +141,12 @@ class _Run:
         weights = class_weights(self.data.train.samples, len(self.data.classes), config.class_weights)
         loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.label_smoothing)
         self.loss = loss.to(self.fabric.device)
-        self.to_network = to_network(self.fabric, channels_last)
-        self.evaluation_pass = evaluation_pass(self.fabric, self.network, channels_last)
+        self.to_network = device.to_network(self.fabric, channels_last)
+        self.evaluation_pass = device.evaluation_pass(self.fabric, self.network, channels_last)
 
     def _state(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": checkpoint.FORMAT,
             "version": _version.__version__,
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -171,7 +156,7 @@ class _Run:
             "step": self.epoch * self.steps_per_epoch,
             "history": self.history,
             "best": self.best,
-            "rng": generator_state(),
+            "rng": checkpoint.generator_state(),
             "config": self.config.to_dict(),
             **self.data.inputs,
         }
@@ -183,18 +168,18 @@ class _Run:
                 f"{self.steps_per_epoch}: the images or the number of processes have changed."
             )
         path = self.config.folder / LAST
-        load_network(self.network, state, path)
-        with field_of(path, "optimizer"):
+        checkpoint.load_network(self.network, state, path)
+        with checkpoint.field_of(path, "optimizer"):
             self.optimizer.load_state_dict(state["optimizer"])
             check_moments(self.optimizer)
-        with field_of(path, "schedule"):
+        with checkpoint.field_of(path, "schedule"):
             self.schedule.load_state_dict(state["schedule"])
-        with field_of(path, "precision"):
+        with checkpoint.field_of(path, "precision"):
             if state["precision"]:
                 self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        with field_of(path, "rng"):
-            restore_generators(state["rng"])
+        with checkpoint.field_of(path, "rng"):
+            checkpoint.restore_generators(state["rng"])
 
     def train(self, stop_after: int | None, on_epoch: Callable[[dict[str, Any]], bool | None]) -> TrainResult:
         """All epochs that are left, or `stop_after` of them."""
@@ -227,7 +212,7 @@ class _Run:
                 write_history(folder, self.history)
             report_skipped(self.data.skipped, folder, self.reporter)
             if not (folder / LAST).exists():
-                save_checkpoint(folder / LAST, self._state())
+                checkpoint.save_checkpoint(folder / LAST, self._state())
         self.fabric.barrier()
 
     def _save(self, improved: bool) -> None:
@@ -235,8 +220,8 @@ class _Run:
             folder, state = self.config.folder, self._state()
             try:
                 if improved:  # first: a crash between the two files then repeats an epoch, and never loses the best
-                    save_checkpoint(folder / BEST, state)
-                save_checkpoint(folder / LAST, state)
+                    checkpoint.save_checkpoint(folder / BEST, state)
+                checkpoint.save_checkpoint(folder / LAST, state)
                 write_history(folder, self.history)
             except OSError as error:
                 when = f"while epoch {self.epoch} of {self.config.epochs} was saved"
@@ -261,7 +246,7 @@ class _Run:
         rate = self.optimizer.param_groups[0]["lr"]
         train_loss = self._train_epoch(number)
         seconds = time.perf_counter() - start
-        share_buffers(self.network)
+        device.share_buffers(self.network)
         with self.reporter.task(f"validate {number}/{self.config.epochs}", len(self.data.val)) as task:
             samples, classes = self.data.val.samples, self.data.classes
             predictions = predict(

@@ -44,17 +44,14 @@ def style_axes(axes: Any, *, grid: bool = True) -> None:
         axes.set_axisbelow(True)
 
 
-def png_bytes(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+def save_figure(figure: Any, path: str | os.PathLike[str] | None) -> bytes:
+    """The figure as a PNG file, written atomically if `path` is given."""
     target = BytesIO()
     figure.savefig(target, format="png", dpi=_DPI)
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(target.getvalue())
     return target.getvalue()
-
-
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write the figure as PNG, atomically."""
-    with atomic_write(path) as file:
-        file.write(png_bytes(figure))
 
 
 def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -72,7 +69,7 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
     style_axes(axes, grid=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -96,7 +93,7 @@ def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = 
         xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity (recall)", title="ROC"
     )
     style_axes(axes)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def history_picture(history: list[dict[str, Any]], path: str | os.PathLike[str] | None = None) -> bytes:
@@ -120,7 +117,7 @@ def history_picture(history: list[dict[str, Any]], path: str | os.PathLike[str] 
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         axes.xaxis.get_major_locator().set_params(integer=True)
         style_axes(axes)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def before_after_picture(
@@ -141,7 +138,7 @@ def before_after_picture(
         grid[0][column].set_title(title, size=8, color=INK)
     for row, name in enumerate(("before", "after")):
         grid[row][shift].set_ylabel(name, size=9, color=INK)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def _show(axes: Any, image: Tensor) -> None:
@@ -164,14 +161,15 @@ def _draw_counts(axes: Any, counts: Tensor, size: float) -> None:
 def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
     """The curves of `roc_picture`: name, false and true positive rates (arrays of equal length), area.
 
-    Groups with images of one class only have no curve. The mean curve of several classes has, at each false positive
-    rate, the mean of the classes' true positive rates; its area is the mean of theirs.
+    Groups with images of one class only have no curve. The mean curve is the mean of true positive rates at each false
+    positive rate; its area is the mean of the classes'.
     """
-    curves = [
-        (name, *_roc(scores, truth))
-        for name, scores, truth in _roc_groups(predictions)
-        if 0 < int(truth.sum()) < len(truth)
-    ]
+    functional = require("torchmetrics.functional.classification", extra="train", purpose="ROC curves")
+    curves = []
+    for name, scores, truth in _roc_groups(predictions):
+        if 0 < int(truth.sum()) < len(truth):
+            false_rate, true_rate, _ = functional.binary_roc(scores, truth.long())
+            curves.append((name, false_rate.numpy(), true_rate.numpy(), area_under_curve(scores, truth)))
     if len(predictions.classes) > 2 and len(curves) > 1:
         rates = np.unique(np.concatenate([false_rate for _, false_rate, _, _ in curves]))
         # where a curve jumps, np.interp gives its upper end, and of the curve read backwards its lower end
@@ -193,15 +191,3 @@ def _roc_groups(predictions: Predictions) -> list[tuple[str, Tensor, Tensor]]:
     if len(found) > 1:
         groups += [(f"{m}X", predictions.subset(lambda s, m=m: s.magnification == m)) for m in found]  # type: ignore[misc]
     return [(name, part.probabilities[:, 1], part.targets == 1) for name, part in groups]
-
-
-def _roc(scores: Tensor, truth: Tensor) -> tuple[Any, Any, float]:
-    functional = require("torchmetrics.functional.classification", extra="train", purpose="ROC curves")
-    false_rate, true_rate, _ = functional.binary_roc(scores, truth.long())
-    return false_rate.numpy(), true_rate.numpy(), area_under_curve(scores, truth)
-
-
-def _finished(figure: Any, path: str | os.PathLike[str] | None) -> bytes:
-    if path is not None:
-        save_figure(figure, path)
-    return png_bytes(figure)

@@ -50,9 +50,7 @@ class Predictions:
         return Predictions(self.probabilities[rows], tuple(self.samples[i] for i in rows), self.classes)
 
     def loss(self) -> float | None:
-        """Mean negative logarithm of the true class's probability (cross-entropy without weights or smoothing); None
-        without images.
-        """
+        """Cross-entropy, without weights or smoothing: the mean of -ln p(true class); None without images."""
         if not len(self):
             return None
         true = self.probabilities[torch.arange(len(self)), self.targets]
@@ -78,10 +76,10 @@ def predict(
     *,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Predictions:
-    """Run `network` over the batches of this process and put the results of all processes together, each image once.
+    """Run `network`, in evaluation mode, over this process's batches and gather the results of all processes.
 
     Args:
-        network: is put into evaluation mode meanwhile.
+        network: the network.
         forward: from the images of a batch to the output of `network`, see `device.evaluation_pass`.
         batches: of a loader that does not shuffle.
         samples: that the batches' positions point into.
@@ -97,7 +95,12 @@ def predict(
     try:
         for images, _, where in batches:
             output = forward(images).double().softmax(dim=1).cpu()
-            _check_finite(output, where, samples)
+            bad = (~output.isfinite()).any(dim=1).nonzero().flatten()
+            if len(bad):
+                name, count = samples[int(where[bad[0]])].path.name, f"{len(bad)} of {len(output)}"
+                raise FloatingPointError(
+                    f"the network's output is not finite for {count} images of a batch, e.g. {name}."
+                )
             found.append((output, where.cpu()))
             advance(len(where))
     finally:
@@ -108,12 +111,3 @@ def predict(
     table, places = (torch.cat(pieces) for pieces in zip(*chain.from_iterable(parts), strict=True))
     order = places.argsort()
     return Predictions(table[order], tuple(samples[i] for i in places[order].tolist()), tuple(classes))
-
-
-def _check_finite(output: Tensor, where: Tensor, samples: Sequence[Sample]) -> None:
-    bad = (~output.isfinite()).any(dim=1).nonzero().flatten()
-    if len(bad):
-        name = samples[int(where[bad[0]])].path.name
-        raise FloatingPointError(
-            f"the network's output is not finite for {len(bad)} of {len(output)} images of a batch, e.g. {name}."
-        )

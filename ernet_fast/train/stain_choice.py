@@ -20,8 +20,7 @@ CANDIDATES = 64
 class StainNormalization(StainNormalize):
     """`StainNormalize` of uint8 [3, H, W] images that knows where its target came from, and its state.
 
-    An image that has no stains to fit (background) is reconstructed with the target's own stains
-    (``on_degenerate="reference"``).
+    An image without stains to fit (background) is taken to have the target's (``on_degenerate="reference"``).
     """
 
     normalizer: MacenkoNormalizer
@@ -36,11 +35,7 @@ class StainNormalization(StainNormalize):
 
     @classmethod
     def from_state(cls, state: dict[str, Any] | None) -> StainNormalization | None:
-        """The inverse of `state`; None for a run without normalisation.
-
-        Raises:
-            ValueError: the state is of another method.
-        """
+        """The inverse of `state`; None for a run without normalisation. Raises ValueError for another method."""
         if state is None:
             return None
         if state.get("method") != "macenko":
@@ -51,11 +46,7 @@ class StainNormalization(StainNormalize):
 
 
 def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
-    """Normalise to the stains of one image.
-
-    Raises:
-        ValueError: the image has no stains to fit.
-    """
+    """Normalise to the stains of one image. Raises ValueError if it has none to fit."""
     fit = macenko_fit(read_image(path), layout="CHW")
     status = MacenkoStatus(int(fit.status[0]))
     if status != MacenkoStatus.OK:
@@ -66,12 +57,11 @@ def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
 
 
 def most_typical(samples: Sequence[Sample]) -> tuple[Path, StainNormalization]:
-    """The image whose stains lie nearest to the median of the set, and the normalisation to it; the same for the same
-    set, whatever its order.
+    """The image whose stains lie nearest to the median of the set, and the normalisation to it, whatever the order.
 
-    Of up to 64 images, evenly chosen, each is fitted; the eight numbers of a fit (two stain vectors, two maximum
-    concentrations) are compared with their medians, each difference in units of its median absolute deviation. The
-    least sum of squares wins.
+    Up to 64 images, evenly chosen, are fitted; the eight numbers of a fit (two stain vectors, two maximal
+    concentrations) are compared with their medians, in units of the median absolute deviation. The least sum of
+    squares wins.
 
     Raises:
         ValueError: no image can be fitted.

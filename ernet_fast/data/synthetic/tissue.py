@@ -14,31 +14,18 @@ from ernet_fast.data.synthetic.texture import Image, fibre_texture, fractal_nois
 
 @dataclass(frozen=True)
 class TissueProfile:
-    """What one tumour type looks like; lengths in micrometres.
+    """What one tumour type looks like; lengths in micrometres."""
 
-    Attributes:
-        nuclear_radius: mean radius of an epithelial nucleus.
-        pleomorphism: variation of nuclear size (standard deviation of its logarithm), outline and chromatin.
-        spacing: distance between epithelial nuclei.
-        gland_spacing: distance between glands with a lumen; 0 for solid growth.
-        gland_radius: outer radius of a gland.
-        nest_share: share of the area covered by solid nests of tumour cells.
-        nest_size: width of a nest.
-        stromal_spacing: distance between spindle nuclei in the stroma.
-        gap_share: share of the area without tissue (clefts, fat).
-        mucin: 0 ... 1, how much of the stroma is replaced by pale mucin.
-    """
-
-    nuclear_radius: float
-    pleomorphism: float
-    spacing: float
-    gland_spacing: float = 0.0
-    gland_radius: float = 0.0
-    nest_share: float = 0.0
-    nest_size: float = 60.0
-    stromal_spacing: float = 22.0
-    gap_share: float = 0.05
-    mucin: float = 0.0
+    nuclear_radius: float  # mean, of an epithelial nucleus
+    pleomorphism: float  # of nuclear size (standard deviation of its logarithm), outline and chromatin
+    spacing: float  # between epithelial nuclei
+    gland_spacing: float = 0.0  # between glands with a lumen; 0 for solid growth
+    gland_radius: float = 0.0  # outer
+    nest_share: float = 0.0  # of the area covered by solid nests of tumour cells
+    nest_size: float = 60.0  # width
+    stromal_spacing: float = 22.0  # between spindle nuclei in the stroma
+    gap_share: float = 0.05  # of the area without tissue (clefts, fat)
+    mucin: float = 0.0  # 0 ... 1, how much of the stroma is replaced by pale mucin
 
 
 # Nuclear density, size and pleomorphism tell the classes apart. Glands and solid sheets occur in both, as ductal
