@@ -12,6 +12,7 @@ from types import ModuleType
 
 MOVED = {
     "ernet_fast.cli.json_output": "ernet_fast.cli.streams",
+    "ernet_fast.cli.normalize_batches": "ernet_fast.cli.normalize_files",
     "ernet_fast.er.kept_memory": "ernet_fast.output_cache",
     "ernet_fast.er.folded": "ernet_fast.er.shortcut",
     "ernet_fast.er.batch_norm_relu": "ernet_fast.er.norm_relu",

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ernet_fast.cli.normalize_batches import normalize_batches
-from ernet_fast.cli.normalize_files import normalize_files
+from ernet_fast.cli.normalize_files import normalize_batches, normalize_files
 from ernet_fast.cli.normalize_plan import READABLE, Job, Outcome, is_single, plan
 from ernet_fast.cli.normalize_record import METHOD, claim, one_run_overwrites, settings_of
 from ernet_fast.cli.streams import print_json

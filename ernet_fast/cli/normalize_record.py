@@ -34,12 +34,9 @@ def settings_of(normalizer: MacenkoNormalizer, target: str | None) -> dict[str, 
 
 @contextlib.contextmanager
 def one_run_overwrites(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """Make `folder`; a run with `overwrite` has it to itself, others may share it.
+    """Make `folder`, which a run with `overwrite` has to itself and others may share; RuntimeError if it is in use.
 
     The lock, on the folder, ends with the process, however that ends.
-
-    Raises:
-        RuntimeError: another run is writing to it, and one of the two overwrites.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -61,15 +58,16 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
     """Record that the images in `folder` have these settings, so that none of other settings passes for one of them.
 
     With `overwrite`, outputs of other settings are removed before anything is recorded: a run that is interrupted then
-    leaves images of one kind only.
-
-    Raises:
-        ValueError: the folder has images of other settings, or of unknown ones, among the outputs (without
-            `overwrite`) or beside them.
+    leaves images of one kind only. Raises ValueError if images of other or unknown settings are among the outputs
+    (without `overwrite`) or beside them.
     """
     path = folder / NAME
     found = _read(path)
-    changes = None if found is None else _changes(found, settings)
+    changes = None
+    if found is not None:
+        changed = [name for name in settings if name != "target_image" and found.get(name) != settings[name]]
+        shown = {name: "target_image" if name == "target" else name for name in changed}
+        changes = [f"{name} was {found.get(key)!r}, now {settings[key]!r}" for name, key in shown.items()]
     if changes == []:
         return
     existing = [job.output for job in jobs if job.output.exists()]
@@ -111,10 +109,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {}
-
-
-def _changes(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """What differs, in words."""
-    changed = [name for name in settings if name != "target_image" and found.get(name) != settings[name]]
-    shown = {name: "target_image" if name == "target" else name for name in changed}
-    return [f"{name} was {found.get(key)!r}, now {settings[key]!r}" for name, key in shown.items()]

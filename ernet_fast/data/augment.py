@@ -97,11 +97,16 @@ class PatchTransform:
             image = self._turned(image)
         pixels = image.to(torch.float32)
         if self.train and (self.rotation or self.translation or self.zoom != (1.0, 1.0)):
-            pixels = warp_affine(pixels, self._random_matrix())
+            angle, right, down, zoom = _uniform(4)
+            low, high = map(math.log, self.zoom)
+            shift = (2 * right - 1) * self.translation, (2 * down - 1) * self.translation
+            scale, rotation = math.exp(low + zoom * (high - low)), (2 * angle - 1) * self.rotation
+            matrix = affine_matrix(self.size, rotation=rotation, translation=shift, zoom=scale)
+            pixels = warp_affine(pixels, matrix)
         # of the image, whatever torch.set_default_device and set_default_dtype say
         std, mean = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device) for v in (self.std, self.mean))
-        scale, offset = std.mul(255).reciprocal_(), mean / std
-        return torch.addcmul(-offset[:, None, None], pixels, scale[:, None, None]).contiguous()
+        factor, offset = std.mul(255).reciprocal_(), mean / std
+        return torch.addcmul(-offset[:, None, None], pixels, factor[:, None, None]).contiguous()
 
     def __repr__(self) -> str:
         shown = [f"{name}={value!r}" for name, value in vars(self).items() if name not in ("mean", "std")]
@@ -120,13 +125,6 @@ class PatchTransform:
         if self.quarter_turns:
             image = torch.rot90(image, int(torch.randint(4, (), device="cpu")), dims=(1, 2))
         return image
-
-    def _random_matrix(self) -> Tensor:
-        angle, right, down, zoom = _uniform(4)
-        low, high = map(math.log, self.zoom)
-        shift = (2 * right - 1) * self.translation, (2 * down - 1) * self.translation
-        zoom = math.exp(low + zoom * (high - low))
-        return affine_matrix(self.size, rotation=(2 * angle - 1) * self.rotation, translation=shift, zoom=zoom)
 
 
 def resized(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -162,9 +162,15 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         return [s._replace(label=s.malignant if self.target == "binary" else codes.index(s.subtype)) for s in samples]
 
     def _verify(self) -> None:
-        threads = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
-        with ThreadPoolExecutor(threads) as pool:
-            reasons = list(pool.map(_damage, self.samples))
+        def damage(sample: Sample) -> str | None:
+            try:
+                read_image(sample.path)
+            except (ImageReadError, OSError) as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+            reasons = list(pool.map(damage, self.samples))
         damaged = [Skipped(s.path, why) for s, why in zip(self.samples, reasons, strict=True) if why is not None]
         if damaged and not self._skip:
             others = len(damaged) - 1
@@ -189,11 +195,3 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             where = f"split {self.split!r} (fold {self.fold})"
             reason = "too few patients, or none at the magnifications asked for"
             warnings.warn(f"{where} has no image of: {names} ({reason})", UserWarning, stacklevel=3)
-
-
-def _damage(sample: Sample) -> str | None:
-    try:
-        read_image(sample.path)
-    except (ImageReadError, OSError) as error:
-        return str(error)
-    return None

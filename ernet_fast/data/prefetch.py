@@ -18,27 +18,25 @@ _LAST_SECONDS = 5.0  # at the end of the interpreter, for a batch that is being 
 class Prefetcher:
     """The batches of an iterable, on `device`, uploaded ahead of their use.
 
-    One thread takes batches from `source`, copies them to page-locked memory and from there to the device, on a stream
-    of its own, so that reading and decoding, the upload and the work on an earlier batch overlap. A batch is handed
-    over without waiting on the host: the stream that is current where it is taken waits for its copy.
+    One thread takes batches from `source` and copies them to the device, by way of pinned memory and on a stream of its
+    own, so that reading, upload and the work on an earlier batch overlap. A batch is handed over without waiting on the
+    host: the stream that is current where it is taken waits for its copy.
 
     >>> for images, labels in Prefetcher(DataLoader(dataset, batch_size=256, num_workers=8), device="cuda"):
     ...     images = normalizer(images)
 
-    On the CPU nothing is copied and no thread started: arrays become tensors over the same memory, so that the same
-    loop serves both.
+    On the CPU nothing is copied and no thread started: arrays become tensors over the same memory.
 
     Args:
-        source: batches: torch tensors on the CPU or NumPy arrays, in lists, tuples, named tuples and dictionaries of
-            any depth. Everything else, and tensors that are on the device already, is handed on as it is. Batches may
-            differ in shape and number. Memory formats and dtypes are kept. What was page-locked already, as by
-            `DataLoader(pin_memory=True)`, is copied once less. A source must not write to a batch that it gave out.
+        source: batches of any shapes: tensors on the CPU or NumPy arrays, in lists, tuples, named tuples and
+            dictionaries of any depth; everything else, and tensors on the device, is handed on as it is. Memory formats
+            and dtypes are kept. What is pinned already (`DataLoader(pin_memory=True)`) is copied once less. A source
+            must not write to a batch that it gave out.
         device: where to; "cuda" is the device that is current when an iteration begins.
         depth: batches uploaded, or on their way, beside the one in use; 2 is double buffering with one in use.
 
-    Iterating yields the batches in the order of `source`, and raises what `source` raises, after the batches before.
-    Each iteration begins `source` anew. An iteration that is left early (`break`, an exception, `close()`) stops the
-    thread, closes the iterator of `source` if that can be closed, and drops the batches that were not used.
+    Each iteration begins `source` anew, keeps its order, and raises what `source` raises, after the batches before. One
+    that is left early (`break`, an exception, `close()`) stops the thread, and closes the iterator of `source`.
 
     Raises:
         TypeError: `source` is not iterable, or depth no integer.
@@ -110,10 +108,7 @@ def is_dense(array: torch.Tensor) -> bool:
 
 
 def page_locked(array: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """A copy in page-locked memory, dense, in the same memory format.
-
-    torch keeps such memory for later batches, and gives none of it out again before a copy from it is done.
-    """
+    """A dense copy in pinned memory, in the same memory format; torch reuses it after the copies from it are done."""
     return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=non_blocking)
 
 

@@ -1,8 +1,7 @@
 """Stratified train, validation and test splits that keep a patient's images together.
 
-A share of the patients (30 %) is held out as the test set. The others are dealt into folds (5): `val` is one fold,
-`train` the other folds, so with the defaults a split has about 56 % / 14 % / 30 % of the images, and the test set is
-the same for every fold.
+A share of the patients (30 %) is the test set; the others are dealt into folds (5), of which `val` is one and `train`
+the others: about 56 % / 14 % / 30 % of the images, with the same test set for every fold.
 """
 
 from __future__ import annotations
@@ -62,11 +61,7 @@ class Splits:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Splits:
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError, ValueError: these are not the values of a split.
-        """
+        """The inverse of `to_dict`. Raises KeyError or ValueError if these are not the values of a split."""
         num_folds, rows = values["num_folds"], []
         for image, fold in values["fold_of"].items():
             if fold is not None and not 0 <= fold < num_folds:
@@ -112,14 +107,13 @@ def make_splits(
 
     ``by="patient"``: whole patients (the digits of the slide id) are dealt. Of each class,
     ``round(test_fraction * n)`` patients are held out and the folds get equally many of the others, give or take one;
-    a patient with images of both classes counts for the more frequent one. Of 64 random ways to do so, the one with
-    the most even image counts (in all, by subtype and by magnification) is taken. ``by="image"``: single images,
-    stratified by subtype and magnification, as the ERNet paper did; a patient's images are then in several parts and
-    scores say little about new patients. (Images of one slide, magnification and number that are filed under two
-    subtypes stay together: they are one image.)
+    a patient of both classes counts for the more frequent one. Of 64 random ways to do so, the one with the most even
+    image counts (in all, by subtype and by magnification) is taken. ``by="image"``: single images, stratified by
+    subtype and magnification, as the ERNet paper did; scores then say little about new patients. (One image that is
+    filed under two subtypes stays together.)
 
-    The result depends on file names, `by`, `test_fraction`, `num_folds` and `seed` alone: not on the order of
-    `samples`, nor on the random generator of a NumPy or torch version. The test set does not depend on `num_folds`.
+    The result depends on file names and the other arguments alone: not on the order of `samples`, nor on the version
+    of NumPy or torch. The test set does not depend on `num_folds`.
 
     Raises:
         ValueError: a class has too few patients (or images) for the test set and the folds (fewer than 7 with the
@@ -216,10 +210,7 @@ def _image_counts(unit: _Unit) -> list[int]:
 
 
 def write_split_csv(path: str | os.PathLike[str], splits: Splits) -> Path:
-    """Write one line an image: ``image,patient,subtype,split,fold``, split ``test`` (no fold) or ``trainval``.
-
-    The file appears whole or not at all.
-    """
+    """Write a line an image, atomically: ``image,patient,subtype,split,fold``; split is ``test`` or ``trainval``."""
     parts = [("test", "") if row.fold is None else ("trainval", row.fold) for row in splits.rows]
     write_csv(path, [_COLUMNS, *((*row[:3], *part) for row, part in zip(splits.rows, parts, strict=True))])
     return Path(path)

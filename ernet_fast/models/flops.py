@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.models.stage import ERStage
@@ -58,15 +58,11 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
     traced = copy.deepcopy(model, memo).eval()
     shortcut_macs: list[int] = []
 
-    def count_shortcut(shortcut: nn.Module, _: Any, y: Tensor) -> None:
-        assert isinstance(shortcut, ERShortcut)
-        shortcut_macs.append(shortcut.num_maps * y.numel())
-
     for module in traced.modules():
         if isinstance(module, ERStage):
             module.fused = False  # the composed path calls each shortcut as a module
         elif isinstance(module, ERShortcut):
-            module.register_forward_hook(count_shortcut)
+            module.register_forward_hook(lambda er, _, y: shortcut_macs.append(er.num_maps * y.numel()))
     dtype = next((p.dtype for p in traced.parameters() if p.is_floating_point()), torch.get_default_dtype())
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:

@@ -23,10 +23,9 @@ def fold_for_inference(model: Model) -> Model:
     `nn.Identity`; with norm="batch" each `ERShortcut` becomes a `FoldedShortcut`, one weighted sum with stored
     coefficients. Outputs are those of `model` to rounding, and can still be differentiated towards the images.
 
-    The copy does not follow `model`: after more training, fold again. It has no statistics, so its `train()` changes
-    nothing but dropout, and its state dict (convolutions with `weight` and `bias`; `shortcut.a`, `shortcut.b`) fits
-    only networks that were folded too. Keep the state dict of `model` to go on training, and save the copy itself, or
-    export it, to deploy. To deploy in another dtype, convert `model` before it is folded.
+    The copy has no statistics, so its `train()` changes nothing but dropout, and its state dict (convolutions with
+    `weight` and `bias`; `shortcut.a`, `shortcut.b`) fits only networks that were folded too. Keep the state dict of
+    `model` to go on training, and save or export the copy to deploy. Convert `model` to another dtype before.
 
     Args:
         model: a network or part of one that holds at least one `ERStage`, in evaluation mode; it is not modified.

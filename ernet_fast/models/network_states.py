@@ -38,10 +38,8 @@ def network_state(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
     """The entries of the ResNet that `checkpoint` holds, under the network's own names.
 
     Where no ResNet is found the checkpoint is returned as it is, or what it has under a usual key ("state_dict").
-    Entries beside the network, such as those of a projection head, are left out with a warning.
-
-    Raises:
-        ValueError: there are several networks and none of them is under a usual key.
+    Entries beside the network, such as those of a projection head, are left out with a warning. Of several networks
+    none of which is under a usual key, ValueError names each.
     """
     places = list(_places(checkpoint, (), _DEPTH))
     if not places:

@@ -25,11 +25,8 @@ class PlainBlock(NamedTuple):
 
 
 def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
-    """The blocks of the four stages of a plain ResNet: all basic or all bottlenecks, stage k with 2^k times stage
-    1's channels.
-
-    Raises:
-        ValueError: `model` is no such network; the message names the module that differs.
+    """The blocks of the four stages of a plain ResNet: all basic or all bottlenecks, channels doubling from stage to
+    stage. Raises ValueError for another network, and names the module that differs.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
@@ -118,14 +115,9 @@ def _check_conv(name: str, conv: nn.Module, *, keeps_size: bool) -> None:
         raise ValueError(f"{name} has {conv.groups} groups: grouped convolutions (ResNeXt) cannot be converted")
     if conv.kernel_size[0] != conv.kernel_size[1]:
         raise ValueError(f"{name} has kernel size {conv.kernel_size}, expected a square one")
-    if keeps_size and (conv.stride != (1, 1) or not _pads_fully(conv)):
+    full = tuple(spread * (size - 1) // 2 for spread, size in zip(conv.dilation, conv.kernel_size, strict=True))
+    if keeps_size and (conv.stride != (1, 1) or conv.padding not in ("same", full)):
         raise ValueError(f"{name} ({conv}) changes the size of the map; only block 0 of a stage may")
-
-
-def _pads_fully(conv: nn.Conv2d) -> bool:
-    if isinstance(conv.padding, str):
-        return conv.padding == "same"
-    return all(2 * conv.padding[axis] == conv.dilation[axis] * (conv.kernel_size[axis] - 1) for axis in (0, 1))
 
 
 def _check_bn(name: str, bn: nn.Module, conv: nn.Module) -> None:
@@ -156,10 +148,8 @@ def check_computes_plain_resnet(model: nn.Module) -> None:
 
     A forward method of its own, hooks that change values or another order of the layers (pre-activation) show here,
     whatever the modules are called. Networks on the meta device hold no values and are not compared. `model`, of which
-    `check_plain_resnet` has found the modules, is not modified and draws no random numbers.
-
-    Raises:
-        ValueError: the outputs differ, or `model` does not run.
+    `check_plain_resnet` has found the modules, is not modified and draws no random numbers. Raises ValueError if the
+    outputs differ, or `model` does not run.
     """
     first = next(module for module in model.get_submodule("conv1").modules() if isinstance(module, nn.Conv2d))
     weight, name = first.weight, type(model).__name__
@@ -202,15 +192,11 @@ def _plain_forward(model: nn.Module, x: Tensor) -> Tensor:
     x = part("maxpool")(torch.relu(part("bn1")(part("conv1")(x))))
     for name in STAGE_NAMES:
         for block in part(name).children():
-            x = _plain_block(block, x)
+            z, last = x, sum(re.fullmatch(r"conv\d", child) is not None for child, _ in block.named_children())
+            for k in range(1, last + 1):
+                z = block.get_submodule(f"bn{k}")(block.get_submodule(f"conv{k}")(z))
+                z = torch.relu(z) if k < last else z
+            downsample = getattr(block, "downsample", None)
+            x = torch.relu(z + (x if downsample is None else downsample(x)))
     y: Tensor = part("fc")(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
     return y
-
-
-def _plain_block(block: nn.Module, x: Tensor) -> Tensor:
-    z, last = x, sum(re.fullmatch(r"conv\d", name) is not None for name, _ in block.named_children())
-    for k in range(1, last + 1):
-        z = block.get_submodule(f"bn{k}")(block.get_submodule(f"conv{k}")(z))
-        z = torch.relu(z) if k < last else z
-    downsample = getattr(block, "downsample", None)
-    return torch.relu(z + (x if downsample is None else downsample(x)))

@@ -305,11 +305,7 @@ def _total_stride(module: nn.Module) -> int:
 
 
 def level_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """Indices from 0 to count - 1 of the levels that `indices` selects, see `ERResNet.forward_intermediates`.
-
-    Raises:
-        ValueError: a selection that is empty or out of range.
-    """
+    """Indices from 0 to count - 1 of the levels that `indices` selects, see `ERResNet.forward_intermediates`."""
     if indices is None:
         return list(range(count))
     if isinstance(indices, int):

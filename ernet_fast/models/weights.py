@@ -48,10 +48,9 @@ def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
 def load_torchvision_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy the weights of a torchvision ResNet, or of an ER-ResNet, of the same architecture into `model`.
 
-    Every convolution and BatchNorm tensor of `model` must be in `state`, in its shape. Two parts are loaded if `state`
-    has them and left as they are if it has none of their entries: parameters and statistics of the shortcuts
-    (`layer2.1.shortcut.weight`, ...), because a plain ResNet has none, and the classifier `fc`, because an encoder has
-    none. A new model has ER weights of 1 and untrained statistics, so it wants some training before it is evaluated.
+    Every convolution and BatchNorm tensor of `model` must be in `state`, in its shape. Shortcuts
+    (`layer2.1.shortcut.weight`, ...), which a plain ResNet has not, and the classifier `fc`, which an encoder has not,
+    stay as they are if `state` has none of their entries: ER weights of 1 and untrained statistics then want training.
 
     Args:
         model: an `ERResNet`.

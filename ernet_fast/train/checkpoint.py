@@ -75,9 +75,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) atomically, with a checksum at its end.
 
-    Raises:
-        ValueError: `state` lacks a part of a checkpoint.
-        OSError: the file cannot be written, e.g. the disk is full.
+    Raises ValueError if `state` lacks a field, OSError if the file cannot be written, e.g. on a full disk.
     """
     missing = [key for key in ("format", *_FIELDS) if key not in state]
     if missing:
@@ -178,24 +176,16 @@ def field_of(path: str | os.PathLike[str], field: str) -> Iterator[None]:
 
 
 def load_network(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Load the field `model` of a checkpoint.
-
-    Raises:
-        ValueError: it is of another network; the message names the first difference and how many there are.
-    """
-    own, found = network.state_dict(), state["model"]
+    """Load the field `model` of a checkpoint. ValueError names the first difference and how many there are."""
+    own, found = ({name: list(t.shape) for name, t in s.items()} for s in (network.state_dict(), state["model"]))
     wrong = [f"{name} is missing" for name in own if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in own]
-    wrong += [
-        f"{name} is {list(found[name].shape)}, the network's {list(own[name].shape)}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
-    ]
+    wrong += [f"{n} is {found[n]}, the network's {own[n]}" for n in own if found.get(n, own[n]) != own[n]]
     with field_of(path, "model"):
         if wrong:
             more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
             raise ValueError(f"{wrong[0]}{more}.")
-        network.load_state_dict(found)
+        network.load_state_dict(state["model"])
 
 
 def generator_state() -> dict[str, Any]:

@@ -143,11 +143,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a name that is no setting.
-        """
+        """The inverse of `to_dict`. Raises ValueError for a name that is no setting."""
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -57,8 +57,7 @@ def open_split(config: TrainConfig, split: str, splits: Splits | None = None, *,
 def open_run_data(config: TrainConfig, saved: dict[str, Any] | None = None) -> RunData:
     """Open both parts and choose the stain target; a resumed run brings split and target in its checkpoint `saved`.
 
-    Raises:
-        ValueError: the folder does not hold the images that the resumed run was made on.
+    Raises ValueError if the folder does not hold the images that the resumed run was made on.
     """
     splits = None if saved is None or saved["split"] is None else Splits.from_dict(saved["split"])
     if splits is not None and config.on_error == "raise":

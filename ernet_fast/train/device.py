@@ -27,9 +27,7 @@ def world_size() -> int:
 def build_fabric(device: str, precision: str) -> Any:
     """A launched `lightning_fabric.Fabric`; started by torchrun, it joins the other processes (DDP).
 
-    Raises:
-        ImportError: lightning-fabric is missing.
-        ValueError: CUDA is asked for and there is none.
+    Raises ImportError if lightning-fabric is missing, ValueError if CUDA is asked for and there is none.
     """
     fabric_module = require("lightning_fabric", extra="train", purpose="training and evaluation")
     if device == "cuda" and not torch.cuda.is_available():

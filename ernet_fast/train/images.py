@@ -38,8 +38,8 @@ def evenly_chosen(samples: Sequence[Sample], count: int | None) -> list[Sample]:
 class ImageSet(Dataset[Any]):
     """Samples as network input, addressed by ``(epoch, position)``.
 
-    The random numbers of an image's augmentation depend on the seed, the epoch and the position alone: neither on the
-    number of processes nor on what was read before, so a resumed run sees what an uninterrupted one would have seen.
+    An image's augmentation depends on seed, epoch and position alone: neither on the number of processes nor on what
+    was read before, so a resumed run sees what an uninterrupted one would have seen.
 
     `size` are the pixels of the result's sides; `resize` and `normalizer` are those of `PatchTransform`. With `cache`
     each prepared image (uint8, after normalisation and resize) stays in memory.
@@ -88,9 +88,8 @@ class ImageSet(Dataset[Any]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Addresses ``(epoch, position)`` of one process's share of an epoch; set `epoch` before iterating.
 
-    Shuffled, every process takes every `world_size`-th image of one permutation that seed and epoch decide; surplus
-    images (fewer than `world_size`) sit the epoch out so that all processes take equally many steps. Unshuffled,
-    nothing is left out.
+    Every process takes every `world_size`-th image; shuffled, of a permutation that seed and epoch decide, and surplus
+    images (fewer than `world_size`) sit the epoch out, so that all processes take equally many steps.
     """
 
     def __init__(self, count: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -117,10 +116,7 @@ def build_loader(
 ) -> tuple[DataLoader[Batch], EpochSampler]:
     """A loader and its sampler, of the share of `fabric`'s process (default: all images).
 
-    Shuffled, an incomplete last batch is left out, unless it would be the only one.
-
-    Raises:
-        ValueError: shuffled, there are fewer images than processes.
+    Shuffled, an incomplete last batch is left out, unless it would be the only one; ValueError if there is none.
     """
     rank, world_size = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     sampler = EpochSampler(len(images), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)

@@ -63,8 +63,7 @@ def compute_metrics(predictions: Predictions) -> dict[str, float | int | None]:
 
 def metrics_by_magnification(predictions: Predictions) -> dict[str, dict[str, float | int | None]]:
     """`compute_metrics` of each magnification there is, by ``"40X"`` and so on."""
-    found = sorted({sample.magnification for sample in predictions.samples})
-    return {f"{m}X": compute_metrics(predictions.subset(lambda s, m=m: s.magnification == m)) for m in found}  # type: ignore[misc]
+    return {name: compute_metrics(part) for name, part in predictions.by_magnification().items()}
 
 
 def patient_scores(predictions: Predictions) -> dict[str, float]:

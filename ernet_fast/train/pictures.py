@@ -60,7 +60,13 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
     classes = len(predictions.classes)
     figure = new_figure(*((4.4, 3.6) if classes <= 3 else (6.9, 6.4)))
     axes = figure.subplots()
-    _draw_counts(axes, counts, size=11 if classes <= 3 else 8)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for row, column in product(range(classes), repeat=2):
+        share = float(shares[row, column])
+        style: dict[str, Any] = {"ha": "center", "va": "center", "size": 11 if classes <= 3 else 8}
+        text, style["color"] = f"{int(counts[row, column])}\n{share:.0%}", "white" if share > 0.55 else INK
+        axes.text(column, row, text, **style)
     names = [name.replace("_", " ") for name in predictions.classes]
     turn = {"rotation": 40, "ha": "right"} if classes > 3 else {}
     axes.set_xticks(range(classes), names, **turn)
@@ -147,17 +153,6 @@ def _show(axes: Any, image: Tensor) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_counts(axes: Any, counts: Tensor, size: float) -> None:
-    """A square for each count, with its share of the row."""
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for row, column in product(range(len(counts)), repeat=2):
-        share = float(shares[row, column])
-        color = "white" if share > 0.55 else INK
-        text = f"{int(counts[row, column])}\n{share:.0%}"
-        axes.text(column, row, text, ha="center", va="center", color=color, size=size)
-
-
 def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
     """The curves of `roc_picture`: name, false and true positive rates (arrays of equal length), area.
 
@@ -165,8 +160,14 @@ def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
     positive rate; its area is the mean of the classes'.
     """
     functional = require("torchmetrics.functional.classification", extra="train", purpose="ROC curves")
+    by_magnification = predictions.by_magnification()
+    parts = {"all images": predictions, **(by_magnification if len(by_magnification) > 1 else {})}
+    groups = [(name, part.probabilities[:, 1], part.targets == 1) for name, part in parts.items()]
+    if len(predictions.classes) > 2:
+        names = [name.replace("_", " ") for name in predictions.classes]
+        groups = [(name, predictions.probabilities[:, k], predictions.targets == k) for k, name in enumerate(names)]
     curves = []
-    for name, scores, truth in _roc_groups(predictions):
+    for name, scores, truth in groups:
         if 0 < int(truth.sum()) < len(truth):
             false_rate, true_rate, _ = functional.binary_roc(scores, truth.long())
             curves.append((name, false_rate.numpy(), true_rate.numpy(), area_under_curve(scores, truth)))
@@ -178,16 +179,3 @@ def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
         area = float(np.mean([area for _, _, _, area in curves]))
         curves.insert(0, ("mean of the classes", rates.repeat(2), np.stack([lower, upper], axis=1).ravel(), area))
     return curves
-
-
-def _roc_groups(predictions: Predictions) -> list[tuple[str, Tensor, Tensor]]:
-    if len(predictions.classes) > 2:
-        return [
-            (name.replace("_", " "), predictions.probabilities[:, k], predictions.targets == k)
-            for k, name in enumerate(predictions.classes)
-        ]
-    groups = [("all images", predictions)]
-    found = sorted({sample.magnification for sample in predictions.samples})
-    if len(found) > 1:
-        groups += [(f"{m}X", predictions.subset(lambda s, m=m: s.magnification == m)) for m in found]  # type: ignore[misc]
-    return [(name, part.probabilities[:, 1], part.targets == 1) for name, part in groups]

@@ -49,6 +49,11 @@ class Predictions:
         rows = [i for i, sample in enumerate(self.samples) if keep(sample)]
         return Predictions(self.probabilities[rows], tuple(self.samples[i] for i in rows), self.classes)
 
+    def by_magnification(self) -> dict[str, Predictions]:
+        """The images of each magnification there is, by ``"40X"`` and so on."""
+        found = sorted({sample.magnification for sample in self.samples})
+        return {f"{m}X": self.subset(lambda sample, m=m: sample.magnification == m) for m in found}  # type: ignore[misc]
+
     def loss(self) -> float | None:
         """Cross-entropy, without weights or smoothing: the mean of -ln p(true class); None without images."""
         if not len(self):

@@ -47,9 +47,9 @@ def write_breakhis_like(
 ) -> Path:
     """Write a synthetic data set below `root`; ``BreakHis(root)`` reads it.
 
-    Patients are benign and malignant in turn and go round the eight subtypes. Every patient has one slide with stain
-    vectors and intensities of its own. Each patch depends on `seed`, patient, magnification, number and the patient's
-    stain alone, so a larger set contains a smaller one of similar staining. The folder appears when it is complete.
+    Patients are benign and malignant in turn and go round the eight subtypes; each has one slide with stains of its
+    own. A patch depends on `seed`, patient, magnification, number and stain alone, so a larger set contains a smaller
+    one of similar staining. The folder appears when it is complete.
 
     Args:
         root: folder to write to; it may exist, but must not hold ``histology_slides`` yet.
