@@ -28,12 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = diagnose()
     if arguments.json:
         print_json(found)
-    else:
-        _print(found)
-    return 0
-
-
-def _print(found: dict[str, Any]) -> None:
+        return 0
     machine, extension = found["machine"], found["extension"]
     print(f"ernet_fast {found['version']}, Python {machine['python']}, {machine['system']}")
     print(f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['threads']} threads\n")
@@ -54,6 +49,7 @@ def _print(found: dict[str, Any]) -> None:
     print()
     _print_table(found["operators"], operator="operator", device="on", backend="uses", why="why")
     _print_table(found["stages"], stage="ER stage", device="on", path="computed by", why="why")
+    return 0
 
 
 def _print_table(rows: list[dict[str, str]], **columns: str) -> None:

@@ -100,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.json:
         best = str(result.best_checkpoint) if result.best else None
-        print_json({"folder": str(result.folder), "finished": result.finished, "checkpoint": best, "best": result.best,
-                    "history": result.history})  # fmt: skip
+        done = {"folder": str(result.folder), "finished": result.finished, "checkpoint": best, "best": result.best}
+        print_json({**done, "history": result.history})
         return 0
     if result.best:
         print(f"best epoch {result.best['epoch']}: {result.best_checkpoint}")

@@ -22,8 +22,7 @@ _NAME_SHOWN = 40  # characters; with the rest of the name below what file system
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, and never does when the block fails.
 
-    The bytes go to a temporary file of the same folder, reach the disk (fsync) and are then renamed, so that a reader
-    sees the old file or the new one, whatever happens in between.
+    The bytes reach the disk (fsync) in a temporary file of the same folder, which is then renamed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:_NAME_SHOWN]}.{os.getpid()}.{threading.get_ident()}.tmp")

@@ -32,10 +32,8 @@ def format_figure(value: float | int | None) -> str:
     """
     if value is None or isinstance(value, int):
         return "-" if value is None else str(value)
-    decimals = 3
-    while decimals < 9 and float(f"{value:.{decimals}f}") in (0.0, 1.0) and float(f"{value:.{decimals}f}") != value:
-        decimals += 1
-    return f"{value:.{decimals}f}"
+    shown = [f"{value:.{decimals}f}" for decimals in range(3, 10)]
+    return next((text for text in shown if float(text) not in (0.0, 1.0) or float(text) == value), shown[-1])
 
 
 def metrics_rows(figures: dict[str, Any]) -> list[list[str]]:

@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +51,7 @@ class Prefetcher:
             raise TypeError(f"depth is {depth!r}; expected an integer.")
         if depth < 1:
             raise ValueError(f"depth={depth}; at least one batch has to be under way.")
-        self.source = source
-        self.device = torch.device(device)
-        self.depth = depth
+        self.source, self.device, self.depth = source, torch.device(device), depth
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"device={str(device)!r}; expected 'cuda', 'cuda:N' or 'cpu'.")
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -72,7 +70,7 @@ class Prefetcher:
 
 
 class CopyLane:
-    """A stream of a CUDA device that copies from the host go along, beside the stream that computes."""
+    """A stream for copies from the host to a CUDA device, beside the stream that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -84,7 +82,8 @@ class CopyLane:
             return array
         if array.device.type != "cpu":
             raise RuntimeError(f"a batch holds a tensor on {array.device}; expected the CPU, or {self.device}.")
-        staged = array if is_dense(array) and array.is_pinned() else page_locked(array)
+        dense = torch.empty_like(array, device="meta").stride() == array.stride()  # one stretch of memory
+        staged = array if dense and array.is_pinned() else page_locked(array)
         with torch.cuda.stream(self.stream):
             return staged.to(self.device, non_blocking=True)
 
@@ -102,11 +101,6 @@ class CopyLane:
             array.record_stream(current)
 
 
-def is_dense(array: torch.Tensor) -> bool:
-    """True if one copy of a stretch of memory copies the tensor."""
-    return torch.empty_like(array, device="meta").stride() == array.stride()
-
-
 def page_locked(array: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """A dense copy in pinned memory, in the same memory format; torch reuses it after the copies from it are done."""
     return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=non_blocking)
@@ -122,15 +116,9 @@ def to_host(arrays: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.
     return copies, event
 
 
-class _Uploaded(NamedTuple):
-    batch: Any
-    arrays: list[torch.Tensor]
-    copied: Any
-
-
 def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]:
     """Yield the batches of `source` that `lane` uploads, at most `depth` of them ahead of the one in use."""
-    ready: queue.SimpleQueue[_Uploaded | BaseException | None] = queue.SimpleQueue()  # last an error, or None
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what _upload returns; last an error, or None
     places = threading.Semaphore(depth)
     stop = threading.Event()
 
@@ -170,10 +158,10 @@ def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            lane.hand_over(item.arrays, item.copied)
+            handed, arrays, copied = item
+            lane.hand_over(arrays, copied)
             places.release()
-            handed = [item.batch]
-            del item  # the caller alone holds a batch while it works on it
+            del item, arrays, copied  # the caller alone holds a batch while it works on it
             yield handed.pop()
     finally:
         atexit.unregister(end)
@@ -181,7 +169,8 @@ def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]
         end()
 
 
-def _upload(batch: Any, lane: CopyLane) -> _Uploaded:
+def _upload(batch: Any, lane: CopyLane) -> tuple[list[Any], list[torch.Tensor], Any]:
+    """The batch, in a list of its own, the tensors that are copied, and an event behind the copies."""
     arrays: list[torch.Tensor] = []
 
     def one(leaf: Any) -> torch.Tensor:
@@ -191,7 +180,7 @@ def _upload(batch: Any, lane: CopyLane) -> _Uploaded:
             arrays.append(on_device)
         return on_device
 
-    return _Uploaded(map_arrays(batch, one), arrays, lane.mark())
+    return [map_arrays(batch, one)], arrays, lane.mark()
 
 
 def as_tensor(leaf: torch.Tensor | np.ndarray) -> torch.Tensor:

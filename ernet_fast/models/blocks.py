@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 class ResidualBranch(nn.Module):
     """The branch H of a block: convolutions without bias, each with a BatchNorm, ReLU between them.
 
-    The last BatchNorm is left to the block, because the ER shortcut fuses with it.
-
-    Args:
-        in_channels: channels of the input.
-        width: channels between the convolutions.
-        out_channels: channels of the output.
-        stride: of the first 3x3 convolution.
-        dilation: of the 3x3 convolutions.
-        first_dilation: of the first 3x3 convolution, default `dilation`.
+    The last BatchNorm is left to the block, because the ER shortcut fuses with it. `width` channels lie between the
+    convolutions; `stride` and `first_dilation` (default `dilation`) are those of the first 3x3 convolution.
     """
 
     kernel_sizes: ClassVar[tuple[int, ...]]

@@ -49,12 +49,13 @@ def convert_resnet(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     stages = check_plain_resnet(model)
-    num_classes = _num_classes(model.get_submodule("fc"), stages[-1][-1].channels)
+    num_classes = _num_classes(model.get_submodule("fc"), stages[-1][-1][1])
     check_computes_plain_resnet(model)
     if norm == "group" and num_groups is None:
         num_groups = DEFAULT_GROUPS
-    family = _FAMILY[stages[0][0].kernel_sizes]
-    layers, stem = [len(blocks) for blocks in stages], stages[0][0].channels // EXPANSION[family]
+    kernel_sizes, channels = stages[0][0]
+    family, layers = _FAMILY[kernel_sizes], [len(blocks) for blocks in stages]
+    stem = channels // EXPANSION[family]
     with torch.device("meta"):  # structure only: every module with tensors is replaced below
         er = ERResNet(family, layers, 0, norm=norm, num_groups=num_groups, fused=fused, base_channels=stem)
     for module in er.modules():

@@ -1,4 +1,4 @@
-"""Floating-point operations of a forward pass, counted as multiply-accumulates times two."""
+"""Floating-point operations of a forward pass (multiply-accumulates times two), and the table of the networks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.models.depths import FAMILY, LAYERS
+from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.stage import ERStage
 
 
@@ -50,8 +52,7 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
     size = tuple(int(n) for n in input_size)
     if len(size) not in (3, 4) or min(size) < 1:
         raise ValueError(f"input_size must be [N, C, H, W] or [C, H, W], got {tuple(input_size)}")
-    if len(size) == 3:
-        size = (1, *size)
+    size = (1, *size)[-4:]
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -70,3 +71,31 @@ def count_flops(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) 
     counts = counter.get_flop_counts()["Global"]
     convolution = sum(flops for operator, flops in counts.items() if "conv" in str(operator))
     return FlopCount(int(convolution), int(sum(counts.values()) - convolution), 2 * sum(shortcut_macs))
+
+
+PAPER_FLOPS = {18: 3.4e9, 34: 6.2e9, 50: 7.8e9, 101: 9.2e9}
+"""The FLOPs column of the ERNet paper (Chandana Mani & Kamalakannan, ELCVIA), Table 1."""
+
+
+def architecture_table(num_classes: int = 1000, image_size: int = 224) -> str:
+    """Markdown: parameters and operations of each network for an image of `image_size` pixels squared, beside the
+    figures of the ERNet paper.
+    """
+    rows = [
+        "| network | block | blocks a stage | parameters | of them ER weights | GFLOPs (2 x MAC) | of them ER sums "
+        "| paper, GFLOPs |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for block in ("standard", "er133"):
+        for depth, layers in LAYERS.items():
+            with torch.device("meta"):
+                model = ERResNet(FAMILY[depth], layers, num_classes, block=block)
+            flops = count_flops(model, (1, 3, image_size, image_size))
+            sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+            weights = sum(size for name, size in sizes.items() if ".shortcut." in name)
+            paper = f"{PAPER_FLOPS[depth] / 1e9:.1f}" if block == "standard" and depth in PAPER_FLOPS else "–"
+            rows.append(
+                f"| `er_resnet{depth}` | {block} | {', '.join(map(str, layers))} | {sum(sizes.values()):,} "
+                f"| {weights:,} | {flops.total / 1e9:.2f} | {flops.er_shortcut / 1e9:.3f} | {paper} |"
+            )
+    return "\n".join(rows)

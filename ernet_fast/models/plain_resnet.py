@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,8 @@ _SIZE = 64
 _LOST = "The conversion would lose what it does besides: convert a torchvision or timm ResNet with these weights."
 
 
-class PlainBlock(NamedTuple):
-    """What the conversion needs to know of a residual block: its kernel sizes and its output channels."""
-
-    kernel_sizes: tuple[int, ...]
-    channels: int
+PlainBlock = tuple[tuple[int, ...], int]
+"""Kernel sizes and output channels of a residual block."""
 
 
 def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
@@ -62,10 +58,10 @@ def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
         stages.append([_check_block(f"{name}.{child}", block, opening=k == 0) for k, (child, block) in children])
         if not stages[-1]:
             raise ValueError(f"{name} has no blocks")
-    kinds = {block.kernel_sizes for blocks in stages for block in blocks}
+    kinds = {kernels for blocks in stages for kernels, _ in blocks}
     if len(kinds) > 1:
         raise ValueError(f"the blocks of model differ in kind: kernel sizes {sorted(kinds)}")
-    channels = [blocks[0].channels for blocks in stages]
+    channels = [blocks[0][1] for blocks in stages]
     if channels != [channels[0] * 2**k for k in range(len(STAGE_NAMES))]:
         raise ValueError(f"the stages of a ResNet double in channels, these have {channels}")
     return stages
@@ -105,7 +101,7 @@ def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
     changes = strided or first.in_channels != last.out_channels
     if changes and not isinstance(getattr(block, "downsample", None), nn.Module):
         raise ValueError(f"{name} changes the shape of the map and has no projection `downsample`:\n{block}")
-    return PlainBlock(kernels, last.out_channels)
+    return kernels, last.out_channels
 
 
 def _check_conv(name: str, conv: nn.Module, *, keeps_size: bool) -> None:

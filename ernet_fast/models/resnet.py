@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast.er.norm_relu import batch_norm_relu
-from ernet_fast.models.checkpointing import checkpoint_stage
 from ernet_fast.models.pooling import global_pooling
-from ernet_fast.models.stage import ERStage
+from ernet_fast.models.stage import ERStage, checkpoint_stage
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils.checkpoint import checkpoint
 
 from ernet_fast.er.norm_relu import norms_supported
 from ernet_fast.er.process_group import ProcessGroup
@@ -183,3 +185,31 @@ class ERStage(nn.Module):
             "torch.jit.script cannot compile an ERStage. Use torch.export.export(model.eval(), (x,)), or "
             "torch.jit.trace(model.eval(), x) where TorchScript is needed."
         )
+
+
+def checkpoint_stage(stage: nn.Module, x: Tensor) -> Tensor:
+    """`stage(x)`, keeping only x for backward, whose second pass leaves running statistics as the first left them."""
+    return checkpoint(
+        stage, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _ScratchBuffers(stage))
+    )
+
+
+class _ScratchBuffers:
+    """Let a module update copies of its buffers; may be entered again, once for each backward of a retained graph.
+
+    The copies stand in for the buffers instead of being copied back, because backward may have saved the originals.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = list(module.modules())
+        self._originals: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._originals = [dict(owner._buffers) for owner in self._owners]
+        for owner, buffers in zip(self._owners, self._originals, strict=True):
+            owner._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for owner, buffers in zip(self._owners, self._originals, strict=True):
+            owner._buffers.update(buffers)
+        self._originals = []

@@ -24,10 +24,9 @@ from ernet_fast.train.describe import describe_epoch, describe_run, write_histor
 from ernet_fast.train.images import build_loader, mixed_seed
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
-from ernet_fast.train.network import build_network, uses_channels_last
+from ernet_fast.train.network import build_network, build_optimizer, build_schedule, check_moments, uses_channels_last
 from ernet_fast.train.predictions import predict
 from ernet_fast.train.run_folder import BEST, LAST, only_run
-from ernet_fast.train.schedule import build_optimizer, build_schedule, check_moments
 
 
 @dataclass(frozen=True)

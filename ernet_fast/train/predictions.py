@@ -83,16 +83,9 @@ def predict(
 ) -> Predictions:
     """Run `network`, in evaluation mode, over this process's batches and gather the results of all processes.
 
-    Args:
-        network: the network.
-        forward: from the images of a batch to the output of `network`, see `device.evaluation_pass`.
-        batches: of a loader that does not shuffle.
-        samples: that the batches' positions point into.
-        classes: their names.
-        advance: called with the number of images of each batch.
-
-    Raises:
-        FloatingPointError: the network gives a NaN or infinite output; the message names an image.
+    `forward` leads from the images of a batch to the output, see `device.evaluation_pass`; `batches`, not shuffled,
+    hold positions in `samples`; `advance` is called with the number of images of each. FloatingPointError names an
+    image whose output is not finite.
     """
     was_training = network.training
     network.eval()

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,13 +23,6 @@ Synthetic images in the layout of BreakHis, drawn by ernet_fast.data.synthetic. 
 patients {}, patches per patient and magnification {}, magnifications {}, size {},
 seed {}, staining {}, split seed {}
 """
-
-
-class _Patient(NamedTuple):
-    number: int
-    subtype: str
-    slide: str
-    stain: StainProfile
 
 
 def write_breakhis_like(
@@ -91,11 +83,11 @@ def write_breakhis_like(
     root.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
     try:
-        for done, (who, magnification, k) in enumerate(patches, 1):
-            path = image_path(aside, who.subtype, who.slide, magnification, f"{k:03d}")
+        for done, ((index, subtype, slide, stain), magnification, k) in enumerate(patches, 1):
+            path = image_path(aside, subtype, slide, magnification, f"{k:03d}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            origin = [seed, who.number, magnification, k]
-            patch = generate_patch(who.subtype, magnification=magnification, size=size, stain=who.stain, seed=origin)
+            origin = [seed, index, magnification, k]
+            patch = generate_patch(subtype, magnification=magnification, size=size, stain=stain, seed=origin)
             pil.fromarray(np.ascontiguousarray(patch.image.transpose(1, 2, 0))).save(path, compress_level=3)
             if progress is not None:
                 progress(done, len(patches))
@@ -111,7 +103,8 @@ def write_breakhis_like(
 
 def _draw_cohort(
     patients: int, patches: int, magnifications: tuple[int, ...], seed: int, staining: str, split_seed: int
-) -> list[_Patient]:
+) -> list[tuple[int, str, str, StainProfile]]:
+    """Number, subtype, slide and stain of each patient."""
     kinds = [[code for code, kind in SUBTYPES.items() if kind.malignant == malignant] for malignant in (0, 1)]
     subtypes = [kinds[index % 2][index // 2 % len(kinds[index % 2])] for index in range(patients)]
     slides = [f"14-{_FIRST_PATIENT + index}" for index in range(patients)]
@@ -128,4 +121,4 @@ def _draw_cohort(
         sample_stain(np.random.default_rng([seed, index]), "shifted" if slide in shifted else "similar")
         for index, slide in enumerate(slides)
     ]
-    return list(map(_Patient, range(patients), subtypes, slides, stains))
+    return list(zip(range(patients), subtypes, slides, stains, strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernet_fast.data.layout import MAGNIFICATIONS, SUBTYPES
-from ernet_fast.data.synthetic.nuclei import Nuclei, join_nuclei, paint_nuclei
+from ernet_fast.data.synthetic.nuclei import Nuclei, paint_nuclei
 from ernet_fast.data.synthetic.stain import StainProfile, beer_lambert, sample_stain
 from ernet_fast.data.synthetic.texture import Image, fractal_noise, smooth_noise
 from ernet_fast.data.synthetic.tissue import PROFILES, Tissue, TissueProfile, draw_tissue, nuclei_grid
@@ -22,14 +22,12 @@ Field = NDArray[np.float64]
 
 
 class SyntheticPatch(NamedTuple):
-    """`image` uint8 [3, H, W]; the `concentrations` float32 [2, H, W] of haematoxylin and eosin it was made of,
-    before `stain.strength`; the `stain`; and `nuclear_cover` float32 [H, W], the share of each pixel that is nucleus.
-    """
+    """An image and what it was made of."""
 
-    image: NDArray[np.uint8]
-    concentrations: NDArray[np.float32]
+    image: NDArray[np.uint8]  # [3, H, W]
+    concentrations: NDArray[np.float32]  # [2, H, W], of haematoxylin and eosin, before `stain.strength`
     stain: StainProfile
-    nuclear_cover: NDArray[np.float32]
+    nuclear_cover: NDArray[np.float32]  # [H, W], the share of each pixel that is nucleus
 
 
 def generate_patch(
@@ -93,7 +91,8 @@ def _place_nuclei(rng: np.random.Generator, profile: TissueProfile, tissue: Tiss
     spindle = spindle[_sample(tissue.stroma, spindle) > rng.uniform(0.3, 1.2, len(spindle))]
     direction = _sample(tissue.angle, spindle) + rng.normal(scale=0.15, size=len(spindle))
     round_ones = _draw(rng, epithelial, angle, profile.nuclear_radius / pixel, profile.pleomorphism, elongation=1.22)
-    return join_nuclei([round_ones, _draw(rng, spindle, direction, 2.5 / pixel, 0.12, elongation=2.3)])
+    spindles = _draw(rng, spindle, direction, 2.5 / pixel, 0.12, elongation=2.3)
+    return Nuclei(*map(np.concatenate, zip(round_ones, spindles, strict=True)))
 
 
 def _draw(

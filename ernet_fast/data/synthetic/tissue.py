@@ -47,18 +47,14 @@ PROFILES: dict[str, TissueProfile] = {
 
 
 class Tissue(NamedTuple):
-    """Maps [H, W] of one field of view, and the nuclei that line its glands.
+    """Maps [H, W] of one field of view, between 0 and 1, and the nuclei that line its glands."""
 
-    `epithelium`, `stroma` and `mucin` lie between 0 and 1, and what is left is empty; `fibres` lies between 0 and 1;
-    `angle` is the fibres' in radians; `lining` has rows (y, x, angle) in pixels and radians.
-    """
-
-    epithelium: Image
+    epithelium: Image  # what this, stroma and mucin leave is empty
     stroma: Image
     mucin: Image
     fibres: Image
-    angle: Image
-    lining: NDArray[np.float64]
+    angle: Image  # of the fibres, radians
+    lining: NDArray[np.float64]  # rows (y, x, angle) in pixels and radians
 
 
 def draw_tissue(rng: np.random.Generator, profile: TissueProfile, shape: tuple[int, int], pixel: float) -> Tissue:
