@@ -7,11 +7,7 @@ from typing import Any
 
 
 def require(module: str, *, extra: str, purpose: str) -> Any:
-    """Import `module`, or say that it is needed for `purpose` and which `extra` of ernet_fast brings it.
-
-    Raises:
-        ImportError: the package is missing; the message has the pip command.
-    """
+    """Import `module`, or raise ImportError: it is needed for `purpose`, and `extra` of ernet_fast brings it."""
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)

@@ -87,12 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
             claim(output, files, settings_of(normalizer, arguments.target), overwrite=arguments.overwrite)
             outcomes = _work(arguments, files, normalizer)
     outcomes = sorted([*outcomes, *ignored], key=lambda outcome: outcome.input)
+    counts = Counter(outcome.status for outcome in outcomes)
     if arguments.json:
-        counts = Counter(outcome.status for outcome in outcomes)
         print_json({"counts": dict(sorted(counts.items())), "files": [asdict(outcome) for outcome in outcomes]})
     else:
-        _print_summary(outcomes, arguments.output)
-    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+        for status, limit in (("failed", len(outcomes)), ("degenerate", _LISTED), ("skipped", _LISTED)):
+            found = [outcome for outcome in outcomes if outcome.status == status]
+            for outcome in found[:limit]:
+                print(f"{outcome.status:<10}  {outcome.input}: {outcome.reason}")
+            if len(found) > limit:
+                print(f"... and {len(found) - limit} more {status}; --json lists all")
+        order = ("normalised", "degenerate", "skipped", "failed")
+        shown = ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
+        print(f"{shown or 'nothing to do'}; written to {arguments.output}")
+    return 1 if counts["failed"] else 0
 
 
 def _work(arguments: argparse.Namespace, files: list[Job], normalizer: MacenkoNormalizer) -> list[Outcome]:
@@ -116,17 +124,3 @@ def _work(arguments: argparse.Namespace, files: list[Job], normalizer: MacenkoNo
         except (KeyboardInterrupt, OSError):
             reporter.warning(f"stopped after {done} of {len(files)} files; run again to go on with the others")
             raise
-
-
-def _print_summary(outcomes: list[Outcome], folder: str) -> None:
-    """A line for each failure, then for some of those that were not simply normalised, then the counts."""
-    for status, limit in (("failed", len(outcomes)), ("degenerate", _LISTED), ("skipped", _LISTED)):
-        found = [outcome for outcome in outcomes if outcome.status == status]
-        for outcome in found[:limit]:
-            print(f"{outcome.status:<10}  {outcome.input}: {outcome.reason}")
-        if len(found) > limit:
-            print(f"... and {len(found) - limit} more {status}; --json lists all")
-    counts = Counter(outcome.status for outcome in outcomes)
-    order = ("normalised", "degenerate", "skipped", "failed")
-    shown = ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
-    print(f"{shown or 'nothing to do'}; written to {folder}")

@@ -76,10 +76,6 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     return TrainConfig.from_dict(given)
 
 
-def _resume(config: TrainConfig) -> str:
-    return f"ernet-fast train --out {config.out} --resume"
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     if arguments.stop_after is not None and arguments.stop_after < 1:
@@ -87,13 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
     first = is_first_process()
     reporter = Reporter(quiet=arguments.quiet, mute=not first)
     config = _config(arguments)
+    resume = f"ernet-fast train --out {config.out} --resume"
     try:
         result = fit(config, resume=arguments.resume, stop_after=arguments.stop_after, reporter=reporter)
     except (KeyboardInterrupt, OSError) as error:
         last = config.folder / LAST
         if last.is_file() and not isinstance(error, (FileExistsError, FileNotFoundError, NotADirectoryError)):
             done = load_checkpoint(last)["epoch"]
-            reporter.warning(f"stopped with {done} of {config.epochs} epochs complete; to go on: {_resume(config)}")
+            reporter.warning(f"stopped with {done} of {config.epochs} epochs complete; to go on: {resume}")
         raise
     finish_together()
     if not first:
@@ -106,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     if result.best:
         print(f"best epoch {result.best['epoch']}: {result.best_checkpoint}")
     if not result.finished:
-        print(f"{len(result.history)} of {config.epochs} epochs done; continue with: {_resume(config)}")
+        print(f"{len(result.history)} of {config.epochs} epochs done; continue with: {resume}")
     else:
         print(f"next: ernet-fast evaluate {result.best_checkpoint} --out {result.folder / 'evaluation'}")
     return 0

@@ -92,9 +92,16 @@ class PatchTransform:
                 f"the image is {image.shape[1]}x{image.shape[2]} pixels, smaller than size "
                 f"{self.size[0]}x{self.size[1]}; use resize='shorter' or a smaller size"
             )
-        image = self._crop(resized(image, self.size, self.resize))
-        if self.train:
-            image = self._turned(image)
+        image = resized(image, self.size, self.resize)
+        room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
+        top, left = (int(torch.randint(r + 1, (), device="cpu")) if self.train and r else r // 2 for r in room)
+        image = image[:, top : top + self.size[0], left : left + self.size[1]]
+        if self.train and self.flips:
+            across, down = _uniform(2)
+            axes = [axis for axis, chance in ((1, down), (2, across)) if chance < 0.5]
+            image = image.flip(axes) if axes else image
+        if self.train and self.quarter_turns:
+            image = torch.rot90(image, int(torch.randint(4, (), device="cpu")), dims=(1, 2))
         pixels = image.to(torch.float32)
         if self.train and (self.rotation or self.translation or self.zoom != (1.0, 1.0)):
             angle, right, down, zoom = _uniform(4)
@@ -111,20 +118,6 @@ class PatchTransform:
     def __repr__(self) -> str:
         shown = [f"{name}={value!r}" for name, value in vars(self).items() if name not in ("mean", "std")]
         return f"PatchTransform({', '.join(shown)})"
-
-    def _crop(self, image: Tensor) -> Tensor:
-        room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
-        top, left = (int(torch.randint(r + 1, (), device="cpu")) if self.train and r else r // 2 for r in room)
-        return image[:, top : top + self.size[0], left : left + self.size[1]]
-
-    def _turned(self, image: Tensor) -> Tensor:
-        if self.flips:
-            across, down = _uniform(2)
-            axes = [axis for axis, chance in ((1, down), (2, across)) if chance < 0.5]
-            image = image.flip(axes) if axes else image
-        if self.quarter_turns:
-            image = torch.rot90(image, int(torch.randint(4, (), device="cpu")), dims=(1, 2))
-        return image
 
 
 def resized(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -125,7 +125,8 @@ def make_splits(
     trials = _TRIALS if by == "patient" else 1  # single images: every deal is even
     fold: dict[str, int] = {}
     for label, count in sorted(Counter(unit.label for unit in units).items()):
-        taken = [_round(test_fraction * k) for k in range(count + 1)]
+        # the rounded share, halves up, whatever the last bit of 0.3 * k
+        taken = [math.floor(test_fraction * k + 0.5 + 1e-9) for k in range(count + 1)]
         if count - taken[-1] < num_folds or (test_fraction > 0 and taken[-1] == 0):
             raise ValueError(
                 f"class {LABELS[label]!r} has too few {by}s: of {count}, test_fraction={test_fraction} holds out "
@@ -171,10 +172,6 @@ def _units(samples: Sequence[Sample], by: str) -> list[_Unit]:
             stratum = (label, "+".join(sample.subtype for sample in members), members[0].magnification)
         units.append(_Unit(key, label, stratum, tuple(members)))
     return units
-
-
-def _round(value: float) -> int:
-    return math.floor(value + 0.5 + 1e-9)  # halves up, whatever the last bit of 0.3 * n
 
 
 def _most_even(

@@ -38,12 +38,9 @@ class ResidualBranch(nn.Module):
         first_dilation: int | None = None,
     ) -> None:
         super().__init__()
-        spatial = self.kernel_sizes.index(3)
+        spatial, last = self.kernel_sizes.index(3), len(self.kernel_sizes) - 1
         for k, size in enumerate(self.kernel_sizes):
-            inputs, outputs = (
-                (width if k else in_channels),
-                (out_channels if k == len(self.kernel_sizes) - 1 else width),
-            )
+            inputs, outputs = (width if k else in_channels), (width if k < last else out_channels)
             spread = 1 if size == 1 else (first_dilation or dilation) if k == spatial else dilation
             step, padding = (stride if k == spatial else 1), spread * (size // 2)
             conv = nn.Conv2d(inputs, outputs, size, step, padding=padding, dilation=spread, bias=False)

@@ -49,7 +49,13 @@ def convert_resnet(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     stages = check_plain_resnet(model)
-    num_classes = _num_classes(model.get_submodule("fc"), stages[-1][-1][1])
+    fc, num_features, num_classes = model.get_submodule("fc"), stages[-1][-1][1], 0
+    if not isinstance(fc, nn.Identity):
+        linears = [module for module in fc.modules() if isinstance(module, nn.Linear)]
+        if not linears or linears[0].in_features != num_features:
+            expected = f"a linear layer (or a sequence with some) on {num_features} features"
+            raise ValueError(f"fc must be {expected}, got {fc}")
+        num_classes = linears[-1].out_features
     check_computes_plain_resnet(model)
     if norm == "group" and num_groups is None:
         num_groups = DEFAULT_GROUPS
@@ -78,13 +84,3 @@ def convert_resnet(
     er.in_channels = next(m.in_channels for m in er.conv1.modules() if isinstance(m, nn.Conv2d))
     er.drop_rate = float(getattr(model, "drop_rate", 0.0))
     return er
-
-
-def _num_classes(fc: nn.Module, num_features: int) -> int:
-    """Outputs of a classifier on `num_features` features, 0 for none."""
-    if isinstance(fc, nn.Identity):
-        return 0
-    linears = [module for module in fc.modules() if isinstance(module, nn.Linear)]
-    if not linears or linears[0].in_features != num_features:
-        raise ValueError(f"fc must be a linear layer (or a sequence with some) on {num_features} features, got {fc}")
-    return linears[-1].out_features

@@ -13,13 +13,7 @@ import torch
 from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 
-LAYERS: dict[int, tuple[int, int, int, int]] = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 FAMILY = {depth: "basic" if depth < 50 else "bottleneck" for depth in LAYERS}
 
 Weights = str | PathLike[str] | Mapping[str, Any]

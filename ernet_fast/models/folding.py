@@ -40,7 +40,16 @@ def fold_for_inference(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _check(model)
+    if not any(isinstance(module, ERStage) for module in model.modules()):
+        raise ValueError(f"the {type(model).__name__} holds no ERStage, so there is nothing to fold.")
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else f"the {type(model).__name__}"
+        if isinstance(module, FoldedShortcut):
+            raise ValueError(f"{where} is folded already.")
+        if module.training:
+            raise ValueError(f"{where} is in training mode: call model.eval() first.")
+        if _is_batch_norm(module) and module.running_mean is None:
+            raise ValueError(f"{where} has no running statistics: its BatchNorm has no constants to fold.")
     folded = copy.deepcopy(model)
     for module in list(folded.modules()):
         if isinstance(module, ERResNet):
@@ -54,19 +63,6 @@ def fold_for_inference(model: Model) -> Model:
         if isinstance(module, ERBlock) and module.shortcut.norm == "batch":
             module.shortcut = cast(ERShortcut, FoldedShortcut(module.shortcut).eval())
     return folded
-
-
-def _check(model: nn.Module) -> None:
-    if not any(isinstance(module, ERStage) for module in model.modules()):
-        raise ValueError(f"the {type(model).__name__} holds no ERStage, so there is nothing to fold.")
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else f"the {type(model).__name__}"
-        if isinstance(module, FoldedShortcut):
-            raise ValueError(f"{where} is folded already.")
-        if module.training:
-            raise ValueError(f"{where} is in training mode: call model.eval() first.")
-        if _is_batch_norm(module) and module.running_mean is None:
-            raise ValueError(f"{where} has no running statistics: its BatchNorm has no constants to fold.")
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

@@ -67,9 +67,7 @@ class ERResNet(nn.Module):
         super().__init__()
         _check_sizes(in_channels=in_channels, base_channels=base_channels, width_per_group=width_per_group)
         _check_choices(family, layers, block, norm, width_per_group, replace_stride_with_dilation, drop_rate)
-        narrowest = (
-            base_channels * EXPANSION[family]
-        )  # of stage 1; the others have a power of two times as many channels
+        narrowest = base_channels * EXPANSION[family]  # stage 1; the others have a power of two times as many
         if norm == "group":
             num_groups = DEFAULT_GROUPS if num_groups is None else num_groups
             _check_sizes(num_groups=num_groups)

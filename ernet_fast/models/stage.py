@@ -82,14 +82,10 @@ class ERStage(nn.Module):
         self.fused = fused
         dilations = {"dilation": dilation, "first_dilation": first_dilation}
         self.add_module("0", projection(in_channels, width, channels, stride=stride, **dilations))
-        common: dict[str, Any] = {
-            "norm": norm,
-            "num_groups": num_groups,
-            "fused": fused,
-            "process_group": process_group,
-        }
+        common: dict[str, Any] = {"norm": norm, "num_groups": num_groups, "fused": fused}
         for index in range(1, num_blocks):
-            self.add_module(str(index), er_block(channels, index, width=width, dilation=dilation, **common))
+            block_l = er_block(channels, index, width=width, dilation=dilation, process_group=process_group, **common)
+            self.add_module(str(index), block_l)
 
     def __len__(self) -> int:
         return len(self._modules)

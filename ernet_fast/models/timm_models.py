@@ -69,10 +69,8 @@ def _keep_shortcuts(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     """
     shortcuts = {prefix + key: value for key, value in model.state_dict().items() if is_shortcut_entry(key)}
     if prefix + "conv1.weight" in state_dict and state_dict.keys().isdisjoint(shortcuts):
-        warnings.warn(
-            "the weights are of a plain ResNet: the ER shortcuts keep theirs, and need training before evaluation",
-            stacklevel=2,
-        )
+        advice = "the ER shortcuts keep theirs, and need training before evaluation"
+        warnings.warn(f"the weights are of a plain ResNet: {advice}", stacklevel=2)
         state_dict.update(shortcuts)
 
 

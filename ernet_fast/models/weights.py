@@ -202,7 +202,15 @@ def network_state(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
             if isinstance(checkpoint.get(key), Mapping):
                 checkpoint = checkpoint[key]
         return dict(checkpoint)
-    place = places[0] if len(places) == 1 else _usual_place(places)
+    under = [[place for place in places if place.keys[-1:] == (key,)] for key in _USUAL_KEYS]
+    place, *others = next((found for found in under if len(found) == 1), places)
+    if others:
+        found = listed([f"{other.path} {other.prefix!r}" for other in places])
+        raise ValueError(
+            f"the weights hold several networks: {found}. Write one of them to a file of its own, such as the first "
+            f"by:\n  python -c \"import torch; s = torch.load('FILE'){place.path}; torch.save("
+            f"{{k: v for k, v in s.items() if k.startswith({place.prefix!r})}}, 'weights.pth')\""
+        )
     inside = {key: value for key, value in place.entries.items() if str(key).startswith(place.prefix)}
     outside = [str(key) for key in place.entries if key not in inside and key != "n_averaged"]
     if outside:
@@ -225,20 +233,6 @@ def _places(mapping: Mapping[Any, Any], keys: tuple[str, ...], depth: int) -> It
     for key, value in mapping.items():
         if isinstance(value, Mapping) and depth > 0:
             yield from _places(value, (*keys, str(key)), depth - 1)
-
-
-def _usual_place(places: list[_Place]) -> _Place:
-    for usual in _USUAL_KEYS:
-        under = [place for place in places if place.keys[-1:] == (usual,)]
-        if len(under) == 1:
-            return under[0]
-    first = places[0]
-    found = listed([f"{place.path} {place.prefix!r}" for place in places])
-    raise ValueError(
-        f"the weights hold several networks: {found}. Write one of them to a file of its own, such as the first by:\n"
-        f"  python -c \"import torch; s = torch.load('FILE'){first.path}; torch.save("
-        f"{{k: v for k, v in s.items() if k.startswith({first.prefix!r})}}, 'weights.pth')\""
-    )
 
 
 def listed(items: list[str]) -> str:

@@ -8,7 +8,7 @@ import os
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,20 +25,6 @@ _TRAILER = b"sha256:"
 """Behind the file of `torch.save`, which stays readable by `torch.load`; 64 hexadecimal digits follow."""
 
 
-def _mapping(values: type = object) -> Callable[[Any], bool]:
-    return lambda found: (
-        isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, values) for k, v in found.items())
-    )
-
-
-def _list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda found: isinstance(found, list) and all(isinstance(item, kind) for item in found)
-
-
-def _count(found: Any) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
-
-
 def _stain(found: Any) -> bool:
     if found is None:
         return True
@@ -51,25 +37,37 @@ def _stain(found: Any) -> bool:
     )
 
 
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "version": (lambda found: isinstance(found, str), "a string"),
-    "model": (_mapping(Tensor), "tensors by name"),
-    "optimizer": (_mapping(), "a dictionary"),
-    "schedule": (_mapping(), "a dictionary"),
-    "precision": (_mapping(), "a dictionary"),
-    "epoch": (_count, "a number of epochs"),
-    "step": (_count, "a number of steps"),
-    "history": (_list_of(dict), "a list of records"),
-    "best": (_mapping(), "a record"),
-    "rng": (_mapping(), "states of random generators"),
-    "config": (_mapping(), "settings by name"),
-    "classes": (_list_of(str), "a list of names"),
-    "split": (_mapping(), "a split"),
-    "train_images": (_list_of(str), "a list of names"),
-    "val_images": (_list_of(str), "a list of names"),
-    "stain": (_stain, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
+_FIELDS: dict[str, tuple[type, type, str]] = {
+    "version": (str, str, "a string"),
+    "model": (dict, Tensor, "tensors by name"),
+    "optimizer": (dict, object, "a dictionary"),
+    "schedule": (dict, object, "a dictionary"),
+    "precision": (dict, object, "a dictionary"),
+    "epoch": (int, int, "a number of epochs"),
+    "step": (int, int, "a number of steps"),
+    "history": (list, dict, "a list of records"),
+    "best": (dict, object, "a record"),
+    "rng": (dict, object, "states of random generators"),
+    "config": (dict, object, "settings by name"),
+    "classes": (list, str, "a list of names"),
+    "split": (dict, object, "a split"),
+    "train_images": (list, str, "a list of names"),
+    "val_images": (list, str, "a list of names"),
+    "stain": (object, object, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
 }
-"""Fields of a checkpoint beside `format`: check and what is expected."""
+"""Fields of a checkpoint beside `format`: type, type of what it holds, and what is expected; keys are strings."""
+
+
+def _is_right(field: str, found: Any) -> bool:
+    kind, held, _ = _FIELDS[field]
+    if field == "stain":
+        return _stain(found)
+    if isinstance(found, dict):
+        return kind is dict and all(isinstance(k, str) and isinstance(v, held) for k, v in found.items())
+    if isinstance(found, int):
+        return kind is int and not isinstance(found, bool) and found >= 0
+    is_kind = isinstance(found, kind)
+    return is_kind and isinstance(found, (str, list)) and all(isinstance(item, held) for item in found)
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -137,9 +135,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     missing = [key for key in _FIELDS if key not in state]
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}.")
-    for key, (is_right, expected) in _FIELDS.items():
+    for key, (_, _, expected) in _FIELDS.items():
         found = state[key]
-        if key not in absent and not is_right(found):
+        if key not in absent and not _is_right(key, found):
             raise ValueError(f"{path}: its {key!r} is {type(found).__name__} {str(found)[:60]!r}; expected {expected}.")
     return state
 

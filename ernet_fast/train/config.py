@@ -12,6 +12,7 @@ from ernet_fast.data import MAGNIFICATIONS
 
 MODELS = ("er_resnet18", "er_resnet34", "er_resnet50", "er_resnet101", "er_resnet152")
 PRECISIONS = ("32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed")
+SCHEDULES = ("cosine", "one-cycle", "constant")
 FREE = ("data", "out", "device", "num_workers", "cache")
 """Settings that may change when a run is resumed: where things lie, and what does the work."""
 
@@ -97,11 +98,7 @@ class TrainConfig:
     )
     momentum: float = _setting(0.9, "momentum of sgd (with Nesterov's step)", number=(float, 0.0, 0.9999))
     schedule: str = _setting(
-        "cosine",
-        "learning rate over the run: warm-up and cosine, one cycle, or constant",
-        "cosine",
-        "one-cycle",
-        "constant",
+        "cosine", "learning rate over the run: warm-up and cosine, one cycle, or constant", *SCHEDULES
     )
     warmup_epochs: float = _setting(1.0, "linear warm-up of schedule=cosine, epochs", number=(float, 0.0, _INF))
     class_weights: str = _setting(

@@ -127,12 +127,8 @@ def evaluate(
     opened = open_split(config, split, splits, any_images=split == "all" and split_file is None)
     if tuple(opened.classes) != tuple(state["classes"]):
         raise ValueError(f"the data has classes {opened.classes}, the checkpoint {state['classes']}.")
-    images = ImageSet(
-        evenly_chosen(opened.samples, max_images),
-        config.image_size,
-        resize=config.resize,
-        normalizer=StainNormalization.from_state(state["stain"]),
-    )
+    chosen, stain = evenly_chosen(opened.samples, max_images), StainNormalization.from_state(state["stain"])
+    images = ImageSet(chosen, config.image_size, resize=config.resize, normalizer=stain)
     reporter = reporter or Reporter()
     trained_on = set(state["train_images"])
     seen_images = sum(sample.name in trained_on for sample in images.samples)

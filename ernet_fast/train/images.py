@@ -1,6 +1,4 @@
-"""Images on their way to the network: chosen, prepared (normalised, resized, perhaps kept), augmented, in an order that
-can be repeated.
-"""
+"""Images on their way to the network: chosen, prepared, perhaps kept, augmented, in an order that can be repeated."""
 
 from __future__ import annotations
 

@@ -230,9 +230,7 @@ class _Run:
         self.fabric.barrier()
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        """Better than before; an undefined AUC is worse than any, and equal AUCs are decided by the loss. Without
-        validation the last epoch is the best.
-        """
+        """An undefined AUC is the worst, the loss decides between equal ones; without validation, the last epoch."""
 
         def rank(record: dict[str, Any]) -> tuple[float, float]:
             auc = record["val"]["auc"]

@@ -45,10 +45,8 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) and ER weights do not
-    decay.
-
-    The ER weights scale shortcuts and start at 1; they are [L, C] but belong with the normalisation weights.
+    """AdamW or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) do not decay, nor do ER
+    weights [L, C], which scale shortcuts and start at 1 as those of normalisation.
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

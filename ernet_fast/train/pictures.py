@@ -95,9 +95,8 @@ def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = 
         axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
     else:
         axes.text(0.5, 0.55, "undefined: images of one class only", ha="center", color=MUTED, size=9)
-    axes.set(
-        xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity (recall)", title="ROC"
-    )
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", title="ROC")
     style_axes(axes)
     return save_figure(figure, path)
 
