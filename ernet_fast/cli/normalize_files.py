@@ -79,8 +79,9 @@ def completed(
     while running:
         done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            yield running.pop(future), future.result()
-        running |= {pool.submit(work, job): job for job in islice(waiting, len(done))}
+            job = running.pop(future)
+            running |= {pool.submit(work, another): another for another in islice(waiting, 1)}
+            yield job, future.result()
 
 
 class _Batch(NamedTuple):
