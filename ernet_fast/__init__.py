@@ -24,21 +24,10 @@ from ernet_fast.models import (
 )
 
 __all__ = [
-    "ERBasicBlock",
-    "ERBottleneck",
-    "ERShortcut",
-    "ERStage",
-    "__version__",
-    "convert_resnet",
-    "er_resnet18",
-    "er_resnet34",
-    "er_resnet50",
-    "er_resnet101",
-    "er_resnet152",
-    "er_shortcut_sum",
-    "explain",
+    "ERBasicBlock", "ERBottleneck", "ERShortcut", "ERStage", "__version__", "convert_resnet", "er_resnet18",
+    "er_resnet34", "er_resnet50", "er_resnet101", "er_resnet152", "er_shortcut_sum", "explain",
     "fold_for_inference",
-]
+]  # fmt: skip
 
 _moved.install()
 

@@ -9,26 +9,26 @@ import re
 import warnings
 from typing import Any
 
-# Every operator of the compiled part; ernet_fast.diagnosis says what each is for.
-OPERATORS = (
-    "channel_moments",
-    "weighted_sum",
-    "weighted_dot",
-    "block_coefficients",
-    "map_dots",
-    "map_coefficients_backward",
-    "er_block",
-    "er_block_backward",
-    "shortcut_sum_backward",
-    "macenko_fit",
-    "macenko_reconstruct",
-    "macenko_normalize",
-    "macenko_change",
-    "macenko_augment",
-    "macenko_separate",
-    "macenko_count_colours",
-    "macenko_fit_colours",
-)
+# Every operator of the compiled part, and its purpose.
+OPERATORS = {
+    "channel_moments": "ER shortcuts: mean and variance of each channel",
+    "weighted_sum": "ER shortcuts: forward and backward",
+    "weighted_dot": "ER shortcuts: gradients of the weights",
+    "block_coefficients": "ER shortcuts: coefficients of a block's weighted sum",
+    "map_dots": "ER shortcuts: inner products of a map with all gradients of sums that read it",
+    "map_coefficients_backward": "ER shortcuts: gradients of weights, gamma and beta from them",
+    "er_block": "ER shortcuts: the epilogue of a block",
+    "er_block_backward": "ER shortcuts: its gradients",
+    "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
+    "macenko_fit": "Macenko: stains of an image",
+    "macenko_reconstruct": "Macenko: image with other stains",
+    "macenko_normalize": "Macenko: fit and reconstruct in one",
+    "macenko_change": "Macenko: image with other concentrations",
+    "macenko_augment": "Macenko: fit and augmentation in one",
+    "macenko_separate": "Macenko: each stain alone",
+    "macenko_count_colours": "Macenko: colours of a slide, strip by strip",
+    "macenko_fit_colours": "Macenko: stains of counted colours",
+}
 
 _FIX = "Install a C++ compiler (g++ or clang++) and install ernet_fast again: pip install --force-reinstall --no-deps ."
 _AGAIN = "Install ernet_fast again: pip install --force-reinstall --no-build-isolation --no-deps ."
@@ -51,10 +51,8 @@ def _load() -> tuple[Any, str | None]:
         return None, f"ernet_fast._C does not load: {error}. {_FIX}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.ernet, name)]
     if missing:
-        return (
-            None,
-            f"ernet_fast._C is of another version than the Python code: it lacks {', '.join(missing)}. {_AGAIN}",
-        )
+        lacks = ", ".join(missing)
+        return None, f"ernet_fast._C is of another version than the Python code: it lacks {lacks}. {_AGAIN}"
     return module, None
 
 
@@ -65,7 +63,7 @@ def extension() -> Any:
 
 def extension_available() -> bool:
     """True if the compiled operators `torch.ops.ernet.*` are loaded."""
-    return _load()[0] is not None
+    return extension() is not None
 
 
 def why_unavailable() -> str | None:
@@ -75,7 +73,7 @@ def why_unavailable() -> str | None:
 
 def build_info() -> dict[str, Any] | None:
     """What the binary was built with (see `ernet_fast._C.build_info`), or None without one."""
-    module = _load()[0]
+    module = extension()
     return None if module is None else module.build_info()
 
 
@@ -84,14 +82,11 @@ def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
 
     Code runs on later minor versions of its major version; architecture-specific code ("90a") on its own version only.
     """
-    for name in architectures:
-        match = re.fullmatch(r"(\d+)(\d)([a-z]?)", name)
-        if match is None:
-            continue
-        same_major, own_minor = int(match[1]) == major, int(match[2])
-        if same_major and (own_minor == minor if match[3] else own_minor <= minor):
-            return True
-    return False
+    parsed = filter(None, (re.fullmatch(r"(\d+)(\d)([a-z]?)", name) for name in architectures))
+    return any(
+        int(own) == major and (int(least) == minor if only else int(least) <= minor)
+        for own, least, only in (match.groups() for match in parsed)
+    )
 
 
 def compiled_at_load(architectures: list[str], major: int, minor: int) -> bool:

@@ -11,13 +11,24 @@ from collections.abc import Sequence
 from types import ModuleType
 
 MOVED = {
-    "ernet_fast.er.kept_memory": "ernet_fast.output_cache",
-    "ernet_fast.er.folded": "ernet_fast.er.shortcut",
+    "ernet_fast.cli.json_output": "ernet_fast.cli.streams",
+    "ernet_fast.cli.normalize_batches": "ernet_fast.cli.normalize_files",
     "ernet_fast.er.batch_norm_relu": "ernet_fast.er.norm_relu",
+    "ernet_fast.er.folded": "ernet_fast.er.shortcut",
+    "ernet_fast.er.kept_memory": "ernet_fast.output_cache",
+    "ernet_fast.models.checkpointing": "ernet_fast.models.stage",
+    "ernet_fast.models.feature_levels": "ernet_fast.models.resnet",
+    "ernet_fast.models.network_states": "ernet_fast.models.weights",
+    "ernet_fast.models.plain_forward": "ernet_fast.models.plain_resnet",
+    "ernet_fast.models.table": "ernet_fast.models.flops",
     "ernet_fast.stain.parameters": "ernet_fast.stain.options",
     "ernet_fast.stain.published": "ernet_fast.stain.result",
     "ernet_fast.train.atomic_file": "ernet_fast.console.atomic_file",
+    "ernet_fast.train.history": "ernet_fast.train.describe",
     "ernet_fast.train.progress": "ernet_fast.console.progress",
+    "ernet_fast.train.resume": "ernet_fast.train.config",
+    "ernet_fast.train.schedule": "ernet_fast.train.network",
+    "ernet_fast.train.selection": "ernet_fast.train.images",
     "ernet_fast.train.tables": "ernet_fast.console.tables",
 }
 """Old path -> new path. An entry is removed in the second minor version after the one that added it."""

@@ -1,8 +1,8 @@
 """The memory that the CPU operators keep: that of large freed outputs, for the next outputs of the same size.
 
-The first touch of fresh memory costs a page fault every 4 KiB, which takes longer than the pass that writes a map. What
-is kept hardly makes the peak higher: kept and live outputs together exceed the most that live outputs were by a quarter
-at most. Besides, at most 2 GiB are kept, or what the environment variable `ERNET_KEEP_MB` says (0 keeps none).
+The first touch of fresh memory costs a page fault every 4 KiB, which takes longer than the pass that writes a map. Kept
+and live outputs together take at most 1.25 times the most that live outputs took; and at most 2 GiB are kept, or what
+the environment variable `ERNET_KEEP_MB` says (0 keeps none).
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ from ernet_fast import _backend
 class KeptMemory:
     """State of the kept memory of this process."""
 
-    kept_bytes: int
-    """Bytes kept at this moment."""
-    limit_bytes: int
-    """Bytes that may be kept."""
-    reused: int
-    """Outputs so far that used kept memory again."""
-    fresh: int
-    """Outputs so far for which the system was asked for memory."""
+    kept_bytes: int  # kept at this moment
+    limit_bytes: int  # that may be kept
+    reused: int  # outputs so far that used kept memory again
+    fresh: int  # outputs so far for which the system was asked for memory
 
 
 def kept_memory() -> KeptMemory:

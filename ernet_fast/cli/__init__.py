@@ -55,24 +55,17 @@ def _add_unavailable(commands: Any, general: argparse.ArgumentParser, name: str,
     parser.parse_known_args = lambda *whatever: (taken, [])  # its options are not known
 
 
+@lenient_streams()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code.
-
-    Args:
-        argv: arguments without the program's name; default: those of the process.
-    """
-    with lenient_streams():
-        return _main(argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
+    """Run the command line `argv` (default: that of the process); returns the exit code."""
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 2
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            # one line, without the place in the code that Python shows
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             return arguments.run(arguments)
     except KeyboardInterrupt:
         print("ernet-fast: interrupted", file=sys.stderr)
@@ -83,8 +76,3 @@ def _main(argv: Sequence[str] | None) -> int:
         else:
             print(f"ernet-fast {arguments.command}: {describe(error)}", file=sys.stderr)
         return exit_code(error)
-
-
-def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
-    """One line, without the place in the code that Python shows."""
-    print(f"warning: {message}", file=sys.stderr)

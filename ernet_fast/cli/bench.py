@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ernet_fast.benchmark import BenchmarkConfig, run_benchmark
 from ernet_fast.benchmark.run import DEVICES, KINDS
 from ernet_fast.benchmark.show import answer_text, picture
-from ernet_fast.cli.json_output import print_json
-from ernet_fast.console.atomic_file import write_text
+from ernet_fast.cli.streams import print_json
+from ernet_fast.console.atomic_file import write_json
 from ernet_fast.console.progress import Reporter
 
 FOLDER = "ernet-fast-bench"
@@ -50,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not figures["compiled_operators"]:
         reporter.warning("the compiled operators are not there, so this is the reference; see ernet-fast doctor")
     if folder is not None:
-        write_text(folder / "bench.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
+        write_json(folder / "bench.json", figures)
         try:
             picture(figures, folder / "bench.png")
         except ImportError as error:
@@ -58,10 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(figures)
         return 0
-    machine = figures["machine"]
-    print(
-        f"{machine['processor']}, {machine['cores']} cores; {figures['device']}; torch {figures['packages']['torch']}"
-    )
+    machine, device, torch = figures["machine"], figures["device"], figures["packages"]["torch"]
+    print(f"{machine['processor']}, {machine['cores']} cores; {device}; torch {torch}")
     for answer in figures["answers"]:
         print(f"\n{answer_text(answer)}")
     if folder is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ernet_fast.cli.json_output import print_json
+from ernet_fast.cli.streams import print_json
 from ernet_fast.console.tables import format_table
 from ernet_fast.diagnosis import diagnose
 
@@ -28,18 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
     found = diagnose()
     if arguments.json:
         print_json(found)
-    else:
-        _print(found)
-    return 0
-
-
-def _print(found: dict[str, Any]) -> None:
+        return 0
     machine, extension = found["machine"], found["extension"]
     print(f"ernet_fast {found['version']}, Python {machine['python']}, {machine['system']}")
     print(f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['threads']} threads\n")
-    rows = [[p["name"], p["version"] or "missing", p["extra"], p["note"]] for p in found["packages"]]
-    print(format_table(["package", "version", "extra", "note"], rows, right_from=9))
-    print()
+    packages = [{**package, "version": package["version"] or "missing"} for package in found["packages"]]
+    _print_table(packages, name="package", version="version", extra="extra", note="note")
     if extension["available"]:
         build = extension["build"]
         print(f"compiled operators: yes, compiler {build['compiler']}, headers of torch {build['torch_headers']}")
@@ -47,17 +41,18 @@ def _print(found: dict[str, Any]) -> None:
         print(f"  CUDA architectures: {', '.join(build['cuda_archs']) or 'none (built without nvcc)'}")
     else:
         print(f"compiled operators: no. {extension['reason']}")
-    if found["cuda"]["devices"]:
-        for device in found["cuda"]["devices"]:
-            print(
-                f"CUDA device {device['index']}: {device['name']}, compute capability {device['capability']}, "
-                f"{device['memory_gib']} GiB"
-            )
-    else:
+    for device in found["cuda"]["devices"]:
+        name = f"CUDA device {device['index']}: {device['name']}"
+        print(f"{name}, compute capability {device['capability']}, {device['memory_gib']} GiB")
+    if not found["cuda"]["devices"]:
         print(f"CUDA devices: none ({found['cuda']['reason']})")
     print()
-    rows = [[o["operator"], o["device"], o["backend"], o["why"]] for o in found["operators"]]
-    print(format_table(["operator", "on", "uses", "why"], rows, right_from=9))
-    print()
-    rows = [[s["stage"], s["device"], s["path"], s["why"]] for s in found["stages"]]
-    print(format_table(["ER stage", "on", "computed by", "why"], rows, right_from=9))
+    _print_table(found["operators"], operator="operator", device="on", backend="uses", why="why")
+    _print_table(found["stages"], stage="ER stage", device="on", path="computed by", why="why")
+    return 0
+
+
+def _print_table(rows: list[dict[str, str]], **columns: str) -> None:
+    """Rows as a table and an empty line; `columns`: key and title of each."""
+    cells = [[row[key] for key in columns] for row in rows]
+    print(format_table(list(columns.values()), cells, right_from=len(columns)), end="\n\n")

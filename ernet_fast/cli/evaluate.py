@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ernet_fast.cli.json_output import print_json
+from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter
 from ernet_fast.console.tables import format_figure, format_table, metrics_header, metrics_rows
 from ernet_fast.data.splits import SPLIT_NAMES
@@ -22,46 +22,33 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         description="Evaluate a checkpoint of `ernet-fast train` on images in the BreakHis layout, overall and by "
         "magnification. Images get the size and the stain normalisation of the training.",
     )
-    parser.add_argument("checkpoint", metavar="RUN", help="folder of a run (its best.pt), or a file best.pt or last.pt")
-    parser.add_argument("--data", metavar="FOLDER", help="folder with images; default: that of the training")
-    parser.add_argument(
-        "--split",
-        choices=SPLIT_NAMES,
-        default="test",
-        help="which part of it (default: test)",
-    )
-    parser.add_argument("--magnifications", type=int, nargs="+", metavar="M", help="default: those of the training")
-    parser.add_argument("--split-file", metavar="FILE", help="CSV split instead of the training's")
-    parser.add_argument("--max-images", type=int, metavar="N", help="look at no more than N images, evenly chosen")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step; default: that of the training")
-    parser.add_argument(
-        "--num-workers", type=int, metavar="N", default=0, help="processes that read images (default: 0)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--on-error", choices=("raise", "skip"), help="unusable image: stop, or leave it out")
-    parser.add_argument(
-        "--out", metavar="FOLDER", help="write metrics.json, predictions.csv, confusion_matrix.png and roc.png there"
-    )
-    parser.add_argument("--patients", action="store_true", help="also list the score of every patient")
-    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    add = parser.add_argument
+    add("checkpoint", metavar="RUN", help="folder of a run (its best.pt), or a file best.pt or last.pt")
+    add("--data", metavar="FOLDER", help="folder with images; default: that of the training")
+    add("--split", choices=SPLIT_NAMES, default="test", help="which part of it (default: test)")
+    add("--magnifications", type=int, nargs="+", metavar="M", help="default: those of the training")
+    add("--split-file", metavar="FILE", help="CSV split instead of the training's")
+    add("--max-images", type=int, metavar="N", help="look at no more than N images, evenly chosen")
+    add("--batch-size", type=int, metavar="N", help="images a step; default: that of the training")
+    add("--num-workers", type=int, metavar="N", default=0, help="processes that read images (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--on-error", choices=("raise", "skip"), help="unusable image: stop, or leave it out")
+    out = "write metrics.json, predictions.csv, confusion_matrix.png and roc.png there"
+    add("--out", metavar="FOLDER", help=out)
+    add("--patients", action="store_true", help="also list the score of every patient")
+    add("--json", action="store_true", help="print all figures as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     first = is_first_process()
+    names = ("data", "split", "split_file", "max_images", "batch_size", "num_workers", "device", "on_error")
     result = evaluate(
         arguments.checkpoint,
-        data=arguments.data,
-        split=arguments.split,
         magnifications=None if arguments.magnifications is None else tuple(arguments.magnifications),
-        split_file=arguments.split_file,
-        max_images=arguments.max_images,
-        batch_size=arguments.batch_size,
-        num_workers=arguments.num_workers,
-        device=arguments.device,
-        on_error=arguments.on_error,
         reporter=Reporter(quiet=arguments.quiet, mute=not first),
+        **{name: getattr(arguments, name) for name in names},
     )
     finish_together()
     if not first:

@@ -18,13 +18,10 @@ def describe(error: BaseException) -> str:
         text = f"{error.strerror}: {error.filename}"
     else:
         text = str(error).strip() or type(error).__name__
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    head, rest = lines[0], " ".join(lines[1:])
-    shown = head if not rest else f"{head}\n  {_cut(rest)}"
-    expected = isinstance(error, (*_INPUT_ERRORS, OSError, ImportError, RuntimeError, ArithmeticError))
-    if not expected:
-        shown = f"{type(error).__name__}: {_cut(head)}\n  This looks like a fault of ernet_fast; --debug shows where."
-    return shown
+    head, *rest = [line.strip() for line in text.splitlines() if line.strip()]
+    if not isinstance(error, (*_INPUT_ERRORS, OSError, ImportError, RuntimeError, ArithmeticError)):
+        return f"{type(error).__name__}: {_cut(head)}\n  This looks like a fault of ernet_fast; --debug shows where."
+    return f"{head}\n  {_cut(' '.join(rest))}" if rest else head
 
 
 def _cut(text: str) -> str:

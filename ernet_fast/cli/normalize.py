@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ernet_fast.cli.json_output import print_json
-from ernet_fast.cli.normalize_batches import normalize_batches
-from ernet_fast.cli.normalize_files import normalize_files
+from ernet_fast.cli.normalize_files import normalize_batches, normalize_files
 from ernet_fast.cli.normalize_plan import READABLE, Job, Outcome, is_single, plan
-from ernet_fast.cli.normalize_record import claim, settings_of
+from ernet_fast.cli.normalize_record import METHOD, claim, one_run_overwrites, settings_of
+from ernet_fast.cli.streams import print_json
 from ernet_fast.console.atomic_file import remove_abandoned
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import read_image
@@ -33,62 +32,36 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         description=f"Give every image the stains of a target (Macenko et al., ISBI 2009). Reads {READABLE}; folders "
         "are searched with all their subfolders, whose structure is kept. Inputs are never overwritten.",
     )
-    parser.add_argument("input", metavar="INPUT", help="an image, or a folder of images")
-    parser.add_argument(
+    add = parser.add_argument
+    add("input", metavar="INPUT", help="an image, or a folder of images")
+    add(
         "output", metavar="OUTPUT", help="folder for the normalised images, made if missing; for one image, also a file"
     )
-    parser.add_argument(
-        "--target",
-        metavar="IMAGE",
-        help="image whose stains all others get; default: the reference stains published with Macenko's method",
-    )
-    parser.add_argument(
-        "--format",
-        choices=("keep", "png"),
-        default="keep",
-        help="file format: that of the input (JPEG at quality 95, TIFF with LZW), or PNG (default: keep)",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace outputs that exist (default: skip them, if they were made with the same settings)",
-    )
-    workers = os.cpu_count() or 1
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        default=workers,
-        help="images processed, or with --device cuda read and written, at the same time (default: one a core)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--json", action="store_true", help="print what became of every file as JSON")
-    _add_method(parser.add_argument_group("method"))
-    parser.set_defaults(run=run)
-
-
-def _add_method(group: Any) -> None:
-    """The constants of Macenko's method."""
-    numbers = (
+    target = "image whose stains all others get; default: the reference stains published with Macenko's method"
+    add("--target", metavar="IMAGE", help=target)
+    formats = "file format: that of the input (JPEG at quality 95, TIFF with LZW), or PNG (default: keep)"
+    add("--format", choices=("keep", "png"), default="keep", help=formats)
+    overwrite = "replace outputs that exist (default: skip them, if they were made with the same settings)"
+    add("--overwrite", action="store_true", help=overwrite)
+    workers = "images processed, or with --device cuda read and written, at the same time (default: one a core)"
+    add("--workers", type=int, metavar="N", default=os.cpu_count() or 1, help=workers)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--json", action="store_true", help="print what became of every file as JSON")
+    add = parser.add_argument_group("method").add_argument
+    for option, default, meaning in (
         ("--Io", 240.0, "grey level of an empty slide"),
         ("--alpha", 1.0, "percentile of the extreme stain directions"),
         ("--beta", 0.15, "least optical density of tissue"),
+    ):
+        add(option, type=float, default=default, metavar="X", help=f"{meaning} (default: {default:g})")
+    percentile = "linear as torchstain's NumPy backend, nearest as its torch backend (default: linear)"
+    add("--percentile", choices=("linear", "nearest"), default="linear", help=percentile)
+    degenerate = (
+        "an image without stains to fit (background): take it to be stained like the target, copy it, or count it as "
+        "failed (default: reference)"
     )
-    for option, default, meaning in numbers:
-        group.add_argument(option, type=float, default=default, metavar="X", help=f"{meaning} (default: {default:g})")
-    group.add_argument(
-        "--percentile",
-        choices=("linear", "nearest"),
-        default="linear",
-        help="linear as torchstain's NumPy backend, nearest as its torch backend (default: linear)",
-    )
-    group.add_argument(
-        "--on-degenerate",
-        choices=("reference", "identity", "raise"),
-        default="reference",
-        help="an image without stains to fit (background): take it to be stained like the target, copy it, or count "
-        "it as failed (default: reference)",
-    )
+    add("--on-degenerate", choices=("reference", "identity", "raise"), default="reference", help=degenerate)
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,14 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--workers {arguments.workers}; expected a positive number.")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device here.")
-    normalizer = MacenkoNormalizer(
-        Io=arguments.Io,
-        alpha=arguments.alpha,
-        beta=arguments.beta,
-        percentile=arguments.percentile,
-        on_degenerate=arguments.on_degenerate,
-        layout="CHW",
-    )
+    normalizer = MacenkoNormalizer(layout="CHW", **{name: getattr(arguments, name) for name in METHOD})
     if arguments.target is not None:
         try:
             normalizer.fit(read_image(arguments.target))
@@ -112,17 +78,29 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--target {arguments.target}: {error}") from error
     source, output = Path(arguments.input), Path(arguments.output)
     files, ignored = plan(source, output, as_png=arguments.format == "png")
-    if not is_single(source, output):
-        claim(output, files, settings_of(normalizer, arguments.target), overwrite=arguments.overwrite)
-    elif output.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{str(output)!r} exists; --overwrite replaces it.")
-    outcomes = sorted([*_work(arguments, files, normalizer), *ignored], key=lambda outcome: outcome.input)
+    if is_single(source, output):
+        if output.exists() and not arguments.overwrite:
+            raise FileExistsError(f"{str(output)!r} exists; --overwrite replaces it.")
+        outcomes = _work(arguments, files, normalizer)
+    else:
+        with one_run_overwrites(output, overwrite=arguments.overwrite):
+            claim(output, files, settings_of(normalizer, arguments.target), overwrite=arguments.overwrite)
+            outcomes = _work(arguments, files, normalizer)
+    outcomes = sorted([*outcomes, *ignored], key=lambda outcome: outcome.input)
+    counts = Counter(outcome.status for outcome in outcomes)
     if arguments.json:
-        counts = Counter(outcome.status for outcome in outcomes)
         print_json({"counts": dict(sorted(counts.items())), "files": [asdict(outcome) for outcome in outcomes]})
     else:
-        _print_summary(outcomes, arguments.output)
-    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+        for status, limit in (("failed", len(outcomes)), ("degenerate", _LISTED), ("skipped", _LISTED)):
+            found = [outcome for outcome in outcomes if outcome.status == status]
+            for outcome in found[:limit]:
+                print(f"{outcome.status:<10}  {outcome.input}: {outcome.reason}")
+            if len(found) > limit:
+                print(f"... and {len(found) - limit} more {status}; --json lists all")
+        order = ("normalised", "degenerate", "skipped", "failed")
+        shown = ", ".join(f"{counts[status]} {status}" for status in order if counts[status])
+        print(f"{shown or 'nothing to do'}; written to {arguments.output}")
+    return 1 if counts["failed"] else 0
 
 
 def _work(arguments: argparse.Namespace, files: list[Job], normalizer: MacenkoNormalizer) -> list[Outcome]:
@@ -140,29 +118,9 @@ def _work(arguments: argparse.Namespace, files: list[Job], normalizer: MacenkoNo
             done += 1
             task.advance(1)
 
+        options: dict[str, Any] = {"overwrite": arguments.overwrite, "workers": arguments.workers, "advance": advance}
         try:
-            return work(
-                files,
-                normalizer.to(arguments.device),
-                overwrite=arguments.overwrite,
-                workers=arguments.workers,
-                advance=advance,
-            )
+            return work(files, normalizer.to(arguments.device), **options)
         except (KeyboardInterrupt, OSError):
             reporter.warning(f"stopped after {done} of {len(files)} files; run again to go on with the others")
             raise
-
-
-def _print_summary(outcomes: list[Outcome], folder: str) -> None:
-    """A line for each failure, then for some of those that were not simply normalised, then the counts."""
-    for status, limit in (("failed", len(outcomes)), ("degenerate", _LISTED), ("skipped", _LISTED)):
-        found = [outcome for outcome in outcomes if outcome.status == status]
-        for outcome in found[:limit]:
-            print(f"{outcome.status:<10}  {outcome.input}: {outcome.reason}")
-        if len(found) > limit:
-            print(f"... and {len(found) - limit} more {status}; --json lists all")
-    counts = Counter(outcome.status for outcome in outcomes)
-    shown = ", ".join(
-        f"{counts[status]} {status}" for status in ("normalised", "degenerate", "skipped", "failed") if counts[status]
-    )
-    print(f"{shown or 'nothing to do'}; written to {folder}")

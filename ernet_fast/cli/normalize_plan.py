@@ -52,7 +52,7 @@ def plan(source: Path, output: Path, *, as_png: bool = False) -> tuple[list[Job]
     single = is_single(source, output)
     if not single and (output.suffix.lower() in IMAGE_SUFFIXES or output.exists()) and not output.is_dir():
         raise NotADirectoryError(f"{str(output)!r} is a file or has an image's name; expected a folder to write to.")
-    if source.is_dir() and _is_within(output, source):
+    if source.is_dir() and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
         raise ValueError(
             f"the output folder {str(output)!r} is the input folder or lies in it; choose one outside of "
             f"{str(source)!r}."
@@ -64,10 +64,9 @@ def plan(source: Path, output: Path, *, as_png: bool = False) -> tuple[list[Job]
     outputs = [output] if single else [output / path.relative_to(base) for path in inputs]
     if as_png and single and output.suffix.lower() != ".png":
         raise ValueError(f"--format png, but the output is {str(output)!r}; drop one of the two.")
-    jobs = [
-        Job(path, target.with_suffix(".png") if as_png else target)
-        for path, target in zip(inputs, outputs, strict=True)
-    ]
+    if as_png:
+        outputs = [target.with_suffix(".png") for target in outputs]
+    jobs = list(map(Job, inputs, outputs))
     _check_outputs(jobs)
     return jobs, ignored
 
@@ -103,21 +102,14 @@ def files_below(source: Path) -> Iterator[Path]:
     if not source.is_dir():
         yield source
         return
-    for folder, children, names in os.walk(source, onerror=_raise):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, children, names in os.walk(source, onerror=fail):
         children[:] = sorted(name for name in children if not is_hidden(name))
         links = [name for name in children if os.path.islink(os.path.join(folder, name))]
         yield from (Path(folder) / name for name in sorted([*names, *links]) if not is_hidden(name))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _is_within(folder: Path, above: Path) -> bool:
-    return (
-        os.path.realpath(folder) == os.path.realpath(above)
-        or Path(os.path.realpath(above)) in Path(os.path.realpath(folder)).parents
-    )
 
 
 def _check_outputs(jobs: list[Job]) -> None:
@@ -127,15 +119,12 @@ def _check_outputs(jobs: list[Job]) -> None:
     for job in jobs:
         clash = inputs.get(_identity(job.output)) or inputs.get(os.path.realpath(job.output))
         if clash is not None:
-            raise ValueError(
-                f"{str(job.output)!r} would overwrite the input {str(clash)!r}; choose another output folder."
-            )
+            what = f"{str(job.output)!r} would overwrite the input {str(clash)!r}"
+            raise ValueError(f"{what}; choose another output folder.")
         other = taken.setdefault(os.path.realpath(job.output), job.input)
         if other != job.input:
-            raise ValueError(
-                f"{str(other)!r} and {str(job.input)!r} would both be written to {str(job.output)!r}; use --format "
-                "keep."
-            )
+            what = f"{str(other)!r} and {str(job.input)!r} would both be written to {str(job.output)!r}"
+            raise ValueError(f"{what}; use --format keep.")
 
 
 def _identity(path: Path) -> str:

@@ -1,13 +1,19 @@
-"""Stdout and stderr that neither a reader who leaves nor an odd file name can stop."""
+"""Stdout and stderr that neither a reader who leaves nor an odd file name can stop; data on stdout as JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, where a command whose output is data prints nothing else."""
+    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 class _Pipe:
@@ -18,25 +24,21 @@ class _Pipe:
 
     def write(self, text: str) -> int:
         """Write, if there is a reader."""
-        try:
-            self._stream.write(text)
-        except BrokenPipeError:
-            self._discard()
+        self._if_read(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
         """Flush, if there is a reader."""
+        self._if_read(self._stream.flush)
+
+    def _if_read(self, function: Any, *arguments: Any) -> None:
         try:
-            self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
+            function(*arguments)
+        except BrokenPipeError:  # what is in the buffer, which Python flushes at its end, is to go nowhere too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-    def _discard(self) -> None:
-        """Let what is in the buffer, which Python flushes at its end, go nowhere too."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 @contextlib.contextmanager

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.cli.json_output import print_json
+from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter
 from ernet_fast.train import TrainConfig, fit, load_checkpoint
 from ernet_fast.train.checkpoint import field_of
 from ernet_fast.train.device import finish_together, is_first_process
 from ernet_fast.train.run_folder import LAST
 
-_GROUPS = (
-    ("data", ("data", "out", "target", "magnifications", "split_by", "fit_on", "fold", "num_folds", "split_file",
-              "on_error", "max_train_images", "max_val_images")),
-    ("images", ("stain", "stain_target", "image_size", "resize", "augment", "cache", "num_workers")),
-    ("network", ("model", "block", "base_channels", "norm", "num_groups", "fused", "weights")),
-    ("training", ("epochs", "batch_size", "optimizer", "lr", "weight_decay", "momentum", "schedule", "warmup_epochs",
-                  "class_weights", "label_smoothing", "clip_norm", "select_by")),
-    ("machine", ("device", "precision", "channels_last", "deterministic", "seed")),
-)  # fmt: skip
+_GROUPS = {"data": "data", "stain": "images", "model": "network", "epochs": "training", "device": "machine"}
+"""First field of each group of options -> its title."""
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -34,10 +27,10 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         description="Train an ER-ResNet on images in the BreakHis layout, with validation on other patients.",
         epilog="Several GPUs: torchrun --nproc-per-node=4 -m ernet_fast train ...",
     )
-    for title, names in _GROUPS:
-        group = parser.add_argument_group(title)
-        for name in names:
-            _add_setting(group, name)
+    for item in fields(TrainConfig):
+        if item.name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[item.name])
+        _add_setting(group, item)
     group = parser.add_argument_group("run")
     group.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
     group.add_argument("--stop-after", type=int, metavar="N", help="end after N epochs of this call; --resume goes on")
@@ -45,30 +38,24 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_setting(group: Any, name: str) -> None:
+def _add_setting(group: Any, item: Field[Any]) -> None:
     """An option for one field; it leaves no trace in the arguments unless it is given."""
-    item = next(item for item in fields(TrainConfig) if item.name == name)
-    option, metadata = f"--{name.replace('_', '-')}", item.metadata
-    meaning = metadata["meaning"].replace("%", "%%")
-    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-    if isinstance(item.default, bool):
-        state = "on" if item.default else "off"
-        group.add_argument(
-            option, action=argparse.BooleanOptionalAction, help=f"{meaning} (default: {state})", **common
-        )
-        return
-    optional = item.default is None or name in ("data", "out")
-    help_text = meaning if optional else f"{meaning} (default: {item.default})"
-    if metadata["choices"] is not None:
-        group.add_argument(option, choices=metadata["choices"], help=help_text, **common)
-    elif metadata["number"] is not None:
-        kind = metadata["number"][0]
-        group.add_argument(option, type=kind, metavar="N" if kind is int else "X", help=help_text, **common)
-    elif name == "magnifications":
-        group.add_argument(option, type=int, nargs="+", metavar="M", help=help_text, **common)
-    else:
-        metavar = {"data": "FOLDER", "out": "FOLDER"}.get(name, "FILE")
-        group.add_argument(option, metavar=metavar, help=help_text, **common)
+    meaning, choices, number = (item.metadata[key] for key in ("meaning", "choices", "number"))
+    default = item.default
+    kind: dict[str, Any] = {"metavar": "FOLDER" if item.name in ("data", "out") else "FILE"}
+    if isinstance(default, bool):
+        kind, default = {"action": argparse.BooleanOptionalAction}, "on" if default else "off"
+    elif choices is not None:
+        kind = {"choices": choices}
+    elif number is not None:
+        kind = {"type": number[0], "metavar": "N" if number[0] is int else "X"}
+    elif item.name == "magnifications":
+        kind = {"type": int, "nargs": "+", "metavar": "M"}
+    meaning = meaning.replace("%", "%%")
+    if default is not None and default is not MISSING:
+        meaning += f" (default: {default})"
+    option = f"--{item.name.replace('_', '-')}"
+    group.add_argument(option, dest=item.name, default=argparse.SUPPRESS, help=meaning, **kind)
 
 
 def _config(arguments: argparse.Namespace) -> TrainConfig:
@@ -96,32 +83,27 @@ def run(arguments: argparse.Namespace) -> int:
     first = is_first_process()
     reporter = Reporter(quiet=arguments.quiet, mute=not first)
     config = _config(arguments)
+    resume = f"ernet-fast train --out {config.out} --resume"
     try:
         result = fit(config, resume=arguments.resume, stop_after=arguments.stop_after, reporter=reporter)
     except (KeyboardInterrupt, OSError) as error:
         last = config.folder / LAST
         if last.is_file() and not isinstance(error, (FileExistsError, FileNotFoundError, NotADirectoryError)):
             done = load_checkpoint(last)["epoch"]
-            reporter.warning(
-                f"stopped with {done} of {config.epochs} epochs complete; to go on: ernet-fast train --out "
-                f"{config.out} --resume"
-            )
+            reporter.warning(f"stopped with {done} of {config.epochs} epochs complete; to go on: {resume}")
         raise
     finish_together()
     if not first:
         return 0
     if arguments.json:
         best = str(result.best_checkpoint) if result.best else None
-        print_json({"folder": str(result.folder), "finished": result.finished, "checkpoint": best, "best": result.best,
-                    "history": result.history})  # fmt: skip
+        done = {"folder": str(result.folder), "finished": result.finished, "checkpoint": best, "best": result.best}
+        print_json({**done, "history": result.history})
         return 0
     if result.best:
         print(f"best epoch {result.best['epoch']}: {result.best_checkpoint}")
     if not result.finished:
-        print(
-            f"{len(result.history)} of {config.epochs} epochs done; continue with: ernet-fast train --out "
-            f"{config.out} --resume"
-        )
+        print(f"{len(result.history)} of {config.epochs} epochs done; continue with: {resume}")
     else:
         print(f"next: ernet-fast evaluate {result.best_checkpoint} --out {result.folder / 'evaluation'}")
     return 0

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
+import io
+import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp")
 _NAME_SHOWN = 40  # characters; with the rest of the name below what file systems allow
@@ -19,12 +22,10 @@ _NAME_SHOWN = 40  # characters; with the rest of the name below what file system
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, and never does when the block fails.
 
-    The bytes go to a temporary file of the same folder, reach the disk (fsync) and are then renamed, so that a reader
-    sees the old file or the new one, whatever happens in between.
+    The bytes reach the disk (fsync) in a temporary file of the same folder, which is then renamed.
     """
     path = Path(path)
-    name = f".{path.name[:_NAME_SHOWN]}.{os.getpid()}.{threading.get_ident()}.tmp"
-    temporary = path.with_name(name)
+    temporary = path.with_name(f".{path.name[:_NAME_SHOWN]}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with _open_locked(temporary) as file:
             yield file
@@ -32,16 +33,32 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             os.replace(temporary, path)  # before the lock ends
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    with contextlib.suppress(OSError):  # not every system can open a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # brings the renaming itself to the disk
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file atomically; file names that are not UTF-8 come out as the bytes they are."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write plain values atomically; raises ValueError for NaN and infinity, which JSON has not."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows atomically, the first of them the header."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def remove_abandoned(folder: str | os.PathLike[str]) -> None:
@@ -63,13 +80,3 @@ def _open_locked(path: Path) -> IO[bytes]:
         if path.exists():
             return file
         file.close()  # removed as abandoned between its creation and the lock
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the renaming itself to the disk; not every system can open a folder."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

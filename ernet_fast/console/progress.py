@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+INTERVAL = 10.0
+"""Seconds between two lines where there is no bar."""
 
 
-class Task(Protocol):
-    """A piece of work of known length."""
+class Task(NamedTuple):
+    """A piece of work of known length; ``advance(count=1, note="")`` says that `count` more units are done."""
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more units are done; `note` is shown beside the bar."""
+    advance: Callable[..., None]
 
 
 class Reporter:
-    """Says what is going on.
+    """Says what is going on: only warnings if `quiet`, nothing if `mute` (all processes of a run but the first).
 
-    Args:
-        quiet: leave out everything but warnings.
-        mute: leave out warnings too (for all processes of a run but the first).
-        bars: draw progress bars; default: if stderr is a terminal and rich is installed.
+    `bars`: draw progress bars; default: if stderr is a terminal and rich is installed.
     """
 
     def __init__(self, *, quiet: bool = False, mute: bool = False, bars: bool | None = None) -> None:
         self.quiet, self.mute = quiet or mute, mute
-        wanted = sys.stderr.isatty() if bars is None else bars
-        self._rich = _rich_progress() if wanted and not self.quiet else None
+        self._rich: Any = None
+        if not self.quiet and (sys.stderr.isatty() if bars is None else bars):
+            try:
+                import rich.progress
+            except ImportError:  # bars are a convenience, not a need
+                pass
+            else:
+                self._rich = rich.progress
 
     def line(self, text: str) -> None:
         """One line of information."""
@@ -43,18 +47,20 @@ class Reporter:
 
     def task(self, title: str, total: int) -> AbstractContextManager[Task]:
         """A bar, or now and then a line, while `total` units are done."""
-        if self._rich is not None:
-            return _bar(self._rich, title, total)
-        return _LineTask(self, title, total)
+        return nullcontext(self._lines(title, total)) if self._rich is None else _bar(self._rich, title, total)
 
+    def _lines(self, title: str, total: int) -> Task:
+        """A line every ten seconds; a task that is done before that stays silent."""
+        done, after = 0, time.monotonic() + INTERVAL
 
-def _rich_progress() -> Any:
-    """Module rich.progress, or None where rich is not installed: bars are a convenience, not a need."""
-    try:
-        import rich.progress
-    except ImportError:
-        return None
-    return rich.progress
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done, after
+            done += count
+            if time.monotonic() >= after:
+                self.line(f"{title}: {done}/{total} {note}".rstrip())
+                after = time.monotonic() + INTERVAL
+
+        return Task(advance)
 
 
 @contextmanager
@@ -69,37 +75,5 @@ def _bar(rich_progress: Any, title: str, total: int) -> Iterator[Task]:
         rich_progress.TextColumn("{task.fields[note]}"),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        identity = progress.add_task(title, total=total, note="")
-        yield _BarTask(progress, identity)
-
-
-class _BarTask:
-    def __init__(self, progress: Any, identity: Any) -> None:
-        self._progress, self._identity = progress, identity
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self._progress.update(self._identity, advance=count, note=note)
-
-
-class _LineTask:
-    """A line every ten seconds; a task that is done before that stays silent."""
-
-    INTERVAL = 10.0
-
-    def __init__(self, reporter: Reporter, title: str, total: int) -> None:
-        self._reporter, self._title, self._total, self._done = reporter, title, total, 0
-        self._next = time.monotonic() + self.INTERVAL
-
-    def __enter__(self) -> _LineTask:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self._done += count
-        if time.monotonic() >= self._next:
-            self._reporter.line(f"{self._title}: {self._done}/{self._total} {note}".rstrip())
-            self._next = time.monotonic() + self.INTERVAL
+        bar = progress.add_task(title, total=total, note="")
+        yield Task(lambda count=1, note="": progress.update(bar, advance=count, note=note))

@@ -20,15 +20,9 @@ FIGURES = (
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     """Columns aligned with spaces; those from `right_from` on to the right."""
     widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(width) if k < right_from else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+    layout = "  ".join(f"{{:{'<' if k < right_from else '>'}{width}}}" for k, width in enumerate(widths))
+    table = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(layout.format(*row).rstrip() for row in table)
 
 
 def format_figure(value: float | int | None) -> str:
@@ -38,10 +32,8 @@ def format_figure(value: float | int | None) -> str:
     """
     if value is None or isinstance(value, int):
         return "-" if value is None else str(value)
-    decimals = 3
-    while decimals < 9 and float(f"{value:.{decimals}f}") in (0.0, 1.0) and float(f"{value:.{decimals}f}") != value:
-        decimals += 1
-    return f"{value:.{decimals}f}"
+    shown = [f"{value:.{decimals}f}" for decimals in range(3, 10)]
+    return next((text for text in shown if float(text) not in (0.0, 1.0) or float(text) == value), shown[-1])
 
 
 def metrics_rows(figures: dict[str, Any]) -> list[list[str]]:

@@ -11,21 +11,7 @@ from ernet_fast.data.prefetch import Prefetcher
 from ernet_fast.data.splits import SplitRow, Splits, make_splits, read_split_csv, write_split_csv
 
 __all__ = [
-    "LABELS",
-    "MAGNIFICATIONS",
-    "SUBTYPES",
-    "BreakHis",
-    "ImageReadError",
-    "PatchTransform",
-    "Prefetcher",
-    "Sample",
-    "Skipped",
-    "SplitRow",
-    "Splits",
-    "make_splits",
-    "parse_name",
-    "read_image",
-    "read_split_csv",
-    "synthetic",
+    "LABELS", "MAGNIFICATIONS", "SUBTYPES", "BreakHis", "ImageReadError", "PatchTransform", "Prefetcher", "Sample",
+    "Skipped", "SplitRow", "Splits", "make_splits", "parse_name", "read_image", "read_split_csv", "synthetic",
     "write_split_csv",
-]
+]  # fmt: skip

@@ -41,8 +41,7 @@ class PatchTransform:
         std: one value a channel, in the same units.
 
     Raises:
-        ValueError: an argument is out of range; or, on call, the image has a wrong shape or is too small for
-            ``resize="none"``.
+        ValueError: an argument is out of range; on call, the image's shape is, or too small for ``resize="none"``.
         TypeError: on call, the image (or what `normalizer` returned) is no uint8 tensor.
     """
 
@@ -88,61 +87,48 @@ class PatchTransform:
         if self.normalizer is not None:
             image = self.normalizer(image)
             _check_image(image, "what normalizer returned")
-        image = self._crop(self._resized(image))
-        if self.train:
-            image = self._turned(image)
-        pixels = image.to(torch.float32)
-        if self.train and (self.rotation or self.translation or self.zoom != (1.0, 1.0)):
-            pixels = warp_affine(pixels, self._random_matrix())
-        # of the image, whatever torch.set_default_device and set_default_dtype say
-        std, mean = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device) for v in (self.std, self.mean))
-        scale, offset = std.mul(255).reciprocal_(), mean / std
-        return torch.addcmul(-offset[:, None, None], pixels, scale[:, None, None]).contiguous()
-
-    def __repr__(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if name not in ("mean", "std")}
-        return f"PatchTransform({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-    def _resized(self, image: Tensor) -> Tensor:
-        height, width = image.shape[1:]
-        if self.resize == "none":
-            if height < self.size[0] or width < self.size[1]:
-                raise ValueError(
-                    f"the image is {height}x{width} pixels, smaller than size {self.size[0]}x{self.size[1]}; "
-                    f"use resize='shorter' or a smaller size"
-                )
-            return image
-        target = self.size
-        if self.resize == "shorter":
-            factor = max(self.size[0] / height, self.size[1] / width)
-            target = (max(self.size[0], round(height * factor)), max(self.size[1], round(width * factor)))
-        if target == (height, width):
-            return image
-        return F.interpolate(image[None], size=target, mode="bilinear", antialias=True)[0]
-
-    def _crop(self, image: Tensor) -> Tensor:
+        if self.resize == "none" and (image.shape[1] < self.size[0] or image.shape[2] < self.size[1]):
+            raise ValueError(
+                f"the image is {image.shape[1]}x{image.shape[2]} pixels, smaller than size "
+                f"{self.size[0]}x{self.size[1]}; use resize='shorter' or a smaller size"
+            )
+        image = resized(image, self.size, self.resize)
         room = image.shape[1] - self.size[0], image.shape[2] - self.size[1]
         top, left = (int(torch.randint(r + 1, (), device="cpu")) if self.train and r else r // 2 for r in room)
-        return image[:, top : top + self.size[0], left : left + self.size[1]]
-
-    def _turned(self, image: Tensor) -> Tensor:
-        if self.flips:
+        image = image[:, top : top + self.size[0], left : left + self.size[1]]
+        if self.train and self.flips:
             across, down = _uniform(2)
             axes = [axis for axis, chance in ((1, down), (2, across)) if chance < 0.5]
             image = image.flip(axes) if axes else image
-        if self.quarter_turns:
+        if self.train and self.quarter_turns:
             image = torch.rot90(image, int(torch.randint(4, (), device="cpu")), dims=(1, 2))
-        return image
+        pixels = image.to(torch.float32)
+        if self.train and (self.rotation or self.translation or self.zoom != (1.0, 1.0)):
+            angle, right, down, zoom = _uniform(4)
+            low, high = map(math.log, self.zoom)
+            shift = (2 * right - 1) * self.translation, (2 * down - 1) * self.translation
+            scale, rotation = math.exp(low + zoom * (high - low)), (2 * angle - 1) * self.rotation
+            matrix = affine_matrix(self.size, rotation=rotation, translation=shift, zoom=scale)
+            pixels = warp_affine(pixels, matrix)
+        # of the image, whatever torch.set_default_device and set_default_dtype say
+        std, mean = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device) for v in (self.std, self.mean))
+        factor, offset = std.mul(255).reciprocal_(), mean / std
+        return torch.addcmul(-offset[:, None, None], pixels, factor[:, None, None]).contiguous()
 
-    def _random_matrix(self) -> Tensor:
-        angle, right, down, zoom = _uniform(4)
-        low, high = map(math.log, self.zoom)
-        return affine_matrix(
-            self.size,
-            rotation=(2 * angle - 1) * self.rotation,
-            translation=((2 * right - 1) * self.translation, (2 * down - 1) * self.translation),
-            zoom=math.exp(low + zoom * (high - low)),
-        )
+    def __repr__(self) -> str:
+        shown = [f"{name}={value!r}" for name, value in vars(self).items() if name not in ("mean", "std")]
+        return f"PatchTransform({', '.join(shown)})"
+
+
+def resized(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Antialiased bilinear resize of [C, H, W] so that it covers `size` ("shorter"), or has it ("squeeze")."""
+    height, width = image.shape[1:]
+    if mode == "shorter":
+        factor = max(size[0] / height, size[1] / width)
+        size = (max(size[0], round(height * factor)), max(size[1], round(width * factor)))
+    if mode == "none" or size == (height, width):
+        return image
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
 
 
 def _uniform(count: int) -> list[float]:
@@ -157,8 +143,7 @@ def affine_matrix(
     """Matrix [2, 3] for `warp_affine`: zoom and rotate the content about the image's centre, then shift it.
 
     `rotation` in degrees, counter-clockwise as seen on a screen; `translation` is (right, down) in shares of width
-    and height. The matrix maps coordinates of the result to those of the input, both running from -1 to 1 between the
-    image's outer edges.
+    and height. It maps coordinates of the result to those of the input, -1 and 1 being the image's outer edges.
     """
     height, width = size
     cosine, sine = math.cos(math.radians(rotation)) / zoom, math.sin(math.radians(rotation)) / zoom

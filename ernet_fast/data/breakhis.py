@@ -12,18 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ernet_fast.data import layout
 from ernet_fast.data.image_io import ImageReadError, read_image
-from ernet_fast.data.layout import (
-    LABELS,
-    MAGNIFICATIONS,
-    SUBTYPES,
-    Sample,
-    Skipped,
-    find_tree,
-    image_path,
-    parse_name,
-    scan_tree,
-)
+from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, Skipped
 from ernet_fast.data.splits import SPLIT_NAMES, Splits, make_splits, read_split_csv
 
 _LISTED = 10  # files named in an error before "and N more"
@@ -32,44 +23,39 @@ _LISTED = 10  # files named in an error before "and N more"
 class BreakHis(Dataset[tuple[Any, Any]]):
     """Images of BreakHis, or of any folder in its layout, with patient-wise splits.
 
-    `dataset[i]` is ``(image, target)``: a uint8 tensor [3, H, W], or what `transform` makes of it, and an int class
-    index, or what `target_transform` makes of it. The split is made over all images of the folder, by file names
-    alone; `magnifications` selects afterwards, so a patient is in the same part at every magnification.
+    `dataset[i]` is ``(image, target)``: a uint8 tensor [3, H, W] and an int class index, or what `transform` and
+    `target_transform` make of them. The split is made over all images of the folder, by file names alone;
+    `magnifications` selects afterwards, so a patient is in the same part at every magnification.
 
     Args:
         root: ``BreaKHis_v1``, ``histology_slides`` or any folder above them.
         split: ``"train"``, ``"val"``, ``"test"``, ``"trainval"`` (train and val together) or ``"all"``.
         magnifications: one or several of 40, 100, 200, 400; None is all.
         target: ``"binary"`` (0 benign, 1 malignant) or ``"subtype"`` (index into `classes`, eight of them).
-        transform: applied to the uint8 image tensor.
-        target_transform: applied to the class index.
+        transform: of the uint8 image tensor.
+        target_transform: of the class index.
         fold: the fold that ``"val"`` is and ``"train"`` is not.
-        num_folds: number of folds the images outside the test set are divided into. A `split_file` brings its own.
-        split_by: ``"patient"``, or ``"image"`` as the ERNet paper did (images of one patient are then in train and
-            test).
+        num_folds: folds that the images outside the test set are divided into. A `split_file` brings its own.
+        split_by: ``"patient"``, or ``"image"`` as the ERNet paper did (a patient is then in train and test).
         seed: of the split.
         split_file: CSV of `write_split_csv`, used instead of a new split.
         splits: a split that was made before, used in the same way.
-        on_error: ``"raise"``, or ``"skip"`` to leave files that cannot be used out of `samples` and list them in
-            `skipped`.
-        verify: decode every selected image now, so that damage shows before training. Default: only with
-            ``on_error="skip"``.
+        on_error: ``"raise"``, or ``"skip"`` to list files that cannot be used in `skipped` instead of `samples`.
+        verify: decode every selected image now, so that damage shows before training; default: if they may be skipped.
 
     Attributes:
         samples: list of `Sample`, in the order of their names.
         classes: class names, indexed by the target.
         targets: class index of each sample.
         skipped: list of `Skipped` (path, reason), empty with ``on_error="raise"``.
-        splits: the `Splits` of the whole folder, for `write_split_csv`; None for ``split="all"`` without a
-            `split_file`.
+        splits: the `Splits` of the whole folder; None for ``split="all"`` without a `split_file`.
 
     Raises:
         FileNotFoundError: `root` or `split_file` is missing, or `root` holds no BreakHis folder.
         ValueError: an argument is out of range, `split_file` and `splits` are both given, the selection is empty, a
             class has too few patients, or (``on_error="raise"``) a name does not parse, contradicts its folder, occurs
             twice, or folder and `split_file` (or `splits`) differ in their images.
-        ImageReadError: an image is damaged, truncated or not 8-bit RGB (at construction with `verify`, else when it
-            is read).
+        ImageReadError: an image is damaged, truncated or not 8-bit RGB (now with `verify`, else when it is read).
     """
 
     def __init__(
@@ -92,35 +78,43 @@ class BreakHis(Dataset[tuple[Any, Any]]):
     ) -> None:
         if split_file is not None and splits is not None:
             raise ValueError("split_file and splits are both given; expected one of them")
-        _check_choice("split", split, SPLIT_NAMES)
-        _check_choice("target", target, ("binary", "subtype"))
-        _check_choice("split_by", split_by, ("patient", "image"))
-        _check_choice("on_error", on_error, ("raise", "skip"))
-        wanted = _check_magnifications(magnifications)
-        self.root = find_tree(root)
+        for argument, value, choices in (
+            ("split", split, SPLIT_NAMES),
+            ("target", target, ("binary", "subtype")),
+            ("split_by", split_by, ("patient", "image")),
+            ("on_error", on_error, ("raise", "skip")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{argument}={value!r}; expected one of {', '.join(map(repr, choices))}")
+        wanted = MAGNIFICATIONS if magnifications is None else layout.magnifications_of(magnifications)
+        self.root = layout.find_tree(root)
         self.split, self.fold, self.target = split, fold, target
         self.transform, self.target_transform = transform, target_transform
         self.classes = list(LABELS) if target == "binary" else [kind.folder for kind in SUBTYPES.values()]
         self._skip = on_error == "skip"
         self.skipped: list[Skipped] = []
 
-        found, problems = scan_tree(self.root)
+        found, problems = layout.scan_tree(self.root)
         self._report(problems, f"image(s) of {self.root} cannot be used")
         if not found:
             raise ValueError(f"no usable image below {str(self.root / 'breast')!r} ({len(problems)} unusable)")
         self.splits = splits
         if split_file is not None:
-            self.splits = _read_splits(split_file, split_by)
+            self.splits = read_split_csv(split_file)
+            if split_by == "patient" and self.splits.by == "image":
+                raise ValueError(
+                    f"split_file {str(split_file)!r} has images of one patient in several parts; "
+                    "pass split_by='image' if that is meant"
+                )
         if self.splits is not None:
             found = self._in_splits(self.splits, found, "the split" if split_file is None else os.fspath(split_file))
         elif split != "all":
             self.splits = make_splits(found, by=split_by, num_folds=num_folds, seed=seed)
         chosen = found if self.splits is None else self.splits.select(found, split, fold)
         self.samples = self._relabel(s for s in chosen if s.magnification in wanted)
-        self._check_not_empty(chosen, wanted)
-        if verify or (verify is None and self._skip):
+        if self.samples and (self._skip if verify is None else verify):
             self._verify()
-            self._check_not_empty(chosen, wanted)
+        self._check_not_empty(chosen, wanted)
         self.targets = [sample.label for sample in self.samples]
         self._warn_of_missing_classes(found)
 
@@ -129,8 +123,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         sample = self.samples[index]
-        image = read_image(sample.path)
-        label = sample.label
+        image, label = read_image(sample.path), sample.label
         return (
             image if self.transform is None else self.transform(image),
             label if self.target_transform is None else self.target_transform(label),
@@ -138,8 +131,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
 
     def __repr__(self) -> str:
         patients = len({sample.patient for sample in self.samples})
-        counts = Counter(self.targets)
-        classes = ", ".join(f"{name} {counts[index]}" for index, name in enumerate(self.classes))
+        classes = ", ".join(f"{name} {self.targets.count(index)}" for index, name in enumerate(self.classes))
         what = f"BreakHis({str(self.root)!r}, split={self.split!r}, fold={self.fold})"
         return f"{what}: {len(self)} images, {patients} patients ({classes})"
 
@@ -148,7 +140,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         if self._skip:
             self.skipped.extend(problems)
         elif problems:
-            lines = [f"  {problem.path}: {problem.reason}" for problem in problems[:_LISTED]]
+            lines = [f"  {path}: {reason}" for path, reason in problems[:_LISTED]]
             if len(problems) > _LISTED:
                 lines.append(f"  and {len(problems) - _LISTED} more")
             advice = "Repair or remove them, or pass on_error='skip' to leave them out, listed in .skipped:"
@@ -159,8 +151,8 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         problems = [Skipped(s.path, f"not listed in {source}") for s in found if s.name not in splits.fold_of]
         there = {sample.name for sample in found} | {problem.path.stem for problem in self.skipped}
         for image in splits.fold_of.keys() - there:
-            s = parse_name(image + ".png")
-            path = image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
+            s = layout.parse_name(image + ".png")
+            path = layout.image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
             problems.append(Skipped(path, f"listed in {source}, but there is no such image"))
         self._report(sorted(problems), f"image(s) differ between {self.root} and {source}")
         return [sample for sample in found if sample.name in splits.fold_of]
@@ -170,9 +162,15 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         return [s._replace(label=s.malignant if self.target == "binary" else codes.index(s.subtype)) for s in samples]
 
     def _verify(self) -> None:
-        threads = min(8, os.cpu_count() or 1)  # decoding releases the interpreter lock
-        with ThreadPoolExecutor(threads) as pool:
-            reasons = list(pool.map(_damage, self.samples))
+        def damage(sample: Sample) -> str | None:
+            try:
+                read_image(sample.path)
+            except (ImageReadError, OSError) as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+            reasons = list(pool.map(damage, self.samples))
         damaged = [Skipped(s.path, why) for s, why in zip(self.samples, reasons, strict=True) if why is not None]
         if damaged and not self._skip:
             others = len(damaged) - 1
@@ -191,46 +189,9 @@ class BreakHis(Dataset[tuple[Any, Any]]):
             )
 
     def _warn_of_missing_classes(self, found: Sequence[Sample]) -> None:
-        there = {sample.label for sample in self._relabel(found)}
-        missing = sorted(there - set(self.targets))
+        missing = sorted({sample.label for sample in self._relabel(found)} - set(self.targets))
         if missing:
             names = ", ".join(self.classes[label] for label in missing)
-            warnings.warn(
-                f"split {self.split!r} (fold {self.fold}) has no image of: {names} "
-                f"(too few patients, or none at the magnifications asked for)",
-                UserWarning,
-                stacklevel=3,
-            )
-
-
-def _read_splits(split_file: str | os.PathLike[str], split_by: str) -> Splits:
-    splits = read_split_csv(split_file)
-    if split_by == "patient" and splits.by == "image":
-        raise ValueError(
-            f"split_file {str(split_file)!r} has images of one patient in several parts; "
-            f"pass split_by='image' if that is meant"
-        )
-    return splits
-
-
-def _damage(sample: Sample) -> str | None:
-    try:
-        read_image(sample.path)
-    except (ImageReadError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{argument}={value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_magnifications(magnifications: int | Iterable[int] | None) -> tuple[int, ...]:
-    if magnifications is None:
-        return MAGNIFICATIONS
-    wanted = (magnifications,) if isinstance(magnifications, int) else tuple(magnifications)
-    unknown = [m for m in wanted if m not in MAGNIFICATIONS]
-    if unknown or not wanted:
-        raise ValueError(f"magnifications={magnifications!r}; expected one or several of {MAGNIFICATIONS}")
-    return tuple(sorted(set(wanted)))
+            where = f"split {self.split!r} (fold {self.fold})"
+            reason = "too few patients, or none at the magnifications asked for"
+            warnings.warn(f"{where} has no image of: {names} ({reason})", UserWarning, stacklevel=3)

@@ -21,8 +21,7 @@ from ernet_fast._optional import require
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# In entropy-coded data 0xFF is followed by 0x00 (a stuffed byte) or 0xD0..0xD7 (a restart); anything else is a
-# marker.
+# In entropy-coded data 0xFF is followed by 0x00 (a stuffed byte) or 0xD0..0xD7 (a restart), else it is a marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 
 
@@ -42,8 +41,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
     Only conversions that lose nothing are made: grey, bilevel and palette images become RGB, and an alpha channel
     that is opaque everywhere is dropped. A file whose end is missing is an error even where Pillow was told to fill
-    the gap (``ImageFile.LOAD_TRUNCATED_IMAGES``), as is a PNG with a wrong checksum. (JPEG and TIFF have no checksums:
-    a flipped bit inside their data cannot be told from an image.) Colour profiles are not applied.
+    the gap (``ImageFile.LOAD_TRUNCATED_IMAGES``), as is a PNG with a wrong checksum. Colour profiles are not applied.
 
     Raises:
         FileNotFoundError: no such file.
@@ -139,11 +137,8 @@ def _check_jpeg(data: bytes) -> None:
         marker, position = data[match.end() - 1], match.end()
         if marker == 0xD9:
             return
-        if marker == 0x01:  # TEM, the only other marker without a length
-            continue
-        if position + 2 > len(data):
-            break
-        position += struct.unpack_from(">H", data, position)[0]
+        if marker != 0x01:  # TEM, the only other marker without a length
+            position += int.from_bytes(data[position : position + 2], "big")
     raise ImageReadError(f"the JPEG file is truncated: its {len(data)} bytes hold no end-of-image marker")
 
 
@@ -175,8 +170,7 @@ def _to_rgb(image: Any) -> Any:
         return image if mode == "RGB" else image.convert("RGB")
     if mode in ("RGB", "L", "1", "P", "LA", "PA", "RGBA"):
         image = image.convert("RGBA")
-        lowest, _ = image.getchannel("A").getextrema()
-        if lowest != 255:
+        if image.getchannel("A").getextrema()[0] != 255:
             raise ImageReadError(
                 "some pixels are transparent; composite the image on a background colour of your choice first"
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ class Subtype(NamedTuple):
     malignant: int
 
 
-SUBTYPES: dict[str, Subtype] = {
+SUBTYPES = {
     "A": Subtype("adenosis", 0),
     "F": Subtype("fibroadenoma", 0),
     "PT": Subtype("phyllodes_tumor", 0),
@@ -40,20 +41,15 @@ OTHER_IMAGE_SUFFIXES = (".bmp", ".gif", ".webp", ".jp2", ".jpe", ".jfif")
 
 
 class Sample(NamedTuple):
-    """One image of the data set.
-
-    `label` is the class index under the data set's target, `subtype` one of the codes of `SUBTYPES`, `slide` the
-    slide id with its year (``14-22549AB``), `patient` the digits of the slide number (``22549``), `sequence` the
-    image's number as written (``007``).
-    """
+    """One image of the data set."""
 
     path: Path
-    label: int
-    subtype: str
-    slide: str
-    patient: str
+    label: int  # class index under the data set's target
+    subtype: str  # one of the codes of `SUBTYPES`
+    slide: str  # with its year: 14-22549AB
+    patient: str  # the digits of the slide's number: 22549
     magnification: int
-    sequence: str
+    sequence: str  # the image's number as written: 007
 
     @property
     def name(self) -> str:
@@ -89,32 +85,38 @@ def parse_name(path: str | os.PathLike[str]) -> Sample:
             f"file name {path.name!r} does not parse; "
             f"expected SOB_<B|M>_<type>-<year>-<slide>-<magnification>-<sequence>, e.g. SOB_M_DC-14-11031-200-003.png"
         )
-    code = match["subtype"]
+    code, magnification = match["subtype"], int(match["magnification"])
     if code not in SUBTYPES:
         raise ValueError(f"file name {path.name!r} has tumour type {code!r}; expected one of {', '.join(SUBTYPES)}")
     letter = "BM"[SUBTYPES[code].malignant]
     if match["cls"] != letter:
         raise ValueError(f"file name {path.name!r} has class {match['cls']!r}, but type {code} is {letter!r}")
-    magnification = int(match["magnification"])
     if magnification not in MAGNIFICATIONS:
         raise ValueError(f"file name {path.name!r} has magnification {magnification}; expected one of {MAGNIFICATIONS}")
     slide = f"{match['year']}-{match['number']}{match['part']}"
     return Sample(path, SUBTYPES[code].malignant, code, slide, match["number"], magnification, match["sequence"])
 
 
+def magnifications_of(magnifications: int | Iterable[int]) -> tuple[int, ...]:
+    """One or several magnifications in ascending order; raises ValueError for others."""
+    wanted = {magnifications} if isinstance(magnifications, int) else set(magnifications)
+    if not wanted or not wanted <= set(MAGNIFICATIONS):
+        raise ValueError(f"magnifications={magnifications!r}; expected one or several of {MAGNIFICATIONS}")
+    return tuple(sorted(wanted))
+
+
 def image_path(tree: Path, subtype: str, slide: str, magnification: int, sequence: str, suffix: str = ".png") -> Path:
     """Where the official layout puts an image below `tree` (the folder that holds ``breast/``)."""
-    kind = SUBTYPES[subtype]
-    letter = "BM"[kind.malignant]
-    folder = tree / "breast" / LABELS[kind.malignant] / "SOB" / kind.folder / f"SOB_{letter}_{subtype}_{slide}"
-    return folder / f"{magnification}X" / f"SOB_{letter}_{subtype}-{slide}-{magnification}-{sequence}{suffix}"
+    folder, malignant = SUBTYPES[subtype]
+    name = f"SOB_{'BM'[malignant]}_{subtype}"
+    place = tree / "breast" / LABELS[malignant] / "SOB" / folder / f"{name}_{slide}" / f"{magnification}X"
+    return place / f"{name}-{slide}-{magnification}-{sequence}{suffix}"
 
 
 def find_tree(root: str | os.PathLike[str]) -> Path:
-    """Return the folder that holds ``breast/benign`` and ``breast/malignant``, searched from `root` downwards.
+    """The folder that holds ``breast/benign`` and ``breast/malignant``: `root`, or the only one below it.
 
-    `root` may be that folder (``histology_slides``), ``breast`` itself, ``BreaKHis_v1`` or any folder above. Links to
-    folders are followed; hidden folders are not searched.
+    `root` may be ``breast`` itself too. Links to folders are followed; hidden folders are not searched.
 
     Raises:
         FileNotFoundError: `root` does not exist or holds no such folder.
@@ -132,7 +134,15 @@ def find_tree(root: str | os.PathLike[str]) -> Path:
         )
     if root.name == "breast" and _is_breast(root):
         return root.parent
-    trees = list(_trees_below(root))
+    trees, seen = [], set()
+    for folder, children, _ in _walk(root, OSError):
+        real = os.path.realpath(folder)
+        is_tree = "breast" in children and _is_breast(folder / "breast")
+        if is_tree and real not in seen:
+            trees.append(folder)
+        if is_tree or real in seen:  # or a second way, over a link, to a folder that was searched
+            children.clear()
+        seen.add(real)
     if not trees:
         raise FileNotFoundError(
             f"no BreakHis data below {str(root)!r}: expected a folder breast/benign or breast/malignant, as in "
@@ -153,71 +163,45 @@ def _is_breast(folder: Path) -> bool:
 
 
 def _walk(
-    folder: Path, *, strict: bool, above: frozenset[str] = frozenset()
+    folder: Path, *ignored: type[OSError], above: frozenset[str] = frozenset()
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Like `os.walk` in name order: follows links but not in circles, omits hidden entries, raises if `strict`."""
+    """As `os.walk`, in name order: follows links but not in circles, omits hidden entries, raises all but `ignored`."""
     real = os.path.realpath(folder)
-    if real in above:
-        return
-    try:
-        with os.scandir(folder) as entries:
+    visible: list[tuple[str, bool]] = []
+    if real not in above:
+        with contextlib.suppress(*ignored), os.scandir(folder) as entries:
             visible = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(entry.name))
-    except OSError:
-        if strict:
-            raise
-        return
     children = [name for name, is_dir in visible if is_dir]
     yield folder, children, [name for name, is_dir in visible if not is_dir]
     for child in children:
-        yield from _walk(folder / child, strict=strict, above=above | {real})
-
-
-def _trees_below(root: Path) -> Iterator[Path]:
-    seen: set[str] = set()
-    for folder, children, _ in _walk(root, strict=False):
-        real = os.path.realpath(folder)
-        if real in seen:  # a second way, over a link, to a folder that was searched
-            children.clear()
-            continue
-        seen.add(real)
-        if "breast" in children and _is_breast(folder / "breast"):
-            children.clear()
-            yield folder
+        yield from _walk(folder / child, *ignored, above=above | {real})
 
 
 def scan_tree(tree: Path) -> tuple[list[Sample], list[Skipped]]:
     """Every image below `tree`/breast in name order, and every picture that cannot be used with the reason.
 
-    Hidden files and files that are no pictures (by suffix) are not looked at. The order depends on names alone. An
-    image whose folders contradict its name, and all files of one name that exist twice (``x.png`` and ``x.jpg``), are
-    among the problems.
+    Hidden files and files that are no pictures (by suffix) are not looked at. Among the problems are images whose
+    folders contradict their names, and all files of one name (``x.png`` and ``x.jpg``).
 
     Raises:
         OSError: a folder cannot be read.
     """
     found: dict[str, list[Sample]] = {}
     problems: list[Skipped] = []
-    for folder, _, files in _walk(tree / "breast", strict=True):
+    for folder, _, files in _walk(tree / "breast"):
         for file in files:
             path = folder / file
-            if path.suffix.lower() not in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
-                continue
-            try:
-                sample = _read_entry(tree, path)
-            except ValueError as error:
-                problems.append(Skipped(path, str(error)))
-            else:
-                found.setdefault(sample.name, []).append(sample)
-    samples = []
-    for name in sorted(found):
-        if len(found[name]) == 1:
-            samples.append(found[name][0])
-            continue
-        paths = sorted(sample.path for sample in found[name])
-        problems.extend(
-            Skipped(path, "the same image name occurs as " + " and ".join(map(str, paths))) for path in paths
-        )
-    return samples, sorted(problems)
+            if path.suffix.lower() in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
+                try:
+                    sample = _read_entry(tree, path)
+                    found.setdefault(sample.name, []).append(sample)
+                except ValueError as error:
+                    problems.append(Skipped(path, str(error)))
+    for same in found.values():
+        paths = sorted(sample.path for sample in same)
+        reason = "the same image name occurs as " + " and ".join(map(str, paths))
+        problems += [Skipped(path, reason) for path in paths if len(paths) > 1]
+    return [found[name][0] for name in sorted(found) if len(found[name]) == 1], sorted(problems)
 
 
 def _read_entry(tree: Path, path: Path) -> Sample:

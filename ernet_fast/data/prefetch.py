@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +18,25 @@ _LAST_SECONDS = 5.0  # at the end of the interpreter, for a batch that is being 
 class Prefetcher:
     """The batches of an iterable, on `device`, uploaded ahead of their use.
 
-    One thread takes batches from `source`, copies them to page-locked memory and from there to the device, on a stream
-    of its own, so that reading and decoding, the upload and the work on an earlier batch overlap. A batch is handed
-    over without waiting on the host: the stream that is current where it is taken waits for its copy.
+    One thread takes batches from `source` and copies them to the device, by way of pinned memory and on a stream of its
+    own, so that reading, upload and the work on an earlier batch overlap. A batch is handed over without waiting on the
+    host: the stream that is current where it is taken waits for its copy.
 
     >>> for images, labels in Prefetcher(DataLoader(dataset, batch_size=256, num_workers=8), device="cuda"):
     ...     images = normalizer(images)
 
-    On the CPU nothing is copied and no thread started: arrays become tensors over the same memory, so that the same
-    loop serves both.
+    On the CPU nothing is copied and no thread started: arrays become tensors over the same memory.
 
     Args:
-        source: batches: torch tensors on the CPU or NumPy arrays, in lists, tuples, named tuples and dictionaries of
-            any depth. Everything else, and tensors that are on the device already, is handed on as it is. Batches may
-            differ in shape and number. Memory formats and dtypes are kept. What was page-locked already, as by
-            `DataLoader(pin_memory=True)`, is copied once less. A source must not write to a batch that it gave out.
+        source: batches of any shapes: tensors on the CPU or NumPy arrays, in lists, tuples, named tuples and
+            dictionaries of any depth; everything else, and tensors on the device, is handed on as it is. Memory formats
+            and dtypes are kept. What is pinned already (`DataLoader(pin_memory=True)`) is copied once less. A source
+            must not write to a batch that it gave out.
         device: where to; "cuda" is the device that is current when an iteration begins.
         depth: batches uploaded, or on their way, beside the one in use; 2 is double buffering with one in use.
 
-    Iterating yields the batches in the order of `source`, and raises what `source` raises, after the batches before.
-    Each iteration begins `source` anew. An iteration that is left early (`break`, an exception, `close()`) stops the
-    thread, closes the iterator of `source` if that can be closed, and drops the batches that were not used.
+    Each iteration begins `source` anew, keeps its order, and raises what `source` raises, after the batches before. One
+    that is left early (`break`, an exception, `close()`) stops the thread, and closes the iterator of `source`.
 
     Raises:
         TypeError: `source` is not iterable, or depth no integer.
@@ -53,9 +51,7 @@ class Prefetcher:
             raise TypeError(f"depth is {depth!r}; expected an integer.")
         if depth < 1:
             raise ValueError(f"depth={depth}; at least one batch has to be under way.")
-        self.source = source
-        self.device = torch.device(device)
-        self.depth = depth
+        self.source, self.device, self.depth = source, torch.device(device), depth
         if self.device.type not in ("cpu", "cuda"):
             raise ValueError(f"device={str(device)!r}; expected 'cuda', 'cuda:N' or 'cpu'.")
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -74,7 +70,7 @@ class Prefetcher:
 
 
 class CopyLane:
-    """A stream of a CUDA device that copies from the host go along, beside the stream that computes."""
+    """A stream for copies from the host to a CUDA device, beside the stream that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,7 +82,8 @@ class CopyLane:
             return array
         if array.device.type != "cpu":
             raise RuntimeError(f"a batch holds a tensor on {array.device}; expected the CPU, or {self.device}.")
-        staged = array if is_dense(array) and array.is_pinned() else page_locked(array)
+        dense = torch.empty_like(array, device="meta").stride() == array.stride()  # one stretch of memory
+        staged = array if dense and array.is_pinned() else page_locked(array)
         with torch.cuda.stream(self.stream):
             return staged.to(self.device, non_blocking=True)
 
@@ -104,16 +101,8 @@ class CopyLane:
             array.record_stream(current)
 
 
-def is_dense(array: torch.Tensor) -> bool:
-    """True if one copy of a stretch of memory copies the tensor."""
-    return torch.empty_like(array, device="meta").stride() == array.stride()
-
-
 def page_locked(array: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    """A copy in page-locked memory, dense, in the same memory format.
-
-    torch keeps such memory for later batches, and gives none of it out again before a copy from it is done.
-    """
+    """A dense copy in pinned memory, in the same memory format; torch reuses it after the copies from it are done."""
     return torch.empty_like(array, device="cpu", pin_memory=True).copy_(array, non_blocking=non_blocking)
 
 
@@ -127,90 +116,61 @@ def to_host(arrays: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.
     return copies, event
 
 
-class _Uploaded(NamedTuple):
-    batch: Any
-    arrays: list[torch.Tensor]
-    copied: Any
-
-
-class _End(NamedTuple):
-    error: BaseException | None
-
-
 def prefetch(source: Iterable[Any], lane: CopyLane, depth: int) -> Iterator[Any]:
     """Yield the batches of `source` that `lane` uploads, at most `depth` of them ahead of the one in use."""
-    ready: queue.SimpleQueue[_Uploaded | _End] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what _upload returns; last an error, or None
     places = threading.Semaphore(depth)
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_fill, args=(source, lane, ready, places, stop), name="ernet_fast-prefetch", daemon=True
-    )
+
+    def fill() -> None:
+        """The thread: upload one batch for each place, until the source ends or the iteration is left."""
+        error: BaseException | None = None
+        batches: Iterator[Any] | None = None
+        try:
+            batches = iter(source)
+            while places.acquire() and not stop.is_set():
+                ready.put(_upload(next(batches), lane))
+        except StopIteration:
+            pass
+        except BaseException as caught:  # whatever it is, it belongs to the thread that iterates
+            error = caught
+        try:
+            getattr(batches, "close", lambda: None)()
+        except BaseException as caught:
+            error = error or caught
+        ready.put(error)
+
+    thread = threading.Thread(target=fill, name="ernet_fast-prefetch", daemon=True)
     thread.start()
 
     def end() -> None:
         stop.set()
         places.release()
-        thread.join(_LAST_SECONDS)
+        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
+        if thread is not threading.current_thread() and not sys.is_finalizing():
+            thread.join(patience)
 
+    patience: float | None = _LAST_SECONDS
     # A thread that is within C++ code when the interpreter ends takes the process down; one whose source keeps it
     # waiting does not, and is waited for a few seconds at most.
     atexit.register(end)
     try:
-        while True:
-            item = ready.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
-            lane.hand_over(item.arrays, item.copied)
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            handed, arrays, copied = item
+            lane.hand_over(arrays, copied)
             places.release()
-            handed = [item.batch]
-            del item  # the caller alone holds a batch while it works on it
+            del item, arrays, copied  # the caller alone holds a batch while it works on it
             yield handed.pop()
     finally:
         atexit.unregister(end)
-        # A thread cannot end any more once the interpreter does, nor wait for itself (in a garbage collection).
-        stop.set()
-        places.release()
-        if thread is not threading.current_thread() and not sys.is_finalizing():
-            thread.join()
+        patience = None
+        end()
 
 
-def _fill(
-    source: Iterable[Any],
-    lane: CopyLane,
-    ready: queue.SimpleQueue[_Uploaded | _End],
-    places: threading.Semaphore,
-    stop: threading.Event,
-) -> None:
-    """The thread: upload one batch for each place, until the source ends or the iteration is left."""
-    error: BaseException | None = None
-    batches: Iterator[Any] | None = None
-    try:
-        batches = iter(source)
-        while True:
-            places.acquire()
-            if stop.is_set():
-                break
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            ready.put(_upload(batch, lane))
-            del batch
-    except BaseException as caught:  # whatever it is, it belongs to the thread that iterates
-        error = caught
-    finally:
-        close = getattr(batches, "close", None)
-        if close is not None:
-            try:
-                close()
-            except BaseException as caught:
-                error = error or caught
-        ready.put(_End(error))
-
-
-def _upload(batch: Any, lane: CopyLane) -> _Uploaded:
+def _upload(batch: Any, lane: CopyLane) -> tuple[list[Any], list[torch.Tensor], Any]:
+    """The batch, in a list of its own, the tensors that are copied, and an event behind the copies."""
     arrays: list[torch.Tensor] = []
 
     def one(leaf: Any) -> torch.Tensor:
@@ -220,7 +180,7 @@ def _upload(batch: Any, lane: CopyLane) -> _Uploaded:
             arrays.append(on_device)
         return on_device
 
-    return _Uploaded(map_arrays(batch, one), arrays, lane.mark())
+    return [map_arrays(batch, one)], arrays, lane.mark()
 
 
 def as_tensor(leaf: torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -238,8 +198,8 @@ def map_arrays(batch: Any, function: Callable[[Any], torch.Tensor]) -> Any:
         return function(batch)
     if isinstance(batch, dict):
         return type(batch)({key: map_arrays(value, function) for key, value in batch.items()})
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_arrays(value, function) for value in batch))
+    if isinstance(batch, tuple) and hasattr(batch, "_make"):
+        return batch._make(map_arrays(value, function) for value in batch)
     if type(batch) in (list, tuple):
         return type(batch)(map_arrays(value, function) for value in batch)
     return batch

@@ -1,28 +1,26 @@
 """Stratified train, validation and test splits that keep a patient's images together.
 
-A share of the patients (30 %) is held out as the test set. The others are dealt into folds (5): `val` is one fold,
-`train` the other folds, so with the defaults a split has about 56 % / 14 % / 30 % of the images, and the test set is
-the same for every fold.
+A share of the patients (30 %) is the test set; the others are dealt into folds (5), of which `val` is one and `train`
+the others: about 56 % / 14 % / 30 % of the images, with the same test set for every fold.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.atomic_file import write_csv
 from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, parse_name
 
 SPLIT_NAMES = ("train", "val", "test", "trainval", "all")
@@ -63,11 +61,7 @@ class Splits:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Splits:
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError, ValueError: these are not the values of a split.
-        """
+        """The inverse of `to_dict`. Raises KeyError or ValueError if these are not the values of a split."""
         num_folds, rows = values["num_folds"], []
         for image, fold in values["fold_of"].items():
             if fold is not None and not 0 <= fold < num_folds:
@@ -87,15 +81,14 @@ class Splits:
             raise ValueError(f"split={split!r}; expected one of {', '.join(map(repr, SPLIT_NAMES))}")
         if split in ("train", "val") and not 0 <= fold < self.num_folds:
             raise ValueError(f"fold={fold}; expected 0 <= fold < {self.num_folds}")
-        parts: set[int | None] = set(range(self.num_folds))
-        wanted: dict[str, set[int | None]] = {
-            "train": parts - {fold},
-            "val": {fold},
-            "test": {None},
-            "trainval": parts,
-            "all": {*parts, None},
-        }
-        return [sample for sample in samples if self.fold_of[sample.name] in wanted[split]]
+        belongs = {
+            "train": lambda part: part not in (None, fold),
+            "val": lambda part: part == fold,
+            "test": lambda part: part is None,
+            "trainval": lambda part: part is not None,
+            "all": lambda part: True,
+        }[split]
+        return [sample for sample in samples if belongs(self.fold_of[sample.name])]
 
 
 class _Unit(NamedTuple):
@@ -114,14 +107,13 @@ def make_splits(
 
     ``by="patient"``: whole patients (the digits of the slide id) are dealt. Of each class,
     ``round(test_fraction * n)`` patients are held out and the folds get equally many of the others, give or take one;
-    a patient with images of both classes counts for the more frequent one. Of 64 random ways to do so, the one with
-    the most even image counts (in all, by subtype and by magnification) is taken. ``by="image"``: single images,
-    stratified by subtype and magnification, as the ERNet paper did; a patient's images are then in several parts and
-    scores say little about new patients. (Images of one slide, magnification and number that are filed under two
-    subtypes stay together: they are one image.)
+    a patient of both classes counts for the more frequent one. Of 64 random ways to do so, the one with the most even
+    image counts (in all, by subtype and by magnification) is taken. ``by="image"``: single images, stratified by
+    subtype and magnification, as the ERNet paper did; scores then say little about new patients. (One image that is
+    filed under two subtypes stays together.)
 
-    The result depends on file names, `by`, `test_fraction`, `num_folds` and `seed` alone: not on the order of
-    `samples`, nor on the random generator of a NumPy or torch version. The test set does not depend on `num_folds`.
+    The result depends on file names and the other arguments alone: not on the order of `samples`, nor on the version
+    of NumPy or torch. The test set does not depend on `num_folds`.
 
     Raises:
         ValueError: a class has too few patients (or images) for the test set and the folds (fewer than 7 with the
@@ -129,18 +121,26 @@ def make_splits(
     """
     samples = sorted(samples, key=lambda sample: sample.name)
     _check_arguments(samples, by, test_fraction, num_folds)
-    units = _units_by_patient(samples) if by == "patient" else _units_by_image(samples)
-    _check_enough(units, by, test_fraction, num_folds)
+    units = _units(samples, by)
     trials = _TRIALS if by == "patient" else 1  # single images: every deal is even
     fold: dict[str, int] = {}
-    for label in sorted({unit.label for unit in units}):
+    for label, count in sorted(Counter(unit.label for unit in units).items()):
+        # the rounded share, halves up, whatever the last bit of 0.3 * k
+        taken = [math.floor(test_fraction * k + 0.5 + 1e-9) for k in range(count + 1)]
+        if count - taken[-1] < num_folds or (test_fraction > 0 and taken[-1] == 0):
+            raise ValueError(
+                f"class {LABELS[label]!r} has too few {by}s: of {count}, test_fraction={test_fraction} holds out "
+                f"{taken[-1]} and leaves {count - taken[-1]} for num_folds={num_folds}, but each part needs one. Lower "
+                f"num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
+            )
         members = [unit for unit in units if unit.label == label]
-        deal = partial(_hold_out, fraction=test_fraction)
-        part = _most_even(members, (test_fraction, 1 - test_fraction), seed, trials, deal)
-        kept = [unit for unit in members if part[unit.key] == 1]
+        # Those held out are spread evenly over the strata: the rounded share of the first k, for every k.
+        held_out = [taken[k + 1] > taken[k] for k in range(count)]
+        part = _most_even(members, (1 - test_fraction, test_fraction), seed, trials, held_out)
+        kept = [unit for unit in members if not part[unit.key]]
         # A class begins at the fold after the last one's end, which keeps the folds' totals even.
-        deal = partial(_deal_folds, num_folds=num_folds, first=len(fold))
-        fold |= _most_even(kept, [1 / num_folds] * num_folds, seed, trials, deal)
+        folds = [(len(fold) + k) % num_folds for k in range(len(kept))]
+        fold |= _most_even(kept, [1 / num_folds] * num_folds, seed, trials, folds)
     rows = [SplitRow(s.name, s.patient, s.subtype, fold.get(unit.key)) for unit in units for s in unit.samples]
     return Splits(tuple(sorted(rows)), num_folds)
 
@@ -159,80 +159,41 @@ def _check_arguments(samples: Sequence[Sample], by: str, test_fraction: float, n
             raise ValueError(f"samples holds two images named {first.name!r}: {first.path} and {second.path}")
 
 
-def _units_by_patient(samples: Sequence[Sample]) -> list[_Unit]:
+def _units(samples: Sequence[Sample], by: str) -> list[_Unit]:
+    """The images of each patient, or each image with its copies under other subtypes."""
     groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.patient, []).append(sample)
-    units = []
-    for patient, members in groups.items():
-        label = int(2 * sum(sample.malignant for sample in members) >= len(members))
-        units.append(_Unit(patient, label, (label,), tuple(members)))
-    return units
-
-
-def _units_by_image(samples: Sequence[Sample]) -> list[_Unit]:
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        groups.setdefault(f"{sample.slide}-{sample.magnification}-{sample.sequence}", []).append(sample)
+    for s in samples:
+        groups.setdefault(s.patient if by == "patient" else f"{s.slide}-{s.magnification}-{s.sequence}", []).append(s)
     units = []
     for key, members in groups.items():
-        label = max(sample.malignant for sample in members)
-        stratum = (label, "+".join(sample.subtype for sample in members), members[0].magnification)
+        label = int(2 * sum(sample.malignant for sample in members) >= len(members))
+        stratum: tuple[int | str, ...] = (label,)
+        if by == "image":
+            stratum = (label, "+".join(sample.subtype for sample in members), members[0].magnification)
         units.append(_Unit(key, label, stratum, tuple(members)))
     return units
 
 
-def _check_enough(units: Sequence[_Unit], by: str, test_fraction: float, num_folds: int) -> None:
-    for label, count in sorted(Counter(unit.label for unit in units).items()):
-        held_out = _round(test_fraction * count)
-        if count - held_out < num_folds or (test_fraction > 0 and held_out == 0):
-            raise ValueError(
-                f"class {LABELS[label]!r} has too few {by}s: of {count}, test_fraction={test_fraction} holds out "
-                f"{held_out} and leaves {count - held_out} for num_folds={num_folds}, but each part needs one. Lower "
-                f"num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
-            )
-
-
-def _round(value: float) -> int:
-    return math.floor(value + 0.5 + 1e-9)  # halves up, whatever the last bit of 0.3 * n
-
-
-def _shuffled(units: Sequence[_Unit], seed: int, trial: int) -> list[_Unit]:
-    """By stratum, in random order within each."""
-    return sorted(units, key=lambda u: (str(u.stratum), hashlib.sha256(f"{seed}/{trial}/{u.key}".encode()).digest()))
-
-
-def _hold_out(units: Sequence[_Unit], fraction: float) -> dict[str, int]:
-    """Part 0 (test) or 1 of the units of one class: the rounded share of them, spread evenly over the strata."""
-    taken = [_round(fraction * k) for k in range(len(units) + 1)]
-    return {unit.key: int(taken[k + 1] == taken[k]) for k, unit in enumerate(units)}
-
-
-def _deal_folds(units: Sequence[_Unit], num_folds: int, first: int) -> dict[str, int]:
-    """Fold of the units of one class: dealt one by one, so that each stratum differs by at most one between folds."""
-    return {unit.key: (first + k) % num_folds for k, unit in enumerate(units)}
-
-
 def _most_even(
-    units: Sequence[_Unit],
-    shares: Sequence[float],
-    seed: int,
-    trials: int,
-    deal: Callable[[list[_Unit]], dict[str, int]],
+    units: Sequence[_Unit], shares: Sequence[float], seed: int, trials: int, parts: Sequence[int]
 ) -> dict[str, int]:
-    """Of `trials` random deals, the one whose parts have the most even image counts (chi-square of `_image_counts`)."""
+    """The part of each unit, in the one of `trials` random deals whose image counts are the most even (chi-square).
+
+    A deal orders the units by stratum, at random within each, and gives each the part in the same place of `parts`.
+    """
     counts = {unit.key: _image_counts(unit) for unit in units}
     expected = np.outer(shares, np.sum(list(counts.values()), axis=0))
-    best: tuple[float, dict[str, int]] | None = None
+    best: tuple[float, dict[str, int]] = math.inf, {}
     for trial in range(trials):
-        part = deal(_shuffled(units, seed, trial))
+        draw = {u.key: hashlib.sha256(f"{seed}/{trial}/{u.key}".encode()).digest() for u in units}
+        shuffled = sorted(units, key=lambda u: (str(u.stratum), draw[u.key]))
+        part = {unit.key: int(p) for unit, p in zip(shuffled, parts, strict=True)}
         observed = np.zeros_like(expected)
         for key, p in part.items():
             observed[p] += counts[key]
         unevenness = float(np.sum((observed - expected) ** 2 / np.maximum(expected, 1.0)))
-        if best is None or unevenness < best[0] * (1 - 1e-9):  # equal up to rounding is equal, on every machine
+        if unevenness < best[0] * (1 - 1e-9):  # equal up to rounding is equal, on every machine
             best = unevenness, part
-    assert best is not None
     return best[1]
 
 
@@ -241,22 +202,14 @@ def _image_counts(unit: _Unit) -> list[int]:
     subtypes = Counter(sample.subtype for sample in unit.samples)
     cells = Counter((sample.malignant, sample.magnification) for sample in unit.samples)
     total = [len(unit.samples)] * len(MAGNIFICATIONS)
-    return (
-        total + [subtypes[code] for code in SUBTYPES] + [cells[label, m] for label in range(2) for m in MAGNIFICATIONS]
-    )
+    by_cell = [cells[label, m] for label in range(2) for m in MAGNIFICATIONS]
+    return total + [subtypes[code] for code in SUBTYPES] + by_cell
 
 
 def write_split_csv(path: str | os.PathLike[str], splits: Splits) -> Path:
-    """Write one line an image: ``image,patient,subtype,split,fold``, split ``test`` (no fold) or ``trainval``.
-
-    The file appears whole or not at all.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    for row in splits.rows:
-        writer.writerow((*row[:3], "test", "") if row.fold is None else (*row[:3], "trainval", row.fold))
-    write_text(path, text.getvalue())
+    """Write a line an image, atomically: ``image,patient,subtype,split,fold``; split is ``test`` or ``trainval``."""
+    parts = [("test", "") if row.fold is None else ("trainval", row.fold) for row in splits.rows]
+    write_csv(path, [_COLUMNS, *((*row[:3], *part) for row, part in zip(splits.rows, parts, strict=True))])
     return Path(path)
 
 
@@ -281,18 +234,16 @@ def read_split_csv(path: str | os.PathLike[str]) -> Splits:
             for record in reader:
                 where = f"{path}, line {reader.line_num}"
                 row = _parse_row(record, where)
-                if row.image in rows:
+                if rows.setdefault(row.image, row) is not row:
                     raise ValueError(f"{where}: image {row.image!r} is listed twice")
-                rows[row.image] = row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
     if not rows:
         raise ValueError(f"{path} lists no images")
-    used = {row.fold for row in rows.values() if row.fold is not None}
-    num_folds = max(used, default=-1) + 1
-    if num_folds < 2 or len(used) < num_folds:
-        raise ValueError(f"{path}: folds {sorted(used)}; expected 0, 1, ... without gaps and at least two")
-    return Splits(tuple(sorted(rows.values())), num_folds)
+    used = sorted({row.fold for row in rows.values() if row.fold is not None})
+    if len(used) < 2 or used != list(range(len(used))):
+        raise ValueError(f"{path}: folds {used}; expected 0, 1, ... without gaps and at least two")
+    return Splits(tuple(sorted(rows.values())), len(used))
 
 
 def _parse_row(record: dict[str | None, str | None], where: str) -> SplitRow:

@@ -21,8 +21,8 @@ from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_tr
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.evaluation import evaluate
+from ernet_fast.train.images import evenly_chosen
 from ernet_fast.train.loop import fit
-from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import most_typical
 
 _RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")

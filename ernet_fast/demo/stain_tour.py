@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ernet_fast.data import Sample, read_image
+from ernet_fast.train.images import evenly_chosen
 from ernet_fast.train.pictures import before_after_picture
-from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization
 
 _SHOWN = 6

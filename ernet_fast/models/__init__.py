@@ -13,25 +13,8 @@ from ernet_fast.models.stage import ERStage
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 
 __all__ = [
-    "ERBasicBlock",
-    "ERBlock",
-    "ERBlock133",
-    "ERBottleneck",
-    "ERResNet",
-    "ERStage",
-    "Explanation",
-    "FlopCount",
-    "ProjectionBlock",
-    "StageExplanation",
-    "convert_resnet",
-    "count_flops",
-    "er_resnet18",
-    "er_resnet34",
-    "er_resnet50",
-    "er_resnet101",
-    "er_resnet152",
-    "explain",
-    "fold_for_inference",
-    "load_torchvision_state_dict",
+    "ERBasicBlock", "ERBlock", "ERBlock133", "ERBottleneck", "ERResNet", "ERStage", "Explanation", "FlopCount",
+    "ProjectionBlock", "StageExplanation", "convert_resnet", "count_flops", "er_resnet18", "er_resnet34",
+    "er_resnet50", "er_resnet101", "er_resnet152", "explain", "fold_for_inference", "load_torchvision_state_dict",
     "read_weights",
-]
+]  # fmt: skip

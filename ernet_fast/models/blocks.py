@@ -1,7 +1,6 @@
 """Residual blocks: the projection block that opens a stage, and the ER blocks that follow it.
 
-Names and shapes of convolutions and BatchNorms are torchvision's (`conv1`, `bn1`, ..., `downsample.0`), so its
-checkpoints fit.
+Convolutions and BatchNorms have torchvision's names (`conv1`, `bn1`, ..., `downsample.0`), so its checkpoints fit.
 """
 
 from __future__ import annotations
@@ -20,17 +19,10 @@ if TYPE_CHECKING:
 
 
 class ResidualBranch(nn.Module):
-    """The convolutional branch H of a block: convolutions without bias, each with a BatchNorm, ReLU between them.
+    """The branch H of a block: convolutions without bias, each with a BatchNorm, ReLU between them.
 
-    The BatchNorm of the last convolution is left to the block, because the ER shortcut fuses with it.
-
-    Args:
-        in_channels: channels of the input.
-        width: channels between the convolutions.
-        out_channels: channels of the output.
-        stride: of the first 3x3 convolution.
-        dilation: of the 3x3 convolutions.
-        first_dilation: of the first 3x3 convolution, default `dilation`.
+    The last BatchNorm is left to the block, because the ER shortcut fuses with it. `width` channels lie between the
+    convolutions; `stride` and `first_dilation` (default `dilation`) are those of the first 3x3 convolution.
     """
 
     kernel_sizes: ClassVar[tuple[int, ...]]
@@ -46,20 +38,12 @@ class ResidualBranch(nn.Module):
         first_dilation: int | None = None,
     ) -> None:
         super().__init__()
-        last = len(self.kernel_sizes) - 1
-        spatial = self.kernel_sizes.index(3)
+        spatial, last = self.kernel_sizes.index(3), len(self.kernel_sizes) - 1
         for k, size in enumerate(self.kernel_sizes):
-            outputs = out_channels if k == last else width
+            inputs, outputs = (width if k else in_channels), (width if k < last else out_channels)
             spread = 1 if size == 1 else (first_dilation or dilation) if k == spatial else dilation
-            conv = nn.Conv2d(
-                in_channels if k == 0 else width,
-                outputs,
-                size,
-                stride if k == spatial else 1,
-                padding=spread * (size // 2),
-                dilation=spread,
-                bias=False,
-            )
+            step, padding = (stride if k == spatial else 1), spread * (size // 2)
+            conv = nn.Conv2d(inputs, outputs, size, step, padding=padding, dilation=spread, bias=False)
             self.add_module(f"conv{k + 1}", conv)
             self.add_module(f"bn{k + 1}", nn.BatchNorm2d(outputs))
         self.relu = nn.ReLU(inplace=True)
@@ -75,10 +59,7 @@ class ResidualBranch(nn.Module):
         return getattr(self, f"bn{len(self.kernel_sizes)}")
 
     def branch(self, x: Tensor, *, fused: bool | None = None) -> Tensor:
-        """The last convolution's output before its BatchNorm, z [N, out_channels, H / stride, W / stride].
-
-        `fused`: the other BatchNorms are one pass with the ReLU behind them, see `batch_norm_relu`.
-        """
+        """The last convolution's output z [N, out_channels, H / stride, W / stride]; `fused`: see `batch_norm_relu`."""
         modules: dict[str, Any] = self._modules  # not by attributes: each is a call
         last = len(self.kernel_sizes)
         for k in range(1, last):
@@ -89,34 +70,19 @@ class ResidualBranch(nn.Module):
 class ProjectionBlock(ResidualBranch):
     """Block 0 of a stage ("Block A"): x_0 = ReLU(bn(z) + shortcut(x)), torchvision's residual block.
 
-    The shortcut is a strided 1x1 convolution with BatchNorm (`downsample`) where shapes change and the identity
-    where they do not (stage 1 of the 18- and 34-layer nets). Arguments as in `ResidualBranch`.
+    The shortcut is a strided 1x1 convolution with BatchNorm (`downsample`), or the identity where shapes stay (stage 1
+    of the 18- and 34-layer nets). Arguments as in `ResidualBranch`.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        first_dilation: int | None = None,
-    ) -> None:
-        super().__init__(
-            in_channels, width, out_channels, stride=stride, dilation=dilation, first_dilation=first_dilation
-        )
+    def __init__(self, in_channels: int, width: int, out_channels: int, *, stride: int = 1, **dilations: Any) -> None:
+        super().__init__(in_channels, width, out_channels, stride=stride, **dilations)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
             projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor, fused: bool | None = None) -> Tensor:
-        """x_0 [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W].
-
-        `fused`: each BatchNorm is one pass with the ReLU behind it, the last two with the sum between; see
-        `batch_norm_relu`.
-        """
+        """x_0 [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W]; `fused`: see `batch_norm_relu`."""
         if fused is None:
             fused = norms_supported(x)
         z = self.branch(x, fused=fused)
@@ -161,13 +127,7 @@ class ERBlock(ResidualBranch):
     ) -> None:
         super().__init__(channels, channels // self.reduction if width is None else width, channels, dilation=dilation)
         self.shortcut = ERShortcut(
-            channels,
-            num_maps,
-            norm=norm,
-            num_groups=num_groups,
-            relu=True,
-            fused=fused,
-            process_group=process_group,
+            channels, num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused, process_group=process_group
         )
 
     def forward(self, y: Tensor, maps: StageMaps) -> Tensor:
@@ -207,11 +167,10 @@ class ERBottleneck(ERBlock):
 
 
 class ERBlock133(ERBlock):
-    """ER block of "a 1x1 convolution accompanied by two 3x3 convolutions", as the ERNet paper once says; arguments
-    as in `ERBlock`.
+    """ER block of "a 1x1 convolution accompanied by two 3x3 convolutions" (ERNet paper); arguments as in `ERBlock`.
 
-    The paper gives neither order nor widths: here the 1x1 convolution leads to `width` and the last 3x3 to
-    `channels`, the bottleneck's widths. Its parameter counts are those of the standard blocks, not of this one.
+    The paper gives neither order nor widths: here they are the bottleneck's, with a 3x3 convolution from `width` to
+    `channels`. Its parameter counts are those of the standard blocks, not of this one.
     """
 
     kernel_sizes = (1, 3, 3)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
 
 import torch
 from torch import nn
 
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.models.blocks import ERBlock, ProjectionBlock
-from ernet_fast.models.plain_forward import check_computes_plain_resnet
-from ernet_fast.models.plain_resnet import check_plain_resnet
+from ernet_fast.models.plain_resnet import check_computes_plain_resnet, check_plain_resnet
 from ernet_fast.models.resnet import DEFAULT_GROUPS, EXPANSION, STAGE_NAMES, ERResNet
 
 _STEM = ("conv1", "bn1", "maxpool")
@@ -51,59 +49,38 @@ def convert_resnet(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     stages = check_plain_resnet(model)
-    num_features = stages[-1][-1].channels
-    num_classes = _num_classes(model.get_submodule("fc"), num_features)
+    fc, num_features, num_classes = model.get_submodule("fc"), stages[-1][-1][1], 0
+    if not isinstance(fc, nn.Identity):
+        linears = [module for module in fc.modules() if isinstance(module, nn.Linear)]
+        if not linears or linears[0].in_features != num_features:
+            expected = f"a linear layer (or a sequence with some) on {num_features} features"
+            raise ValueError(f"fc must be {expected}, got {fc}")
+        num_classes = linears[-1].out_features
     check_computes_plain_resnet(model)
     if norm == "group" and num_groups is None:
         num_groups = DEFAULT_GROUPS
-    family = _FAMILY[stages[0][0].kernel_sizes]
+    kernel_sizes, channels = stages[0][0]
+    family, layers = _FAMILY[kernel_sizes], [len(blocks) for blocks in stages]
+    stem = channels // EXPANSION[family]
     with torch.device("meta"):  # structure only: every module with tensors is replaced below
-        er = ERResNet(
-            family,
-            [len(blocks) for blocks in stages],
-            num_classes=0,
-            norm=norm,
-            num_groups=num_groups,
-            fused=fused,
-            base_channels=stages[0][0].channels // EXPANSION[family],
-        )
+        er = ERResNet(family, layers, 0, norm=norm, num_groups=num_groups, fused=fused, base_channels=stem)
     for module in er.modules():
         module.training = model.training
     for name in (*_STEM, "fc"):
         setattr(er, name, copy.deepcopy(model.get_submodule(name)))
     for stage, name in zip(er.stages, STAGE_NAMES, strict=True):
         for block, plain in zip(stage, model.get_submodule(name).children(), strict=True):
-            _copy_block(block, plain)
+            block.training = plain.training
+            for child in dict(block.named_children()):
+                if re.fullmatch(r"(conv|bn)\d", child):
+                    setattr(block, child, copy.deepcopy(plain.get_submodule(child)))
+            if isinstance(block, ProjectionBlock):
+                block.downsample = copy.deepcopy(getattr(plain, "downsample", None))
             if isinstance(block, ERBlock):
-                block.shortcut = _new_shortcut(block, norm=norm, num_groups=num_groups, fused=fused)
+                weight, old = block.last_bn.weight, block.shortcut
+                new = ERShortcut(weight.numel(), old.num_maps, norm=norm, num_groups=num_groups, relu=True, fused=fused)
+                block.shortcut = new.to(weight.device, weight.dtype).train(block.training)
     er.num_classes = num_classes
     er.in_channels = next(m.in_channels for m in er.conv1.modules() if isinstance(m, nn.Conv2d))
     er.drop_rate = float(getattr(model, "drop_rate", 0.0))
     return er
-
-
-def _copy_block(block: nn.Module, plain: nn.Module) -> None:
-    """Give `block` deep copies of the convolutions, BatchNorms and projection of `plain`, and its mode."""
-    block.training = plain.training
-    for name in dict(block.named_children()):
-        if re.fullmatch(r"(conv|bn)\d", name):
-            setattr(block, name, copy.deepcopy(plain.get_submodule(name)))
-    if isinstance(block, ProjectionBlock):
-        block.downsample = copy.deepcopy(getattr(plain, "downsample", None))
-
-
-def _new_shortcut(block: ERBlock, **kw: Any) -> ERShortcut:
-    """Untrained shortcuts beside the last BatchNorm of `block`: its device, its dtype and the block's mode."""
-    weight = block.last_bn.weight
-    shortcut = ERShortcut(weight.numel(), block.shortcut.num_maps, relu=True, **kw)
-    return shortcut.to(weight.device, weight.dtype).train(block.training)
-
-
-def _num_classes(fc: nn.Module, num_features: int) -> int:
-    """Outputs of a classifier on `num_features` features, 0 for none."""
-    if isinstance(fc, nn.Identity):
-        return 0
-    linears = [module for module in fc.modules() if isinstance(module, nn.Linear)]
-    if not linears or linears[0].in_features != num_features:
-        raise ValueError(f"fc must be a linear layer (or a sequence with some) on {num_features} features, got {fc}")
-    return linears[-1].out_features

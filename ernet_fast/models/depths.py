@@ -13,42 +13,20 @@ import torch
 from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 
-LAYERS: dict[int, tuple[int, int, int, int]] = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 FAMILY = {depth: "basic" if depth < 50 else "bottleneck" for depth in LAYERS}
 
 Weights = str | PathLike[str] | Mapping[str, Any]
 
 
-def er_resnet18(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
+def er_resnet18(num_classes: int = 1000, *, weights: Weights | None = None, **kw: Any) -> ERResNet:
     """ER-ResNet of 18 layers, 11.69 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(18, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
+    return _build(18, num_classes, weights, **kw)
 
 
-def er_resnet34(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
+def er_resnet34(num_classes: int = 1000, *, weights: Weights | None = None, **kw: Any) -> ERResNet:
     """ER-ResNet of 34 layers, 21.80 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(34, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
+    return _build(34, num_classes, weights, **kw)
 
 
 def er_resnet50(
@@ -82,30 +60,14 @@ def er_resnet50(
     return _build(50, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
 
 
-def er_resnet101(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
+def er_resnet101(num_classes: int = 1000, *, weights: Weights | None = None, **kw: Any) -> ERResNet:
     """ER-ResNet of 101 layers, 44.82 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(101, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
+    return _build(101, num_classes, weights, **kw)
 
 
-def er_resnet152(
-    num_classes: int = 1000,
-    *,
-    weights: Weights | None = None,
-    norm: str = "batch",
-    fused: bool = True,
-    in_channels: int = 3,
-    **kw: Any,
-) -> ERResNet:
+def er_resnet152(num_classes: int = 1000, *, weights: Weights | None = None, **kw: Any) -> ERResNet:
     """ER-ResNet of 152 layers, 60.86 M parameters with 1000 classes; arguments as in `er_resnet50`."""
-    return _build(152, num_classes, weights, norm=norm, fused=fused, in_channels=in_channels, **kw)
+    return _build(152, num_classes, weights, **kw)
 
 
 def _build(
@@ -117,7 +79,11 @@ def _build(
     dtype: torch.dtype | None = None,
     **kw: Any,
 ) -> ERResNet:
-    _check_keywords(f"er_resnet{depth}", kw)
+    known = list(inspect.signature(ERResNet).parameters)[2:]  # family and layers go with the depth
+    unknown = [keyword for keyword in kw if keyword not in known]
+    if unknown:
+        known += ["weights", "device", "dtype"]
+        raise TypeError(f"er_resnet{depth} has no argument {', '.join(unknown)}; its arguments are {', '.join(known)}")
     state = None if weights is None else read_weights(weights)
     with contextlib.nullcontext() if device is None else torch.device(device):
         model = ERResNet(FAMILY[depth], LAYERS[depth], num_classes, **kw)
@@ -126,11 +92,3 @@ def _build(
     if state is not None:
         load_torchvision_state_dict(model, state)
     return model
-
-
-def _check_keywords(name: str, kw: Mapping[str, Any]) -> None:
-    network = list(inspect.signature(ERResNet).parameters)[2:]  # family and layers go with the depth
-    known = [*network, "weights", "device", "dtype"]
-    unknown = [keyword for keyword in kw if keyword not in known]
-    if unknown:
-        raise TypeError(f"{name} has no argument {', '.join(unknown)}; its arguments are {', '.join(known)}")

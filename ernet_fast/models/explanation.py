@@ -12,12 +12,9 @@ from ernet_fast.models.stage import ERStage
 class StageExplanation(NamedTuple):
     """The path of one stage."""
 
-    name: str
-    """The stage's name in the model, "" for the model itself."""
-    path: str
-    """How the epilogues of its blocks are computed."""
-    reason: str
-    """Why this path and no faster one."""
+    name: str  # the stage's name in the model, "" for the model itself
+    path: str  # how the epilogues of its blocks are computed
+    reason: str  # why this path and no faster one
 
     def __str__(self) -> str:
         return f"{self.name or 'stage'}: {self.path} ({self.reason})"
@@ -35,8 +32,8 @@ class Explanation(tuple[StageExplanation, ...]):
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """The path of every `ERStage` in `model` for an input like `x`, with the reason, as a forward pass would choose it.
 
-    Nothing is computed and no statistics are updated. Modes that hold where this is called count: autocast, transforms
-    of `torch.func`, `torch.compiler`. What a forward pass logs at DEBUG to the logger "ernet_fast.er" is the same.
+    Nothing is computed or updated. Modes that hold where this is called count: autocast, transforms of `torch.func`,
+    `torch.compiler`. A forward pass logs the same at DEBUG to the logger "ernet_fast.er".
 
     Args:
         model: a network, in the mode of interest (`train()`, `eval()`), on the device of `x`.
@@ -54,11 +51,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor like an input of the model, got {type(x).__name__}")
-    stages = [(name, module) for name, module in model.named_modules() if isinstance(module, ERStage)]
+    stages = {name: module for name, module in model.named_modules() if isinstance(module, ERStage)}
     if not stages:
         raise ValueError(f"the {type(model).__name__} holds no ERStage.")
-    rows = []
-    for name, stage in stages:
-        choice = stage.choice(x)
-        rows.append(StageExplanation(name, choice.path.value, choice.reason))
-    return Explanation(rows)
+    choices = {name: stage.choice(x) for name, stage in stages.items()}
+    return Explanation(StageExplanation(name, choice.path.value, choice.reason) for name, choice in choices.items())

@@ -23,10 +23,9 @@ def fold_for_inference(model: Model) -> Model:
     `nn.Identity`; with norm="batch" each `ERShortcut` becomes a `FoldedShortcut`, one weighted sum with stored
     coefficients. Outputs are those of `model` to rounding, and can still be differentiated towards the images.
 
-    The copy does not follow `model`: after more training, fold again. It has no statistics, so its `train()` changes
-    nothing but dropout, and its state dict (convolutions with `weight` and `bias`; `shortcut.a`, `shortcut.b`) fits
-    only networks that were folded too. Keep the state dict of `model` to go on training, and save the copy itself, or
-    export it, to deploy. To deploy in another dtype, convert `model` before it is folded.
+    The copy has no statistics, so its `train()` changes nothing but dropout, and its state dict (convolutions with
+    `weight` and `bias`; `shortcut.a`, `shortcut.b`) fits only networks that were folded too. Keep the state dict of
+    `model` to go on training, and save or export the copy to deploy. Convert `model` to another dtype before.
 
     Args:
         model: a network or part of one that holds at least one `ERStage`, in evaluation mode; it is not modified.
@@ -41,7 +40,16 @@ def fold_for_inference(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    _check(model)
+    if not any(isinstance(module, ERStage) for module in model.modules()):
+        raise ValueError(f"the {type(model).__name__} holds no ERStage, so there is nothing to fold.")
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else f"the {type(model).__name__}"
+        if isinstance(module, FoldedShortcut):
+            raise ValueError(f"{where} is folded already.")
+        if module.training:
+            raise ValueError(f"{where} is in training mode: call model.eval() first.")
+        if _is_batch_norm(module) and module.running_mean is None:
+            raise ValueError(f"{where} has no running statistics: its BatchNorm has no constants to fold.")
     folded = copy.deepcopy(model)
     for module in list(folded.modules()):
         if isinstance(module, ERResNet):
@@ -53,23 +61,8 @@ def fold_for_inference(model: Model) -> Model:
             if isinstance(downsample, nn.Sequential) and len(downsample) == 2:
                 _fold_pair(downsample, "0", "1")
         if isinstance(module, ERBlock) and module.shortcut.norm == "batch":
-            shortcut = FoldedShortcut(module.shortcut)
-            module.shortcut = cast(ERShortcut, shortcut.train(module.shortcut.training))
+            module.shortcut = cast(ERShortcut, FoldedShortcut(module.shortcut).eval())
     return folded
-
-
-def _check(model: nn.Module) -> None:
-    stages = [module for module in model.modules() if isinstance(module, ERStage)]
-    if not stages:
-        raise ValueError(f"the {type(model).__name__} holds no ERStage, so there is nothing to fold.")
-    for name, module in model.named_modules():
-        where = f"module {name!r}" if name else f"the {type(model).__name__}"
-        if isinstance(module, FoldedShortcut):
-            raise ValueError(f"{where} is folded already.")
-        if module.training:
-            raise ValueError(f"{where} is in training mode: call model.eval() first.")
-        if _is_batch_norm(module) and module.running_mean is None:
-            raise ValueError(f"{where} has no running statistics: its BatchNorm has no constants to fold.")
 
 
 def _is_batch_norm(module: nn.Module) -> bool:

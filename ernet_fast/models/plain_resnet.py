@@ -1,34 +1,36 @@
-"""Recognition of a plain ResNet by the names and kinds of its modules."""
+"""Recognition of a plain ResNet: by the names and kinds of its modules, and by what it computes."""
 
 from __future__ import annotations
 
+import copy
 import re
-from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ernet_fast.models.resnet import STAGE_NAMES
 
 _NEEDED = ("conv1", "bn1", "maxpool", *STAGE_NAMES, "fc")
 _KERNELS = ((3, 3), (1, 3, 1))
+_SIZE = 64
+_LOST = "The conversion would lose what it does besides: convert a torchvision or timm ResNet with these weights."
 
 
-class PlainBlock(NamedTuple):
-    """What the conversion needs to know of a residual block: its kernel sizes and its output channels."""
-
-    kernel_sizes: tuple[int, ...]
-    channels: int
+PlainBlock = tuple[tuple[int, ...], int]
+"""Kernel sizes and output channels of a residual block."""
 
 
 def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
-    """The blocks of the four stages of a plain ResNet: all basic or all bottlenecks, stage k with 2^k times stage
-    1's channels.
-
-    Raises:
-        ValueError: `model` is no such network; the message names the module that differs.
+    """The blocks of the four stages of a plain ResNet: all basic or all bottlenecks, channels doubling from stage to
+    stage. Raises ValueError for another network, and names the module that differs.
     """
-    _check_not_compiled(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"model is a TorchScript module ({getattr(model, 'original_name', type(model).__name__)}): convert the "
+            "network that was scripted or traced"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model is compiled by torch.compile: convert model._orig_mod, and compile the result")
     missing = [name for name in _NEEDED if not isinstance(getattr(model, name, None), nn.Module)]
     if missing:
         raise ValueError(
@@ -42,28 +44,27 @@ def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:
     _check_bn("bn1", model.get_submodule("bn1"), stem[-1])
     for name, child in model.named_children():
         if name in ("avgpool", "global_pool"):
-            _check_pooling(name, child)
+            average = isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size in (1, (1, 1))
+            if not average and getattr(child, "pool_type", None) != "avg":
+                raise ValueError(f"{name} must average each map to one value, got {child}")
             _check_lost(name, child)
         elif name not in _NEEDED:
             _check_extra(name, child)
-    stages = [_check_stage(name, model.get_submodule(name)) for name in STAGE_NAMES]
-    kinds = {block.kernel_sizes for blocks in stages for block in blocks}
+    stages = []
+    for name in STAGE_NAMES:
+        stage = model.get_submodule(name)
+        _check_lost(name, stage)
+        children = enumerate(stage.named_children())
+        stages.append([_check_block(f"{name}.{child}", block, opening=k == 0) for k, (child, block) in children])
+        if not stages[-1]:
+            raise ValueError(f"{name} has no blocks")
+    kinds = {kernels for blocks in stages for kernels, _ in blocks}
     if len(kinds) > 1:
         raise ValueError(f"the blocks of model differ in kind: kernel sizes {sorted(kinds)}")
-    channels = [blocks[0].channels for blocks in stages]
+    channels = [blocks[0][1] for blocks in stages]
     if channels != [channels[0] * 2**k for k in range(len(STAGE_NAMES))]:
         raise ValueError(f"the stages of a ResNet double in channels, these have {channels}")
     return stages
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            f"model is a TorchScript module ({getattr(model, 'original_name', type(model).__name__)}): convert the "
-            "network that was scripted or traced"
-        )
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("model is compiled by torch.compile: convert model._orig_mod, and compile the result")
 
 
 def _check_lost(name: str, module: nn.Module) -> None:
@@ -74,17 +75,6 @@ def _check_lost(name: str, module: nn.Module) -> None:
     tensors = [key for key, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None]
     if tensors:
         raise ValueError(f"{name} has tensors of its own ({', '.join(tensors)}), which a plain ResNet has not")
-
-
-def _check_stage(name: str, stage: nn.Module) -> list[PlainBlock]:
-    _check_lost(name, stage)
-    blocks = [
-        _check_block(f"{name}.{child}", block, opening=k == 0)
-        for k, (child, block) in enumerate(stage.named_children())
-    ]
-    if not blocks:
-        raise ValueError(f"{name} has no blocks")
-    return blocks
 
 
 def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
@@ -111,7 +101,7 @@ def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
     changes = strided or first.in_channels != last.out_channels
     if changes and not isinstance(getattr(block, "downsample", None), nn.Module):
         raise ValueError(f"{name} changes the shape of the map and has no projection `downsample`:\n{block}")
-    return PlainBlock(kernels, last.out_channels)
+    return kernels, last.out_channels
 
 
 def _check_conv(name: str, conv: nn.Module, *, keeps_size: bool) -> None:
@@ -121,14 +111,9 @@ def _check_conv(name: str, conv: nn.Module, *, keeps_size: bool) -> None:
         raise ValueError(f"{name} has {conv.groups} groups: grouped convolutions (ResNeXt) cannot be converted")
     if conv.kernel_size[0] != conv.kernel_size[1]:
         raise ValueError(f"{name} has kernel size {conv.kernel_size}, expected a square one")
-    if keeps_size and (conv.stride != (1, 1) or not _pads_fully(conv)):
+    full = tuple(spread * (size - 1) // 2 for spread, size in zip(conv.dilation, conv.kernel_size, strict=True))
+    if keeps_size and (conv.stride != (1, 1) or conv.padding not in ("same", full)):
         raise ValueError(f"{name} ({conv}) changes the size of the map; only block 0 of a stage may")
-
-
-def _pads_fully(conv: nn.Conv2d) -> bool:
-    if isinstance(conv.padding, str):
-        return conv.padding == "same"
-    return all(2 * conv.padding[axis] == conv.dilation[axis] * (conv.kernel_size[axis] - 1) for axis in (0, 1))
 
 
 def _check_bn(name: str, bn: nn.Module, conv: nn.Module) -> None:
@@ -144,13 +129,6 @@ def _check_bn(name: str, bn: nn.Module, conv: nn.Module) -> None:
         )
 
 
-def _check_pooling(name: str, pool: nn.Module) -> None:
-    size = getattr(pool, "output_size", None)
-    average = isinstance(pool, nn.AdaptiveAvgPool2d) and size in (1, (1, 1))
-    if not average and getattr(pool, "pool_type", None) != "avg":
-        raise ValueError(f"{name} must average each map to one value, got {pool}")
-
-
 def _check_extra(name: str, module: nn.Module) -> None:
     """Whatever is no convolution, BatchNorm or projection must be a ReLU or do nothing."""
     child = name.rpartition(".")[2]
@@ -159,3 +137,62 @@ def _check_extra(name: str, module: nn.Module) -> None:
     ):
         raise ValueError(f"{name} is a {type(module).__name__}: only plain ResNets with ReLU can be converted")
     _check_lost(name, module)
+
+
+def check_computes_plain_resnet(model: nn.Module) -> None:
+    """Compare `model` in evaluation mode with the plain ResNet of its modules, on one image of 64x64.
+
+    A forward method of its own, hooks that change values or another order of the layers (pre-activation) show here,
+    whatever the modules are called. Networks on the meta device hold no values and are not compared. `model`, of which
+    `check_plain_resnet` has found the modules, is not modified and draws no random numbers. Raises ValueError if the
+    outputs differ, or `model` does not run.
+    """
+    first = next(module for module in model.get_submodule("conv1").modules() if isinstance(module, nn.Conv2d))
+    weight, name = first.weight, type(model).__name__
+    if weight.device.type == "meta":
+        return
+    evaluated = copy.deepcopy(model).eval()
+    dtype = weight.dtype
+    if torch.finfo(dtype).bits < 32:
+        dtype = torch.float32  # tells differences from rounding
+        evaluated.to(dtype)
+    image = torch.randn(1, first.in_channels, _SIZE, _SIZE, generator=torch.Generator().manual_seed(0))
+    image = image.to(weight.device, dtype)
+    with torch.no_grad():
+        expected = _plain_forward(evaluated, image)
+        try:
+            found = evaluated(image)
+        except Exception as error:  # whatever a forward method of the user's raises
+            raise ValueError(
+                f"model ({name}) does not run on an image of {_SIZE}x{_SIZE}, so it is not known to be a plain ResNet: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"model ({name}) returns {shape} for one image; a plain ResNet, {list(expected.shape)}. {_LOST}"
+        )
+    finite = expected.isfinite()  # values that are not finite agree with themselves
+    wanted, got = expected[finite].double(), found[finite].double()
+    tolerance = 256 * torch.finfo(dtype).eps  # the same layers: only pooling may round differently
+    agree = not len(wanted) or bool((got - wanted).abs().max() <= tolerance * wanted.abs().max())
+    if not torch.equal(found.isfinite(), finite) or not agree:
+        raise ValueError(
+            f"model ({name}) computes something else than a plain ResNet of its modules, for instance by "
+            f"{name}.forward, hooks, or BatchNorms before their convolutions. {_LOST}"
+        )
+
+
+def _plain_forward(model: nn.Module, x: Tensor) -> Tensor:
+    part = model.get_submodule
+    x = part("maxpool")(torch.relu(part("bn1")(part("conv1")(x))))
+    for name in STAGE_NAMES:
+        for block in part(name).children():
+            z, last = x, sum(re.fullmatch(r"conv\d", child) is not None for child, _ in block.named_children())
+            for k in range(1, last + 1):
+                z = block.get_submodule(f"bn{k}")(block.get_submodule(f"conv{k}")(z))
+                z = torch.relu(z) if k < last else z
+            downsample = getattr(block, "downsample", None)
+            x = torch.relu(z + (x if downsample is None else downsample(x)))
+    y: Tensor = part("fc")(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+    return y

@@ -26,17 +26,10 @@ class AverageMaxPool(nn.Module):
 
 
 def global_pooling(pool_type: str) -> nn.Module:
-    """The module of a pooling, one of `POOL_TYPES`; "" is none.
-
-    Raises:
-        ValueError: another name.
-    """
-    if pool_type == "avg":
-        return nn.AdaptiveAvgPool2d((1, 1))
-    if pool_type == "max":
-        return nn.AdaptiveMaxPool2d((1, 1))
+    """The module of a pooling, one of `POOL_TYPES` (or ValueError); "" is none."""
+    if pool_type not in POOL_TYPES:
+        raise ValueError(f"global_pool must be one of {POOL_TYPES}, got {pool_type!r}")
     if pool_type in ("avgmax", "catavgmax"):
         return AverageMaxPool(concatenate=pool_type == "catavgmax")
-    if pool_type == "":
-        return nn.Identity()
-    raise ValueError(f"global_pool must be one of {POOL_TYPES}, got {pool_type!r}")
+    plain = {"avg": nn.AdaptiveAvgPool2d((1, 1)), "max": nn.AdaptiveMaxPool2d((1, 1)), "": nn.Identity()}
+    return plain[pool_type]

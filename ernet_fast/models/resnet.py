@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -9,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast.er.norm_relu import batch_norm_relu
-from ernet_fast.models.checkpointing import checkpoint_stage
-from ernet_fast.models.feature_levels import level_indices
 from ernet_fast.models.pooling import global_pooling
-from ernet_fast.models.stage import ERStage
+from ernet_fast.models.stage import ERStage, checkpoint_stage
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32
@@ -67,11 +66,13 @@ class ERResNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(in_channels=in_channels, base_channels=base_channels, width_per_group=width_per_group)
-        _check_sizes(least=0, num_classes=num_classes)
         _check_choices(family, layers, block, norm, width_per_group, replace_stride_with_dilation, drop_rate)
+        narrowest = base_channels * EXPANSION[family]  # stage 1; the others have a power of two times as many
         if norm == "group":
             num_groups = DEFAULT_GROUPS if num_groups is None else num_groups
-            _check_groups(num_groups, base_channels * EXPANSION[family])
+            _check_sizes(num_groups=num_groups)
+            if narrowest % num_groups:
+                raise ValueError(f"num_groups must divide the {narrowest} channels of stage 1, got {num_groups}")
         self.in_channels = in_channels
         self.drop_rate = drop_rate
         self.fused = fused
@@ -80,19 +81,18 @@ class ERResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(base_channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1)
-        channels, dilation = base_channels, 1
+        self.num_features, dilation = base_channels, 1
         for k, (num_blocks, dilate) in enumerate(zip(layers, (False, *replace_stride_with_dilation), strict=True)):
-            planes = base_channels * 2**k
             stride, first_dilation = (1 if k == 0 else 2), dilation
             if dilate:
                 stride, dilation = 1, dilation * stride
             stage = ERStage(
-                channels,
-                planes * EXPANSION[family],
+                self.num_features,
+                narrowest * 2**k,
                 num_blocks,
                 stride=stride,
                 block=family if block == "standard" else block,
-                width=planes * width_per_group // 64,
+                width=base_channels * 2**k * width_per_group // 64,
                 norm=norm,
                 num_groups=num_groups,
                 fused=fused,
@@ -100,13 +100,14 @@ class ERResNet(nn.Module):
                 first_dilation=first_dilation,
             )
             self.add_module(STAGE_NAMES[k], stage)
-            channels = planes * EXPANSION[family]
-        self.num_features = channels
+            self.num_features = stage.channels
         self.avgpool: nn.Module
         self.pool_type: str
         self.fc: nn.Module
         self.reset_classifier(num_classes, global_pool)
-        self._initialise()
+        for module in self.modules():  # as torchvision does; BatchNorms and ER weights start at 1 already
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
     def stages(self) -> list[ERStage]:
@@ -166,7 +167,7 @@ class ERResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Feature maps of the levels of `feature_info`, as in timm.
+        """The last feature map computed and a list of those of the selected levels of `feature_info`, as in timm.
 
         Args:
             x: images [N, in_channels, H, W].
@@ -176,9 +177,6 @@ class ERResNet(nn.Module):
             stop_early: leave out the stages after the last level selected.
             output_fmt: "NCHW".
             intermediates_only: return the list alone.
-
-        Returns:
-            The last feature map computed and the selected maps in order, or only these.
 
         Raises:
             ValueError: levels out of range, or another `output_fmt`.
@@ -201,15 +199,12 @@ class ERResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last level selected, as in timm; what is left ends with that level's map.
+        """Remove the stages after the last level selected, as in timm; returns the selected levels, counted from 0.
 
         Args:
             indices: as in `forward_intermediates`.
             prune_norm: without effect, because no normalisation follows the last stage.
             prune_head: remove pooling and classifier too; they go in any case when stages do.
-
-        Returns:
-            The selected levels, counted from 0.
 
         Raises:
             ValueError: levels out of range.
@@ -258,11 +253,7 @@ class ERResNet(nn.Module):
         self.fc.train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Regular expressions of parameter groups from the stem to the head, for timm's layer-wise learning rates.
-
-        Args:
-            coarse: one group a stage instead of one a block.
-        """
+        """Patterns of parameter groups for timm's layer-wise learning rates: one a block, or a stage (`coarse`)."""
         return {"stem": r"^(?:conv1|bn1)\b", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
@@ -274,17 +265,14 @@ class ERResNet(nn.Module):
         self.grad_checkpointing = enable
 
     def set_fused(self, fused: bool = True) -> None:
-        """Choose the one-pass (True) or the plain PyTorch (False) computation of every stage; parameters stay.
-
-        The same holds for the BatchNorm and ReLU of the stem.
-        """
+        """Choose the one-pass (True) or the plain PyTorch (False) computation of stem and stages; parameters stay."""
         self.fused = fused
         for module in self.modules():
             if isinstance(module, ERStage):
                 module.fused = fused
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Called by `torch.jit.script`, whose own error would name a line of this library instead of a way out."""
+        """Called by `torch.jit.script`, whose own error would name no way out."""
         raise TypeError(
             "torch.jit.script cannot compile an ER-ResNet: use torch.jit.trace(model.eval(), images) under "
             "torch.no_grad(), or torch.export.export(model.eval(), (images,))"
@@ -306,21 +294,25 @@ class ERResNet(nn.Module):
         y: Tensor = stage(x)
         return y
 
-    def _initialise(self) -> None:
-        """Initialise convolutions as torchvision does; BatchNorms and ER weights start at 1 already."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
 
 def _total_stride(module: nn.Module) -> int:
     """The factor by which the convolutions and poolings in `module` reduce the map."""
-    strided = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
-    factor = 1
-    for layer in module.modules():
-        if isinstance(layer, strided):
-            factor *= layer.stride if isinstance(layer.stride, int) else layer.stride[0]
-    return factor
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
+    return math.prod(layer.stride if isinstance(layer.stride, int) else layer.stride[0] for layer in layers)
+
+
+def level_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Indices from 0 to count - 1 of the levels that `indices` selects, see `ERResNet.forward_intermediates`."""
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        if not 1 <= indices <= count:
+            raise ValueError(f"indices={indices} selects the last {indices} levels; expected 1 to {count}")
+        return list(range(count - indices, count))
+    wrong = [index for index in indices if not -count <= index < count]
+    if wrong or len(indices) == 0:
+        raise ValueError(f"indices must hold levels from {-count} to {count - 1}, got {list(indices)}")
+    return [index % count for index in indices]
 
 
 def _check_sizes(*, least: int = 1, **sizes: int) -> None:
@@ -349,8 +341,7 @@ def _check_choices(
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     if len(layers) != 4:
         raise ValueError(f"layers must have 4 entries, one a stage, got {list(layers)}")
-    for k, num_blocks in enumerate(layers):
-        _check_sizes(**{f"layers[{k}]": num_blocks})
+    _check_sizes(**{f"layers[{k}]": num_blocks for k, num_blocks in enumerate(layers)})
     if family == "basic" and width_per_group != 64:
         raise ValueError(f"width_per_group must be 64 for the basic family, got {width_per_group}")
     if len(replace_stride_with_dilation) != 3:
@@ -359,10 +350,3 @@ def _check_choices(
         )
     if not 0.0 <= drop_rate < 1.0:
         raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
-
-
-def _check_groups(num_groups: int, narrowest: int) -> None:
-    """Every stage's channels are a power of two times the first stage's."""
-    _check_sizes(num_groups=num_groups)
-    if narrowest % num_groups != 0:
-        raise ValueError(f"num_groups must divide the {narrowest} channels of stage 1, got {num_groups}")

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils.checkpoint import checkpoint
 
 from ernet_fast.er.norm_relu import norms_supported
 from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.stage import Choice, Path, StageMaps, StageModules, choose, statistics_group
-from ernet_fast.models.blocks import (
-    ERBasicBlock,
-    ERBlock,
-    ERBlock133,
-    ERBottleneck,
-    ProjectionBasicBlock,
-    ProjectionBlock,
-    ProjectionBlock133,
-    ProjectionBottleneck,
-)
+from ernet_fast.models import blocks
 
-
-class BlockKind(NamedTuple):
-    """The two block classes of a stage."""
-
-    projection: type[ProjectionBlock]
-    er: type[ERBlock]
-
-
-BLOCK_KINDS: dict[str, BlockKind] = {
-    "basic": BlockKind(ProjectionBasicBlock, ERBasicBlock),
-    "bottleneck": BlockKind(ProjectionBottleneck, ERBottleneck),
-    "er133": BlockKind(ProjectionBlock133, ERBlock133),
+BLOCK_KINDS: dict[str, tuple[type[blocks.ProjectionBlock], type[blocks.ERBlock]]] = {
+    "basic": (blocks.ProjectionBasicBlock, blocks.ERBasicBlock),
+    "bottleneck": (blocks.ProjectionBottleneck, blocks.ERBottleneck),
+    "er133": (blocks.ProjectionBlock133, blocks.ERBlock133),
 }
+"""The two block classes of a stage."""
 
 
 class ERStage(nn.Module):
@@ -52,16 +39,14 @@ class ERStage(nn.Module):
         width: channels inside the branches; default `channels` for "basic", `channels // 4` for the others.
         norm: "batch" (per channel, running statistics for evaluation) or "group" (per sample and group).
         num_groups: groups of norm="group"; 1 is layer norm, `channels` is instance norm.
-        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass, those of the
-            projection block too, and on the CPU every other BatchNorm with its ReLU; False composes them from plain
-            PyTorch operators. BatchNorms and ReLUs of other classes, or with hooks, are called as modules, except an
-            ER block's last ones. The attribute may be changed at any time.
+        fused: compute the last BatchNorm, all shortcuts, the sum and the ReLU of a block in one pass, and on the CPU
+            every other BatchNorm with its ReLU; False composes them from plain PyTorch operators. BatchNorms and ReLUs
+            of other classes, or with hooks, are called as modules, except an ER block's last ones. May be changed.
         dilation: of the 3x3 convolutions.
         first_dilation: of block 0's first 3x3 convolution, default `dilation`.
-        process_group: with norm="batch", the processes of `torch.distributed` over whose batches together the
-            statistics of the stage's maps are taken in training: those of the shortcuts, and of each ER block's last
-            BatchNorm, which is fused with them. `nn.SyncBatchNorm.convert_sync_batchnorm` does this too, and
-            synchronises all other BatchNorms as well. Needs the fused path.
+        process_group: with norm="batch", the processes over whose batches together the training statistics of the
+            shortcuts, and of each ER block's last BatchNorm, are taken; needs the fused path.
+            `nn.SyncBatchNorm.convert_sync_batchnorm` does this too, and synchronises all other BatchNorms as well.
 
     Raises:
         ValueError: a size below 1, or an unknown block.
@@ -88,28 +73,18 @@ class ERStage(nn.Module):
         super().__init__()
         if block not in BLOCK_KINDS:
             raise ValueError(f"block must be one of {sorted(BLOCK_KINDS)}, got {block!r}")
-        kind = BLOCK_KINDS[block]
-        width = channels // kind.er.reduction if width is None else width
+        projection, er_block = BLOCK_KINDS[block]
+        width = channels // er_block.reduction if width is None else width
         sizes = {"in_channels": in_channels, "channels": channels, "num_blocks": num_blocks, "width": width}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         self.fused = fused
-        opening = kind.projection(
-            in_channels, width, channels, stride=stride, dilation=dilation, first_dilation=first_dilation
-        )
-        self.add_module("0", opening)
+        dilations = {"dilation": dilation, "first_dilation": first_dilation}
+        self.add_module("0", projection(in_channels, width, channels, stride=stride, **dilations))
+        common: dict[str, Any] = {"norm": norm, "num_groups": num_groups, "fused": fused}
         for index in range(1, num_blocks):
-            block_l = kind.er(
-                channels,
-                index,
-                width=width,
-                norm=norm,
-                num_groups=num_groups,
-                dilation=dilation,
-                fused=fused,
-                process_group=process_group,
-            )
+            block_l = er_block(channels, index, width=width, dilation=dilation, process_group=process_group, **common)
             self.add_module(str(index), block_l)
 
     def __len__(self) -> int:
@@ -129,15 +104,14 @@ class ERStage(nn.Module):
     @property
     def stride(self) -> int:
         """Size of the stage's input over that of its maps."""
-        factor = 1
-        for name, layer in self._opening().named_children():
-            if name.startswith("conv") and isinstance(layer, nn.Conv2d):
-                factor *= layer.stride[0]
-        return factor
+        children = self._opening().named_children()
+        return math.prod(
+            conv.stride[0] for name, conv in children if name[:4] == "conv" and isinstance(conv, nn.Conv2d)
+        )
 
-    def _opening(self) -> ProjectionBlock:
+    def _opening(self) -> blocks.ProjectionBlock:
         opening = self[0]
-        assert isinstance(opening, ProjectionBlock)
+        assert isinstance(opening, blocks.ProjectionBlock)
         return opening
 
     def _check(self, x: Tensor) -> None:
@@ -170,10 +144,10 @@ class ERStage(nn.Module):
             return self._run_uncompiled(x_0, er_blocks, modules, fuses_norms)
         return self._run(x_0, er_blocks, modules, fuses_norms)
 
-    def _run(self, x_0: Tensor, blocks: list[Any], modules: StageModules, fuses_norms: bool) -> Tensor:
+    def _run(self, x_0: Tensor, er_blocks: list[Any], modules: StageModules, fuses_norms: bool) -> Tensor:
         maps = StageMaps(fused=self.fused, fuses_norms=fuses_norms)
         y = maps.start(x_0, *modules)
-        for block in blocks:
+        for block in er_blocks:
             y = block(y, maps)
         return y
 
@@ -181,11 +155,7 @@ class ERStage(nn.Module):
     _run_uncompiled = _disable_dynamo(_run)
 
     def choice(self, x: Tensor) -> Choice:
-        """The path on which a forward pass of maps like x would compute the stage, with the reason; nothing is run.
-
-        Args:
-            x: a tensor on the stage's device, as the stage's input [N, in_channels, H, W].
-        """
+        """The path, with the reason, that a forward pass of inputs like x [N, in_channels, H, W] would take."""
         er_blocks = self._blocks()[1:]
         if not er_blocks:
             return Choice(Path.MODULES, "the stage has no ER block")
@@ -201,21 +171,41 @@ class ERStage(nn.Module):
         return list(self._modules.values())
 
     @staticmethod
-    def _modules_of(blocks: list[Any]) -> StageModules:
-        modules = StageModules([], [], [])
-        for block in blocks:
-            modules.shortcuts.append(block.shortcut)
-            modules.norms.append(block.last_bn)
-            modules.relus.append(block.relu)
-        return modules
+    def _modules_of(er_blocks: list[Any]) -> StageModules:
+        norms, relus = [block.last_bn for block in er_blocks], [block.relu for block in er_blocks]
+        return StageModules([block.shortcut for block in er_blocks], norms, relus)
 
     def __prepare_scriptable__(self) -> ERStage:
-        """TorchScript's compiler asks for what to compile in place of a stage.
-
-        Raises:
-            TypeError: always.
-        """
+        """Called by `torch.jit.script`, whose own error would name no way out."""
         raise TypeError(
             "torch.jit.script cannot compile an ERStage. Use torch.export.export(model.eval(), (x,)), or "
             "torch.jit.trace(model.eval(), x) where TorchScript is needed."
         )
+
+
+def checkpoint_stage(stage: nn.Module, x: Tensor) -> Tensor:
+    """`stage(x)`, keeping only x for backward, whose second pass leaves running statistics as the first left them."""
+    return checkpoint(
+        stage, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _ScratchBuffers(stage))
+    )
+
+
+class _ScratchBuffers:
+    """Let a module update copies of its buffers; may be entered again, once for each backward of a retained graph.
+
+    The copies stand in for the buffers instead of being copied back, because backward may have saved the originals.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = list(module.modules())
+        self._originals: list[dict[str, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        self._originals = [dict(owner._buffers) for owner in self._owners]
+        for owner, buffers in zip(self._owners, self._originals, strict=True):
+            owner._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for owner, buffers in zip(self._owners, self._originals, strict=True):
+            owner._buffers.update(buffers)
+        self._originals = []

@@ -69,10 +69,8 @@ def _keep_shortcuts(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     """
     shortcuts = {prefix + key: value for key, value in model.state_dict().items() if is_shortcut_entry(key)}
     if prefix + "conv1.weight" in state_dict and state_dict.keys().isdisjoint(shortcuts):
-        warnings.warn(
-            "the weights are of a plain ResNet: the ER shortcuts keep theirs, and need training before evaluation",
-            stacklevel=2,
-        )
+        advice = "the ER shortcuts keep theirs, and need training before evaluation"
+        warnings.warn(f"the weights are of a plain ResNet: {advice}", stacklevel=2)
         state_dict.update(shortcuts)
 
 
@@ -81,23 +79,18 @@ def _entrypoint(depth: int) -> Callable[..., nn.Module]:
     name = f"er_resnet{depth}"
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained:
-            _check_source(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        model: nn.Module = _timm.build_model_with_cfg(_network(depth), name, pretrained, **kwargs)
-        return model
+        sources = {key: kwargs.get(key) for key in ("pretrained_cfg", "pretrained_cfg_overlay")}
+        config = _timm.resolve_pretrained_cfg(name, **sources) if pretrained else None
+        if config is not None and not (config.has_weights or config.state_dict):
+            raise RuntimeError(
+                f"no pretrained weights of {name} are published: use pretrained=False, or name a file of your own with "
+                "pretrained_cfg_overlay=dict(file=PATH), or with weights=PATH and pretrained=False."
+            )
+        return _timm.build_model_with_cfg(_network(depth), name, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"ER-ResNet-{depth} for `timm.create_model`."
     return create
-
-
-def _check_source(name: str, pretrained_cfg: Any, overlay: Any) -> None:
-    config = _timm.resolve_pretrained_cfg(name, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
-    if not (config.has_weights or config.state_dict):
-        raise RuntimeError(
-            f"no pretrained weights of {name} are published: use pretrained=False, or name a file of your own with "
-            "pretrained_cfg_overlay=dict(file=PATH), or with weights=PATH and pretrained=False."
-        )
 
 
 for _depth in LAYERS:

@@ -1,19 +1,34 @@
-"""Loading of torchvision's and of our own ResNet weights into an ER-ResNet."""
+"""Loading of torchvision's and of our own ResNet weights into an ER-ResNet.
+
+Training scripts, Lightning, DistributedDataParallel, `torch.compile`, weight averaging and self-supervised methods each
+wrap a network's state dict in keys and prefixes of their own: a ResNet is found by the names of its parameters.
+"""
 
 from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ernet_fast._optional import require
-from ernet_fast.models.network_states import listed, network_state
+
+_FIRST_BLOCK = "layer1.0.conv1.weight"
+# The children of torchvision's ResNet, in order: many encoders are `nn.Sequential(*list(resnet.children())[:-1])`.
+_NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4", "9": "fc"}
+_NUMBERED_FIRST_BLOCK = "4.0.conv1.weight"
+# Parts of names that wrappers insert at any depth.
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_USUAL_KEYS = ("state_dict", "model_state_dict", "model")
+_DEPTH = 4
+_LISTED = 5
 
 
 def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -21,10 +36,10 @@ def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
 
     Args:
         weights: a state dict, or the path of a file written by `torch.save` or safetensors (.safetensors). The
-            network is found by the names of its parameters: in a checkpoint that holds it under a key ("state_dict",
-            "model_state_dict", ...), behind a prefix ("module.", "_orig_mod.", "model.", "encoder.", ...), or as
-            numbered children of an `nn.Sequential`. Of several ("state_dict" beside "state_dict_ema") the one under
-            "state_dict", "model_state_dict" or "model" is taken. Files are read with `weights_only=True`.
+            network is found by the names of its parameters: under a key ("state_dict", "model_state_dict", ...),
+            behind a prefix ("module.", "_orig_mod.", "model.", "encoder.", ...), or as numbered children of an
+            `nn.Sequential`. Of several ("state_dict" beside "state_dict_ema") the one under "state_dict",
+            "model_state_dict" or "model" is taken. Files are read with `weights_only=True`.
 
     Raises:
         TypeError: neither a path nor a mapping, or a mapping whose values are not tensors.
@@ -48,10 +63,9 @@ def read_weights(weights: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
 def load_torchvision_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy the weights of a torchvision ResNet, or of an ER-ResNet, of the same architecture into `model`.
 
-    Every convolution and BatchNorm tensor of `model` must be in `state`, in its shape. Two parts are loaded if `state`
-    has them and left as they are if it has none of their entries: parameters and statistics of the shortcuts
-    (`layer2.1.shortcut.weight`, ...), because a plain ResNet has none, and the classifier `fc`, because an encoder has
-    none. A new model has ER weights of 1 and untrained statistics, so it wants some training before it is evaluated.
+    Every convolution and BatchNorm tensor of `model` must be in `state`, in its shape. Shortcuts
+    (`layer2.1.shortcut.weight`, ...), which a plain ResNet has not, and the classifier `fc`, which an encoder has not,
+    stay as they are if `state` has none of their entries: ER weights of 1 and untrained statistics then want training.
 
     Args:
         model: an `ERResNet`.
@@ -119,44 +133,109 @@ def _check_classifier(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
 def _read_file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"weights: no file {str(path)!r} (published weights are not downloaded; give a path)")
-    if path.suffix == ".safetensors":
-        load_file = require("safetensors.torch", extra="train", purpose="reading .safetensors weights").load_file
-    else:
-        load_file = _torch_load
     try:
-        state = load_file(str(path))
-    except _MoreThanTensorsError as error:
-        raise ValueError(f"weights: cannot read {str(path)!r}: {error}") from error
+        if path.suffix == ".safetensors":
+            load_file = require("safetensors.torch", extra="train", purpose="reading .safetensors weights").load_file
+            state = load_file(str(path))
+        else:
+            state = _torch_load(path)
+    except ImportError:
+        raise
     except Exception as error:  # safetensors and torch each have their own errors for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, _FileError):
+            reason = reason.splitlines()[0]
         raise ValueError(f"weights: cannot read {str(path)!r}: {reason}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"weights: {str(path)!r} holds a {type(state).__name__}, expected a state dict")
     return state
 
 
-class _MoreThanTensorsError(ValueError):
-    """A file that only an unsafe unpickler reads."""
+class _FileError(ValueError):
+    """A file that is not read, and why; to be shown whole."""
 
 
-def _torch_load(path: str) -> Any:
+def _torch_load(path: Path) -> Any:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start and start != b"PK" and start[:1] != b"\x80":  # neither a ZIP archive nor a pickle
+        raise _FileError("it is no file of torch.save (.pt, .pth) or safetensors (.safetensors)")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data; timm and many scripts save theirs
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _MoreThanTensorsError(
-            f"it holds more than tensors{_unsafe_globals(path)}, or is no file of torch.save. If you trust whoever "
-            "wrote it, for reading it runs code, write the weights alone by:\n  "
-            f'python -c "import torch; s = torch.load({path!r}, weights_only=False); torch.save('
+        try:
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception:  # a damaged or an old file
+            names = []
+        raise _FileError(
+            f"it holds more than tensors{f' ({listed(names)})' if names else ''}, or is no file of torch.save. If you "
+            "trust whoever wrote it, for reading it runs code, write the weights alone by:\n  "
+            f'python -c "import torch; s = torch.load({str(path)!r}, weights_only=False); torch.save('
             "s.state_dict() if hasattr(s, 'state_dict') else {k: v for k, v in s.items() if 'state_dict' in k "
             "or k == 'model' or torch.is_tensor(v)}, 'weights.pth')\""
         ) from error
 
 
-def _unsafe_globals(path: str) -> str:
-    """The classes in a file that `weights_only=True` refuses, in brackets."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # no file of torch.save
-        return ""
-    return f" ({listed(sorted(names))})" if names else ""
+class _Place(NamedTuple):
+    """A network in a checkpoint: the keys that lead to its mapping, the prefix of its names, and these entries."""
+
+    keys: tuple[str, ...]
+    prefix: str
+    entries: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        return "".join(f"[{key!r}]" for key in self.keys)
+
+
+def network_state(checkpoint: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The entries of the ResNet that `checkpoint` holds, under the network's own names.
+
+    Where no ResNet is found the checkpoint is returned as it is, or what it has under a usual key ("state_dict").
+    Entries beside the network, such as those of a projection head, are left out with a warning. Of several networks
+    none of which is under a usual key, ValueError names each.
+    """
+    places = list(_places(checkpoint, (), _DEPTH))
+    if not places:
+        for key in _USUAL_KEYS:
+            if isinstance(checkpoint.get(key), Mapping):
+                checkpoint = checkpoint[key]
+        return dict(checkpoint)
+    under = [[place for place in places if place.keys[-1:] == (key,)] for key in _USUAL_KEYS]
+    place, *others = next((found for found in under if len(found) == 1), places)
+    if others:
+        found = listed([f"{other.path} {other.prefix!r}" for other in places])
+        raise ValueError(
+            f"the weights hold several networks: {found}. Write one of them to a file of its own, such as the first "
+            f"by:\n  python -c \"import torch; s = torch.load('FILE'){place.path}; torch.save("
+            f"{{k: v for k, v in s.items() if k.startswith({place.prefix!r})}}, 'weights.pth')\""
+        )
+    inside = {key: value for key, value in place.entries.items() if str(key).startswith(place.prefix)}
+    outside = [str(key) for key in place.entries if key not in inside and key != "n_averaged"]
+    if outside:
+        warnings.warn(
+            f"the weights are those under the prefix {place.prefix!r}; left out: {listed(outside)}", stacklevel=3
+        )
+    state = {str(key)[len(place.prefix) :]: value for key, value in inside.items()}
+    if _FIRST_BLOCK in state:
+        return state
+    children = {key: key.partition(".") for key in state}
+    return {_NUMBERED.get(child, child) + dot + rest: state[key] for key, (child, dot, rest) in children.items()}
+
+
+def _places(mapping: Mapping[Any, Any], keys: tuple[str, ...], depth: int) -> Iterator[_Place]:
+    entries = {_WRAPPERS.sub("", key) if isinstance(key, str) else key: value for key, value in mapping.items()}
+    for key in entries:
+        for name in (_FIRST_BLOCK, _NUMBERED_FIRST_BLOCK):
+            if isinstance(key, str) and (key == name or key.endswith(f".{name}")):
+                yield _Place(keys, key.removesuffix(name), entries)
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and depth > 0:
+            yield from _places(value, (*keys, str(key)), depth - 1)
+
+
+def listed(items: list[str]) -> str:
+    """The first of `items`, and how many more there are."""
+    shown = ", ".join(items[:_LISTED])
+    return shown if len(items) <= _LISTED else f"{shown} and {len(items) - _LISTED} more"

@@ -15,16 +15,6 @@ from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification, 
 from ernet_fast.train.predictions import Predictions
 
 __all__ = [
-    "Evaluation",
-    "Predictions",
-    "Reporter",
-    "TrainConfig",
-    "TrainResult",
-    "TrainingDivergedError",
-    "compute_metrics",
-    "evaluate",
-    "fit",
-    "load_checkpoint",
-    "metrics_by_magnification",
-    "patient_recognition_rate",
-]
+    "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult", "TrainingDivergedError",
+    "compute_metrics", "evaluate", "fit", "load_checkpoint", "metrics_by_magnification", "patient_recognition_rate",
+]  # fmt: skip

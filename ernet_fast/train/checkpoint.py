@@ -8,7 +8,7 @@ import os
 import pickle
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -25,70 +25,61 @@ _TRAILER = b"sha256:"
 """Behind the file of `torch.save`, which stays readable by `torch.load`; 64 hexadecimal digits follow."""
 
 
-def _mapping(keys: type, values: type | None = None) -> Callable[[Any], bool]:
-    return lambda found: (
-        isinstance(found, dict)
-        and all(isinstance(key, keys) and (values is None or isinstance(found[key], values)) for key in found)
-    )
-
-
-def _list_of(kind: type) -> Callable[[Any], bool]:
-    return lambda found: isinstance(found, list) and all(isinstance(item, kind) for item in found)
-
-
-def _count(found: Any) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool) and found >= 0
-
-
 def _stain(found: Any) -> bool:
     if found is None:
         return True
     tensors = found.get("normalizer") if isinstance(found, dict) else None
-    if not isinstance(tensors, dict):
-        return False
-    shapes = {"HERef": (3, 2), "maxCRef": (2,)}
-    return all(
+    return isinstance(tensors, dict) and all(
         isinstance(tensor := tensors.get(name), Tensor)
         and tuple(tensor.shape) == shape
         and bool((tensor.isfinite() & (tensor >= 0)).all())
-        for name, shape in shapes.items()
+        for name, shape in {"HERef": (3, 2), "maxCRef": (2,)}.items()
     )
 
 
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "version": (lambda found: isinstance(found, str), "a string"),
-    "model": (_mapping(str, Tensor), "tensors by name"),
-    "optimizer": (_mapping(str), "a dictionary"),
-    "schedule": (_mapping(str), "a dictionary"),
-    "precision": (_mapping(str), "a dictionary"),
-    "epoch": (_count, "a number of epochs"),
-    "step": (_count, "a number of steps"),
-    "history": (_list_of(dict), "a list of records"),
-    "best": (_mapping(str), "a record"),
-    "rng": (_mapping(str), "states of random generators"),
-    "config": (_mapping(str), "settings by name"),
-    "classes": (_list_of(str), "a list of names"),
-    "split": (_mapping(str), "a split"),
-    "train_images": (_list_of(str), "a list of names"),
-    "val_images": (_list_of(str), "a list of names"),
-    "stain": (_stain, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
+_FIELDS: dict[str, tuple[type, type, str]] = {
+    "version": (str, str, "a string"),
+    "model": (dict, Tensor, "tensors by name"),
+    "optimizer": (dict, object, "a dictionary"),
+    "schedule": (dict, object, "a dictionary"),
+    "precision": (dict, object, "a dictionary"),
+    "epoch": (int, int, "a number of epochs"),
+    "step": (int, int, "a number of steps"),
+    "history": (list, dict, "a list of records"),
+    "best": (dict, object, "a record"),
+    "rng": (dict, object, "states of random generators"),
+    "config": (dict, object, "settings by name"),
+    "classes": (list, str, "a list of names"),
+    "split": (dict, object, "a split"),
+    "train_images": (list, str, "a list of names"),
+    "val_images": (list, str, "a list of names"),
+    "stain": (object, object, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
 }
-"""Fields of a checkpoint beside `format`: check and what is expected."""
+"""Fields of a checkpoint beside `format`: type, type of what it holds, and what is expected; keys are strings."""
+
+
+def _is_right(field: str, found: Any) -> bool:
+    kind, held, _ = _FIELDS[field]
+    if field == "stain":
+        return _stain(found)
+    if isinstance(found, dict):
+        return kind is dict and all(isinstance(k, str) and isinstance(v, held) for k, v in found.items())
+    if isinstance(found, int):
+        return kind is int and not isinstance(found, bool) and found >= 0
+    is_kind = isinstance(found, kind)
+    return is_kind and isinstance(found, (str, list)) and all(isinstance(item, held) for item in found)
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) atomically, with a checksum at its end.
 
-    Raises:
-        ValueError: `state` lacks a part of a checkpoint.
-        OSError: the file cannot be written, e.g. the disk is full.
+    Raises ValueError if `state` lacks a field, OSError if the file cannot be written, e.g. on a full disk.
     """
     missing = [key for key in ("format", *_FIELDS) if key not in state]
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(missing)}.")
     with atomic_write(path) as file:
-        digest = _save(state, file)
-        file.write(_TRAILER + digest)
+        file.write(_TRAILER + _save(state, file))
 
 
 def _save(state: dict[str, Any], file: IO[bytes]) -> bytes:
@@ -132,28 +123,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is no checkpoint of ernet_fast (expected the file that `ernet-fast train` writes).")
     if state["format"] not in (1, FORMAT):
         raise ValueError(f"{path} has checkpoint format {state['format']!r}; this version reads format {FORMAT}.")
-    fields = dict(_FIELDS)
+    absent: tuple[str, ...] = ()
     if state["format"] == 1:
         warnings.warn(
             f"{path} is of checkpoint format 1, without a checksum and without the run's split: the split is made anew "
             "from the data. Check that no images were added or removed since.",
             stacklevel=2,
         )
-        state |= dict.fromkeys(_SINCE_2)
-        fields = {key: value for key, value in _FIELDS.items() if key not in _SINCE_2}
+        absent = _SINCE_2
+        state |= dict.fromkeys(absent)
     missing = [key for key in _FIELDS if key not in state]
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(missing)}.")
-    for key, (is_right, expected) in fields.items():
-        if not is_right(state[key]):
-            raise ValueError(f"{path}: its {key!r} is {_shown(state[key])}; expected {expected}.")
+    for key, (_, _, expected) in _FIELDS.items():
+        found = state[key]
+        if key not in absent and not _is_right(key, found):
+            raise ValueError(f"{path}: its {key!r} is {type(found).__name__} {str(found)[:60]!r}; expected {expected}.")
     return state
 
 
 def _read(path: Path) -> Any:
     """The contents, once the checksum is right. Torch's messages advise to load unsafely and are not passed on."""
-    with open(path, "rb") as file:
-        data = file.read()
+    data = path.read_bytes()
     end = len(data) - len(_TRAILER) - 64
     reason = "its checksum is wrong"
     if end < 0 or data[end : end + len(_TRAILER)] != _TRAILER:
@@ -172,10 +163,6 @@ def _read(path: Path) -> Any:
     raise ValueError(f"{path} is no checkpoint or is damaged: {reason}.")
 
 
-def _shown(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:60]!r}"
-
-
 @contextmanager
 def field_of(path: str | os.PathLike[str], field: str) -> Iterator[None]:
     """Turn whatever goes wrong with a field of a checkpoint into one sentence that names file and field."""
@@ -187,24 +174,16 @@ def field_of(path: str | os.PathLike[str], field: str) -> Iterator[None]:
 
 
 def load_network(network: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Load the field `model` of a checkpoint.
-
-    Raises:
-        ValueError: it is of another network; the message names the first difference and how many there are.
-    """
-    own, found = network.state_dict(), state["model"]
+    """Load the field `model` of a checkpoint. ValueError names the first difference and how many there are."""
+    own, found = ({name: list(t.shape) for name, t in s.items()} for s in (network.state_dict(), state["model"]))
     wrong = [f"{name} is missing" for name in own if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in own]
-    wrong += [
-        f"{name} is {list(found[name].shape)}, the network's {list(own[name].shape)}"
-        for name in own
-        if name in found and found[name].shape != own[name].shape
-    ]
+    wrong += [f"{n} is {found[n]}, the network's {own[n]}" for n in own if found.get(n, own[n]) != own[n]]
     with field_of(path, "model"):
         if wrong:
             more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
             raise ValueError(f"{wrong[0]}{more}.")
-        network.load_state_dict(found)
+        network.load_state_dict(state["model"])
 
 
 def generator_state() -> dict[str, Any]:

@@ -18,12 +18,16 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def world_size() -> int:
+    """Number of processes of the run."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def build_fabric(device: str, precision: str) -> Any:
     """A launched `lightning_fabric.Fabric`; started by torchrun, it joins the other processes (DDP).
 
-    Raises:
-        ImportError: lightning-fabric is missing.
-        ValueError: CUDA is asked for and there is none.
+    Raises ImportError if lightning-fabric is missing, ValueError if CUDA is asked for and there is none.
     """
     fabric_module = require("lightning_fabric", extra="train", purpose="training and evaluation")
     if device == "cuda" and not torch.cuda.is_available():
@@ -32,10 +36,10 @@ def build_fabric(device: str, precision: str) -> Any:
         )
     accelerator = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
     arguments: dict[str, Any] = {"accelerator": accelerator, "devices": 1, "precision": precision}
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        nodes = int(os.environ["WORLD_SIZE"]) // per_node
-        arguments |= {"devices": per_node, "num_nodes": nodes, "strategy": "ddp"}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" in os.environ and processes > 1:
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        arguments |= {"devices": per_node, "num_nodes": processes // per_node, "strategy": "ddp"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*srun.*")
         fabric = fabric_module.Fabric(**arguments)
@@ -57,16 +61,17 @@ def deterministic_mode(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def to_network(fabric: Any, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+Pass = Callable[[torch.Tensor], torch.Tensor]
+
+
+def to_network(fabric: Any, channels_last: bool) -> Pass:
     """Function that brings images to the network's device and layout (Fabric's module takes care of the dtype)."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return lambda images: images.to(fabric.device, non_blocking=True).contiguous(memory_format=layout)
 
 
-def evaluation_pass(
-    fabric: Any, network: torch.nn.Module, channels_last: bool
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Function from images to the output of `network` in the run's precision, without communication between processes.
+def evaluation_pass(fabric: Any, network: torch.nn.Module, channels_last: bool) -> Pass:
+    """Function from images to the output of `network` in the run's precision.
 
     Fabric's wrapped module would exchange buffers at every call, and wait for ever where one process has a batch more.
     """
@@ -81,10 +86,9 @@ def evaluation_pass(
 
 def share_buffers(network: torch.nn.Module) -> None:
     """Give all processes the first one's buffers (running statistics), which are the ones a checkpoint holds."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if world_size() > 1:
         for buffer in network.buffers():
-            distributed.broadcast(buffer, src=0)
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def finish_together() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +9,18 @@ from typing import Any
 
 import torch
 
-from ernet_fast.console.atomic_file import remove_abandoned, write_text
+from ernet_fast.console.atomic_file import remove_abandoned, write_json
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import Sample, Skipped, Splits, parse_name
+from ernet_fast.data import Skipped, Splits, parse_name
+from ernet_fast.train import metrics
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.device import build_fabric, evaluation_pass
-from ernet_fast.train.images import ImageSet, build_loader
-from ernet_fast.train.metrics import (
-    compute_metrics,
-    confusion_matrix,
-    metrics_by_magnification,
-    patient_recognition_rate,
-    patient_scores,
-)
+from ernet_fast.train.images import ImageSet, build_loader, evenly_chosen
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import find_checkpoint
-from ernet_fast.train.selection import evenly_chosen
 from ernet_fast.train.stain_choice import StainNormalization
 
 
@@ -36,8 +28,8 @@ from ernet_fast.train.stain_choice import StainNormalization
 class Evaluation:
     """Predictions on a set of images, and metrics of them.
 
-    `seen_images` of the images were trained on, and `seen_patients` of their patients: where these are not zero, the
-    metrics say less about new patients. `inputs` are the settings that chose the images, as plain values.
+    `seen_images` of the images were trained on, and `seen_patients` of their patients: if any, the metrics say less
+    about new patients. `inputs` are the settings that chose the images, as plain values.
     """
 
     predictions: Predictions
@@ -51,7 +43,7 @@ class Evaluation:
 
     def figures(self) -> dict[str, Any]:
         """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
-        scores = patient_scores(self.predictions)
+        scores = metrics.patient_scores(self.predictions)
         return {
             "checkpoint": str(self.checkpoint),
             "epoch": self.epoch,
@@ -59,12 +51,12 @@ class Evaluation:
             **self.inputs,
             "classes": list(self.predictions.classes),
             "loss": self.predictions.loss(),
-            "overall": compute_metrics(self.predictions),
-            "by_magnification": metrics_by_magnification(self.predictions),
+            "overall": metrics.compute_metrics(self.predictions),
+            "by_magnification": metrics.metrics_by_magnification(self.predictions),
             "patients": len(scores),
-            "patient_recognition_rate": patient_recognition_rate(self.predictions),
+            "patient_recognition_rate": metrics.patient_recognition_rate(self.predictions),
             "patient_scores": scores,
-            "confusion_matrix": confusion_matrix(self.predictions).tolist(),
+            "confusion_matrix": metrics.confusion_matrix(self.predictions).tolist(),
             "images_seen_in_training": self.seen_images,
             "patients_seen_in_training": self.seen_patients,
             "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
@@ -77,7 +69,7 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
-        write_text(folder / "metrics.json", json.dumps(self.figures(), indent=1, allow_nan=False) + "\n")
+        write_json(folder / "metrics.json", self.figures())
         self.predictions.write_csv(folder / "predictions.csv")
         confusion_picture(self.predictions, folder / "confusion_matrix.png")
         roc_picture(self.predictions, folder / "roc.png")
@@ -122,15 +114,10 @@ def evaluate(
         raise ValueError(f"max_images={max_images}; expected a positive number.")
     path = find_checkpoint(checkpoint)
     state = load_checkpoint(path)
-    changes: dict[str, Any] = {
-        "data": None if data is None else os.fspath(data),
-        "magnifications": magnifications,
-        "split_file": None if split_file is None else os.fspath(split_file),
-        "batch_size": batch_size,
-        "num_workers": num_workers,
-        "device": device,
-        "on_error": on_error,
-    }
+    changes: dict[str, Any] = {"data": data, "split_file": split_file}
+    changes = {name: None if path is None else os.fspath(path) for name, path in changes.items()}
+    changes |= {"magnifications": magnifications, "batch_size": batch_size, "num_workers": num_workers}
+    changes |= {"device": device, "on_error": on_error}
     with field_of(path, "config"):
         saved = TrainConfig.from_dict(state["config"] | {"weights": None})
     with field_of(path, "split"):
@@ -140,32 +127,24 @@ def evaluate(
     opened = open_split(config, split, splits, any_images=split == "all" and split_file is None)
     if tuple(opened.classes) != tuple(state["classes"]):
         raise ValueError(f"the data has classes {opened.classes}, the checkpoint {state['classes']}.")
-    images = ImageSet(
-        evenly_chosen(opened.samples, max_images),
-        config.image_size,
-        resize=config.resize,
-        normalizer=StainNormalization.from_state(state["stain"]),
-    )
+    chosen, stain = evenly_chosen(opened.samples, max_images), StainNormalization.from_state(state["stain"])
+    images = ImageSet(chosen, config.image_size, resize=config.resize, normalizer=stain)
     reporter = reporter or Reporter()
-    seen_images, seen_patients = _seen(images.samples, state["train_images"])
+    trained_on = set(state["train_images"])
+    seen_images = sum(sample.name in trained_on for sample in images.samples)
+    patients = {parse_name(f"{name}.png").patient for name in trained_on}
+    seen_patients = len({sample.patient for sample in images.samples} & patients)
     if seen_patients and split not in ("train", "trainval"):
         reporter.warning(
             f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
             "the figures do not measure how it does on new patients."
         )
     predictions = _predict(config, state, path, images, reporter)
-    inputs = {name: config.to_dict()[name] for name in ("data", "magnifications", "split_file")}
-    inputs["max_images"] = max_images
+    settings = config.to_dict() | {"max_images": max_images}
+    inputs = {name: settings[name] for name in ("data", "magnifications", "split_file", "max_images")}
     return Evaluation(
         predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs
     )
-
-
-def _seen(samples: list[Sample], trained_on: list[str]) -> tuple[int, int]:
-    """How many of the images were trained on, and how many of their patients."""
-    names = set(trained_on)
-    patients = {parse_name(f"{name}.png").patient for name in names}
-    return sum(sample.name in names for sample in samples), len({sample.patient for sample in samples} & patients)
 
 
 def _predict(
@@ -179,20 +158,8 @@ def _predict(
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = fabric.strategy.precision.convert_module(network).to(fabric.device)
     batches, _ = build_loader(
-        images,
-        batch_size=config.batch_size,
-        shuffle=False,
-        num_workers=config.num_workers,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        pin_memory=fabric.device.type == "cuda",
+        images, batch_size=config.batch_size, shuffle=False, num_workers=config.num_workers, fabric=fabric
     )
+    forward = evaluation_pass(fabric, network, channels_last)
     with reporter.task("evaluate", len(images)) as task:
-        return predict(
-            network,
-            evaluation_pass(fabric, network, channels_last),
-            batches,
-            images.samples,
-            state["classes"],
-            advance=task.advance,
-        )
+        return predict(network, forward, batches, images.samples, state["classes"], advance=task.advance)

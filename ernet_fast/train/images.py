@@ -1,6 +1,4 @@
-"""Images on their way to the network: prepared (normalised, resized, perhaps kept), augmented, in an order that can be
-repeated.
-"""
+"""Images on their way to the network: chosen, prepared, perhaps kept, augmented, in an order that can be repeated."""
 
 from __future__ import annotations
 
@@ -9,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ernet_fast.data import PatchTransform, Sample, read_image
+from ernet_fast.data.augment import resized
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Images float32 [N, 3, S, S], class indices int64 [N], positions in the sample list int64 [N]."""
@@ -24,20 +22,25 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 
+def evenly_chosen(samples: Sequence[Sample], count: int | None) -> list[Sample]:
+    """At most `count` samples, evenly spaced in the order of class, patient, magnification and name; None keeps all.
+
+    Each class, patient and magnification keeps its share (give or take one image), whatever the order of `samples`.
+    """
+    ordered = sorted(samples, key=lambda s: (s.label, s.patient, s.magnification, s.path.name))
+    if count is None or count >= len(ordered):
+        return ordered
+    return [ordered[(2 * k + 1) * len(ordered) // (2 * count)] for k in range(count)]
+
+
 class ImageSet(Dataset[Any]):
     """Samples as network input, addressed by ``(epoch, position)``.
 
-    The random numbers of an image's augmentation depend on the seed, the epoch and the position alone: neither on the
-    number of processes nor on what was read before, so a resumed run sees what an uninterrupted one would have seen.
+    An image's augmentation depends on seed, epoch and position alone: neither on the number of processes nor on what
+    was read before, so a resumed run sees what an uninterrupted one would have seen.
 
-    Args:
-        samples: the images.
-        size: pixels of the result's sides.
-        resize: ``"shorter"`` or ``"squeeze"``, see `PatchTransform`.
-        normalizer: from uint8 [3, H, W] to uint8 [3, H, W], or None.
-        augment: vary the image at random.
-        cache: keep each prepared image (uint8, after normalisation and resize) in memory.
-        seed: of the augmentation.
+    `size` are the pixels of the result's sides; `resize` and `normalizer` are those of `PatchTransform`. With `cache`
+    each prepared image (uint8, after normalisation and resize) stays in memory.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class ImageSet(Dataset[Any]):
         image = read_image(self.samples[position].path)
         if self.normalizer is not None:
             image = self.normalizer(image)
-        image = _resized(image, self.size, self.resize)
+        image = resized(image, (self.size, self.size), self.resize)
         if self._kept is not None:
             self._kept[position] = image
         return image
@@ -74,31 +77,17 @@ class ImageSet(Dataset[Any]):
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
         epoch, position = address
         image, label = self.prepared(position), self.samples[position].label
-        if not self.augment:
+        with torch.random.fork_rng(devices=[], enabled=self.augment):
+            if self.augment:
+                torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, position))
             return self._transform(image), label, position
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(mixed_seed(self.seed, epoch, position))
-            return self._transform(image), label, position
-
-
-def _resized(image: Tensor, size: int, resize: str) -> Tensor:
-    """Antialiased bilinear resize so that the image covers size x size (shorter), or is that size (squeeze)."""
-    height, width = image.shape[1:]
-    factor = size / min(height, width)
-    target = (
-        (size, size) if resize == "squeeze" else (max(size, round(height * factor)), max(size, round(width * factor)))
-    )
-    if target == (height, width):
-        return image
-    return F.interpolate(image.unsqueeze(0), size=target, mode="bilinear", antialias=True).squeeze(0)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """Addresses ``(epoch, position)`` of one process's share of an epoch; set `epoch` before iterating.
 
-    Shuffled, every process takes every `world_size`-th image of one permutation that seed and epoch decide; surplus
-    images (fewer than `world_size`) sit the epoch out so that all processes take equally many steps. Unshuffled,
-    nothing is left out.
+    Every process takes every `world_size`-th image; shuffled, of a permutation that seed and epoch decide, and surplus
+    images (fewer than `world_size`) sit the epoch out, so that all processes take equally many steps.
     """
 
     def __init__(self, count: int, *, shuffle: bool, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -111,25 +100,23 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return len(range(self.rank, self.count, self.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        if not self.shuffle:
-            return ((self.epoch, position) for position in range(self.rank, self.count, self.world_size))
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.count, generator=generator)[self.rank :: self.world_size][: len(self)]
-        return ((self.epoch, position) for position in order.tolist())
+        order = torch.arange(self.count)
+        if self.shuffle:
+            order = torch.randperm(
+                self.count, generator=torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+            )
+        share = order[self.rank :: self.world_size][: len(self)]
+        return ((self.epoch, position) for position in share.tolist())
 
 
 def build_loader(
-    images: ImageSet,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int = 0,
-    num_workers: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    pin_memory: bool = False,
+    images: ImageSet, *, batch_size: int, shuffle: bool, seed: int = 0, num_workers: int = 0, fabric: Any = None
 ) -> tuple[DataLoader[Batch], EpochSampler]:
-    """A loader and its sampler. Shuffled, an incomplete last batch is left out, unless it would be the only one."""
+    """A loader and its sampler, of the share of `fabric`'s process (default: all images).
+
+    Shuffled, an incomplete last batch is left out, unless it would be the only one; ValueError if there is none.
+    """
+    rank, world_size = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     sampler = EpochSampler(len(images), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
     loader: DataLoader[Batch] = DataLoader(
         images,
@@ -137,10 +124,13 @@ def build_loader(
         sampler=sampler,
         num_workers=num_workers,
         drop_last=shuffle and len(sampler) >= batch_size,
-        pin_memory=pin_memory,
+        pin_memory=fabric is not None and fabric.device.type == "cuda",
         persistent_workers=num_workers > 0,
-        # A generator of the loader's own: by default each pass draws from torch's, and validation would move the
-        # training's numbers.
+        # Its own: by default each pass draws from torch's, and validation would move the training's numbers.
         generator=torch.Generator().manual_seed(mixed_seed(seed, len(images))),
     )
+    if shuffle and not len(loader):
+        raise ValueError(
+            f"{len(images)} training images are too few for {world_size} processes; each needs one image at least."
+        )
     return loader, sampler

@@ -12,41 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ernet_fast import _version
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Splits, write_split_csv
-from ernet_fast.train.checkpoint import (
-    FORMAT,
-    field_of,
-    generator_state,
-    load_checkpoint,
-    load_network,
-    restore_generators,
-    save_checkpoint,
-)
-from ernet_fast.train.config import TrainConfig
+from ernet_fast.train import checkpoint, device
+from ernet_fast.train.config import TrainConfig, check_same_run
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
-from ernet_fast.train.describe import describe_epoch, describe_run
-from ernet_fast.train.device import (
-    build_fabric,
-    deterministic_mode,
-    evaluation_pass,
-    is_first_process,
-    share_buffers,
-    to_network,
-)
-from ernet_fast.train.history import write_history
-from ernet_fast.train.images import Batch, EpochSampler, ImageSet, build_loader, mixed_seed
+from ernet_fast.train.describe import describe_epoch, describe_run, write_history
+from ernet_fast.train.images import build_loader, mixed_seed
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
-from ernet_fast.train.network import build_network, uses_channels_last
+from ernet_fast.train.network import build_network, build_optimizer, build_schedule, check_moments, uses_channels_last
 from ernet_fast.train.predictions import predict
-from ernet_fast.train.resume import check_same_run
 from ernet_fast.train.run_folder import BEST, LAST, only_run
-from ernet_fast.train.schedule import build_optimizer, build_schedule, check_moments
 
 
 @dataclass(frozen=True)
@@ -76,15 +56,13 @@ def fit(
     configuration.
 
     A run that is interrupted (Ctrl-C, a crash, a full disk) leaves the checkpoint of its last complete epoch; resumed,
-    it goes on from there and gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, as far
-    as torch's operators are deterministic).
+    it gives bit for bit what an uninterrupted run gives on the same machine (on CUDA, if torch is deterministic).
 
     Args:
         config: the settings.
         resume: continue the run in the folder, which must have been made with the same settings; only `data`, `out`,
             `device`, `num_workers` and `cache` may differ, and on the same images.
-        stop_after: end after this many epochs of the present call, to be resumed later (for machines with a time
-            limit).
+        stop_after: end after this many epochs of the present call, to be resumed later.
         reporter: where progress goes; default: stderr.
         on_epoch: called with each epoch's record after its checkpoint is written; if it returns True, the call ends as
             with `stop_after`. With several processes it must decide the same in all.
@@ -101,7 +79,10 @@ def fit(
         raise ValueError(f"stop_after={stop_after}; expected a positive number of epochs.")
     if resume and not (config.folder / LAST).is_file():
         raise FileNotFoundError(f"nothing to resume: no {LAST} in {config.out!r}.")
-    with only_run(config.folder) if is_first_process() else nullcontext(), deterministic_mode(config.deterministic):
+    with (
+        only_run(config.folder) if device.is_first_process() else nullcontext(),
+        device.deterministic_mode(config.deterministic),
+    ):
         run = _Run(config, _state_to_resume(config, resume), reporter or Reporter())
         return run.train(stop_after, on_epoch or (lambda record: None))
 
@@ -109,10 +90,10 @@ def fit(
 def _state_to_resume(config: TrainConfig, resume: bool) -> dict[str, Any] | None:
     last = config.folder / LAST
     if resume:
-        state = load_checkpoint(last)
-        with field_of(last, "config"):
+        state = checkpoint.load_checkpoint(last)
+        with checkpoint.field_of(last, "config"):
             TrainConfig.from_dict(state["config"])
-        with field_of(last, "split"):
+        with checkpoint.field_of(last, "split"):
             if state["split"] is not None:
                 Splits.from_dict(state["split"])
         check_same_run(state["config"], config)
@@ -129,12 +110,15 @@ class _Run:
 
     def __init__(self, config: TrainConfig, state: dict[str, Any] | None, reporter: Reporter) -> None:
         self.config = config
-        self.fabric = build_fabric(config.device, config.precision)
+        self.fabric = device.build_fabric(config.device, config.precision)
         self.reporter = reporter if self.fabric.is_global_zero else Reporter(mute=True)
         torch.manual_seed(config.seed)
         self.data = open_run_data(config, state)
-        self.train_batches, self.train_order = self._loader(self.data.train, shuffle=True, batch_size=config.batch_size)
-        self.val_batches, self.val_order = self._loader(self.data.val, shuffle=False, batch_size=config.batch_size)
+        loading: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "seed", "num_workers")}
+        loading["fabric"] = self.fabric
+        self.train_batches, self.train_order = build_loader(self.data.train, shuffle=True, **loading)
+        self.val_batches, _ = build_loader(self.data.val, shuffle=False, **loading)
+        self.steps_per_epoch = len(self.train_batches)
         # The checkpoint brings all weights: those the run started from may be gone.
         self._build_network(config if state is None else replace(config, weights=None))
         self.epoch = 0
@@ -144,28 +128,6 @@ class _Run:
             self._restore(state)
         if self.fabric.world_size > 1:  # dropout must differ between processes
             torch.manual_seed(mixed_seed(config.seed, self.epoch, self.fabric.global_rank))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.train_batches)
-
-    def _loader(self, images: ImageSet, *, shuffle: bool, batch_size: int) -> tuple[DataLoader[Batch], EpochSampler]:
-        loader, order = build_loader(
-            images,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=self.config.seed,
-            num_workers=self.config.num_workers,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            pin_memory=self.fabric.device.type == "cuda",
-        )
-        if shuffle and not len(loader):
-            raise ValueError(
-                f"{len(images)} training images are too few for {self.fabric.world_size} processes; each needs one "
-                "image at least."
-            )
-        return loader, order
 
     def _build_network(self, config: TrainConfig) -> None:
         self.network = build_network(config, len(self.data.classes))
@@ -178,12 +140,12 @@ class _Run:
         weights = class_weights(self.data.train.samples, len(self.data.classes), config.class_weights)
         loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.label_smoothing)
         self.loss = loss.to(self.fabric.device)
-        self.to_network = to_network(self.fabric, channels_last)
-        self.evaluation_pass = evaluation_pass(self.fabric, self.network, channels_last)
+        self.to_network = device.to_network(self.fabric, channels_last)
+        self.evaluation_pass = device.evaluation_pass(self.fabric, self.network, channels_last)
 
     def _state(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": checkpoint.FORMAT,
             "version": _version.__version__,
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -193,7 +155,7 @@ class _Run:
             "step": self.epoch * self.steps_per_epoch,
             "history": self.history,
             "best": self.best,
-            "rng": generator_state(),
+            "rng": checkpoint.generator_state(),
             "config": self.config.to_dict(),
             **self.data.inputs,
         }
@@ -205,18 +167,18 @@ class _Run:
                 f"{self.steps_per_epoch}: the images or the number of processes have changed."
             )
         path = self.config.folder / LAST
-        load_network(self.network, state, path)
-        with field_of(path, "optimizer"):
+        checkpoint.load_network(self.network, state, path)
+        with checkpoint.field_of(path, "optimizer"):
             self.optimizer.load_state_dict(state["optimizer"])
             check_moments(self.optimizer)
-        with field_of(path, "schedule"):
+        with checkpoint.field_of(path, "schedule"):
             self.schedule.load_state_dict(state["schedule"])
-        with field_of(path, "precision"):
+        with checkpoint.field_of(path, "precision"):
             if state["precision"]:
                 self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        with field_of(path, "rng"):
-            restore_generators(state["rng"])
+        with checkpoint.field_of(path, "rng"):
+            checkpoint.restore_generators(state["rng"])
 
     def train(self, stop_after: int | None, on_epoch: Callable[[dict[str, Any]], bool | None]) -> TrainResult:
         """All epochs that are left, or `stop_after` of them."""
@@ -249,7 +211,7 @@ class _Run:
                 write_history(folder, self.history)
             report_skipped(self.data.skipped, folder, self.reporter)
             if not (folder / LAST).exists():
-                save_checkpoint(folder / LAST, self._state())
+                checkpoint.save_checkpoint(folder / LAST, self._state())
         self.fabric.barrier()
 
     def _save(self, improved: bool) -> None:
@@ -257,43 +219,35 @@ class _Run:
             folder, state = self.config.folder, self._state()
             try:
                 if improved:  # first: a crash between the two files then repeats an epoch, and never loses the best
-                    save_checkpoint(folder / BEST, state)
-                save_checkpoint(folder / LAST, state)
+                    checkpoint.save_checkpoint(folder / BEST, state)
+                checkpoint.save_checkpoint(folder / LAST, state)
                 write_history(folder, self.history)
             except OSError as error:
-                error.strerror = (
-                    f"{error.strerror or error}, while epoch {self.epoch} of {self.config.epochs} was saved"
-                )
+                when = f"while epoch {self.epoch} of {self.config.epochs} was saved"
+                error.strerror = f"{error.strerror or error}, {when}"
                 error.filename = error.filename or str(folder)
                 raise
         self.fabric.barrier()
 
     def _is_best(self, record: dict[str, Any]) -> bool:
-        """Better than before; an undefined AUC is worse than any, and equal AUCs are decided by the loss. Without
-        validation the last epoch is the best.
-        """
-        if not self.best or record["val_loss"] is None:
-            return True
-        return self._rank(record) > self._rank(self.best)
+        """An undefined AUC is the worst, the loss decides between equal ones; without validation, the last epoch."""
 
-    def _rank(self, record: dict[str, Any]) -> tuple[float, float]:
-        auc, loss = record["val"]["auc"], record["val_loss"]
-        return (-1.0 if auc is None or self.config.select_by == "loss" else auc, -loss)
+        def rank(record: dict[str, Any]) -> tuple[float, float]:
+            auc = record["val"]["auc"]
+            return (-1.0 if auc is None or self.config.select_by == "loss" else auc, -record["val_loss"])
+
+        return not self.best or record["val_loss"] is None or rank(record) > rank(self.best)
 
     def _one_epoch(self, number: int) -> dict[str, Any]:
         start = time.perf_counter()
         rate = self.optimizer.param_groups[0]["lr"]
         train_loss = self._train_epoch(number)
         seconds = time.perf_counter() - start
-        share_buffers(self.network)
+        device.share_buffers(self.network)
         with self.reporter.task(f"validate {number}/{self.config.epochs}", len(self.data.val)) as task:
+            samples, classes = self.data.val.samples, self.data.classes
             predictions = predict(
-                self.network,
-                self.evaluation_pass,
-                self.val_batches,
-                self.data.val.samples,
-                self.data.classes,
-                advance=task.advance,
+                self.network, self.evaluation_pass, self.val_batches, samples, classes, advance=task.advance
             )
         return {
             "epoch": number,
@@ -311,7 +265,7 @@ class _Run:
         self.train_order.epoch = number
         advice = (
             f"Try a smaller --lr (it was {config.lr:g}), --clip-norm 1, or --precision bf16-mixed instead of 16-mixed; "
-            f"then --resume continues."
+            "then --resume continues."
         )
         watch = LossWatch(self.fabric, number, (number - 1) * self.steps_per_epoch, advice)
         count = self.steps_per_epoch * config.batch_size

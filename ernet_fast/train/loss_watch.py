@@ -21,16 +21,13 @@ class LossWatch:
     def __init__(self, fabric: Any, epoch: int, first_step: int, advice: str) -> None:
         self._fabric, self._epoch, self._first, self._advice = fabric, epoch, first_step, advice
         self._interval = 1 if fabric.device.type == "cpu" else GPU_INTERVAL
-        self._pending: list[Tensor] = []
-        self._steps = 0
-        self._sum, self._images = 0.0, 0
-        self._counts: list[int] = []
+        self._pending: list[tuple[Tensor, int]] = []
+        self._steps, self._sum, self._images = 0, 0.0, 0
         self.last: float | None = None  # the newest loss that was looked at
 
     def add(self, loss: Tensor, count: int) -> None:
         """The mean loss of one step's `count` images."""
-        self._pending.append(loss.detach().float())
-        self._counts.append(count)
+        self._pending.append((loss.detach().float(), count))
         if len(self._pending) >= self._interval:
             self._look()
 
@@ -45,20 +42,19 @@ class LossWatch:
     def _look(self) -> None:
         if not self._pending:
             return
-        losses = torch.stack(self._pending)
+        losses = torch.stack([loss for loss, _ in self._pending])
         bad = (~losses.isfinite()).float()
         if self._fabric.world_size > 1:  # all processes must stop together: one that went on would wait for ever
             bad = self._fabric.all_reduce(bad, reduce_op="sum")
-        values, flags = losses.tolist(), bad.tolist()
-        for offset, (value, flag) in enumerate(zip(values, flags, strict=True)):
+        values = losses.tolist()
+        for value, flag, (_, count) in zip(values, bad.tolist(), self._pending, strict=True):
+            self._steps += 1
             if flag:
-                step = self._first + self._steps + offset + 1
                 raise TrainingDivergedError(
-                    f"the loss is {value} at step {step} (epoch {self._epoch}). The last good checkpoint is kept. "
-                    f"{self._advice}"
+                    f"the loss is {value} at step {self._first + self._steps} (epoch {self._epoch}). The last good "
+                    f"checkpoint is kept. {self._advice}"
                 )
-        self._sum += sum(value * count for value, count in zip(values, self._counts, strict=True))
-        self._images += sum(self._counts)
-        self._steps += len(values)
+            self._sum += value * count
+            self._images += count
         self.last = values[-1]
-        self._pending, self._counts = [], []
+        self._pending = []

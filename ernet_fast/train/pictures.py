@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from io import BytesIO
 from itertools import cycle, product
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from ernet_fast._optional import require
 from ernet_fast.console.atomic_file import atomic_write
 from ernet_fast.console.tables import format_figure
-from ernet_fast.train.metrics import confusion_matrix
+from ernet_fast.train.metrics import area_under_curve, confusion_matrix
 from ernet_fast.train.predictions import Predictions
 
 INK, MUTED, GRID = "#1f2933", "#5f6c7b", "#e4e7eb"
@@ -35,30 +34,24 @@ def new_figure(width: float, height: float) -> Any:
 
 def style_axes(axes: Any, *, grid: bool = True) -> None:
     """Thin, grey and out of the way."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=MUTED, labelsize=8, labelcolor=INK)
-    axes.xaxis.label.set(color=INK, size=9)
-    axes.yaxis.label.set(color=INK, size=9)
-    axes.title.set(color=INK, size=10)
+    for text, size in ((axes.xaxis.label, 9), (axes.yaxis.label, 9), (axes.title, 10)):
+        text.set(color=INK, size=size)
     if grid:
         axes.grid(True, color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
 
 
-def png_bytes(figure: Any) -> bytes:
-    """The figure as a PNG file."""
+def save_figure(figure: Any, path: str | os.PathLike[str] | None) -> bytes:
+    """The figure as a PNG file, written atomically if `path` is given."""
     target = BytesIO()
     figure.savefig(target, format="png", dpi=_DPI)
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write(target.getvalue())
     return target.getvalue()
-
-
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write the figure as PNG, atomically."""
-    with atomic_write(path) as file:
-        file.write(png_bytes(figure))
 
 
 def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -67,17 +60,22 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
     classes = len(predictions.classes)
     figure = new_figure(*((4.4, 3.6) if classes <= 3 else (6.9, 6.4)))
     axes = figure.subplots()
-    _draw_counts(axes, counts, size=11 if classes <= 3 else 8)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for row, column in product(range(classes), repeat=2):
+        share = float(shares[row, column])
+        style: dict[str, Any] = {"ha": "center", "va": "center", "size": 11 if classes <= 3 else 8}
+        text, style["color"] = f"{int(counts[row, column])}\n{share:.0%}", "white" if share > 0.55 else INK
+        axes.text(column, row, text, **style)
     names = [name.replace("_", " ") for name in predictions.classes]
     turn = {"rotation": 40, "ha": "right"} if classes > 3 else {}
     axes.set_xticks(range(classes), names, **turn)
     axes.set_yticks(range(classes), names)
     axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
     style_axes(axes, grid=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -88,96 +86,90 @@ def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = 
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 4)))
     curves = roc_curves(predictions)
-    for number, (color, (name, false_rate, true_rate, area)) in enumerate(zip(_colors(), curves, strict=False)):
+    for number, (color, (name, false_rate, true_rate, area)) in enumerate(
+        zip(cycle((INK, *PALETTE)), curves, strict=False)
+    ):
         style: dict[str, Any] = {"linewidth": 1.2, "zorder": 2} if number else {"linewidth": 2.4, "zorder": 3}
         axes.plot(false_rate, true_rate, color=color, label=f"{name}  AUC {format_figure(area)}", **style)
     if curves:
         axes.legend(loc="lower right", fontsize=8, frameon=False, labelcolor=INK)
     else:
         axes.text(0.5, 0.55, "undefined: images of one class only", ha="center", color=MUTED, size=9)
-    axes.set(
-        xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity (recall)", title="ROC"
-    )
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity (recall)", title="ROC")
     style_axes(axes)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def history_picture(history: list[dict[str, Any]], path: str | os.PathLike[str] | None = None) -> bytes:
     """Losses, and validation accuracy and AUC, by epoch; nothing where there is no validation."""
     figure = new_figure(7.6, 2.9)
     left, right = figure.subplots(1, 2)
-    epochs = [record["epoch"] for record in history]
-    left.plot(
-        epochs, [record["train_loss"] for record in history], color=PALETTE[0], marker="o", ms=3, label="training"
+    lines = (
+        (left, "training", [record["train_loss"] for record in history]),
+        (left, "validation", [record["val_loss"] for record in history]),
+        (right, "accuracy", [record["val"]["accuracy"] for record in history]),
+        (right, "AUC", [record["val"]["auc"] for record in history]),
     )
-    losses = [float("nan") if record["val_loss"] is None else record["val_loss"] for record in history]
-    left.plot(epochs, losses, color=PALETTE[1], marker="o", ms=3, label="validation")
+    epochs = [record["epoch"] for record in history]
+    for (axes, label, values), color in zip(lines, PALETTE, strict=False):
+        values = [float("nan") if value is None else value for value in values]
+        axes.plot(epochs, values, color=color, marker="o", ms=3, label=label)
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     left.set_ylim(bottom=0)
-    for name, color in (("accuracy", PALETTE[2]), ("auc", PALETTE[3])):
-        values = [record["val"][name] for record in history]
-        values = [float("nan") if value is None else value for value in values]
-        right.plot(epochs, values, color=color, marker="o", ms=3, label="AUC" if name == "auc" else name)
     right.set(xlabel="epoch", title="Validation patients", ylim=(0, 1.02))
     for axes in (left, right):
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
         axes.xaxis.get_major_locator().set_params(integer=True)
         style_axes(axes)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def before_after_picture(
     pairs: list[tuple[str, Tensor, Tensor]], target: Tensor | None = None, path: str | os.PathLike[str] | None = None
 ) -> bytes:
     """A column for each (title, image, normalised image), both uint8 [3, H, W]; first the target, if given."""
-    columns = len(pairs) + (target is not None)
+    shift = int(target is not None)
+    columns = len(pairs) + shift
     figure = new_figure(1.45 * columns + 0.3, 3.3)
     grid = figure.subplots(2, columns, squeeze=False)
-    shift = 0
     if target is not None:
         _show(grid[0][0], target)
         grid[0][0].set_title("stain target", size=8, color=INK)
         grid[1][0].set_visible(False)
-        shift = 1
-    for column, (title, before, after) in enumerate(pairs):
-        _show(grid[0][column + shift], before)
-        _show(grid[1][column + shift], after)
-        grid[0][column + shift].set_title(title, size=8, color=INK)
+    for column, (title, *images) in enumerate(pairs, shift):
+        for row, image in enumerate(images):
+            _show(grid[row][column], image)
+        grid[0][column].set_title(title, size=8, color=INK)
     for row, name in enumerate(("before", "after")):
         grid[row][shift].set_ylabel(name, size=9, color=INK)
-    return _finished(figure, path)
+    return save_figure(figure, path)
 
 
 def _show(axes: Any, image: Tensor) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy())
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _draw_counts(axes: Any, counts: Tensor, size: float) -> None:
-    """A square for each count, with its share of the row."""
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for row, column in product(range(len(counts)), repeat=2):
-        share = float(shares[row, column])
-        color = "white" if share > 0.55 else INK
-        text = f"{int(counts[row, column])}\n{share:.0%}"
-        axes.text(column, row, text, ha="center", va="center", color=color, size=size)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
     """The curves of `roc_picture`: name, false and true positive rates (arrays of equal length), area.
 
-    Groups with images of one class only have no curve. The mean curve of several classes has, at each false positive
-    rate, the mean of the classes' true positive rates; its area is the mean of theirs.
+    Groups with images of one class only have no curve. The mean curve is the mean of true positive rates at each false
+    positive rate; its area is the mean of the classes'.
     """
-    curves = [
-        (name, *_roc(scores, truth))
-        for name, scores, truth in _roc_groups(predictions)
-        if 0 < int(truth.sum()) < len(truth)
-    ]
+    functional = require("torchmetrics.functional.classification", extra="train", purpose="ROC curves")
+    by_magnification = predictions.by_magnification()
+    parts = {"all images": predictions, **(by_magnification if len(by_magnification) > 1 else {})}
+    groups = [(name, part.probabilities[:, 1], part.targets == 1) for name, part in parts.items()]
+    if len(predictions.classes) > 2:
+        names = [name.replace("_", " ") for name in predictions.classes]
+        groups = [(name, predictions.probabilities[:, k], predictions.targets == k) for k, name in enumerate(names)]
+    curves = []
+    for name, scores, truth in groups:
+        if 0 < int(truth.sum()) < len(truth):
+            false_rate, true_rate, _ = functional.binary_roc(scores, truth.long())
+            curves.append((name, false_rate.numpy(), true_rate.numpy(), area_under_curve(scores, truth)))
     if len(predictions.classes) > 2 and len(curves) > 1:
         rates = np.unique(np.concatenate([false_rate for _, false_rate, _, _ in curves]))
         # where a curve jumps, np.interp gives its upper end, and of the curve read backwards its lower end
@@ -186,32 +178,3 @@ def roc_curves(predictions: Predictions) -> list[tuple[str, Any, Any, float]]:
         area = float(np.mean([area for _, _, _, area in curves]))
         curves.insert(0, ("mean of the classes", rates.repeat(2), np.stack([lower, upper], axis=1).ravel(), area))
     return curves
-
-
-def _roc_groups(predictions: Predictions) -> list[tuple[str, Tensor, Tensor]]:
-    if len(predictions.classes) > 2:
-        return [
-            (name.replace("_", " "), predictions.probabilities[:, k], predictions.targets == k)
-            for k, name in enumerate(predictions.classes)
-        ]
-    groups = [("all images", predictions)]
-    found = sorted({sample.magnification for sample in predictions.samples})
-    if len(found) > 1:
-        groups += [(f"{m}X", predictions.subset(lambda s, m=m: s.magnification == m)) for m in found]  # type: ignore[misc]
-    return [(name, part.probabilities[:, 1], part.targets == 1) for name, part in groups]
-
-
-def _roc(scores: Tensor, truth: Tensor) -> tuple[Any, Any, float]:
-    functional = require("torchmetrics.functional.classification", extra="train", purpose="ROC curves")
-    false_rate, true_rate, _ = functional.binary_roc(scores, truth.long())
-    return false_rate.numpy(), true_rate.numpy(), float(functional.binary_auroc(scores, truth.long()))
-
-
-def _colors() -> Iterator[str]:
-    return cycle((INK, *PALETTE))
-
-
-def _finished(figure: Any, path: str | os.PathLike[str] | None) -> bytes:
-    if path is not None:
-        save_figure(figure, path)
-    return png_bytes(figure)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.console.atomic_file import write_text
+from ernet_fast.console.atomic_file import write_csv
 from ernet_fast.data import Sample
+from ernet_fast.train.device import world_size
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,13 @@ class Predictions:
         rows = [i for i, sample in enumerate(self.samples) if keep(sample)]
         return Predictions(self.probabilities[rows], tuple(self.samples[i] for i in rows), self.classes)
 
+    def by_magnification(self) -> dict[str, Predictions]:
+        """The images of each magnification there is, by ``"40X"`` and so on."""
+        found = sorted({sample.magnification for sample in self.samples})
+        return {f"{m}X": self.subset(lambda sample, m=m: sample.magnification == m) for m in found}  # type: ignore[misc]
+
     def loss(self) -> float | None:
-        """Mean negative logarithm of the true class's probability (cross-entropy without weights or smoothing); None
-        without images.
-        """
+        """Cross-entropy, without weights or smoothing: the mean of -ln p(true class); None without images."""
         if not len(self):
             return None
         true = self.probabilities[torch.arange(len(self)), self.targets]
@@ -60,17 +63,12 @@ class Predictions:
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """One line an image: name, patient, magnification, true and predicted class, probability of each class."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            ["image", "patient", "magnification", "true", "predicted", *(f"p_{name}" for name in self.classes)]
-        )
+        rows: list[list[Any]] = [["image", "patient", "magnification", "true", "predicted"]]
+        rows[0] += [f"p_{name}" for name in self.classes]
         for sample, guess, row in zip(self.samples, self.predicted.tolist(), self.probabilities.tolist(), strict=True):
             names = self.classes[sample.label], self.classes[guess]
-            writer.writerow(
-                [sample.path.name, sample.patient, sample.magnification, *names, *(f"{p:.6f}" for p in row)]
-            )
-        write_text(path, text.getvalue())
+            rows.append([sample.path.name, sample.patient, sample.magnification, *names, *(f"{p:.6f}" for p in row)])
+        write_csv(path, rows)
 
 
 @torch.no_grad()
@@ -83,51 +81,31 @@ def predict(
     *,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Predictions:
-    """Run `network` over the batches of this process and put the results of all processes together, each image once.
+    """Run `network`, in evaluation mode, over this process's batches and gather the results of all processes.
 
-    Args:
-        network: is put into evaluation mode meanwhile.
-        forward: from the images of a batch to the output of `network`, see `device.evaluation_pass`.
-        batches: of a loader that does not shuffle.
-        samples: that the batches' positions point into.
-        classes: their names.
-        advance: called with the number of images of each batch.
-
-    Raises:
-        FloatingPointError: the network gives a NaN or infinite output; the message names an image.
+    `forward` leads from the images of a batch to the output, see `device.evaluation_pass`; `batches`, not shuffled,
+    hold positions in `samples`; `advance` is called with the number of images of each. FloatingPointError names an
+    image whose output is not finite.
     """
     was_training = network.training
     network.eval()
-    probabilities, positions = [], []
+    found: list[tuple[Tensor, Tensor]] = [(torch.empty(0, len(classes), dtype=torch.float64), torch.empty(0).long())]
     try:
         for images, _, where in batches:
             output = forward(images).double().softmax(dim=1).cpu()
-            _check_finite(output, where, samples)
-            probabilities.append(output)
-            positions.append(where.cpu())
+            bad = (~output.isfinite()).any(dim=1).nonzero().flatten()
+            if len(bad):
+                name, count = samples[int(where[bad[0]])].path.name, f"{len(bad)} of {len(output)}"
+                raise FloatingPointError(
+                    f"the network's output is not finite for {count} images of a batch, e.g. {name}."
+                )
+            found.append((output, where.cpu()))
             advance(len(where))
     finally:
         network.train(was_training)
-    table = torch.cat(probabilities) if probabilities else torch.empty(0, len(classes), dtype=torch.float64)
-    places = torch.cat(positions) if positions else torch.empty(0, dtype=torch.int64)
-    table, places = _gathered(table, places)
+    parts: list[Any] = [found] * world_size()
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, found)
+    table, places = (torch.cat(pieces) for pieces in zip(*chain.from_iterable(parts), strict=True))
     order = places.argsort()
     return Predictions(table[order], tuple(samples[i] for i in places[order].tolist()), tuple(classes))
-
-
-def _check_finite(output: Tensor, where: Tensor, samples: Sequence[Sample]) -> None:
-    bad = (~output.isfinite()).any(dim=1).nonzero().flatten()
-    if len(bad):
-        name = samples[int(where[bad[0]])].path.name
-        raise FloatingPointError(
-            f"the network's output is not finite for {len(bad)} of {len(output)} images of a batch, e.g. {name}."
-        )
-
-
-def _gathered(table: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return table, places
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, (table, places))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -86,11 +86,8 @@ def note(text: str) -> Block:
 
 def cards(figures: Sequence[tuple[str, str, str]]) -> Block:
     """Large figures: (name, value, explanation)."""
-    items = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
-        for name, value, remark in figures
-    )
-    return f'<dl class="cards">{items}</dl>'
+    card = "<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>"
+    return f'<dl class="cards">{"".join(card.format(*map(escape, texts)) for texts in figures)}</dl>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", kind: str = "figures") -> Block:
@@ -127,12 +124,9 @@ def bars(groups: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> Bloc
         longest = max(length for _, length, _ in entries)
         parts.append(f'<div class="title">{escape(title)}</div>')
         for index, (name, length, value) in enumerate(entries):
-            own = " own" if index == 0 else ""
-            parts.append(
-                f'<div>{escape(name)}</div><div class="track">'
-                f'<div class="bar{own}" style="width:{100 * length / longest:.1f}%"></div></div>'
-                f'<div class="value">{escape(value)}</div>'
-            )
+            kind, width = "bar" if index else "bar own", 100 * length / longest
+            bar = f'<div class="track"><div class="{kind}" style="width:{width:.1f}%"></div></div>'
+            parts.append(f'<div>{escape(name)}</div>{bar}<div class="value">{escape(value)}</div>')
     return f'<div class="bars">{"".join(parts)}</div>'
 
 
@@ -144,25 +138,28 @@ def section(title: str, *blocks: Block) -> Block:
 def write_report(
     path: str | os.PathLike[str], *, title: str, subtitle: str, blocks: Sequence[Block], footer: str = ""
 ) -> Path:
-    """Write the page atomically; returns its path.
-
-    Args:
-        path: the file, usually ``report.html``.
-        title: heading and window title.
-        subtitle: one line below it.
-        blocks: the page, made by the functions of this module.
-        footer: one line at the end.
-    """
+    """Write the page of `blocks` atomically, with heading, subtitle and footer of a line each; returns its path."""
     ending = f"<footer>{escape(footer)}</footer>" if footer else ""
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n"
-        + "\n".join(blocks)
-        + f"\n{ending}\n</main>\n</body>\n</html>\n"
-    )
+    content = "\n".join(blocks)
+    page = f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<main>
+<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
+{content}
+{ending}
+</main>
+</body>
+</html>
+"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

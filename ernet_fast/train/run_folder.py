@@ -19,11 +19,7 @@ _held: set[str] = set()  # by this process: POSIX locks exclude other processes 
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint at `path`; of the folder of a run, the best one.
-
-    Raises:
-        FileNotFoundError: a folder without `best.pt`.
-    """
+    """The checkpoint at `path`; of the folder of a run, the best one, or FileNotFoundError."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -37,8 +33,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
 def only_run(folder: Path) -> Iterator[None]:
     """Make `folder` and keep other runs out of it; temporary files that killed runs left in it are removed.
 
-    Raises:
-        RuntimeError: another run is writing to it; the message names its process.
+    Raises RuntimeError if another run is writing to it, and names its process.
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ernet_fast.data import Sample, read_image
 from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, MacenkoStatus, StainNormalize, macenko_fit
-from ernet_fast.train.selection import evenly_chosen
+from ernet_fast.train.images import evenly_chosen
 
 CANDIDATES = 64
 """Images looked at for the most typical stains."""
@@ -21,8 +20,7 @@ CANDIDATES = 64
 class StainNormalization(StainNormalize):
     """`StainNormalize` of uint8 [3, H, W] images that knows where its target came from, and its state.
 
-    An image that has no stains to fit (background) is reconstructed with the target's own stains
-    (``on_degenerate="reference"``).
+    An image without stains to fit (background) is taken to have the target's (``on_degenerate="reference"``).
     """
 
     normalizer: MacenkoNormalizer
@@ -37,11 +35,7 @@ class StainNormalization(StainNormalize):
 
     @classmethod
     def from_state(cls, state: dict[str, Any] | None) -> StainNormalization | None:
-        """The inverse of `state`; None for a run without normalisation.
-
-        Raises:
-            ValueError: the state is of another method.
-        """
+        """The inverse of `state`; None for a run without normalisation. Raises ValueError for another method."""
         if state is None:
             return None
         if state.get("method") != "macenko":
@@ -52,11 +46,7 @@ class StainNormalization(StainNormalize):
 
 
 def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
-    """Normalise to the stains of one image.
-
-    Raises:
-        ValueError: the image has no stains to fit.
-    """
+    """Normalise to the stains of one image. Raises ValueError if it has none to fit."""
     fit = macenko_fit(read_image(path), layout="CHW")
     status = MacenkoStatus(int(fit.status[0]))
     if status != MacenkoStatus.OK:
@@ -67,12 +57,11 @@ def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
 
 
 def most_typical(samples: Sequence[Sample]) -> tuple[Path, StainNormalization]:
-    """The image whose stains lie nearest to the median of the set, and the normalisation to it; the same for the same
-    set, whatever its order.
+    """The image whose stains lie nearest to the median of the set, and the normalisation to it, whatever the order.
 
-    Of up to 64 images, evenly chosen, each is fitted; the eight numbers of a fit (two stain vectors, two maximum
-    concentrations) are compared with their medians, each difference in units of its median absolute deviation. The
-    least sum of squares wins.
+    Up to 64 images, evenly chosen, are fitted; the eight numbers of a fit (two stain vectors, two maximal
+    concentrations) are compared with their medians, in units of the median absolute deviation. The least sum of
+    squares wins.
 
     Raises:
         ValueError: no image can be fitted.
@@ -85,7 +74,8 @@ def most_typical(samples: Sequence[Sample]) -> tuple[Path, StainNormalization]:
             f"none of {len(chosen)} training images has stains to fit (all are background?). Name a target with "
             "--stain-target, or train with --stain none."
         )
-    table = torch.stack([_numbers(fit) for fit, _ in fitted])
+    numbers = [torch.cat([fit.stain_matrix[0].flatten(), fit.max_concentration[0]]) for fit, _ in fitted]
+    table = torch.stack(numbers).double().cpu()
     deviation = table - table.quantile(0.5, dim=0)
     spread = deviation.abs().quantile(0.5, dim=0).clamp_min(1e-6)
     fit, path = fitted[int(((deviation / spread) ** 2).sum(dim=1).argmin())]
@@ -96,7 +86,3 @@ def _to_target(fit: MacenkoFit, path: str | os.PathLike[str]) -> StainNormalizat
     normalizer = MacenkoNormalizer(layout="CHW")
     normalizer.HERef, normalizer.maxCRef = fit.stain_matrix[0], fit.max_concentration[0]
     return StainNormalization(normalizer, Path(path).name)
-
-
-def _numbers(fit: MacenkoFit) -> Tensor:
-    return torch.cat([fit.stain_matrix[0].flatten(), fit.max_concentration[0]]).double().cpu()

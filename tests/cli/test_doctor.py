@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ernet_fast import _backend
-from ernet_fast.diagnosis import serves_capability
+from ernet_fast._backend import serves_capability
 from ernet_fast.stain import deprecated_operators
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ernet_fast.cli import normalize_batches as module
-from ernet_fast.cli.normalize_batches import normalize_batches
-from ernet_fast.cli.normalize_files import normalize_files
+from ernet_fast.cli import normalize_files as module
+from ernet_fast.cli.normalize_files import normalize_batches, normalize_files
 from ernet_fast.cli.normalize_plan import plan
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.stain import MacenkoNormalizer

@@ -12,7 +12,7 @@ from PIL import Image
 from ernet_fast import __version__
 from ernet_fast.cli import normalize_record
 from ernet_fast.cli.normalize_plan import plan
-from ernet_fast.cli.normalize_record import NAME, claim, settings_of
+from ernet_fast.cli.normalize_record import NAME, claim, one_run_overwrites, settings_of
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.stain import MacenkoNormalizer
 
@@ -175,3 +175,21 @@ class TestOneFile:
         (tmp_path / "out.png").mkdir()
         assert call("normalize", images / "0.png", tmp_path / "out.png").code == 0
         assert (tmp_path / "out.png" / "0.png").is_file()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first overwrites", "the second overwrites"])
+def test_a_run_that_overwrites_shares_its_folder_with_none(call, images, tmp_path, first):
+    assert call("normalize", images, tmp_path / "out").code == 0
+    before = pixels(tmp_path / "out")
+    options = [] if first else ["--overwrite"]
+    with one_run_overwrites(tmp_path / "out", overwrite=first):
+        called = call("normalize", images, tmp_path / "out", "--beta", 0.2, *options)
+        assert called.code == 1 and "another run is writing to" in called.err and "--overwrite" in called.err
+    assert pixels(tmp_path / "out") == before
+    assert call("normalize", images, tmp_path / "out", "--beta", 0.2, "--overwrite").code == 0
+
+
+def test_runs_that_overwrite_nothing_share_a_folder(call, images, tmp_path):
+    with one_run_overwrites(tmp_path / "out", overwrite=False):
+        assert call("normalize", images / "0.png", tmp_path / "out").code == 0
+    assert call("normalize", images, tmp_path / "out").code == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ernet_fast.models import ERResNet, ERStage, count_flops, er_resnet50
-from ernet_fast.models.table import PAPER_FLOPS, architecture_table
+from ernet_fast.models.flops import PAPER_FLOPS, architecture_table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 

@@ -160,3 +160,12 @@ def test_unreadable_weights(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list, expected a state dict"):
         read_weights(tmp_path / "list.pth")
+
+
+def test_a_file_of_another_kind_is_one_sentence_without_advice_to_load_unsafely(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"epoch": 1}')
+    with pytest.raises(
+        ValueError, match=r"cannot read '.*a\.json': it is no file of torch\.save .* or safeten"
+    ) as caught:
+        er_resnet18(weights=tmp_path / "a.json")
+    assert "weights_only" not in str(caught.value) and len(str(caught.value).splitlines()) == 1

@@ -9,8 +9,7 @@ import torch
 
 from ernet_fast.data import BreakHis
 from ernet_fast.stain import MacenkoNormalizer
-from ernet_fast.train.images import EpochSampler, ImageSet, build_loader
-from ernet_fast.train.selection import evenly_chosen
+from ernet_fast.train.images import EpochSampler, ImageSet, build_loader, evenly_chosen
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from ernet_fast.train import TrainingDivergedError, evaluate, fit, load_checkpoint
 from ernet_fast.train.data_sets import class_weights
-from ernet_fast.train.schedule import build_optimizer, build_schedule
+from ernet_fast.train.network import build_optimizer, build_schedule
 
 
 def test_a_run_leaves_everything(make_config, quiet):

@@ -14,7 +14,7 @@ import torch
 from ernet_fast.data import BreakHis, make_splits, write_split_csv
 from ernet_fast.train import TrainConfig, checkpoint, evaluate, fit, load_checkpoint
 from ernet_fast.train.checkpoint import save_checkpoint
-from ernet_fast.train.history import write_history
+from ernet_fast.train.describe import write_history
 
 
 def assert_same(found, expected, where="checkpoint"):

@@ -7,11 +7,6 @@ from ernet_fast.data.synthetic.patch import SyntheticPatch, generate_patch
 from ernet_fast.data.synthetic.stain import STAINING, StainProfile, beer_lambert, sample_stain
 
 __all__ = [
-    "STAINING",
-    "StainProfile",
-    "SyntheticPatch",
-    "beer_lambert",
-    "generate_patch",
-    "sample_stain",
+    "STAINING", "StainProfile", "SyntheticPatch", "beer_lambert", "generate_patch", "sample_stain",
     "write_breakhis_like",
-]
+]  # fmt: skip

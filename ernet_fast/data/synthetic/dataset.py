@@ -7,12 +7,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ernet_fast._optional import require
-from ernet_fast.data.layout import MAGNIFICATIONS, SUBTYPES, image_path, parse_name
+from ernet_fast.data.layout import SUBTYPES, image_path, magnifications_of, parse_name
 from ernet_fast.data.splits import make_splits
 from ernet_fast.data.synthetic.patch import generate_patch
 from ernet_fast.data.synthetic.stain import STAINING, StainProfile, sample_stain
@@ -21,14 +20,9 @@ _FIRST_PATIENT = 90001  # slide numbers that BreakHis does not use
 _README = """\
 Synthetic images in the layout of BreakHis, drawn by ernet_fast.data.synthetic. They show no patient and no tissue.
 
+patients {}, patches per patient and magnification {}, magnifications {}, size {},
+seed {}, staining {}, split seed {}
 """
-
-
-class _Patient(NamedTuple):
-    number: int
-    subtype: str
-    slide: str
-    stain: StainProfile
 
 
 def write_breakhis_like(
@@ -45,9 +39,9 @@ def write_breakhis_like(
 ) -> Path:
     """Write a synthetic data set below `root`; ``BreakHis(root)`` reads it.
 
-    Patients are benign and malignant in turn and go round the eight subtypes. Every patient has one slide with stain
-    vectors and intensities of its own. Each patch depends on `seed`, patient, magnification, number and the patient's
-    stain alone, so a larger set contains a smaller one of similar staining. The folder appears when it is complete.
+    Patients are benign and malignant in turn and go round the eight subtypes; each has one slide with stains of its
+    own. A patch depends on `seed`, patient, magnification, number and stain alone, so a larger set contains a smaller
+    one of similar staining. The folder appears when it is complete.
 
     Args:
         root: folder to write to; it may exist, but must not hold ``histology_slides`` yet.
@@ -71,9 +65,7 @@ def write_breakhis_like(
         ImportError: Pillow is missing.
     """
     root = Path(root)
-    wanted = (magnifications,) if isinstance(magnifications, int) else tuple(dict.fromkeys(magnifications))
-    if not wanted or any(m not in MAGNIFICATIONS for m in wanted):
-        raise ValueError(f"magnifications={magnifications!r}; expected one or several of {MAGNIFICATIONS}")
+    wanted = magnifications_of(magnifications)
     if not 2 <= patients <= 9999:
         raise ValueError(f"patients={patients}; expected 2 to 9999")
     if not 1 <= patches_per_patient <= 999:
@@ -88,22 +80,19 @@ def write_breakhis_like(
     pil = require("PIL.Image", extra="train", purpose="writing synthetic images")
     cohort = _draw_cohort(patients, patches_per_patient, wanted, seed, staining, split_seed)
     patches = [(who, m, k) for who in cohort for m in wanted for k in range(1, patches_per_patient + 1)]
-    settings = f"""\
-patients {patients}, patches per patient and magnification {patches_per_patient}, magnifications {wanted}, size {size},
-seed {seed}, staining {staining}, split seed {split_seed}
-"""
     root.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
     try:
-        for done, (who, magnification, k) in enumerate(patches, 1):
-            path = image_path(aside, who.subtype, who.slide, magnification, f"{k:03d}")
+        for done, ((index, subtype, slide, stain), magnification, k) in enumerate(patches, 1):
+            path = image_path(aside, subtype, slide, magnification, f"{k:03d}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            origin = [seed, who.number, magnification, k]
-            patch = generate_patch(who.subtype, magnification=magnification, size=size, stain=who.stain, seed=origin)
+            origin = [seed, index, magnification, k]
+            patch = generate_patch(subtype, magnification=magnification, size=size, stain=stain, seed=origin)
             pil.fromarray(np.ascontiguousarray(patch.image.transpose(1, 2, 0))).save(path, compress_level=3)
             if progress is not None:
                 progress(done, len(patches))
-        (aside / "README.txt").write_text(_README + settings, encoding="utf-8")
+        settings = patients, patches_per_patient, wanted, size, seed, staining, split_seed
+        (aside / "README.txt").write_text(_README.format(*settings), encoding="utf-8")
         aside.chmod(0o755)  # temporary folders are private
         os.rename(aside, target)
     except BaseException:
@@ -114,29 +103,22 @@ seed {seed}, staining {staining}, split seed {split_seed}
 
 def _draw_cohort(
     patients: int, patches: int, magnifications: tuple[int, ...], seed: int, staining: str, split_seed: int
-) -> list[_Patient]:
-    benign = [code for code, kind in SUBTYPES.items() if not kind.malignant]
-    malignant = [code for code, kind in SUBTYPES.items() if kind.malignant]
-    who = []
-    for index in range(patients):
-        codes = (benign, malignant)[index % 2]
-        who.append((index, codes[index // 2 % len(codes)], f"14-{_FIRST_PATIENT + index}"))
+) -> list[tuple[int, str, str, StainProfile]]:
+    """Number, subtype, slide and stain of each patient."""
+    kinds = [[code for code, kind in SUBTYPES.items() if kind.malignant == malignant] for malignant in (0, 1)]
+    subtypes = [kinds[index % 2][index // 2 % len(kinds[index % 2])] for index in range(patients)]
+    slides = [f"14-{_FIRST_PATIENT + index}" for index in range(patients)]
     shifted: set[str] = set()
     if staining == "shifted":
         images = [
             parse_name(image_path(Path(), subtype, slide, magnification, f"{number:03d}"))
-            for _, subtype, slide in who
+            for subtype, slide in zip(subtypes, slides, strict=True)
             for magnification in magnifications
             for number in range(1, patches + 1)
         ]
-        splits = make_splits(images, seed=split_seed)
-        shifted = {sample.slide for sample in splits.select(images, "test")}
-    return [
-        _Patient(
-            i,
-            subtype,
-            slide,
-            sample_stain(np.random.default_rng([seed, i]), "shifted" if slide in shifted else "similar"),
-        )
-        for i, subtype, slide in who
+        shifted = {sample.slide for sample in make_splits(images, seed=split_seed).select(images, "test")}
+    stains = [
+        sample_stain(np.random.default_rng([seed, index]), "shifted" if slide in shifted else "similar")
+        for index, slide in enumerate(slides)
     ]
+    return list(zip(range(patients), subtypes, slides, stains, strict=True))

@@ -13,26 +13,18 @@ _MAX_CELLS = 400_000  # window pixels painted at once: bounds memory
 
 
 class Nuclei(NamedTuple):
-    """n nuclei: `position` [n, 2] (y, x) and half axes `axes` [n, 2] in pixels, `angle` [n] of the long axis,
-    `chromatin` [n] (haematoxylin concentration), `irregularity` [n] of the outline (share of the radius) and
-    `nucleolus` [n] (extra concentration).
-    """
+    """n nuclei."""
 
-    position: NDArray[np.float64]
-    axes: NDArray[np.float64]
-    angle: NDArray[np.float64]
-    chromatin: NDArray[np.float64]
-    irregularity: NDArray[np.float64]
-    nucleolus: NDArray[np.float64]
+    position: NDArray[np.float64]  # [n, 2]: y, x in pixels
+    axes: NDArray[np.float64]  # [n, 2]: half axes in pixels
+    angle: NDArray[np.float64]  # [n], of the long axis
+    chromatin: NDArray[np.float64]  # [n]: haematoxylin concentration
+    irregularity: NDArray[np.float64]  # [n], of the outline: share of the radius
+    nucleolus: NDArray[np.float64]  # [n]: extra concentration
 
     def take(self, which: NDArray[np.bool_] | NDArray[np.intp]) -> Nuclei:
         """The nuclei that an index or a mask selects."""
         return Nuclei(*(field[which] for field in self))
-
-
-def join_nuclei(groups: list[Nuclei]) -> Nuclei:
-    """All nuclei of several groups."""
-    return Nuclei(*(np.concatenate(fields) for fields in zip(*groups, strict=True)))
 
 
 def paint_nuclei(rng: np.random.Generator, nuclei: Nuclei, shape: tuple[int, int]) -> tuple[Image, Image]:
@@ -49,14 +41,13 @@ def paint_nuclei(rng: np.random.Generator, nuclei: Nuclei, shape: tuple[int, int
     chromatin = np.clip(chromatin, 0.5, 1.7).ravel()
     reach = np.ceil(1.35 * nuclei.axes.max(axis=1) + 1.5).astype(int)
     order = np.argsort(reach, kind="stable")
-    begin = 0
-    while begin < len(order):  # nuclei of about one size share a window size
-        limit = int(reach[order[begin]] * 1.3) + 1
-        end = int(np.searchsorted(reach[order], limit, side="right"))
-        end = min(end, begin + max(1, _MAX_CELLS // (2 * limit + 1) ** 2))
+    while len(order):  # nuclei of about one size share a window size
+        limit = int(reach[order[0]] * 1.3) + 1
+        most = max(1, _MAX_CELLS // (2 * limit + 1) ** 2)
+        end = min(most, int(np.searchsorted(reach[order], limit, side="right")))
         half = int(reach[order[end - 1]])
-        _paint(nuclei.take(order[begin:end]), half, (shift_y, shift_x, chromatin), cover, haematoxylin)
-        begin = end
+        _paint(nuclei.take(order[:end]), half, (shift_y, shift_x, chromatin), cover, haematoxylin)
+        order = order[end:]
     return cover, haematoxylin
 
 

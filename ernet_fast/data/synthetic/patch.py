@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernet_fast.data.layout import MAGNIFICATIONS, SUBTYPES
-from ernet_fast.data.synthetic.nuclei import Nuclei, join_nuclei, paint_nuclei
+from ernet_fast.data.synthetic.nuclei import Nuclei, paint_nuclei
 from ernet_fast.data.synthetic.stain import StainProfile, beer_lambert, sample_stain
 from ernet_fast.data.synthetic.texture import Image, fractal_noise, smooth_noise
 from ernet_fast.data.synthetic.tissue import PROFILES, Tissue, TissueProfile, draw_tissue, nuclei_grid
@@ -18,16 +18,16 @@ _NATIVE_HEIGHT = 460
 _NATIVE_PIXEL_AT_1X = 0.33 * 200  # micrometres
 _SENSOR_NOISE = 1.2  # standard deviation, grey levels
 
+Field = NDArray[np.float64]
+
 
 class SyntheticPatch(NamedTuple):
-    """`image` uint8 [3, H, W]; the `concentrations` float32 [2, H, W] of haematoxylin and eosin it was made of,
-    before `stain.strength`; the `stain`; and `nuclear_cover` float32 [H, W], the share of each pixel that is nucleus.
-    """
+    """An image and what it was made of."""
 
-    image: NDArray[np.uint8]
-    concentrations: NDArray[np.float32]
+    image: NDArray[np.uint8]  # [3, H, W]
+    concentrations: NDArray[np.float32]  # [2, H, W], of haematoxylin and eosin, before `stain.strength`
     stain: StainProfile
-    nuclear_cover: NDArray[np.float32]
+    nuclear_cover: NDArray[np.float32]  # [H, W], the share of each pixel that is nucleus
 
 
 def generate_patch(
@@ -90,21 +90,13 @@ def _place_nuclei(rng: np.random.Generator, profile: TissueProfile, tissue: Tiss
     spindle = nuclei_grid(rng, shape, profile.stromal_spacing / pixel)
     spindle = spindle[_sample(tissue.stroma, spindle) > rng.uniform(0.3, 1.2, len(spindle))]
     direction = _sample(tissue.angle, spindle) + rng.normal(scale=0.15, size=len(spindle))
-    return join_nuclei(
-        [
-            _draw(rng, epithelial, angle, profile.nuclear_radius / pixel, profile.pleomorphism, elongation=1.22),
-            _draw(rng, spindle, direction, 2.5 / pixel, 0.12, elongation=2.3),
-        ]
-    )
+    round_ones = _draw(rng, epithelial, angle, profile.nuclear_radius / pixel, profile.pleomorphism, elongation=1.22)
+    spindles = _draw(rng, spindle, direction, 2.5 / pixel, 0.12, elongation=2.3)
+    return Nuclei(*map(np.concatenate, zip(round_ones, spindles, strict=True)))
 
 
 def _draw(
-    rng: np.random.Generator,
-    position: NDArray[np.float64],
-    angle: NDArray[np.float64],
-    radius: float,
-    pleomorphism: float,
-    elongation: float,
+    rng: np.random.Generator, position: Field, angle: Field, radius: float, pleomorphism: float, elongation: float
 ) -> Nuclei:
     count = len(position)
     size = radius * np.exp(rng.normal(scale=pleomorphism, size=count))
@@ -116,27 +108,20 @@ def _draw(
     return Nuclei(position, axes, angle, np.clip(darkness, 0.6, 2.0), irregularity, nucleolus)
 
 
-def _sample(field: Image, position: NDArray[np.float64]) -> NDArray[np.float64]:
+def _sample(field: Image, position: Field) -> Field:
     """The field at positions (y, x), the border's value beyond it."""
     index = np.clip(np.round(position).astype(int), 0, np.array(field.shape) - 1)
     return field[index[:, 0], index[:, 1]].astype(np.float64)
 
 
-def _concentrations(
-    rng: np.random.Generator, tissue: Tissue, cover: Image, chromatin: Image, pixel: float
-) -> NDArray[np.float32]:
-    shape = cover.shape
-    grain = fractal_noise(rng, shape, 6.0 / pixel)
-    patchy = smooth_noise(rng, shape, 60.0 / pixel)
+def _concentrations(rng: np.random.Generator, tissue: Tissue, cover: Image, chromatin: Image, pixel: float) -> Image:
+    grain = fractal_noise(rng, cover.shape, 6.0 / pixel)
+    patchy = smooth_noise(rng, cover.shape, 60.0 / pixel)
     collagen = (0.18 + 0.75 * tissue.fibres) * np.clip(1 + 0.12 * grain + 0.28 * patchy, 0.2, 2)
     cytoplasm = 0.52 * np.clip(1 + 0.22 * grain + 0.12 * patchy, 0.2, 2)
     between = 1 - cover
     eosin = (tissue.stroma * collagen + tissue.epithelium * cytoplasm + 0.10 * tissue.mucin) * (0.15 + 0.85 * between)
-    ground = 0.02 + 0.03 * tissue.fibres
-    basophilia = (
-        tissue.epithelium * 0.22 * np.clip(1 + 0.35 * grain, 0, 2)
-        + tissue.stroma * ground
-        + tissue.mucin * 0.16 * (1 + 0.3 * grain)
-    )
+    basophilia = tissue.epithelium * 0.22 * np.clip(1 + 0.35 * grain, 0, 2)
+    basophilia = basophilia + tissue.stroma * (0.02 + 0.03 * tissue.fibres) + tissue.mucin * 0.16 * (1 + 0.3 * grain)
     haematoxylin = chromatin + basophilia * between
     return np.maximum(np.stack([haematoxylin, eosin]), 0).astype(np.float32)

@@ -12,19 +12,12 @@ STAINING = ("similar", "shifted")
 
 @dataclass(frozen=True)
 class StainProfile:
-    """How one laboratory, on one day, stained and photographed a slide.
+    """How one laboratory, on one day, stained and photographed a slide."""
 
-    Attributes:
-        haematoxylin: unit vector of optical density in R, G, B.
-        eosin: the same for eosin.
-        strength: factors on the concentrations of haematoxylin and eosin.
-        background: grey level of unstained glass, 0 ... 255.
-    """
-
-    haematoxylin: tuple[float, float, float]
-    eosin: tuple[float, float, float]
-    strength: tuple[float, float] = (1.0, 1.0)
-    background: float = 240.0
+    haematoxylin: tuple[float, float, float]  # optical density in R, G, B; made a unit vector
+    eosin: tuple[float, float, float]  # the same
+    strength: tuple[float, float] = (1.0, 1.0)  # factors on the concentrations of haematoxylin and eosin
+    background: float = 240.0  # grey level of unstained glass, 0 ... 255
 
     def __post_init__(self) -> None:
         for name in ("haematoxylin", "eosin"):
@@ -63,15 +56,13 @@ def sample_stain(rng: np.random.Generator, regime: str = "similar") -> StainProf
     vectors = np.maximum(mean.stain_matrix.T + _DIRECTION_SPREAD * rng.standard_normal((2, 3)), 0.01)
     strength = np.array(mean.strength) * np.exp(_STRENGTH_SPREAD * rng.standard_normal(2))
     background = float(np.clip(mean.background + _BACKGROUND_SPREAD * rng.standard_normal(), 200.0, 250.0))
-    h, e = (tuple(vector.tolist()) for vector in vectors)
-    return StainProfile(h, e, (float(strength[0]), float(strength[1])), background)
+    h, e = map(tuple, vectors.tolist())
+    return StainProfile(h, e, tuple(strength.tolist()), background)
 
 
 def beer_lambert(concentrations: NDArray[np.float32], stain: StainProfile) -> NDArray[np.float32]:
-    """Transmitted light ``I = I0 exp(-S C)`` in grey levels [3, H, W].
-
-    C are the concentrations [2, H, W] of haematoxylin and eosin times ``stain.strength``, S is ``stain.stain_matrix``
-    and I0 ``stain.background``.
+    """Transmitted intensity ``I = I0 exp(-S C)`` in grey levels [3, H, W]: C are the concentrations [2, H, W] times
+    ``stain.strength``, S is ``stain.stain_matrix`` and I0 ``stain.background``.
     """
     matrix = (stain.stain_matrix * np.asarray(stain.strength)).astype(np.float32)
     density = matrix @ concentrations.reshape(2, -1)

@@ -47,9 +47,8 @@ def fractal_noise(
     rng: np.random.Generator, shape: tuple[int, int], grain: float, octaves: int = 3, gain: float = 0.6
 ) -> Image:
     """`octaves` smooth noises, each of half the grain and `gain` times the height of the one before; unit variance."""
-    total = smooth_noise(rng, shape, grain)
-    norm = 1.0
-    for octave in range(1, octaves):
+    total, norm = np.zeros(shape, np.float32), 0.0
+    for octave in range(octaves):
         height = gain**octave
         total += np.float32(height) * smooth_noise(rng, shape, grain / 2**octave)
         norm += height**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,31 +14,18 @@ from ernet_fast.data.synthetic.texture import Image, fibre_texture, fractal_nois
 
 @dataclass(frozen=True)
 class TissueProfile:
-    """What one tumour type looks like; lengths in micrometres.
+    """What one tumour type looks like; lengths in micrometres."""
 
-    Attributes:
-        nuclear_radius: mean radius of an epithelial nucleus.
-        pleomorphism: variation of nuclear size (standard deviation of its logarithm), outline and chromatin.
-        spacing: distance between epithelial nuclei.
-        gland_spacing: distance between glands with a lumen; 0 for solid growth.
-        gland_radius: outer radius of a gland.
-        nest_share: share of the area covered by solid nests of tumour cells.
-        nest_size: width of a nest.
-        stromal_spacing: distance between spindle nuclei in the stroma.
-        gap_share: share of the area without tissue (clefts, fat).
-        mucin: 0 ... 1, how much of the stroma is replaced by pale mucin.
-    """
-
-    nuclear_radius: float
-    pleomorphism: float
-    spacing: float
-    gland_spacing: float = 0.0
-    gland_radius: float = 0.0
-    nest_share: float = 0.0
-    nest_size: float = 60.0
-    stromal_spacing: float = 22.0
-    gap_share: float = 0.05
-    mucin: float = 0.0
+    nuclear_radius: float  # mean, of an epithelial nucleus
+    pleomorphism: float  # of nuclear size (standard deviation of its logarithm), outline and chromatin
+    spacing: float  # between epithelial nuclei
+    gland_spacing: float = 0.0  # between glands with a lumen; 0 for solid growth
+    gland_radius: float = 0.0  # outer
+    nest_share: float = 0.0  # of the area covered by solid nests of tumour cells
+    nest_size: float = 60.0  # width
+    stromal_spacing: float = 22.0  # between spindle nuclei in the stroma
+    gap_share: float = 0.05  # of the area without tissue (clefts, fat)
+    mucin: float = 0.0  # 0 ... 1, how much of the stroma is replaced by pale mucin
 
 
 # Nuclear density, size and pleomorphism tell the classes apart. Glands and solid sheets occur in both, as ductal
@@ -59,18 +47,14 @@ PROFILES: dict[str, TissueProfile] = {
 
 
 class Tissue(NamedTuple):
-    """Maps [H, W] of one field of view, and the nuclei that line its glands.
+    """Maps [H, W] of one field of view, between 0 and 1, and the nuclei that line its glands."""
 
-    `epithelium`, `stroma` and `mucin` lie between 0 and 1, and what is left is empty; `fibres` lies between 0 and 1;
-    `angle` is the fibres' in radians; `lining` has rows (y, x, angle) in pixels and radians.
-    """
-
-    epithelium: Image
+    epithelium: Image  # what this, stroma and mucin leave is empty
     stroma: Image
     mucin: Image
     fibres: Image
-    angle: Image
-    lining: NDArray[np.float64]
+    angle: Image  # of the fibres, radians
+    lining: NDArray[np.float64]  # rows (y, x, angle) in pixels and radians
 
 
 def draw_tissue(rng: np.random.Generator, profile: TissueProfile, shape: tuple[int, int], pixel: float) -> Tissue:
@@ -102,9 +86,7 @@ def nuclei_grid(rng: np.random.Generator, shape: tuple[int, int], spacing: float
     turn = rng.uniform(0, np.pi)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     points = points @ rotation + np.array(shape) / 2 + rng.uniform(-0.5, 0.5, 2) * spacing
-    margin = spacing
-    inside = np.all((points > -margin) & (points < np.array(shape) + margin), axis=1)
-    return points[inside]
+    return points[np.all((points > -spacing) & (points < np.array(shape) + spacing), axis=1)]
 
 
 def _threshold(field: Image, share: float, softness: float) -> Image:
@@ -132,9 +114,9 @@ def _glands(
 ) -> tuple[NDArray[np.float64], Image, Image]:
     """Nuclei lining the glands (y, x, angle), and the maps of their epithelium and lumen."""
     epithelium, lumen = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    lining: list[NDArray[np.float64]] = []
+    lining = [np.zeros((0, 3))]
     if profile.gland_spacing <= 0:
-        return np.zeros((0, 3)), epithelium, lumen
+        return lining[0], epithelium, lumen
     wobble = smooth_noise(rng, shape, 28.0 / pixel) * np.float32(2.4 / pixel)
     for cy, cx in nuclei_grid(rng, shape, profile.gland_spacing / pixel):
         radius = profile.gland_radius * np.exp(rng.normal(scale=0.22)) / pixel
@@ -150,38 +132,24 @@ def _glands(
         along, athwart = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
         distance = np.hypot(along / stretch, athwart * stretch) + wobble[window]
         inner = max(0.25 * radius, radius - thickness)
-        soft = 1.2 / pixel
-        np.maximum(lumen[window], np.clip((inner - distance) / soft + 0.5, 0, 1), out=lumen[window])
-        np.maximum(
-            epithelium[window],
-            np.clip((radius + 0.1 * thickness - distance) / soft + 0.5, 0, 1),
-            out=epithelium[window],
-        )
-        lining.extend(_ring(rng, (cy, cx), inner, radius, stretch, turn, profile.spacing / pixel))
+        for area, edge in ((lumen[window], inner), (epithelium[window], radius + 0.1 * thickness)):
+            np.maximum(area, np.clip((edge - distance) / (1.2 / pixel) + 0.5, 0, 1), out=area)
+        ring = _ring(rng, inner, radius, stretch, turn, profile.spacing / pixel)
+        lining += [np.add(row, (cy, cx, 0.0)) for row in ring]
     epithelium *= 1 - lumen
-    return np.concatenate(lining) if lining else np.zeros((0, 3)), epithelium, lumen
+    return np.concatenate(lining), epithelium, lumen
 
 
 def _ring(
-    rng: np.random.Generator,
-    centre: tuple[float, float],
-    inner: float,
-    outer: float,
-    stretch: float,
-    turn: float,
-    spacing: float,
-) -> list[NDArray[np.float64]]:
-    """One or two rows of nuclei between the radii of a gland, standing upright on its wall."""
+    rng: np.random.Generator, inner: float, outer: float, stretch: float, turn: float, spacing: float
+) -> Iterator[NDArray[np.float64]]:
+    """One or two rows of nuclei between the radii of a gland, about its centre, standing upright on its wall."""
     rows = max(1, round((outer - inner) / spacing))
-    rings = []
     for row in range(rows):
         r = inner + (row + 0.5) * (outer - inner) / rows
         count = max(3, int(2 * np.pi * r / (0.80 * spacing)))
         phi = (np.arange(count) + rng.uniform(-0.22, 0.22, count)) * (2 * np.pi / count)
-        along, athwart = r * stretch * np.cos(phi), r / stretch * np.sin(phi)
-        along += rng.normal(scale=0.10 * spacing, size=count)
-        athwart += rng.normal(scale=0.10 * spacing, size=count)
-        x = centre[1] + along * np.cos(turn) - athwart * np.sin(turn)
-        y = centre[0] + along * np.sin(turn) + athwart * np.cos(turn)
-        rings.append(np.stack([y, x, phi + turn], axis=1))
-    return rings
+        along = r * stretch * np.cos(phi) + rng.normal(scale=0.10 * spacing, size=count)
+        athwart = r / stretch * np.sin(phi) + rng.normal(scale=0.10 * spacing, size=count)
+        x, y = along * np.cos(turn) - athwart * np.sin(turn), along * np.sin(turn) + athwart * np.cos(turn)
+        yield np.stack([y, x, phi + turn], axis=1)
