@@ -62,8 +62,9 @@ def er_shortcut_sum(
         ValueError: a shape, device, value or combination that does not fit. Nothing has been computed or changed then.
     """
     means, variances = check_shortcut_sum(
-        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
+        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps, relu
     )
+    eps, momentum = float(eps), float(momentum)  # NumPy's too are numbers
     if xs[0].numel() == 0 or operators.why_plain(xs[0]) is not None:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()
