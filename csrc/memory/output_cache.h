@@ -2,7 +2,8 @@
 //
 // The first touch of fresh memory costs a page fault every 4 KiB, three to four times the time of the pass that writes
 // a map. So the memory of a freed output is kept for the next output that fits: of the same size, or else at most a
-// quarter smaller, as where images of several sizes alternate. New memory comes in huge pages where the system has them.
+// quarter smaller, as where images of several sizes alternate. New memory comes in huge pages where the system has
+// them.
 //
 // Bounds: no more than limit bytes are kept; and what is kept and in use together never exceeds the most that was in
 // use since the limit was set by more than a quarter: before new memory is asked for, other sizes, oldest first, go
