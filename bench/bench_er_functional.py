@@ -18,7 +18,7 @@ import pytest
 import torch
 from contestants import contestants
 from copy_floor import copy_seconds_per_byte
-from er_means import STAGES_50, record_means
+from er_means import STAGES_50, mean_rows
 from er_stage_epilogues import LAYOUTS, QUICK, STAGES, cases, make_maps
 from torch import Tensor
 from traffic import bytes_moved
@@ -78,8 +78,8 @@ def test_shortcut_sum(interleave, record_row, with_compiled, torch_threads, stag
     )
 
 
-def test_means(record, record_row):
+def test_means(record):
     """The geometric means over the stages of ResNet-50 of what the record has by now."""
     if record is None:
         pytest.skip("nothing is recorded without --record")
-    record_means(record, record_row, "bench_er_functional", "shortcut_sum")
+    record.add(*mean_rows(record.rows(), "bench_er_functional", "shortcut_sum"))

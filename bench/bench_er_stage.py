@@ -21,7 +21,7 @@ import torch
 from contestants import contestants
 from copy_floor import copy_seconds_per_byte
 from er_kernel_counts import compiled_cost, profiled_kernels
-from er_means import STAGE_101, record_means
+from er_means import STAGE_101, mean_rows
 from er_stage_epilogues import (
     LAYOUTS,
     QUICK,
@@ -38,7 +38,7 @@ from operator_times import operator_milliseconds
 from page_faults import system_work
 from traffic import bytes_moved
 
-GROUP = "ER stage tails, forward + backward"
+GROUP = "ER stage epilogues, forward + backward"
 STAND_IN = ("ernet_bench::",)
 SLICE = 0.1  # seconds: long beside the one call that finds the caches as another contestant has left them
 MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes many minutes
@@ -46,7 +46,7 @@ MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes m
 
 @contestants("fused", "naive", "compiled")
 @pytest.mark.parametrize(("stage", "batch", "layout", "threads"), cases())
-def test_stage_tails(interleave, record_row, with_compiled, torch_threads, stage, batch, layout, threads, who):
+def test_stage_epilogues(interleave, record_row, with_compiled, torch_threads, stage, batch, layout, threads, who):
     torch_threads(threads)
     shape = STAGES[stage]
     maps = make_maps(shape, batch, LAYOUTS[layout])
@@ -84,11 +84,11 @@ def test_stage_tails(interleave, record_row, with_compiled, torch_threads, stage
     )
 
 
-def test_means(record, record_row):
+def test_means(record):
     """The geometric means over the stages of ResNet-50 of what the record has by now."""
     if record is None:
         pytest.skip("nothing is recorded without --record")
-    record_means(record, record_row, "bench_er_stage", "stage_tails")
+    record.add(*mean_rows(record.rows(), "bench_er_stage", "stage_epilogues"))
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -110,7 +110,7 @@ def test_kernels(record_row, torch_threads, stage):
             "moved_compiled": compiled.bytes_moved,
         }
     record_row(
-        "kernels of a stage's tails, forward + backward",
+        "kernels of a stage's epilogues, forward + backward",
         **dict.fromkeys(("p20", "p50", "p80"), own.total),
         unit="kernels",
         repeats=1,

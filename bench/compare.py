@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_table import columns
 from green import environment_of, require_green
 from machine import ROOT, output_of
 from record import MORE_IS_BETTER, Row, read
+from tables import columns
 
 ADDOPTS = "addopts=--import-mode=importlib --strict-markers -ra --benchmark-disable-gc"
 

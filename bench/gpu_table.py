@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from record import Row, Target
+from record import Row
+from tables import columns, number, verdict
 
 LISTED = 20
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, thousands in k."""
-    if value is None:
-        return "-"
-    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.3g}"
-
-
-def verdict(row: Row, target: Target, value: float | None) -> str:
-    """Whether the target was met."""
-    if value is None:
-        return row.status if row.status not in ("measured", "pass") else "not measured"
-    return "met" if target.met(value) else "MISSED"
 
 
 def bar_lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -33,12 +20,6 @@ def bar_lines(rows: Sequence[Row]) -> list[list[str]]:
             what = row.extra_info.get("title") or row.name
             lines.append([str(what), str(target), number(value), number(share), verdict(row, target, value)])
     return lines
-
-
-def columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with their cells under each other."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def step_lines(rows: Sequence[Row]) -> list[str]:

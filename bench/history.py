@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_table import columns
 from record import MORE_IS_BETTER, RESULTS, Row
-from report import Loaded, Records
+from records import Loaded, Records
+from tables import columns
 
 MOST = 12  # lines that can be told apart
 

@@ -202,7 +202,15 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     document = json.loads(path.read_text())
     if document.get("format") != FORMAT:
         raise ValueError(f"{path}: format {document.get('format')!r}; expected {FORMAT}.")
-    return document["machine"], [Row(**row) for row in document["rows"]]
+    return document["machine"], [Row(**_in_words_of_now(row)) for row in document["rows"]]
+
+
+def _in_words_of_now(row: dict[str, Any]) -> dict[str, Any]:
+    """Earlier records call block epilogues tails, in names, groups and titles."""
+    info = row.get("extra_info", {})
+    known = {"title": info["title"].replace("tails", "epilogues")} if "title" in info else {}
+    names = {key: row[key].replace("tails", "epilogues") for key in ("name", "group")}
+    return {**row, **names, "extra_info": {**info, **known}}
 
 
 def merge(paths: Sequence[Path], folder: Path = RESULTS) -> Path:
