@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from record import RESULTS, Record, Row, without_figures
 
 SMOKE_MINUTES = 4.0
 LAST_SECONDS = 8.0  # kept for the table
+MOST_CLOCKS = 40  # that a record keeps
 
 
 class Check:
@@ -64,13 +65,13 @@ class Check:
             self.out.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.record.path, self.out / self.record.path.name)
 
-    def guarded(self, name: str, step: object, *arguments: object) -> None:
+    def guarded(self, name: str, step: Callable[..., Row | Iterable[Row]], *arguments: object) -> None:
         """Run a step and add its rows; an exception becomes a row."""
         try:
-            found = step(*arguments)  # type: ignore[operator]
+            found = step(*arguments)
             self.add([found] if isinstance(found, Row) else found)
         except Exception as error:  # the other steps must still run
-            self.add([without_figures("gpu_steps", name, "FAIL", f"{type(error).__name__}: {error}"[:300])])
+            self.add([gpu_steps.row_of(name, "FAIL", f"{type(error).__name__}: {error}"[:300])])
 
     def run_cases(self, names: Iterable[str], only: str = "") -> None:
         """Run the cases of these modules, the most important first."""
@@ -85,21 +86,15 @@ class Check:
             if (self.smoke and not task.case.smoke) or only not in f"{task.module} {task.case.name}":
                 continue
             self.add(self.runner.run(task, self.ceilings))
-            self.note_clocks(task.case.name)
-
-    def note_clocks(self, after: str) -> None:
-        """Remember the clocks, a few times a run."""
-        seen = self.record.machine["clocks"]
-        state = gpu_state() if self.device.machine["kind"] == "gpu" and len(seen) < 40 else {}
-        if state:
-            seen.append({"after": after, **state})
+            clocks = self.record.machine["clocks"]
+            if self.device.machine["kind"] == "gpu" and len(clocks) < MOST_CLOCKS and (state := gpu_state()):
+                clocks.append({"after": task.case.name, **state})
 
     def run(self, binary: Path | None) -> None:
         """Every step."""
-        logs, left = self.logs, self.deadline
-        self.guarded("build", gpu_steps.build, self.device, logs, gpu_steps.share_of(left, 0.6, 300))
+        self.guarded("build", gpu_steps.build, self.device, self.logs, self.deadline.share(0.6, 300))
         self.run_cases(["agreement_gpu"])
-        self.guarded("binary", gpu_steps.foreign_binary, binary, logs, gpu_steps.share_of(left, 0.2, 60))
+        self.guarded("binary", gpu_steps.foreign_binary, binary, self.logs, self.deadline.share(0.2, 60))
         if not self.smoke:
             self.correctness()
         self.run_cases(["ceilings_gpu"])
@@ -110,15 +105,13 @@ class Check:
 
     def correctness(self) -> None:
         """The tests and the sanitizers, at the same time: neither is timed."""
-        seconds = gpu_steps.share_of(self.deadline, 0.4, 200)
+        seconds = self.deadline.share(0.4, 200)
         self.runner.close()
         with ThreadPoolExecutor() as pool:
-            sanitizers = {
-                tool: pool.submit(gpu_steps.sanitizer, self.device, tool, self.logs, seconds)
-                for tool in gpu_steps.SANITIZERS
-            }
+            tools = gpu_steps.SANITIZERS
+            found = [pool.submit(gpu_steps.sanitizer, self.device, tool, self.logs, seconds) for tool in tools]
             self.guarded("tests", gpu_steps.tests, self.device, self.logs, seconds)
-            for tool, future in sanitizers.items():
+            for tool, future in zip(tools, found, strict=True):
                 self.guarded(f"compute-sanitizer {tool}", future.result)
 
     def finish(self) -> int:
@@ -127,11 +120,9 @@ class Check:
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "table.txt").write_text(table + "\n")
-            ends = [
-                f"== {log.name} ==\n{log.read_text(errors='replace')[-200_000:]}"
-                for log in sorted(self.logs.glob("*.log"))
-            ]
-            (self.out / "logs.txt").write_text("\n".join(ends))
+            logs = {log.name: log.read_text(errors="replace") for log in sorted(self.logs.glob("*.log"))}
+            ends = "\n".join(f"== {name} ==\n{text[-200_000:]}" for name, text in logs.items())
+            (self.out / "logs.txt").write_text(ends)
         print(f"\nrecord: {self.record.path}\n\n{table}", flush=True)
         return 1 if any(row.status == "FAIL" for row in self.rows) else 0
 
@@ -170,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.commit:
         os.environ["ERNET_COMMIT"] = options.commit
     if options.simulate:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         device = emulator(options.cases) if options.cases else emulator()
     else:
         import torch

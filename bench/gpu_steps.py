@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpu_device import GpuDevice
-from gpu_runner import WORKER, Deadline, last_lines
+from gpu_runner import last_lines
 from machine import ROOT
 from record import Row, without_figures
 
+WORKER = Path(__file__).with_name("gpu_worker.py")
 TIMED_OUT = 124
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 _RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -61,6 +63,11 @@ def stop_all() -> None:
         _kill(process)
 
 
+def row_of(name: str, status: str, detail: str) -> Row:
+    """The row of a step."""
+    return without_figures("gpu_steps", name, status, detail)
+
+
 def why(code: int, log: Path, seconds: float) -> str:
     """One line on a command that failed."""
     start = f"stopped after {seconds:.0f} s" if code == TIMED_OUT else f"exit code {code}"
@@ -71,9 +78,9 @@ def build(device: GpuDevice, logs: Path, seconds: float) -> Row:
     """Build for the device."""
     log, start = logs / "build.log", time.perf_counter()
     code = call(device.build, log, seconds, **device.build_environment)
-    took = time.perf_counter() - start
-    detail = f"{took:.0f} s" if code == 0 else why(code, log, seconds)
-    return without_figures("gpu_steps", "build", "pass" if code == 0 else "FAIL", detail, seconds=took)
+    if code:
+        return row_of("build", "FAIL", why(code, log, seconds))
+    return row_of("build", "pass", f"{time.perf_counter() - start:.0f} s")
 
 
 def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
@@ -92,10 +99,9 @@ def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
     if not groups and code != TIMED_OUT:
         yield without_figures("tests", "all", "FAIL", f"no test ran: {last_lines(log)}")
     for name, outcomes in sorted(groups.items()):
-        kinds = [kind for kind, _ in outcomes]
-        counts = {kind: kinds.count(kind) for kind in ("passed", "failure", "error", "skipped")}
+        counts = Counter(kind for kind, _ in outcomes)
         verdict = "FAIL" if counts["failure"] + counts["error"] else "pass" if counts["passed"] else "skipped"
-        detail = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+        detail = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items(), key=lambda item: item[0] != "passed"))
         messages = [message for kind, message in outcomes if kind != "passed" and message]
         yield without_figures("tests", name, verdict, f"{detail}: {messages[0]}" if messages else detail)
 
@@ -103,13 +109,10 @@ def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
 def outcomes_of(report: Path) -> dict[str, list[tuple[str, str]]]:
     """The outcome of every test function's cases, and the message of each that did not pass, from pytest's report."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    if not report.exists():
-        return groups
-    for case in ElementTree.parse(report).iter("testcase"):
-        found = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        message = " ".join((found[0].get("message") or "").split())[:200] if found else ""
-        name = f"{case.get('classname', '')}.{case.get('name', '').split('[')[0]}"
-        groups.setdefault(name, []).append((found[0].tag if found else "passed", message))
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        outcome = ("passed", "") if found is None else (found.tag, " ".join(found.get("message", "").split())[:200])
+        groups.setdefault(f"{case.get('classname')}.{case.get('name', '').partition('[')[0]}", []).append(outcome)
     return groups
 
 
@@ -117,7 +120,7 @@ def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
     """Run every kernel once, on small inputs, under one tool of compute-sanitizer."""
     name = f"compute-sanitizer {tool}"
     if device.sanitizer is None:
-        return without_figures("gpu_steps", name, "skipped", "compute-sanitizer is not installed here")
+        return row_of(name, "skipped", "compute-sanitizer is not installed here")
     log = logs / f"{tool}.log"
     # without PyTorch's cache each tensor is an allocation of its own, and a read beyond one is seen
     code = call(
@@ -126,7 +129,7 @@ def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
         log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )  # fmt: skip
     status, detail = sanitizer_verdict(code, log.read_text(errors="replace"))
-    return without_figures("gpu_steps", name, status, detail or why(code, log, seconds))
+    return row_of(name, status, detail or why(code, log, seconds))
 
 
 def sanitizer_verdict(code: int, text: str) -> tuple[str, str]:
@@ -167,13 +170,7 @@ def foreign_binary(binary: Path | None, logs: Path, seconds: float) -> Row:
     """Load a binary that was built with another torch's headers, and run an operator of each device."""
     name = "binary built elsewhere"
     if binary is None:
-        return without_figures("gpu_steps", name, "skipped", "none given (--binary FILE, an _C*.so)")
+        return row_of(name, "skipped", "none given (--binary FILE, an _C*.so)")
     log = logs / "binary.log"
     code = call([sys.executable, "-c", FOREIGN, str(binary.resolve())], log, seconds)
-    status = "pass" if code == 0 else "FAIL"
-    return without_figures("gpu_steps", name, status, last_lines(log, 1) if code == 0 else why(code, log, seconds))
-
-
-def share_of(deadline: Deadline, share: float, most: float) -> float:
-    """Seconds for a step: a share of what is left, `most` at most."""
-    return min(most, share * deadline.left())
+    return row_of(name, "FAIL", why(code, log, seconds)) if code else row_of(name, "pass", last_lines(log, 1))
