@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 from contestants import contestants
-from er_networks import batch_of, networks, train_step
+from er_networks import batch_of, networks, training_of
 from process_memory import peak_of_training
 from tensor_memory import training_peak
-from torch import Tensor, nn
 
 # depth, batch: times faster than naive
 FASTER_THAN_NAIVE = {(50, 8): 1.8, (50, 16): 2.4, (101, 8): 3.0, (101, 16): 3.0}
@@ -30,12 +28,6 @@ def cases(what: str) -> list[object]:
     """Depth and batch of every row."""
     marks = {case: [pytest.mark.slow] for case in SLOW[what]}
     return [pytest.param(*case, marks=marks.get(case, [])) for case in FASTER_THAN_NAIVE]
-
-
-def training_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """A step of training of the model, and its optimizer."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    return functools.partial(train_step, model, optimizer, images, labels), optimizer
 
 
 @contestants("fused", "plain", "naive")

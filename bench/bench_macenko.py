@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contestants import contestants, key_of
+from contestants import contestants
 from copy_floor import copy_seconds_per_byte
 from macenko_images import SIZES, large_image
+from measured import key_of
 from this_tree import macenko_peers, percentiles
 
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize

@@ -20,7 +20,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from er_branch import branch, give
 from torch import Tensor, nn
@@ -53,6 +52,8 @@ QUICK = 8  # batch of the rows that are not slow
 
 def cases(stages: tuple[str, ...] = tuple(STAGES)) -> list[object]:
     """Every stage, batch, layout and number of threads; those of other batches than QUICK are marked slow."""
+    import pytest  # which benches on a GPU do without
+
     return [
         pytest.param(stage, batch, layout, threads, marks=[] if batch == QUICK else [pytest.mark.slow])
         for stage in stages

@@ -13,11 +13,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from gpu_case import Ceilings, GpuCase, cases_of
+from machine import ROOT
 from record import Row
 
 
@@ -50,7 +50,8 @@ def answer_to(case: GpuCase, ceilings: Ceilings) -> Answer:
 def is_sticky(text: str) -> bool:
     """True if an error says that the device is broken."""
     broken = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
-    return any(words in text for words in (*broken, "CUDA error", "illegal instruction")) and "out of memory" not in text
+    said = any(words in text for words in (*broken, "CUDA error", "illegal instruction"))
+    return said and "out of memory" not in text
 
 
 def serve(pipe: Connection, folder: Path, log: Path) -> None:

@@ -5,7 +5,6 @@ Run: python bench/process_memory.py plain|naive|fused DEPTH BATCH      prints by
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import subprocess
@@ -35,14 +34,10 @@ def resident(key: str) -> int:
 
 def main(name: str, depth: str, batch: str) -> None:
     """Train for some steps and print the peak."""
-    import torch
-    from er_networks import batch_of, network, train_step
+    from er_networks import batch_of, network, training_of
 
     before = resident("VmRSS")
-    model = network(name, int(depth))
-    images, labels = batch_of(int(batch))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    step = functools.partial(train_step, model, optimizer, images, labels)
+    step, _ = training_of(network(name, int(depth)), *batch_of(int(batch)))
     for _ in range(STEPS):
         step()
     print(resident("VmHWM") - before)
