@@ -78,9 +78,13 @@ def cores() -> int:
 def gpu_state() -> dict[str, str]:
     """Clocks, power and temperature at this moment; empty where nvidia-smi is missing or has no answer."""
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
-    line = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0")
-    values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
+    values = of_gpu(*fields).split(", ")
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def of_gpu(*fields: str) -> str:
+    """What nvidia-smi says of the first device, separated by commas."""
+    return output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0")
 
 
 def describe(kind: str, root: Path = ROOT) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def _gpu() -> dict[str, Any]:
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
+        "driver": of_gpu("driver_version"),
         "cuda": torch.version.cuda,
         "nvcc": output_of(nvcc, "--version").splitlines()[-1:],
         "clocks": [state] if (state := gpu_state()) else [],

@@ -99,13 +99,10 @@ class Row:
     def __post_init__(self) -> None:
         info = self.extra_info = {_RENAMED.get(key, key): value for key, value in _plain(self.extra_info).items()}
         self.params = _plain(self.params)
-        self.p20, self.p50, self.p80 = (_rounded(float(value)) for value in (self.p20, self.p50, self.p80))
+        figures = self.p20, self.p50, self.p80 = [_rounded(float(value)) for value in (self.p20, self.p50, self.p80)]
         self.time = self.time or datetime.now(timezone.utc).isoformat(timespec="seconds")
-        figures = f"{self.p20}, {self.p50}, {self.p80}"
-        if not all(math.isfinite(value) for value in (self.p20, self.p50, self.p80)):
-            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected finite numbers.")
-        if not self.p20 <= self.p50 <= self.p80:
-            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected them in order.")
+        if not all(map(math.isfinite, figures)) or figures != sorted(figures):
+            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected finite numbers in order.")
         if info.get("status", "measured") not in STATUSES:
             raise ValueError(f"row {self.name!r}: status {info['status']!r}; expected one of {', '.join(STATUSES)}.")
         for text in self.target_texts():
@@ -127,10 +124,9 @@ class Row:
 
     def targets(self) -> Iterator[tuple[Target, float | None]]:
         """Each target with the value found, None where the row has no such number."""
+        known = {**self.extra_info, "p20": self.p20, "p50": self.p50, "p80": self.p80}
         for target in map(Target.parse, self.target_texts()):
-            value = (
-                getattr(self, target.key) if target.key in ("p20", "p50", "p80") else self.extra_info.get(target.key)
-            )
+            value = known.get(target.key)
             yield target, value if isinstance(value, int | float) and self.status in ("measured", "pass") else None
 
     @property
@@ -213,20 +209,6 @@ def _in_words_of_now(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **names, "extra_info": {**info, **known}}
 
 
-def merge(paths: Sequence[Path], folder: Path = RESULTS) -> Path:
-    """Put the rows of several runs of one tree on one machine into one record; returns its path."""
-    record: Record | None = None
-    for path in sorted(paths, key=lambda path: read(path)[0]["time"]):
-        machine, rows = read(path)
-        if record is None:
-            record = Record.of(machine, folder)
-        record.machine = merged_machine(record.machine, machine, path.name)
-        record.add(*rows)
-    if record is None:
-        raise ValueError("no records to merge.")
-    return record.path
-
-
 def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One description of two runs, which must be of one tree on one machine."""
     for key in IDENTITY:
@@ -235,10 +217,8 @@ def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str)
                 f"{name}: {key} was {before.get(key)!r} and is {now.get(key)!r}. One record holds runs of one tree on "
                 "one machine; write this run to another folder (--out)."
             )
-    clocks = [
-        *before.get("clocks", []),
-        *(seen for seen in now.get("clocks", []) if seen not in before.get("clocks", [])),
-    ]
+    clocks = before.get("clocks", [])
+    clocks = clocks + [seen for seen in now.get("clocks", []) if seen not in clocks]
     return {**before, "dirty": bool(before.get("dirty") or now.get("dirty")), "clocks": clocks}
 
 
@@ -260,13 +240,11 @@ def _rounded(value: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types, floats rounded."""
+    """The value in JSON's types, floats rounded, None for what is not finite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
     if isinstance(value, float):
         return _rounded(value) if math.isfinite(value) else None
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
