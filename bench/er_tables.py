@@ -8,7 +8,7 @@ from typing import Any
 from er_means import STAGE_101, STAGES_50, mean_rows, setting_of
 from record import Row
 from records import Records
-from tables import NONE, P50, SHARE, TARGETS, Column, Table, figure, number, param, percent, starred, table, time_of
+from tables import P50, SHARE, TARGETS, Column, Table, figure, number, param, percent, starred, table, time_of
 
 CONTESTANTS = ("naive", "compiled", "fused")
 NETWORKS = ("plain", "naive", "fused")
@@ -92,8 +92,9 @@ NORMS = (
     figure("passes", "passes"), *milliseconds("modules", "fused"), figure("times modules", "ratio_modules"),
     AT_COPY, SHARE,
 )  # fmt: skip
+FUSED = Column("fused", lambda row: f"**{time_of(row.p50)}**{row.few}")
 STEPS = (
-    NETWORK, *milliseconds(*NETWORKS),
+    NETWORK, figure("plain", "plain_ms", time_of), figure("naive", "naive_ms", time_of), FUSED,
     Column("fused / plain", lambda row: number(row.extra_info["fused_ms"] / row.extra_info["plain_ms"])),
     figure("times naive", "ratio_naive"), TARGETS,
 )  # fmt: skip
@@ -142,29 +143,11 @@ def readme_stages(records: Records) -> str:
     columns = (
         Column("a stage's shortcuts, forward + backward, batch 8, channels-last, one thread",
                lambda row: STAGES[row.params["stage"]]),
-        Column("fused", lambda row: f"**{time_of(row.p50)}**{row.few}"),
-        figure("naive", "naive_ms", time_of), figure("", "ratio_naive", lambda ratio: f"{ratio:.3g}x"),
+        FUSED, figure("naive", "naive_ms", time_of), figure("", "ratio_naive", lambda ratio: f"{ratio:.3g}x"),
         Column("worst of both layouts, 1 and 2 threads", worst), SHARE._replace(head="of copy bandwidth"),
     )  # fmt: skip
     chosen = [row for row in rows if typical(row) and row.params["threads"] == 1]
     return table(sorted(chosen, key=by_setting), columns)
-
-
-def readme_steps(records: Records) -> str:
-    """Whole training steps, as far as they are recorded."""
-    memory = {network_of(row): row for row in records.rows("cpu", "bench_er_training", "training_memory")}
-
-    def peak(row: Row) -> str:
-        found = memory.get(network_of(row))
-        return f"{found.extra_info['peak_share']:.3g}x" if found else NONE
-
-    columns = (
-        Column("training step, 224 x 224, channels-last, all cores", network_of),
-        Column("fused", lambda row: f"**{time_of(row.p50)}**{row.few}"),
-        figure("plain ResNet", "plain_ms", time_of), figure("naive ER", "naive_ms", time_of),
-        figure("times naive", "ratio_naive", lambda ratio: f"{ratio:.3g}x"), Column("memory of plain", peak),
-    )  # fmt: skip
-    return table(records.rows("cpu", "bench_er_training", "training_step"), columns)
 
 
 EPILOGUES = ("bench_er_stage", "stage_epilogues")
@@ -186,5 +169,4 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "er-evaluation": Table("bench_er_training", "evaluation", STEPS),
     "er-calls": Table("bench_er_overhead", "call", CALLS),
     "readme-stages": readme_stages,
-    "readme-steps": readme_steps,
 }

@@ -35,43 +35,23 @@ def cell_of(found: tuple[Row, Loaded] | None) -> str:
     return time_of(row.p50) + (f" ({row.p50 / own[0].p50:.3g}x)" if own else "")
 
 
-def lines_of(records: Records, operation: str) -> list[list[str]]:
-    """A line for each package that was measured, a cell a size."""
-    rows = one_image(records)
-    lines = []
-    for who in (*OWN, *PEERS):
-        cells = [rows.get((operation, who, size)) for size in SIZES]
-        if any(cells):
-            lines.append([who, *map(cell_of, cells)])
-    return lines
-
-
-def head(first: str) -> list[str]:
-    return [first, *(size.replace("x", " x ") for size in SIZES)]
-
-
 def speed(operation: str) -> Callable[[Records], str]:
     """Medians by size and package, beside what the bytes take."""
 
     def made(records: Records) -> str:
-        rows, lines = one_image(records), lines_of(records, operation)
+        rows, lines = one_image(records), []
+        for who in (*OWN, *PEERS):
+            cells = [rows.get((operation, who, size)) for size in SIZES]
+            if any(cells):
+                lines.append([who, *map(cell_of, cells)])
         own = [rows[operation, OWN[0], size][0] for size in SIZES if (operation, OWN[0], size) in rows]
         if len(own) == len(SIZES):
             lines.append(["bytes / copy bandwidth", *(time_of(row.extra_info["copy_time"]) for row in own)])
             lines.append(["ernet_fast, ns a pixel", *(number(1e6 * row.p50 / row.params["pixels"]) for row in own)])
-        return markdown(head("median (times slower)"), lines) if lines else NOT_MEASURED
+        head = [f"{OPERATIONS[operation]}, median (times slower)", *(size.replace("x", " x ") for size in SIZES)]
+        return markdown(head, lines) if lines else NOT_MEASURED
 
     return made
-
-
-def readme(records: Records) -> str:
-    """Both operations, this library in one layout."""
-    lines = []
-    for operation, verb in OPERATIONS.items():
-        for who, *cells in lines_of(records, operation):
-            if who != OWN[1]:
-                lines.append([f"{verb}, {who}" if who == OWN[0] else who, *cells])
-    return markdown(head("one 8-bit image, one thread"), lines) if lines else NOT_MEASURED
 
 
 def with_param(bench: str, key: str, *columns: Column) -> Table:
@@ -106,5 +86,4 @@ TABLES: dict[str, Callable[[Records], str]] = {
         (TITLE, Column("measured", lambda row: f"{number(row.p50)} {row.unit}"),
          Column("", lambda row: row.extra_info["detail"])),
     ),
-    "readme-macenko": readme,
 }  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from this_tree import percentiles
 
+SCALES = {"ms": 1e3, "us": 1e6}
+
 
 class Measured(NamedTuple):
     """The times of one case in seconds, a value a round, and the calls."""
@@ -19,14 +21,15 @@ class Measured(NamedTuple):
         """Median of every contestant, in milliseconds."""
         return {name: scale * median(values) for name, values in self.times.items()}
 
+    def percentiles(self, who: str, unit: str = "ms") -> dict[str, Any]:
+        """p20, p50, p80, unit and repeats of one contestant."""
+        return {**percentiles(self.times[who], SCALES[unit]), "unit": unit, "repeats": len(self.times[who])}
+
     def figures(self, own: str, unit: str = "ms") -> dict[str, Any]:
-        """What every row has: percentiles and repeats of `own`, medians of all, ratios to all others."""
-        scale = {"ms": 1e3, "us": 1e6}[unit]
-        found = self.medians(scale)
+        """Those of `own`, medians of all, ratios to all others."""
+        found = self.medians(SCALES[unit])
         return {
-            **percentiles(self.times[own], scale),
-            "unit": unit,
-            "repeats": len(self.times[own]),
+            **self.percentiles(own, unit),
             **{f"{key_of(name)}_{unit}": value for name, value in found.items()},
             **{f"ratio_{key_of(name)}": value / found[own] for name, value in found.items() if name != own},
         }

@@ -154,7 +154,7 @@ def test_ratios_of_the_readme_are_within_one_record(tmp_path):
     """A peer that only an earlier record has is compared with what the library took in that record."""
     Record.of(MACHINE, tmp_path).add(macenko_row("ernet_fast", 2.0), macenko_row("stainx", 50.0))
     Record.of(LATER, tmp_path).add(macenko_row("ernet_fast", 1.0), macenko_row("torchstain torch", 30.0))
-    text = macenko_tables.readme(Records(tmp_path))
+    text = macenko_tables.speed("normalize")(Records(tmp_path))
     assert "| **1 ms** |" in text and "50 ms (25x)" in text and "30 ms (30x)" in text
 
 
