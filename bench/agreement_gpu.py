@@ -38,7 +38,6 @@ def er_inputs() -> Iterator[tuple[str, list[Tensor], bool]]:
 
 
 def channel_moments(device: str) -> Iterator[Error]:
-    """Mean and variance of each channel."""
     from ernet_fast.er import operators
 
     for what, (x, *_), per_sample in er_inputs():
@@ -51,7 +50,6 @@ def channel_moments(device: str) -> Iterator[Error]:
 
 
 def weighted_sum(device: str) -> Iterator[Error]:
-    """Sum of weighted maps and ReLU."""
     from ernet_fast.er import operators
 
     for what, maps, per_sample in er_inputs():
@@ -63,7 +61,6 @@ def weighted_sum(device: str) -> Iterator[Error]:
 
 
 def weighted_dot(device: str) -> Iterator[Error]:
-    """Inner products of a masked gradient with the maps."""
     from ernet_fast.er import operators
 
     for what, (dy, y, *maps), per_sample in er_inputs():
@@ -113,7 +110,6 @@ def images_of_every_kind(*dtypes: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 
 
 def macenko_fits(device: str) -> Iterator[Error]:
-    """Stains of every image, against the CPU's."""
     import ernet_fast  # noqa: F401  (registers the operators)
 
     for what, images in images_of_every_kind(torch.uint8, torch.float32):
@@ -126,7 +122,6 @@ def macenko_fits(device: str) -> Iterator[Error]:
 
 
 def macenko_reconstruct(device: str) -> Iterator[Error]:
-    """Images from given stains."""
     from ernet_fast.stain import MacenkoNormalizer, macenko_fit
 
     target = MacenkoNormalizer().target
@@ -200,7 +195,6 @@ CHECKS: dict[str, tuple[Check, str]] = {
 
 
 def run(name: str, _: Ceilings, device: str = "cuda") -> Row:
-    """One kernel, in every kind of input."""
     check, measure = CHECKS[name]
     worst = require(check(device))
     detail = f"as the CPU path; largest {measure} {worst:.2g}"
@@ -208,7 +202,6 @@ def run(name: str, _: Ceilings, device: str = "cuda") -> Row:
 
 
 def gpu_cases() -> list[GpuCase]:
-    """A case a kernel."""
     return [
         GpuCase(name, functools.partial(run, name), importance=0, seconds=15, smoke=True, title=f"{name} = CPU path")
         for name in CHECKS

@@ -37,7 +37,6 @@ def map_accesses(num_maps: int, *, tiled: bool) -> int:
 
 
 def train(function: Callable[..., Tensor], xs: list[Tensor], weight: Tensor, dy: Tensor) -> None:
-    """Forward and backward of one call."""
     for tensor in (*xs, weight):
         tensor.grad = None
     function(xs, weight, relu=True).backward(dy)

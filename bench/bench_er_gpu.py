@@ -56,7 +56,6 @@ def errors(operator: str, call: OperatorCall) -> Iterator[Error]:
 
 
 def measure(stage: str, operator: str, ceilings: Ceilings) -> Row:
-    """Verify, then time."""
     channels, size, num_maps = STAGES[stage]
     maps = make_maps(STAGES[stage], BATCH, dtype=torch.bfloat16, device="cuda")
     call = operator_call(operator, maps)
@@ -77,7 +76,6 @@ def measure(stage: str, operator: str, ceilings: Ceilings) -> Row:
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Every operator on every stage; the first stage of each is the smoke level."""
     return [
         GpuCase(
             f"{operator} {stage}", functools.partial(measure, stage, operator), importance=0 if targets else 1,

@@ -25,7 +25,6 @@ SLOW = {"step": [(101, 16)], "memory": [(50, 16), (101, 16)]}
 
 
 def cases(what: str) -> list[object]:
-    """Depth and batch of every row."""
     marks = {case: [pytest.mark.slow] for case in SLOW[what]}
     return [pytest.param(*case, marks=marks.get(case, [])) for case in FASTER_THAN_NAIVE]
 
@@ -63,14 +62,13 @@ def test_training_memory(record_row, torch_threads, depth, batch):
         step()
         tensors[name] = training_peak(model, optimizer, step)
         peaks[name] = peak_of_training(name, depth, batch)
-    mebibytes = {name: value / 2**20 for name, value in peaks.items()}
     record_row(
         "memory of training",
-        **dict.fromkeys(("p20", "p50", "p80"), mebibytes["fused"]),
+        *3 * [peaks["fused"] / 2**20],
         unit="MiB",
         repeats=1,
         peer="plain ResNet",
-        peer_p50=mebibytes["plain"],
+        peer_p50=peaks["plain"] / 2**20,
         **{f"peak_{name}": value for name, value in peaks.items()},
         **{f"tensors_{name}": value for name, value in tensors.items()},
         peak_share=peaks["fused"] / peaks["plain"],

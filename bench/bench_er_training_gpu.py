@@ -44,7 +44,6 @@ class Setting:
     slice_seconds: float = 0.3
 
     def networks(self, depth: int) -> dict[str, nn.Module]:
-        """The three networks on the device."""
         return networks(depth, self.device, base_channels=self.base_channels)
 
     def row(self, name: str, group: str, depth: int, batch: int, calls: Mapping[str, Callable[[], Any]]) -> Row:
@@ -149,7 +148,6 @@ TARGETS = {50: (1.4, 1.08, 120), 101: (1.7, 1.25, 400)}
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Training steps and inference of both depths."""
     cases = []
     setting = Setting()
     for depth, (naive, compiled, seconds) in TARGETS.items():

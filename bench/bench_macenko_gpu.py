@@ -109,7 +109,6 @@ def errors(operation: str, base: Tensor, call: Callable[[], Any]) -> Iterator[Er
 
 
 def measure(operation: str, size: str, count: int, channels_last: bool, ceilings: Ceilings, plan: str = "") -> Row:
-    """Verify one operation on one batch, then time it."""
     height, width = SIZES[size]
     base, images = batch_of(size, count, channels_last)
     call = call_of(operation, images)
@@ -134,7 +133,6 @@ def measure(operation: str, size: str, count: int, channels_last: bool, ceilings
 
 
 def name_of(operation: str, size: str, count: int, channels_last: bool = False, plan: str = "") -> str:
-    """What a row is called."""
     return f"{operation} {count} x {size}" + (" NHWC" if channels_last else "") + (f" {plan}" if plan else "")
 
 
@@ -199,7 +197,6 @@ def upload(size: str, count: int, page_locked: bool, _: Ceilings, batches: int =
 
 
 def batches_of(size: str) -> Iterator[int]:
-    """The batches of a size that fit."""
     height, width = SIZES[size]
     return (count for count in BATCHES if count * height * width <= MOST_PIXELS)
 
@@ -207,14 +204,12 @@ def batches_of(size: str) -> Iterator[int]:
 def case(
     operation: str, size: str, count: int, title: str, channels_last: bool = False, plan: str = "", **options: Any
 ) -> GpuCase:
-    """One operation on one batch."""
     run = functools.partial(measure, operation, size, count, channels_last, plan=plan)
     name = name_of(operation, size, count, channels_last, plan)
     return GpuCase(name, run, seconds=8, group=f"{operation}, CUDA", title=f"Macenko, {title}", **options)
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Every size and batch; the other operations and layouts at one of them; peers; uploads."""
     cases = []
     for size in SIZES:
         for count in batches_of(size):

@@ -12,7 +12,6 @@ DEVICE, BYTES, SIDE, REPEATS = ("cuda", 1 << 30, 8192, 30) if torch.cuda.is_avai
 
 
 def row_of(name: str, timing: dict[str, float], work: float, unit: str, **params: int) -> Row:
-    """`work` over the time."""
     rates = {f"p{q}": work / timing[f"p{100 - q}"] for q in (20, 50, 80)}
     return Row("ceilings_gpu", name, "ceilings", params, **rates, unit=unit, repeats=REPEATS)
 
@@ -32,7 +31,6 @@ def matmul(_: Ceilings) -> Row:
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Both."""
     return [
         GpuCase(name, run, importance=0, seconds=5, smoke=True, title=name, group="ceilings")
         for name, run in ((COPY, copy), (MATMUL, matmul))

@@ -106,7 +106,6 @@ def changes(
 
 
 def table(found: Sequence[Change], revision: str, share: float | None) -> str:
-    """Every row, the worst first."""
     lines = [["row", revision, "this tree", "", "times better", "over the rounds", ""]]
     for change in sorted(found, key=lambda one: one.ratio):
         least, most = min(change.ratios), max(change.ratios)

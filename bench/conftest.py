@@ -40,7 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note progress where that is asked for."""
     if config.getoption("--progress"):
         record = record_of(config)
         if record is None:

@@ -25,7 +25,6 @@ class ReplayClock:
         self.now = 0.0
 
     def __call__(self) -> float:
-        """The time now."""
         return self.now
 
     def replay(self, seconds: Sequence[float], benchmark: Any) -> None:

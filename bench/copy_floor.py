@@ -1,4 +1,4 @@
-"""The copy bandwidth that floors are computed with, measured where and when they are needed."""
+"""The copy bandwidth that copy times are computed with, measured where and when they are needed."""
 
 from __future__ import annotations
 

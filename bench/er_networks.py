@@ -24,7 +24,6 @@ def networks(depth: int, device: str = "cpu", **kw: Any) -> dict[str, nn.Module]
 
 
 def network(name: str, depth: int, device: str = "cpu", **kw: Any) -> nn.Module:
-    """One of the three."""
     torch.manual_seed(0)
     if name == "fused":
         model: nn.Module = FUSED[depth](**kw)

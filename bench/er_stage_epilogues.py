@@ -73,7 +73,6 @@ class EpilogueMaps(NamedTuple):
 
     @property
     def map_bytes(self) -> int:
-        """Bytes of one map."""
         return self.zs[0].numel() * self.zs[0].element_size()
 
 
@@ -122,7 +121,6 @@ class EpilogueStage(ERStage):
             self.add_module(str(index), _Block(channels, index, width=1, fused=fused))
 
     def naive(self) -> EpilogueStage:
-        """A copy that is the naive composition."""
         other = copy.deepcopy(self)
         other.fused = False
         return other

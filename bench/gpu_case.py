@@ -60,7 +60,6 @@ class GpuCase:
 
 
 def modules(folder: Path = FOLDER) -> list[str]:
-    """Names of the modules that offer cases."""
     return sorted(path.stem for path in folder.glob("bench_*_gpu.py"))
 
 

@@ -91,7 +91,6 @@ class Check:
                 clocks.append({"after": task.case.name, **state})
 
     def run(self, binary: Path | None) -> None:
-        """Every step."""
         self.guarded("build", gpu_steps.build, self.device, self.logs, self.deadline.share(0.6, 300))
         self.run_cases(["agreement_gpu"])
         self.guarded("binary", gpu_steps.foreign_binary, binary, self.logs, self.deadline.share(0.2, 60))
@@ -128,7 +127,6 @@ class Check:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
     parser = argparse.ArgumentParser(prog="dev.py gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="time given (default 9; below 4: smoke level)")
     parser.add_argument("--out", type=Path, help="folder for a copy of the record, the table and the logs")

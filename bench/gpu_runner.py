@@ -34,13 +34,10 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Task:
-    """A case and the module that it is in."""
-
     module: str
     case: GpuCase
 
     def without(self, status: str, detail: str) -> Row:
-        """The row that says why there are no figures."""
         return without_figures(self.module, self.case.name, status, detail[:400], **self.case.known)
 
 
@@ -68,7 +65,6 @@ class Runner:
         return [task.without("FAIL", answer.error)] if answer.error else answer.rows
 
     def close(self) -> None:
-        """End the worker."""
         if self.process is not None:
             self.process.kill()
             self.process.join()

@@ -64,18 +64,15 @@ def stop_all() -> None:
 
 
 def row_of(name: str, status: str, detail: str) -> Row:
-    """The row of a step."""
     return without_figures("gpu_steps", name, status, detail)
 
 
 def why(code: int, log: Path, seconds: float) -> str:
-    """One line on a command that failed."""
     start = f"stopped after {seconds:.0f} s" if code == TIMED_OUT else f"exit code {code}"
     return f"{start}: {last_lines(log)}"
 
 
 def build(device: GpuDevice, logs: Path, seconds: float) -> Row:
-    """Build for the device."""
     log, start = logs / "build.log", time.perf_counter()
     code = call(device.build, log, seconds, **device.build_environment)
     if code:

@@ -29,7 +29,6 @@ def step_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def target_lines(rows: Sequence[Row]) -> list[str]:
-    """Every target, and how many are met."""
     lines = [
         [str(row.extra_info.get("title") or row.name), str(target), number(value),
          number(row.extra_info.get("share_of_copy")), verdict(row, target, value)]
@@ -48,7 +47,6 @@ def target_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def final_table(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The whole text."""
     commit = f"{machine.get('commit')}{' (changed)' if machine.get('dirty') else ''}"
     torch = machine.get("packages", {}).get("torch")
     head = f"{machine['name']}, driver {machine.get('driver', '-')}, torch {torch}, commit {commit}"

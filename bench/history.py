@@ -35,7 +35,6 @@ def times_better(points: Sequence[tuple[Loaded, Row]]) -> list[float]:
 
 
 def as_text(found: dict[str, list[tuple[Loaded, Row]]]) -> str:
-    """One line a row, one column a record."""
     lines = [["row", "first", "then, times better than the first"]]
     for name, points in found.items():
         (first, row), *_ = points

@@ -55,7 +55,6 @@ def speed(operation: str) -> Callable[[Records], str]:
 
 
 def with_param(bench: str, key: str, *columns: Column) -> Table:
-    """The rows of a bench that have this parameter."""
     return Table(bench, "", columns, lambda row: key in row.params)
 
 

@@ -29,7 +29,6 @@ def output_of(*command: str, root: Path = ROOT) -> str:
 
 
 def version(package: str) -> str | None:
-    """Installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -62,7 +61,6 @@ def commit_of(root: Path = ROOT) -> tuple[str, bool]:
 
 
 def processor() -> str:
-    """The name of the processor, as the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -33,7 +33,6 @@ def percent(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
     made = argparse.ArgumentParser(prog="dev.py bench", description=__doc__.splitlines()[0])
     made.add_argument("names", nargs="*", metavar="NAME", help="benches with this in their file or name; default all")
     made.add_argument("-k", metavar="EXPRESSION", help="pytest's way to choose")

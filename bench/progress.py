@@ -58,7 +58,6 @@ class Progress:
         return set(names) if head == self.of else set()
 
     def add(self, name: str) -> None:
-        """Note one bench."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".part")
         temporary.write_text("\n".join([self.of, *sorted(self.done() | {name})]) + "\n")

@@ -73,7 +73,6 @@ class Target(NamedTuple):
         return cls(_RENAMED.get(found[1], found[1]), found[2], float(found[3]))
 
     def met(self, value: float) -> bool:
-        """True if `value` reaches the target."""
         return value >= self.limit if self.sense == ">=" else value <= self.limit
 
     def __str__(self) -> str:
@@ -118,7 +117,6 @@ class Row:
         return self.p50 / other if self.unit in MORE_IS_BETTER else other / self.p50
 
     def target_texts(self) -> list[str]:
-        """The targets as written."""
         target = self.extra_info.get("target", [])
         return [target] if isinstance(target, str) else list(target)
 
@@ -131,7 +129,6 @@ class Row:
 
     @property
     def status(self) -> str:
-        """What became of it."""
         return str(self.extra_info.get("status", "measured"))
 
     @property
@@ -179,7 +176,6 @@ class Record:
             _write(self.path, machine, list(kept.values()))
 
     def rows(self) -> list[Row]:
-        """The rows on disk."""
         return read(self.path)[1] if self.path.exists() else []
 
     @contextmanager

@@ -28,8 +28,6 @@ ROWS = (
 
 
 def rows_of(kind: str) -> Callable[[Records], str]:
-    """The table of all rows, group by group."""
-
     def made(records: Records) -> str:
         groups: dict[str, list[Row]] = {}
         for row in records.rows(kind):
@@ -43,7 +41,6 @@ def rows_of(kind: str) -> Callable[[Records], str]:
 
 
 def link(name: str) -> str:
-    """To a record, from the root of the repository."""
     return f"[{name}](bench/results/{name})"
 
 

@@ -17,8 +17,6 @@ OLDER = "older"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A record and the file that it is from."""
-
     path: Path
     machine: dict[str, Any]
     rows: list[Row]

@@ -34,8 +34,6 @@ _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def filled(text: str, tables: Mapping[str, str], where: str) -> str:
-    """The document with its tables replaced."""
-
     def replace(match: re.Match[str]) -> str:
         if match[2] not in tables:
             raise ValueError(f"{where} wants a table {match[2]!r}; there are {', '.join(sorted(tables))}.")

@@ -20,7 +20,6 @@ def number(value: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent."""
     return NONE if share is None else f"{100 * share:.0f} %"
 
 
@@ -32,7 +31,6 @@ def time_of(milliseconds: float | None) -> str:
 
 
 def title_of(row: Row) -> str:
-    """What tables call a row."""
     return str(row.extra_info.get("title") or f"{row.group}: {row.name}")
 
 
@@ -42,19 +40,16 @@ def starred(text: object, *rows: Row) -> str:
 
 
 def verdict(row: Row, target: Target, value: float | None) -> str:
-    """Whether the target was met."""
     if value is None:
         return row.status if row.status not in ("measured", "pass") else "not measured"
     return "met" if target.met(value) else "MISSED"
 
 
 def verdicts(row: Row) -> str:
-    """All targets of a row."""
     return "; ".join(f"{target} {verdict(row, target, value)}" for target, value in row.targets()) or NONE
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
     rows = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in (head, *lines)]
     return "\n".join(f"| {row} |" for row in (rows[0], " | ".join("---" for _ in head), *rows[1:]))
 
@@ -85,7 +80,6 @@ def figure(head: str, key: str, show: Callable[[Any], str] = number, factor: flo
 
 
 def param(head: str, key: str) -> Column:
-    """A parameter, as the name of the row."""
     return Column(head, lambda row: starred(row.params[key], row))
 
 
@@ -97,7 +91,6 @@ TITLE = Column("what", title_of)
 
 
 def table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
-    """The rows in these columns."""
     lines = [[column.cell(row) for column in columns] for row in rows]
     return markdown([column.head for column in columns], lines) if lines else NOT_MEASURED
 
@@ -112,6 +105,5 @@ class Table(NamedTuple):
     order: Callable[[Row], Any] | None = None
 
     def __call__(self, records: Records) -> str:
-        """The table in Markdown."""
         rows = [row for row in records.rows("cpu", self.bench, self.test) if self.chosen(row)]
         return table(sorted(rows, key=self.order) if self.order else rows, self.columns)

@@ -14,7 +14,6 @@ NOTHING_ON_GPU = "Not yet measured on a GPU."
 
 
 def targets_cpu(records: Records) -> str:
-    """Every target of the CPU, and whether it is met."""
     lines = [
         [title_of(row), f"`{target}`", number(value), SHARE.cell(row), verdict(row, target, value)]
         for row, _ in records.newest("cpu").values()
@@ -67,7 +66,6 @@ def gpu_lines(records: Records) -> Iterator[tuple[str, list[str]]]:
 
 
 def targets_gpu(records: Records) -> str:
-    """Every target of the GPU benches."""
     return markdown(["what", "target", "measured", "verdict"], [line for _, line in gpu_lines(records)])
 
 

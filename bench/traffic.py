@@ -76,7 +76,6 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _key(tensor: Tensor) -> tuple[int, int, int]:
-    """The memory of a tensor."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), _bytes(tensor)
 
 

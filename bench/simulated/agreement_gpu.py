@@ -13,14 +13,12 @@ SIZES = [(7, 11), (33, 65)]
 
 
 def normalize(plan: str, _: Ceilings) -> Row:
-    """A whole call by one plan: within a grey level of the CPU."""
     every = [images_of(2, *size) for size in SIZES]
     worst = max(require(differences(whole_call(images, plan), images)) for images in every)
     return without_figures("agreement_gpu", f"macenko {plan}", "pass", f"as the CPU path; off by one: {worst:.2g}")
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Every kernel."""
     return [
         GpuCase(f"macenko {plan}", functools.partial(normalize, plan), importance=0, seconds=3, smoke=True)
         for plan in PLANS

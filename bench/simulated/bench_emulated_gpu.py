@@ -52,7 +52,6 @@ def normalize(plan: str, ceilings: Ceilings) -> Row:
 
 
 def gpu_cases() -> list[GpuCase]:
-    """The reconstruction, and whole calls by every plan."""
     case = functools.partial(GpuCase, seconds=3, targets=["share_of_values_off <= 0.0005"])
     return [
         case(NAME, reconstruct, importance=0, smoke=True, title="reconstruction, emulated"),

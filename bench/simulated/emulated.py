@@ -41,7 +41,6 @@ PLANS = {"streaming": 1, "resident": 1, "cluster2": 2}  # name: blocks that shar
 
 
 def whole_call(images: Any, plan: str) -> Any:
-    """Normalised images, by one of the plans."""
     machine = emulator()
     chosen = machine.choose_plan(images, plan.rstrip("0123456789"), PLANS[plan])
     target = MacenkoNormalizer().target
