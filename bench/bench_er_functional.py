@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from contestants import contestants
-from copy_floor import copy_seconds_per_byte
+from copy_floor import copy_time
 from er_means import STAGES_50, mean_rows
 from er_stage_epilogues import LAYOUTS, QUICK, STAGES, cases, make_maps
 from torch import Tensor
@@ -62,19 +62,13 @@ def test_shortcut_sum(interleave, record_row, with_compiled, torch_threads, stag
     if who != "fused":
         return
     figures, steps = found.figures("fused"), found.calls or make()
-    working_set = (2 * shape.num_maps + 3) * maps.map_bytes  # maps, their gradients, y, dy, g
-    must_move = map_accesses(shape.num_maps, tiled=layout == "contiguous") * maps.map_bytes
+    accesses = map_accesses(shape.num_maps, tiled=layout == "contiguous")
+    touched = 2 * shape.num_maps + 3  # maps, their gradients, y, dy, g
     record_row(
-        "er_shortcut_sum, forward + backward",
-        **figures,
-        peer="naive eager",
-        peer_p50=figures["naive_ms"],
-        must_move=must_move,
-        map_accesses=must_move // maps.map_bytes,
+        "er_shortcut_sum, forward + backward", **figures, peer="naive eager", peer_p50=figures["naive_ms"],
+        **copy_time(accesses * maps.map_bytes, touched * maps.map_bytes, "the call"), map_accesses=accesses,
         **{f"moved_{name}": bytes_moved(steps[name]) for name in ("naive", "fused")},
-        copy_time=1e3 * must_move * copy_seconds_per_byte(working_set),
-        copy_why="bytes that one call must move / copy bandwidth at the working set of the call",
-    )
+    )  # fmt: skip
 
 
 def test_means(record):

@@ -73,21 +73,12 @@ def test_stage_memory(record_row, torch_threads, stage):
     extra = {who: [own - plain for own, plain in zip(kept[who], kept["plain"], strict=True)] for who in kept}
     per_image = {who: (few - many) / (BATCH // 2 - BATCH) for who, (few, many) in extra.items()}
     record_row(
-        "memory of a stage in training",
-        *3 * [kept["fused"][1] / 2**20],
-        unit="MiB",
-        repeats=1,
-        peer="plain stage",
-        peer_p50=kept["plain"][1] / 2**20,
-        **{f"kept_{who}": values[1] for who, values in kept.items()},
-        **{f"peak_{who}": value for who, value in peaks.items()},
-        extra_fused=extra["fused"][1],
+        "memory of a stage in training", *3 * [kept["fused"][1] / 2**20], unit="MiB", repeats=1, peer="plain stage",
+        peer_p50=kept["plain"][1] / 2**20, **{f"kept_{who}": values[1] for who, values in kept.items()},
+        **{f"peak_{who}": value for who, value in peaks.items()}, extra_fused=extra["fused"][1],
         extra_vectors=extra["fused"][1] / (4 * channels),
-        extra_maps_naive=extra["naive"][1] / (4 * BATCH * channels * size**2),
-        extra_per_image=per_image["fused"],
-        extra_per_image_naive=per_image["naive"],
-        peak_share=peaks["fused"] / peaks["plain"],
-        pairs=num_maps * (num_maps - 1) // 2,
-        blocks=num_maps - 1,
+        extra_maps_naive=extra["naive"][1] / (4 * BATCH * channels * size**2), extra_per_image=per_image["fused"],
+        extra_per_image_naive=per_image["naive"], peak_share=peaks["fused"] / peaks["plain"],
+        pairs=num_maps * (num_maps - 1) // 2, blocks=num_maps - 1,
         target=["extra_per_image <= 0", "peak_share <= 1.05"],
-    )
+    )  # fmt: skip

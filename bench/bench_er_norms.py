@@ -23,7 +23,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from contestants import contestants
-from copy_floor import copy_seconds_per_byte
+from copy_floor import copy_time
 from er_stage_epilogues import LAYOUTS, QUICK, map_accesses
 from torch import Tensor, nn
 
@@ -104,12 +104,6 @@ def test_norms(interleave, record_row, torch_threads, name, kind, batch, layout,
     must_move = sum(one.accesses(tiled=tiled) * one.bytes for one in all_passes)
     working_set = sum((2 * len(one.zs) + 2) * one.bytes for one in all_passes)
     record_row(
-        GROUP,
-        **figures,
-        peer="PyTorch's modules",
-        peer_p50=figures["modules_ms"],
-        must_move=must_move,
-        copy_time=1e3 * must_move * copy_seconds_per_byte(working_set),
-        copy_why="bytes that the passes must move / copy bandwidth at their working set",
-        passes=len(all_passes),
-    )
+        GROUP, **figures, peer="PyTorch's modules", peer_p50=figures["modules_ms"],
+        **copy_time(must_move, working_set, "the passes"), passes=len(all_passes),
+    )  # fmt: skip

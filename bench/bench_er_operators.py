@@ -30,10 +30,7 @@ def test_operator(interleave, record_row, torch_threads, operator, stage, batch,
         return
     figures = found.figures("operator")
     record_row(
-        f"{operator}, CPU",
-        **figures,
-        copy_time=figures["copy_ms"],
+        f"{operator}, CPU", **figures, copy_time=figures["copy_ms"],
         copy_why=f"{accesses} maps read or written / copy of as many bytes, interleaved",
-        gigabytes_per_second=moved / figures["p50"] / 1e6,
-        copy_gigabytes_per_second=moved / figures["copy_ms"] / 1e6,
-    )
+        gigabytes_per_second=moved / figures["p50"] / 1e6, copy_gigabytes_per_second=moved / figures["copy_ms"] / 1e6,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contestants import contestants
-from copy_floor import copy_seconds_per_byte
+from copy_floor import copy_time
 from er_kernel_counts import compiled_cost, profiled_kernels
 from er_means import STAGE_101, mean_rows
 from er_stage_epilogues import (
@@ -60,25 +60,18 @@ def test_stage_epilogues(interleave, record_row, with_compiled, torch_threads, s
     found = interleave(make, rounds=15, budget=5.0, slice_seconds=SLICE)
     if who != "fused":
         return
-    must_move = map_accesses(shape.num_maps, tiled=layout == "contiguous") * maps.map_bytes
-    copy_time = 1e3 * must_move * copy_seconds_per_byte(maps_touched(shape.num_maps) * maps.map_bytes)
+    accesses = map_accesses(shape.num_maps, tiled=layout == "contiguous")
     figures, steps = found.figures("fused"), found.calls or make()
     system = {name: system_work(step) for name, step in steps.items()}
     record_row(
-        GROUP,
-        **figures,
-        peer="naive eager",
-        peer_p50=figures["naive_ms"],
-        must_move=must_move,
-        map_accesses=must_move // maps.map_bytes,
-        **{f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")},
-        copy_time=copy_time,
-        copy_why="bytes the design must move / copy bandwidth at the working set of the pass",
+        GROUP, **figures, peer="naive eager", peer_p50=figures["naive_ms"],
+        **copy_time(accesses * maps.map_bytes, maps_touched(shape.num_maps) * maps.map_bytes, "the pass"),
+        map_accesses=accesses, **{f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")},
         **{f"faults_{name}": work.page_faults for name, work in system.items()},
         **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
         **{f"in_{name}_ms": value for name, value in operator_milliseconds(steps["fused"]).items()},
         target=["share_of_copy >= 0.75", *(["ratio_naive >= 6"] if stage == STAGE_101 else [])],
-    )
+    )  # fmt: skip
 
 
 def test_means(record):
@@ -107,15 +100,7 @@ def test_kernels(record_row, torch_threads, stage):
             "moved_compiled": compiled.bytes_moved,
         }
     record_row(
-        "kernels of a stage's epilogues, forward + backward",
-        *3 * [own.total],
-        unit="kernels",
-        repeats=1,
-        naive_map_kernels=naive.map,
-        naive_vector_kernels=naive.vector,
-        fused_map_kernels=own.map,
-        fused_vector_kernels=own.vector,
-        blocks=shape.num_maps - 1,
-        map_bytes=maps.map_bytes,
-        **info,
-    )
+        "kernels of a stage's epilogues, forward + backward", *3 * [own.total], unit="kernels", repeats=1,
+        naive_map_kernels=naive.map, naive_vector_kernels=naive.vector, fused_map_kernels=own.map,
+        fused_vector_kernels=own.vector, blocks=shape.num_maps - 1, map_bytes=maps.map_bytes, **info,
+    )  # fmt: skip

@@ -36,20 +36,16 @@ def test_training_step(interleave, record_row, torch_threads, depth, batch, who)
     images, labels = batch_of(batch)
 
     def make():
-        models = networks(depth)
-        return {name: training_of(models[name], images, labels)[0] for name in ("fused", "plain", "naive")}
+        return {name: training_of(model, images, labels)[0] for name, model in networks(depth).items()}
 
     figures = interleave(make, rounds=7, budget=20.0).figures("fused")
     if who != "fused":
         return
     record_row(
-        "training step",
-        **figures,
-        peer="plain ResNet",
-        peer_p50=figures["plain_ms"],
+        "training step", **figures, peer="plain ResNet", peer_p50=figures["plain_ms"],
         plain_share=figures["fused_ms"] / figures["plain_ms"],
         target=["plain_share <= 1.05", f"ratio_naive >= {FASTER_THAN_NAIVE[depth, batch]}"],
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("depth", "batch"), cases("memory"))
@@ -63,18 +59,11 @@ def test_training_memory(record_row, torch_threads, depth, batch):
         tensors[name] = training_peak(model, optimizer, step)
         peaks[name] = peak_of_training(name, depth, batch)
     record_row(
-        "memory of training",
-        *3 * [peaks["fused"] / 2**20],
-        unit="MiB",
-        repeats=1,
-        peer="plain ResNet",
-        peer_p50=peaks["plain"] / 2**20,
-        **{f"peak_{name}": value for name, value in peaks.items()},
-        **{f"tensors_{name}": value for name, value in tensors.items()},
-        peak_share=peaks["fused"] / peaks["plain"],
-        tensors_share=tensors["fused"] / tensors["plain"],
-        target=["peak_share <= 1.05", "tensors_share <= 1.05"],
-    )
+        "memory of training", *3 * [peaks["fused"] / 2**20], unit="MiB", repeats=1, peer="plain ResNet",
+        peer_p50=peaks["plain"] / 2**20, **{f"peak_{name}": value for name, value in peaks.items()},
+        **{f"tensors_{name}": value for name, value in tensors.items()}, peak_share=peaks["fused"] / peaks["plain"],
+        tensors_share=tensors["fused"] / tensors["plain"], target=["peak_share <= 1.05", "tensors_share <= 1.05"],
+    )  # fmt: skip
 
 
 @contestants("fused", "plain", "naive")
@@ -84,8 +73,7 @@ def test_evaluation(interleave, record_row, torch_threads, depth, batch, who):
     images, _ = batch_of(batch)
 
     def make():
-        models = networks(depth)
-        return {name: functools.partial(models[name].eval(), images) for name in ("fused", "plain", "naive")}
+        return {name: functools.partial(model.eval(), images) for name, model in networks(depth).items()}
 
     with torch.inference_mode():
         figures = interleave(make, rounds=9, budget=10.0).figures("fused")

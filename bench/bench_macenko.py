@@ -67,15 +67,11 @@ def copy_of(size: int, accesses: int) -> dict[str, Any]:
 
 
 def own_calls(operation: str, image: np.ndarray, target: np.ndarray) -> dict[str, Call]:
-    fitted = macenko_fit(target)
-    calls: dict[str, Call] = {}
-    for name, memory in MEMORY.items():
-        batch = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(memory_format=memory)
-        if operation == "normalize":
-            calls[name] = lambda batch=batch: macenko_normalize(batch, fitted)
-        else:
-            calls[name] = lambda batch=batch: macenko_fit(batch)
-    return calls
+    batch, fitted = macenko_peers.planar(image)[None], macenko_fit(target)
+    batches = {name: batch.contiguous(memory_format=memory) for name, memory in MEMORY.items()}
+    if operation == "fit":
+        return {name: functools.partial(macenko_fit, given) for name, given in batches.items()}
+    return {name: functools.partial(macenko_normalize, given, fitted) for name, given in batches.items()}
 
 
 @contestants(*MEMORY, *PEERS)

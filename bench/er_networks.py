@@ -18,7 +18,7 @@ FUSED = {50: er_resnet50, 101: er_resnet101}
 
 def networks(depth: int, device: str = "cpu", **kw: Any) -> dict[str, nn.Module]:
     """The plain, the naive and the fused network, channels-last; the last two have the same weights."""
-    models = {name: network(name, depth, device, **kw) for name in ("plain", "naive", "fused")}
+    models = {name: network(name, depth, device, **kw) for name in ("fused", "plain", "naive")}
     models["naive"].load_state_dict(state_dict_from_fused(models["fused"].state_dict()))
     return models
 

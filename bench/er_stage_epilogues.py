@@ -45,8 +45,6 @@ STAGES = {
     "resnet101-3": StageShape(1024, 14, 23),
 }
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-
-
 QUICK = 8  # batch of the rows that are not slow
 
 
@@ -77,13 +75,9 @@ class EpilogueMaps(NamedTuple):
 
 
 def make_maps(
-    shape: StageShape,
-    batch: int,
-    layout: torch.memory_format = torch.channels_last,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> EpilogueMaps:
+    shape: StageShape, batch: int, layout: torch.memory_format = torch.channels_last, *,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> EpilogueMaps:  # fmt: skip
     """Random maps of a stage; x_0 is after its ReLU."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -144,9 +138,7 @@ def map_accesses(num_maps: int, *, tiled: bool) -> int:
     """Reads and writes of one map that the fused design makes in forward + backward; see the module's docstring."""
     blocks = range(1, num_maps)
     once = sum(block + 2 for block in blocks) + sum(4 + num_maps - 1 - i for i in blocks) + num_maps + 2
-    if tiled:
-        return once
-    return once + num_maps + 3 * len(blocks)
+    return once if tiled else once + num_maps + 3 * len(blocks)
 
 
 def maps_touched(num_maps: int) -> int:

@@ -22,7 +22,6 @@ from pathlib import Path
 import gpu_steps
 from ceilings_gpu import COPY, MATMUL
 from gpu_case import Ceilings, cases_of, modules
-from gpu_device import GpuDevice, device_at_hand, emulator
 from gpu_runner import Deadline, Runner, Task
 from gpu_table import final_table
 from machine import ROOT, gpu_state
@@ -36,7 +35,7 @@ MOST_CLOCKS = 40  # that a record keeps
 class Check:
     """One run: the device, its record, the time."""
 
-    def __init__(self, device: GpuDevice, options: argparse.Namespace) -> None:
+    def __init__(self, device: gpu_steps.GpuDevice, options: argparse.Namespace) -> None:
         self.device, self.out, self.only = device, options.out, options.only or ""
         self.smoke = options.minutes < SMOKE_MINUTES
         self.deadline = Deadline(60 * options.minutes - LAST_SECONDS)
@@ -136,7 +135,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="the commit of this tree, where it came without its git history")
     parser.add_argument("--only", metavar="TEXT", help="of the benches, those with this in their name or module")
     parser.add_argument("--simulate", action="store_true", help="the flow alone, with the kernels run on the CPU")
-    parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)  # for the tests of the flow
+    parser.add_argument(
+        "--cases", type=Path, default=gpu_steps.SIMULATED, help=argparse.SUPPRESS
+    )  # for the tests of the flow
     options = parser.parse_args(arguments)
     if options.results is None:  # what is simulated is no record of a GPU
         options.results = ROOT / "build" / "simulated" if options.simulate else RESULTS
@@ -160,14 +161,14 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["ERNET_COMMIT"] = options.commit
     if options.simulate:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        device = emulator(options.cases) if options.cases else emulator()
+        device = gpu_steps.emulator(options.cases)
     else:
         import torch
 
         if not torch.cuda.is_available():
             print("dev.py gpu: torch sees no CUDA device here; nothing was built, run or recorded.")
             return 1
-        device = device_at_hand()
+        device = gpu_steps.device_at_hand()
     check = Check(device, options)
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -35,20 +34,14 @@ def version(package: str) -> str | None:
         return None
 
 
-def source_files(root: Path = ROOT) -> Iterator[Path]:
-    """The files that decide what is built, measured and tested, in a fixed order."""
-    for name in SOURCES:
-        path = root / name
-        found = [path] if path.is_file() else path.rglob("*")
-        yield from sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
-
-
 def sources_hash(root: Path = ROOT) -> str:
-    """A name for the state of the sources, committed or not; needs no git."""
+    """A name for the state of the files that decide what is built, measured and tested; needs no git."""
     digest = hashlib.sha256()
-    for file in source_files(root):
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    for path in (root / name for name in SOURCES):
+        for file in sorted([path] if path.is_file() else path.rglob("*")):
+            if file.suffix in SUFFIXES and file.is_file():
+                content = file.read_bytes()
+                digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 

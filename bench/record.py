@@ -2,17 +2,13 @@
 
     <machine>-<yyyymmdd>-<commit>[-changed-<sources>].json = {"format": 1, "machine": {...}, "rows": [...]}
 
-`machine` is what `machine.describe` found: device, driver, versions, commit, whether the tree was changed, the clocks
-seen. A row is one measurement, complete in itself (a ratio never mixes two runs):
+`machine` is what `machine.describe` found. A row is one measurement, complete in itself (a ratio never mixes two runs):
 
-    bench        the module that measured it, e.g. "bench_er_stage"
-    name         unique within the bench
+    bench, name  the module that measured it, e.g. "bench_er_stage"; unique within the bench
     group        rows that belong together in a table
     params       what was varied: {"stage": "resnet50-1", "batch": 8, "threads": 1, ...}
-    p20 p50 p80  percentiles over the repeats; equal where there is one number, as for a count
-    unit         "ms", "us", "GB/s", "images/s", "MiB", "launches", ...
+    p20 p50 p80  percentiles over the repeats, in `unit` ("ms", "GB/s", "MiB", ...); equal where there is one number
     repeats      how many times it was measured
-    time         when
     extra_info   what else is known, under these keys; others may stand beside them
 
         peer, peer_p50    what it is compared with, interleaved in the same run, in the same unit
@@ -22,12 +18,10 @@ seen. A row is one measurement, complete in itself (a ratio never mixes two runs
         copy_why          one line on how the bytes were counted, and which bandwidth was meant
         share_of_copy     p50 against copy_time; above 1 where caches held bytes; computed if not given
         target            "KEY >= NUMBER" or "KEY <= NUMBER", or a list of them; KEY is p20, p50, p80 or a key here
-        status            "measured" where it is not given, "pass", "FAIL", "skipped", "no time left"
-        detail            one line for people
+        status, detail    one of STATUSES, "measured" where it is not given; one line for people
 
-A row is on disk when `Record.add` returns, so that a run cut off loses nothing. A row of the same bench and name
-replaces the earlier one. Several processes, and several runs of one tree on one machine on one day, may write to one
-record.
+A row is on disk when `Record.add` returns, and replaces an earlier one of the same bench and name. Several processes,
+and several runs of one tree on one machine on one day, may write to one record.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ import pytest
 from agreement import Error, levels, require
 from gpu_case import Ceilings, cases_of, modules
 from gpu_check import Check, parse
-from gpu_device import GpuDevice, marked_tests
 from gpu_runner import Deadline, Runner, Task
+from gpu_steps import GpuDevice, marked_tests
 from gpu_table import final_table
 from green import environment_of
 from record import Row, read
