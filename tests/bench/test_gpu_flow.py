@@ -90,7 +90,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def runner(folder, tmp_path):
-    made = Runner(folder, tmp_path / "cases.log", Deadline(60), patience=1.0)
+    made = Runner(folder, tmp_path / "cases.log", Deadline(120), patience=5.0)
     yield made
     made.close()
 
@@ -129,7 +129,7 @@ def test_a_case_that_hangs_is_stopped(folder, runner):
     runner.run(given["good"], CEILINGS)
     start = time.monotonic()
     row = runner.run(given["hangs"], CEILINGS)[0]
-    assert row.status == "FAIL" and "stopped after 1 s" in row.extra_info["detail"]
+    assert row.status == "FAIL" and "stopped after 5 s" in row.extra_info["detail"]
     assert time.monotonic() - start < 30
     assert runner.run(given["good"], CEILINGS)[0].status == "measured"
 
