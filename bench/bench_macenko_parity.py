@@ -48,14 +48,14 @@ def result_of(name: str, target: np.ndarray) -> Calls:
     return lambda image: PEERS[name].normalize(macenko_peers.planar(image)[None], to)()
 
 
-def compare(images: Iterable[np.ndarray], ours: Calls, theirs: Calls) -> tuple[list[float], int]:
-    """Percentage of identical values of each image, and the largest difference of all."""
-    identical, largest = [], 0
-    for image in images:
-        difference = np.abs(macenko_peers.as_levels(ours(image)) - macenko_peers.as_levels(theirs(image)))
-        identical.append(100 * float((difference == 0).mean()))
-        largest = max(largest, int(difference.max()))
-    return identical, largest
+def compared(images: Iterable[np.ndarray], ours: Calls, theirs: Calls) -> dict[str, Any]:
+    """Percentages of identical values of the images, and the largest difference of all."""
+    pairs = ((macenko_peers.as_levels(ours(image)), macenko_peers.as_levels(theirs(image))) for image in images)
+    differences = [np.abs(one - other) for one, other in pairs]
+    identical = [100 * float((difference == 0).mean()) for difference in differences]
+    largest = max(int(difference.max()) for difference in differences)
+    known = {"unit": "%", "repeats": len(identical), "worst": min(identical), "largest_difference": largest}
+    return {**percentiles(identical), **known}
 
 
 @needs_data
@@ -65,20 +65,19 @@ def test_identical_values(record_row, name, percentile):
     pytest.importorskip("torchstain")
     target = read(root / "torchstain" / "target.png")
     fitted = macenko_fit(target, percentile=percentile)
-    identical, largest = compare(
+    found = compared(
         images_of(name),
         lambda image: macenko_normalize(image, fitted, percentile=percentile),
         result_of(PEER[percentile], target),
     )
     least = LEAST_IDENTICAL[percentile]
     record_row(
-        "identical values", **percentiles(identical), unit="%", repeats=len(identical), peer=PEER[percentile],
-        name=f"{name} {percentile}", title=f"identical values, {name}, {percentile}",
-        params={"images": name, "percentile": percentile}, worst=min(identical),
-        largest_difference=largest, target=[f"worst >= {least:g}", "largest_difference <= 1"],
-        detail=f"{len(identical)} images against {PEER[percentile]}",
+        "identical values", **found, peer=PEER[percentile], name=f"{name} {percentile}",
+        title=f"identical values, {name}, {percentile}", params={"images": name, "percentile": percentile},
+        target=[f"worst >= {least:g}", "largest_difference <= 1"],
+        detail=f"{found['repeats']} images against {PEER[percentile]}",
     )  # fmt: skip
-    assert largest <= 1 and min(identical) >= least
+    assert found["largest_difference"] <= 1 and found["worst"] >= least
 
 
 @needs_data
@@ -90,14 +89,13 @@ def test_other_packages(record_row):
     others = {name: peer for name, peer in PEERS.items() if name not in PEER.values()}
     calls = {name: lambda peer=peer: peer.normalize(planar[None], planar) for name, peer in others.items()}
     for name in macenko_peers.working(calls)[0]:
-        identical, largest = compare(
+        found = compared(
             images_of("BreaKHis_tiny"),
             lambda image: macenko_normalize(image, fitted, percentile="nearest"),
             result_of(name, target),
         )
         record_row(
-            "other packages", **percentiles(identical), unit="%", repeats=len(identical), peer=name,
-            name=f"BreaKHis_tiny {name}", title=f"identical values, BreaKHis_tiny, {name}",
-            params={"images": "BreaKHis_tiny", "other": name}, worst=min(identical), largest_difference=largest,
-            detail=f"{len(identical)} images",
+            "other packages", **found, peer=name, name=f"BreaKHis_tiny {name}",
+            title=f"identical values, BreaKHis_tiny, {name}", params={"images": "BreaKHis_tiny", "other": name},
+            detail=f"{found['repeats']} images",
         )  # fmt: skip
