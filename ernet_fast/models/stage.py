@@ -173,7 +173,7 @@ class ERStage(nn.Module):
         )
 
 
-def check_input(x: Tensor, conv: nn.Module) -> None:
+def check_input(x: Tensor, conv: Any) -> None:
     """Raise unless `x` is a floating tensor [N, C, H, W] that `conv`, the first convolution on it, takes.
 
     Raises:
