@@ -22,6 +22,7 @@ OPERATORS = (
     "shortcut_sum_backward",
     "macenko_fit",
     "macenko_reconstruct",
+    "macenko_reconstruct_stains",
     "macenko_normalize",
     "macenko_change",
     "macenko_augment",

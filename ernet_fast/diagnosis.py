@@ -52,6 +52,7 @@ _PURPOSES = {
     "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
     "macenko_fit": "Macenko: stains of an image",
     "macenko_reconstruct": "Macenko: image with other stains",
+    "macenko_reconstruct_stains": "Macenko: the same, and each stain alone",
     "macenko_normalize": "Macenko: fit and reconstruct in one",
     "macenko_change": "Macenko: image with other concentrations",
     "macenko_augment": "Macenko: fit and augmentation in one",

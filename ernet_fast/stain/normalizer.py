@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain import pipeline
+from ernet_fast.stain import operators, pipeline
 from ernet_fast.stain.collection import Collection
-from ernet_fast.stain.functional import normalize_collection, reconstruct_collection
+from ernet_fast.stain.functional import normalize_collection
 from ernet_fast.stain.multi_target import fit_targets
 from ernet_fast.stain.network_output import read_output
 from ernet_fast.stain.options import Options, is_number
 from ernet_fast.stain.result import DEFAULT_MAXIMA, DEFAULT_STAINS, MacenkoFit
-from ernet_fast.stain.separate import collection_of_stains
 from ernet_fast.stain.target_module import TargetModule
 from ernet_fast.stain.torchstain_form import as_torchstain, check_compat, compat_of_backend, read_torchstain
 
@@ -214,9 +213,16 @@ class MacenkoNormalizer(TargetModule):
             return collection.restore(results), None, None
         pipeline.check_target(self.target)
         found = pipeline.sources(collection, source, mask, self.target, options)
-        results = reconstruct_collection(collection, found, options, None)
-        haematoxylin, eosin = collection_of_stains(collection, found.usable, found.reference, options)
-        return collection.restore(results), collection.restore(haematoxylin), collection.restore(eosin)
+        images, haematoxylin, eosin = [], [], []
+        for part in collection.parts:
+            ours, theirs = part.take_fit(found.usable), part.take_fit(found.reference)
+            out, h, e = operators.reconstruct_stains(part.pixels, ours, theirs, options)
+            if options.identity:
+                out = pipeline.keep_degenerate(out, part.pixels, part.take(found.known.status))
+            images.append(out)
+            haematoxylin.append(h)
+            eosin.append(e)
+        return collection.restore(images), collection.restore(haematoxylin), collection.restore(eosin)
 
     def transform(self, I: Any, *numbers: Any, **options: Any) -> Any:  # noqa: E741
         """The normalised image(s) of `normalize` alone; its arguments but for `stains`."""

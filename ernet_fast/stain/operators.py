@@ -56,6 +56,10 @@ def _register() -> None:
     def _reconstruct(images: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **named: Any) -> torch.Tensor:
         return _result_like(images, dtype)
 
+    @torch.library.register_fake("ernet::macenko_reconstruct_stains")
+    def _reconstruct_stains(images: torch.Tensor, *rest: Any, **named: Any) -> Fit:
+        return torch.empty_like(images), torch.empty_like(images), torch.empty_like(images)
+
     @torch.library.register_fake("ernet::macenko_normalize")
     def _normalize(images: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **named: Any) -> ImagesAndFit:
         return (_result_like(images, dtype), *_fit_like(images))
@@ -209,6 +213,32 @@ def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torc
     source_stain, source_max, target_stain, target_max = stains
     return torch_backend.macenko_reconstruct(
         images, source_stain, source_max, target_stain, target_max, options.Io, options.range
+    )
+
+
+def reconstruct_stains(
+    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reconstruct` with both stains of `target`, with haematoxylin alone and with eosin alone: in one pass over the
+    images where no derivative is wanted and compiled code supports them.
+    """
+    stains = _arguments(images, *source[:2], *target[:2])
+    if is_one_operator(images, *stains):
+        pixels, plain = supported(images.detach(), like_result=True), [part.detach() for part in stains]
+        both, h, e = torch.ops.ernet.macenko_reconstruct_stains(pixels, *plain, options.Io, options.range)
+        return both.to(images.dtype), h.to(images.dtype), e.to(images.dtype)
+    return reconstruct(images, source, target, options), *stains_alone(images, source, target, options)
+
+
+def stains_alone(
+    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reconstruct` with haematoxylin of `drawn` alone and with eosin alone: the other's concentration is zero."""
+    h, e = drawn.max_concentration.unbind(dim=1)
+    only_h, only_e = torch.stack([h, torch.zeros_like(h)], dim=1), torch.stack([torch.zeros_like(e), e], dim=1)
+    return (
+        reconstruct(images, source, drawn._replace(max_concentration=only_h), options),
+        reconstruct(images, source, drawn._replace(max_concentration=only_e), options),
     )
 
 

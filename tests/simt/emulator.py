@@ -73,7 +73,7 @@ class Separation(ctypes.Structure):
         ("source", Stains),
         ("drawn", Stains),
         ("scaled", ctypes.c_bool),
-        ("alone", Output * 2),
+        ("drawing", Output * 3),
         ("concentrations", ctypes.c_void_p),
     )
 
@@ -219,12 +219,23 @@ class Emulator:
 
     def separate(self, images, source, drawn, scaled: bool, io: float = 240, scale: float = 1) -> list[np.ndarray]:
         """Haematoxylin, eosin, and concentrations [B, 2, H, W]; stains as in `reconstruct`."""
-        (haematoxylin, first), (eosin, second) = (output_for(images, scale, None) for _ in range(2))
+        drawings, outputs = zip(*(output_for(images, scale, None) for _ in range(2)), strict=True)
         amounts = np.full((len(images), 2, *images.shape[2:]), -7, np.float32)
-        what = Separation(stains(source), stains(drawn), scaled, (Output * 2)(first, second), amounts.ctypes.data)
+        what = Separation(stains(source), stains(drawn), scaled, (Output * 3)(*outputs), amounts.ctypes.data)
+        self._separate(images, what, io, scale)
+        return [*drawings, amounts]
+
+    def reconstruct_stains(self, images, source, target, io: float = 240, scale: float = 1) -> list[np.ndarray]:
+        """Haematoxylin alone, eosin alone, and both; stains as in `reconstruct`."""
+        drawings, outputs = zip(*(output_for(images, scale, None) for _ in range(3)), strict=True)
+        self._separate(
+            images, Separation(stains(source), stains(target), True, (Output * 3)(*outputs), None), io, scale
+        )
+        return list(drawings)
+
+    def _separate(self, images, what: Separation, io: float, scale: float) -> None:
         error = self.lib.simt_separate(ctypes.byref(describe(images, scale)), ctypes.byref(what), ctypes.c_double(io))
         assert error == 0
-        return [haematoxylin, eosin, amounts]
 
     def choose_plan(
         self, images, wanted: str = "automatic", blocks: int = 0, network: bool = False, device: Device = H200

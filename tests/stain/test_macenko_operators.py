@@ -32,6 +32,7 @@ def test_opcheck(dtype, channels_last):
     torch.library.opcheck(ops.macenko_fit.default, (images, 240.0, 1.0, 0.15, False))
     torch.library.opcheck(ops.macenko_reconstruct.default, (images, *STAINS, *STAINS, 240.0))
     torch.library.opcheck(ops.macenko_normalize.default, (images, *STAINS, 240.0, 1.0, 0.15, True, False))
+    torch.library.opcheck(ops.macenko_reconstruct_stains.default, (images, *STAINS, *STAINS, 240.0))
     changes = torch.rand((2, 2, 2), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     torch.library.opcheck(ops.macenko_change.default, (images, *STAINS, *changes, 240.0))
     torch.library.opcheck(ops.macenko_augment.default, (images, *STAINS, *changes, 240.0, 1.0, 0.15, True, False))

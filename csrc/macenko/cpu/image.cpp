@@ -185,11 +185,11 @@ Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const 
   return r;
 }
 
-void macenko_reconstruct(Pixel type, const ImageView& image, Reconstruction r, const Strips& strips, void* out) {
-  const MacenkoLoops& loops = macenko_loops(type);
-  r.out = out;
-  strips.run(strips.tasks,
-             [&](int64_t strip) { loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r); });
+void macenko_reconstruct(Pixel type, const ImageView& image, const Reconstruction* r, int results,
+                         const Strips& strips) {
+  strips.run(strips.tasks, [&](int64_t strip) {
+    macenko_loops(type).reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r, results);
+  });
 }
 
 }  // namespace ernet::cpu

@@ -48,7 +48,8 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
 Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
                                    const macenko::OdTable& table, double io);
 
-// Writes the reconstruction to `out`, laid out as the image.
-void macenko_reconstruct(Pixel type, const ImageView& image, Reconstruction r, const Strips& strips, void* out);
+// Writes every result, laid out as the image, in one pass over its pixels.
+void macenko_reconstruct(Pixel type, const ImageView& image, const Reconstruction* r, int results,
+                         const Strips& strips);
 
 }  // namespace ernet::cpu

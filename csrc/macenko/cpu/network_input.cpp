@@ -97,7 +97,7 @@ void reconstruct_strip(const ImageView& image, PixelSpan span, Pixel type, Recon
       block.data = planes;
       block.channel_stride = kScaledBlock;
     }
-    loops.reconstruct(block, {0, count}, r);
+    loops.reconstruct(block, {0, count}, &r, 1);
     scale_block<T, Out>(level, block, out, table, static_cast<Out*>(out.data) + 3 * begin);
   }
 }

@@ -23,6 +23,7 @@ using ernet::cpu::ImageView;
 using ernet::cpu::MacenkoImageFit;
 using ernet::cpu::MacenkoParameters;
 using ernet::cpu::Pixel;
+using ernet::cpu::Reconstruction;
 using ernet::cpu::Strips;
 using ernet::macenko::OdTable;
 using torch::headeronly::ScalarType;
@@ -216,15 +217,22 @@ class Results {
   Pixel type() const { return type_; }
 
   // Image `index` with other stains, whose exponents are increased by `shift`.
-  void reconstruct(int64_t index, const ImageStains& from, const ImageStains& to, const double shift[3],
-                   const OdTable& table, double io, const Strips& strips) const {
+  Reconstruction reconstruction(int64_t index, const ImageStains& from, const ImageStains& to, const double shift[3],
+                                const OdTable& table, double io) const {
     double matrix[3][3];
     ernet::macenko::reconstruction_matrix(from.stain, from.maximum, to.stain, to.maximum, matrix);
-    const auto r = ernet::cpu::make_reconstruction(type_, matrix, shift, table, io);
+    Reconstruction r = ernet::cpu::make_reconstruction(type_, matrix, shift, table, io);
+    if (!network_) r.out = output_of(out_, index, element_size_);
+    return r;
+  }
+
+  void reconstruct(int64_t index, const ImageStains& from, const ImageStains& to, const double shift[3],
+                   const OdTable& table, double io, const Strips& strips) const {
+    const Reconstruction r = reconstruction(index, from, to, shift, table, io);
     if (network_) {
       ernet::cpu::macenko_reconstruct_scaled(type_, view(index), r, strips, network_input(index));
     } else {
-      ernet::cpu::macenko_reconstruct(type_, view(index), r, strips, output_of(out_, index, element_size_));
+      ernet::cpu::macenko_reconstruct(type_, view(index), &r, 1, strips);
     }
   }
 
@@ -276,6 +284,28 @@ Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, con
     results.reconstruct(i, sources.get(i), targets.get(i), kNoShift, table, io, strips);
   });
   return results.tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_reconstruct_stains(const Tensor& images, const Tensor& source_stain,
+                                                              const Tensor& source_max, const Tensor& target_stain,
+                                                              const Tensor& target_max, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  const Results both(images, in, range, std::nullopt);
+  const Results haematoxylin(images, in, range, std::nullopt);
+  const Results eosin(images, in, range, std::nullopt);
+  const OdTable& table = od_table(io, 0.0);
+  for_each_image(in, [&](int64_t i, const Strips& strips) {
+    const ImageStains source = sources.get(i), target = targets.get(i);
+    const ImageStains h = {target.stain, {target.maximum[0], 0}}, e = {target.stain, {0, target.maximum[1]}};
+    const Reconstruction results[] = {both.reconstruction(i, source, target, kNoShift, table, io),
+                                      haematoxylin.reconstruction(i, source, h, kNoShift, table, io),
+                                      eosin.reconstruction(i, source, e, kNoShift, table, io)};
+    ernet::cpu::macenko_reconstruct(both.type(), both.view(i), results, 3, strips);
+  });
+  return {both.tensor, haematoxylin.tensor, eosin.tensor};
 }
 
 // Fit and result of each image one after the other, while it is in the cache. `reconstruct` gets the image's own
@@ -387,6 +417,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, "
       "bool nearest, bool identity, float range=255., *, ScalarType? dtype=None, Tensor? mean=None, Tensor? std=None) "
       "-> (Tensor images, Tensor stain_matrix, Tensor max_concentration, Tensor status)");
+  // With both stains of the target, and with either alone: one pass over the images.
+  m.def(
+      "macenko_reconstruct_stains(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
+      "target_max, float Io, float range=255.) -> (Tensor images, Tensor haematoxylin, Tensor eosin)");
   // Augmentation, with stains that are known and with stains that are estimated.
   m.def(
       "macenko_change(Tensor images, Tensor source_stain, Tensor source_max, Tensor gain, Tensor shift, float Io, "
@@ -404,6 +438,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_stains", TORCH_BOX(&macenko_reconstruct_stains));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
   m.impl("macenko_change", TORCH_BOX(&macenko_change));
   m.impl("macenko_augment", TORCH_BOX(&macenko_augment));

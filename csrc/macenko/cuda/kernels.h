@@ -71,13 +71,14 @@ struct Recipe {
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream);
 
-// Haematoxylin and eosin alone, as images drawn with the stains `drawn`, and the concentrations of both, [count][2]
-// [pixels], in units of the stains `source`; under `scaled` times the ratio of the maxima, as normalisation has it.
+// Images drawn with haematoxylin of `drawn` alone, with eosin alone, and (without data: not) with both; and, if not null,
+// the concentrations of both, [count][2][pixels], in units of the stains `source`; under `scaled` times the ratio of the
+// maxima, as normalisation has it.
 struct Separation {
   Stains source;
   Stains drawn;
   bool scaled;
-  Output alone[2];
+  Output drawing[3];
   float* concentrations;
 };
 

@@ -294,10 +294,32 @@ std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const 
   const ernet::cuda::Separation what = {source,
                                         drawn,
                                         scaled,
-                                        {image_output(haematoxylin, images), image_output(eosin, images)},
+                                        {image_output(haematoxylin, images), image_output(eosin, images), {}},
                                         static_cast<float*>(concentrations.mutable_data_ptr())};
   check(ernet::cuda::macenko_separate(in, what, io, current_stream(images.get_device_index())), "macenko_separate");
   return {haematoxylin, eosin, concentrations};
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_reconstruct_stains(const Tensor& images, const Tensor& source_stain,
+                                                              const Tensor& source_max, const Tensor& target_stain,
+                                                              const Tensor& target_max, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor both = torch::stable::empty_like(images);
+  Tensor haematoxylin = torch::stable::empty_like(images);
+  Tensor eosin = torch::stable::empty_like(images);
+  const ernet::cuda::Separation what = {
+      source,
+      target,
+      true,
+      {image_output(haematoxylin, images), image_output(eosin, images), image_output(both, images)},
+      nullptr};
+  check(ernet::cuda::macenko_separate(in, what, io, current_stream(images.get_device_index())),
+        "macenko_reconstruct_stains");
+  return {both, haematoxylin, eosin};
 }
 
 }  // namespace
@@ -305,6 +327,7 @@ std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_stains", TORCH_BOX(&macenko_reconstruct_stains));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
   m.impl("macenko_change", TORCH_BOX(&macenko_change));
   m.impl("macenko_augment", TORCH_BOX(&macenko_augment));

@@ -1,5 +1,5 @@
-// Haematoxylin and eosin of each image, as two images and as concentrations. A block goes over its pixels once for
-// each; from the second time on they come from the first-level cache.
+// Haematoxylin and eosin of each image, as images and as concentrations. A block goes over its pixels once for each
+// result; from the second time on they come from the first-level cache.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/kernels.h"
@@ -24,7 +24,7 @@ struct SeparateJob {
 
 struct SeparateShared {
   float light[256];
-  Transform transform[2];
+  Transform transform[3];
   float row[2][3];  // concentrations of log2((I + 1) / Io)
 };
 
@@ -44,10 +44,13 @@ __device__ __forceinline__ void prepare(const SeparateJob& job, int64_t image, S
   const double no_shift[2] = {0, 0};
   const double minus_ln2 = -0.693147180559945309417;
 #pragma unroll
-  for (int t = 0; t < 2; ++t) {
-    const double alone[2] = {t == 0 ? to_max[0] : 0, t == 1 ? to_max[1] : 0};
-    set_transform(from, from_max, to, alone, no_shift, job.od_magnitude, block.transform[t]);
+  for (int t = 0; t < 3; ++t) {
+    const double drawn_max[2] = {t == 1 ? 0 : to_max[0], t == 0 ? 0 : to_max[1]};
+    set_transform(from, from_max, to, drawn_max, no_shift, job.od_magnitude, block.transform[t]);
     block.transform[t].unchanged = false;
+  }
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
     const double gain = job.what.scaled ? to_max[t] / from_max[t] : 1;
 #pragma unroll
     for (int k = 0; k < 3; ++k) block.row[t][k] = float(minus_ln2 * rows[t][k] * gain);
@@ -95,12 +98,14 @@ __device__ __forceinline__ void separate(const SharedPixels<typename Values::Val
                                          const SeparateShared& block, const SeparateJob& job, int64_t image) {
   using T = typename Values::Value;
 #pragma unroll 1
-  for (int t = 0; t < 2; ++t) {
-    const Output& out = job.what.alone[t];
+  for (int t = 0; t < 3; ++t) {
+    const Output& out = job.what.drawing[t];
+    if (out.data == nullptr) break;
     T* base = static_cast<T*>(out.data) + image * out.image_stride;
     const Planes<T> planes = {{base, base + out.channel_stride, base + 2 * out.channel_stride}};
     rebuild_image<Values, kInterleaved>(shared, values, block.transform[t], job.io, planes);
   }
+  if (job.what.concentrations == nullptr) return;
   write_concentrations<Values, kInterleaved>(shared, values, block.row,
                                              job.what.concentrations + 2 * job.images.pixels * image);
 }
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_cons
     const ByteValues values = {{level_table(block.light, 0), job.od, 0}, nullptr};
     separate<ByteValues, kInterleaved>(shared, values, block, job, image);
   } else {
-    const FloatValues values = float_values(job.images.scale, job.io, job.what.alone[0]);
+    const FloatValues values = float_values(job.images.scale, job.io, job.what.drawing[0]);
     separate<FloatValues, kInterleaved>(shared, values, block, job, image);
   }
 }

@@ -58,10 +58,11 @@ static void fine_light(const ImageView& image, int64_t begin, int count, float o
   }
 }
 
-void reconstruct_bytes(const ImageView& image, PixelSpan span, const Reconstruction& r) {
-  Affine exponent[3];
-  const float origin = log2_exponents(r, exponent);
-  const float io = float(r.io);
+void reconstruct_bytes(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
+  Affine exponent[kMostResults][3];
+  float origin = 0;
+  for (int j = 0; j < results; ++j) origin = log2_exponents(r[j], exponent[j]);
+  const float io = float(r->io);
   LightBlock light;
   alignas(64) float z[kBlock];
   alignas(64) uint8_t level[3][kBlock];
@@ -69,14 +70,16 @@ void reconstruct_bytes(const ImageView& image, PixelSpan span, const Reconstruct
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
     const int n = padded(count);
     fine_light(image, begin, count, origin, light);
-    for (int c = 0; c < 3; ++c) {
-      const Affine m = exponent[c];
-      for (int i = 0; i < n; ++i) {
-        z[i] = m.n[0] * light.log2[0][i] + (m.n[1] * light.log2[1][i] + (m.n[2] * light.log2[2][i] + m.n0));
+    for (int j = 0; j < results; ++j) {
+      for (int c = 0; c < 3; ++c) {
+        const Affine m = exponent[j][c];
+        for (int i = 0; i < n; ++i) {
+          z[i] = m.n[0] * light.log2[0][i] + (m.n[1] * light.log2[1][i] + (m.n[2] * light.log2[2][i] + m.n0));
+        }
+        levels_of_exponents(z, n, io, level[c]);
       }
-      levels_of_exponents(z, n, io, level[c]);
+      store(image, begin, count, r[j].out, level);
     }
-    store(image, begin, count, r.out, level);
   }
 }
 

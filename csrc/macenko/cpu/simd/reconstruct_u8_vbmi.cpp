@@ -13,7 +13,9 @@ struct FloatTable {
   BytePlane byte[4];
 };
 
-static void make_log2(float origin, FloatTable& table) {
+static void make_log2(const Reconstruction& r, FloatTable& table) {
+  Affine exponent[3];
+  const float origin = log2_exponents(r, exponent);
   for (int level = 0; level < 256; ++level) {
     const float value = fine_log2(level, origin);
     uint32_t bits;
@@ -47,7 +49,7 @@ static inline void look_up(const FloatTable& table, const Levels& pixels, Light&
 
 // The result of 64 pixels, while the logarithms of the next are looked up: permutations have one port, arithmetic has
 // two, and a processor does not see far enough ahead to mix the two by itself.
-static inline Levels rebuild(const Light& light, const Affine exponent[3], __m512 io, const FloatTable& table,
+static inline Levels reconstruct_lanes(const Light& light, const Affine exponent[3], __m512 io, const FloatTable& table,
                              const Levels& next, Light& next_light) {
   Levels out;
   for (int c = 0; c < 3; ++c) {
@@ -69,12 +71,11 @@ static inline Levels rebuild(const Light& light, const Affine exponent[3], __m51
 
 // Calls store(begin, count, levels) for every 64 pixels of a range, or those that are left at its end.
 template <class Store>
-static inline void rebuild_pixels(const ImageView& image, PixelSpan span, const Reconstruction& r, const Store& store) {
+static inline void reconstruct_pixels(const ImageView& image, PixelSpan span, const Reconstruction& r,
+                                      const FloatTable& table, const Store& store) {
   if (span.begin >= span.end) return;
   Affine exponent[3];
-  const float origin = log2_exponents(r, exponent);
-  FloatTable table;
-  make_log2(origin, table);
+  log2_exponents(r, exponent);
   const __m512 io = _mm512_set1_ps(float(r.io));
   Light light[2];
   look_up(table, load_levels(image, span.begin, span.end - span.begin), light[0]);
@@ -83,14 +84,18 @@ static inline void rebuild_pixels(const ImageView& image, PixelSpan span, const 
     const int64_t left = span.end - begin;
     // Behind the end nothing is read, and the pixels are zeros.
     const Levels next = load_levels(image, begin + (left > kWide ? kWide : 0), left > kWide ? left - kWide : 0);
-    store(begin, left < kWide ? left : kWide, rebuild(light[now], exponent, io, table, next, light[1 - now]));
+    store(begin, left < kWide ? left : kWide, reconstruct_lanes(light[now], exponent, io, table, next, light[1 - now]));
     now = 1 - now;
   }
 }
 
-void reconstruct_vbmi(const ImageView& image, PixelSpan span, const Reconstruction& r) {
-  rebuild_pixels(image, span, r, [&](int64_t begin, int64_t count, const Levels& levels) {
-    store_levels(image, begin, count, r.out, levels);
+void reconstruct_vbmi(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
+  FloatTable light;
+  make_log2(*r, light);
+  for_each_tile(span, results, [&](PixelSpan tile, int j) {
+    reconstruct_pixels(image, tile, r[j], light, [&](int64_t begin, int64_t count, const Levels& levels) {
+      store_levels(image, begin, count, r[j].out, levels);
+    });
   });
 }
 
@@ -154,7 +159,9 @@ static void scale_to_floats(const ImageView& image, PixelSpan span, const Recons
   }
   float* const out = static_cast<float*>(scaled.out);
   const __m512i order = _mm512_load_si512(kPixelOrder.of_floats);
-  rebuild_pixels(image, span, r, [&](int64_t begin, int64_t count, const Levels& levels) {
+  FloatTable light;
+  make_log2(r, light);
+  reconstruct_pixels(image, span, r, light, [&](int64_t begin, int64_t count, const Levels& levels) {
     __m512 value[3][4];
     for (int c = 0; c < 3; ++c) {
       const __m512i level = _mm512_permutexvar_epi8(order, levels.c[c]);
@@ -186,7 +193,9 @@ static void scale_to_words(const ImageView& image, PixelSpan span, const Reconst
   }
   uint16_t* const out = static_cast<uint16_t*>(scaled.out);
   const __m512i order = _mm512_load_si512(kPixelOrder.of_words);
-  rebuild_pixels(image, span, r, [&](int64_t begin, int64_t count, const Levels& levels) {
+  FloatTable light;
+  make_log2(r, light);
+  reconstruct_pixels(image, span, r, light, [&](int64_t begin, int64_t count, const Levels& levels) {
     Words value[3];
     for (int c = 0; c < 3; ++c) {
       const __m512i level = _mm512_permutexvar_epi8(order, levels.c[c]);

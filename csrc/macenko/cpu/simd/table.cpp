@@ -192,13 +192,19 @@ constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_bytes, nu
 #endif
 
 template <class T>
-static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction& r) {
+static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
   if constexpr (sizeof(T) == 1) {
-    if (r.single) return bytes.reconstruct(image, span, r);
+    int single = 0;
+    for (int j = 0; j < results; ++j) single += r[j].single;
+    if (single == results) return bytes.reconstruct(image, span, r, results);
+    if (single > 0) {  // each in its own precision
+      for (int j = 0; j < results; ++j) reconstruct<T>(image, span, r + j, 1);
+      return;
+    }
   }
   Keys keys = {};
-  keys.table = r.table;
-  keys.io = r.io;
+  keys.table = r->table;
+  keys.io = r->io;
   Block<T> block;
   alignas(64) double od[3][kBlock];
   alignas(64) double level[3][kBlock];
@@ -207,9 +213,11 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
     load(image, begin, count, block);
     reconstruction_densities(block, keys, image.scale, od);
-    levels_by_exp(od, r, level);
-    finish(block, image.scale, level, out);
-    store<T>(image, begin, count, r.out, out);
+    for (int j = 0; j < results; ++j) {
+      levels_by_exp(od, r[j], level);
+      finish(block, image.scale, level, out);
+      store<T>(image, begin, count, r[j].out, out);
+    }
   }
 }
 
