@@ -19,6 +19,7 @@ struct SeparateJob {
   double io;
   double od_magnitude;
   int64_t blocks_an_image;
+  int drawings;
   double od[256];
 };
 
@@ -34,26 +35,31 @@ __device__ __forceinline__ SeparateShared& separate_shared() {
   return block;
 }
 
+// Drawing t: haematoxylin, eosin, both. One thread.
+__device__ __forceinline__ void prepare_drawing(const SeparateJob& job, int64_t image, unsigned t, Transform& transform) {
+  macenko::Stain from, to;
+  double from_max[2], to_max[2];
+  read_stain(job.what.source, image, from, from_max);
+  read_stain(job.what.drawn, image, to, to_max);
+  const double drawn_max[2] = {t == 1 ? 0 : to_max[0], t == 0 ? 0 : to_max[1]};
+  const double no_shift[2] = {0, 0};
+  set_transform(from, from_max, to, drawn_max, no_shift, job.od_magnitude, transform);
+  transform.unchanged = false;
+}
+
 // One thread.
-__device__ __forceinline__ void prepare(const SeparateJob& job, int64_t image, SeparateShared& block) {
+__device__ __forceinline__ void prepare_rows(const SeparateJob& job, int64_t image, float (&row)[2][3]) {
   macenko::Stain from, to;
   double from_max[2], to_max[2], rows[2][3];
   read_stain(job.what.source, image, from, from_max);
   read_stain(job.what.drawn, image, to, to_max);
   macenko::concentration_rows(from, rows);
-  const double no_shift[2] = {0, 0};
   const double minus_ln2 = -0.693147180559945309417;
-#pragma unroll
-  for (int t = 0; t < 3; ++t) {
-    const double drawn_max[2] = {t == 1 ? 0 : to_max[0], t == 0 ? 0 : to_max[1]};
-    set_transform(from, from_max, to, drawn_max, no_shift, job.od_magnitude, block.transform[t]);
-    block.transform[t].unchanged = false;
-  }
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
     const double gain = job.what.scaled ? to_max[t] / from_max[t] : 1;
 #pragma unroll
-    for (int k = 0; k < 3; ++k) block.row[t][k] = float(minus_ln2 * rows[t][k] * gain);
+    for (int k = 0; k < 3; ++k) row[t][k] = float(minus_ln2 * rows[t][k] * gain);
   }
 }
 
@@ -98,9 +104,8 @@ __device__ __forceinline__ void separate(const SharedPixels<typename Values::Val
                                          const SeparateShared& block, const SeparateJob& job, int64_t image) {
   using T = typename Values::Value;
 #pragma unroll 1
-  for (int t = 0; t < 3; ++t) {
+  for (int t = 0; t < job.drawings; ++t) {
     const Output& out = job.what.drawing[t];
-    if (out.data == nullptr) break;
     T* base = static_cast<T*>(out.data) + image * out.image_stride;
     const Planes<T> planes = {{base, base + out.channel_stride, base + 2 * out.channel_stride}};
     rebuild_image<Values, kInterleaved>(shared, values, block.transform[t], job.io, planes);
@@ -120,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_cons
                                   job.images.pixels,
                                   part * kThreads + threadIdx.x,
                                   job.blocks_an_image * kThreads};
-  if (threadIdx.x == 0) prepare(job, image, block);
+  if (threadIdx.x < 3) prepare_drawing(job, image, threadIdx.x, block.transform[threadIdx.x]);
+  if (threadIdx.x == 32) prepare_rows(job, image, block.row);
   if constexpr (sizeof(T) == 1) fill_light_table(job.od, 0, block.light);
   __syncthreads();
   if constexpr (sizeof(T) == 1) {
@@ -144,7 +150,8 @@ cudaError_t launch(const SeparateJob& job, cudaStream_t stream) {
 
 cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
-  SeparateJob job = {images, what, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
+  SeparateJob job = {images, what, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels,
+                     what.drawing[2].data == nullptr ? 2 : 3, {}};
   if (images.count * job.blocks_an_image > 0x7fffffff) return cudaErrorInvalidValue;
   for (int level = 0; level < 256; ++level) job.od[level] = macenko::od_of_level(level, io);
   job.od_magnitude = fmax(fabs(job.od[0]), fabs(job.od[255]));
