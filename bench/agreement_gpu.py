@@ -20,6 +20,8 @@ from record import Row, without_figures
 from tissue import tissue
 from torch import Tensor
 
+from ernet_fast import _backend
+
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 SHAPES = [(2, 3, 7, 11), (3, 65, 1, 1), (4, 256, 28, 28), (2, 1030, 7, 7)]
 SIZES = [(7, 11), (33, 65), (224, 224), (460, 700)]
@@ -161,15 +163,12 @@ def macenko_fits(device: str) -> float:
 @contextlib.contextmanager
 def asking_for(plan: str) -> Iterator[None]:
     """Calls on a CUDA device take this plan; "" leaves it to the library."""
-    before = os.environ.get("ERNET_MACENKO_PLAN")
+    set_plan = getattr(_backend.extension(), "set_macenko_plan", lambda plan: None)  # none without CUDA kernels
+    set_plan(plan or "auto")
     try:
-        os.environ["ERNET_MACENKO_PLAN"] = plan or "auto"
         yield
     finally:
-        if before is None:
-            del os.environ["ERNET_MACENKO_PLAN"]
-        else:
-            os.environ["ERNET_MACENKO_PLAN"] = before
+        set_plan(os.environ.get("ERNET_MACENKO_PLAN", "auto"))
 
 
 def levels(what: str, found: Tensor, expected: Tensor) -> float:

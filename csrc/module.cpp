@@ -1,6 +1,9 @@
 // The Python module ernet_fast._C. Importing it registers the operators torch.ops.ernet.*; it has build_info() besides.
 #include <pybind11/pybind11.h>
 
+#ifdef ERNET_WITH_CUDA
+#include "macenko/cuda/requested_plan.h"
+#endif
 #include "memory/output_cache.h"
 #include "simd/isa.h"
 
@@ -52,6 +55,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of ernet_fast";
   ernet::selected_isa();           // an impossible ERNET_ISA fails here, at import, with a clear error
   ernet::cpu::map_buffer_limit();  // and so does an ERNET_KEEP_MB that is no number
+#ifdef ERNET_WITH_CUDA
+  ernet::cuda::read_requested_plan();
+  m.def("set_macenko_plan", &ernet::cuda::request_plan, py::arg("plan"),
+        "For comparisons: the plan of later Macenko calls on CUDA devices, as ERNET_MACENKO_PLAN names them.");
+#endif
   m.def("build_info", &build_info,
         "What this binary is: version, compiler, instruction sets compiled in and the one in use, CUDA architectures, "
         "the torch whose headers it was built with, and the oldest torch that it supports.");

@@ -93,7 +93,7 @@ class Plan(NamedTuple):
     kind: int
     blocks: int
     threads: int
-    light_shift: int
+    table_shift: int
     shared_bytes: int
     listed: int
 
@@ -191,7 +191,7 @@ class Emulator:
         self.lib.simt_seed(ctypes.c_uint64(seed))
 
     def lists(self) -> Lists:
-        """What the team plans have listed."""
+        """What the resident and cluster plans have listed."""
         numbers = (ctypes.c_int64 * 4)()
         self.lib.simt_lists(numbers)
         return Lists(*numbers)
@@ -206,7 +206,7 @@ class Emulator:
         network: Network | None = None,
         changes: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Images rebuilt; source and target are pairs of float64 arrays [1 or B, 3, 2] and [1 or B, 2]."""
+        """Images reconstructed; source and target are pairs of float64 arrays [1 or B, 3, 2] and [1 or B, 2]."""
         what = describe(images, scale)
         out, to = output_for(images, scale, network)
         gain, shift = (part.ctypes.data for part in changes) if changes else (None, None)
@@ -278,7 +278,7 @@ class Emulator:
             call = self.lib.simt_streaming
         else:
             before = (ctypes.c_int64 * 6)(*plan), multiprocessors
-            call = self.lib.simt_team
+            call = self.lib.simt_resident
         error = call(*common, *before, ctypes.byref(fit.pointers()), recipe, to)
         if error:
             raise RuntimeError(f"CUDA error {error}")

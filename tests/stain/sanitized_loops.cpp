@@ -1,6 +1,6 @@
-// Fits and rebuilds images of many sizes in buffers that end, or begin, at pages without access, and checks the loops
-// (exact_loops.cpp): for a build with sanitizers. These do not see the masked loads and stores of AVX-512; the pages
-// do.
+// Fits and reconstructs images of many sizes in buffers that end, or begin, at pages without access, and checks the
+// loops (exact_loops.cpp): for a build with sanitizers. These do not see the masked loads and stores of AVX-512; the
+// pages do.
 #include <sys/mman.h>
 #include <unistd.h>
 

@@ -206,15 +206,15 @@ template <class Reader, bool kInterleaved>
 __device__ __forceinline__ FloatKeys keys_of_group(const PixelGroup<typename Reader::Value, kInterleaved>& group, int i,
                                                    const Reader& reader, const float rows[2][3], bool angles) {
   if (Reader::kExactOnly) return {{0, 0}, false};
-  return float_keys(rows, angles, reader.light(group.get(i, 0)), reader.light(group.get(i, 1)),
-                    reader.light(group.get(i, 2)));
+  return float_keys(rows, angles, reader.log2_intensity(group.get(i, 0)), reader.log2_intensity(group.get(i, 1)),
+                    reader.log2_intensity(group.get(i, 2)));
 }
 
 __device__ __forceinline__ void copy_rows(const PassKeys& keys, float rows[2][3]) {
 #pragma unroll
   for (int t = 0; t < 2; ++t) {
 #pragma unroll
-    for (int k = 0; k < 3; ++k) rows[t][k] = keys.light_row[t][k];
+    for (int k = 0; k < 3; ++k) rows[t][k] = keys.log2_row[t][k];
   }
 }
 

@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 // Pixels of a block, at least: building its tables costs about as much as a thousand pixels.
 constexpr int64_t kBlockPixels = 8192;
 
-struct RebuildJob {
+struct ReconstructJob {
   Images images;
   Recipe recipe;
   Output out;
@@ -23,44 +23,45 @@ struct RebuildJob {
   double od[256];
 };
 
-struct RebuildShared {
-  float light[256];
+struct ReconstructShared {
+  float logs[256];
   float scaled[3][256];
   Transform transform;
 };
 
 // Shared memory is declared outside templates, so that the emulator can fill it with garbage.
-__device__ __forceinline__ RebuildShared& rebuild_shared() {
-  __shared__ RebuildShared block;
+__device__ __forceinline__ ReconstructShared& reconstruct_shared() {
+  __shared__ ReconstructShared block;
   return block;
 }
 
 template <class Values, bool kInterleaved>
-__device__ __forceinline__ void rebuild(const SharedPixels<typename Values::Value>& shared, const Values& values,
-                                        const Transform& t, const RebuildJob& job, int64_t image) {
+__device__ __forceinline__ void reconstruct_output(const SharedPixels<typename Values::Value>& shared,
+                                                   const Values& values, const Transform& t, const ReconstructJob& job,
+                                                   int64_t image) {
   using T = typename Values::Value;
   const int64_t network = 3 * job.images.pixels * image;
   switch (job.out.type) {
     case OutputType::image: {
       T* base = static_cast<T*>(job.out.data) + image * job.out.image_stride;
       const Planes<T> out = {{base, base + job.out.channel_stride, base + 2 * job.out.channel_stride}};
-      return rebuild_image<Values, kInterleaved>(shared, values, t, job.io, out);
+      return reconstruct_image<Values, kInterleaved>(shared, values, t, job.io, out);
     }
     case OutputType::f32:
-      return rebuild_network<Values, kInterleaved>(shared, values, t, job.io,
-                                                   static_cast<float*>(job.out.data) + network);
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, job.io,
+                                                       static_cast<float*>(job.out.data) + network);
     case OutputType::bf16:
-      return rebuild_network<Values, kInterleaved>(shared, values, t, job.io,
-                                                   static_cast<Bfloat16*>(job.out.data) + network);
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, job.io,
+                                                       static_cast<Bfloat16*>(job.out.data) + network);
     case OutputType::f16:
-      return rebuild_network<Values, kInterleaved>(shared, values, t, job.io,
-                                                   static_cast<Half*>(job.out.data) + network);
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, job.io,
+                                                       static_cast<Half*>(job.out.data) + network);
   }
 }
 
 template <class T, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_constant__ RebuildJob job) {
-  RebuildShared& block = rebuild_shared();
+__global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_constant__ ReconstructJob job) {
+  ReconstructShared& block = reconstruct_shared();
   const int64_t image = blockIdx.x / job.blocks_an_image;
   const int64_t part = blockIdx.x % job.blocks_an_image;
   const T* base = static_cast<const T*>(job.images.data) + image * job.images.image_stride;
@@ -70,15 +71,15 @@ __global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_c
                                   job.blocks_an_image * kThreads};
   if (threadIdx.x == 0) transform_of_image(job.recipe, job.od_magnitude, image, block.transform);
   if constexpr (sizeof(T) == 1) {
-    fill_light_table(job.od, 0, block.light);
+    fill_log2_table(job.od, 0, block.logs);
     if (job.out.type != OutputType::image) fill_scaled_table(job.out, block.scaled);
     __syncthreads();
-    const ByteValues values = {{level_table(block.light, 0), job.od, 0}, block.scaled};
-    rebuild<ByteValues, kInterleaved>(shared, values, block.transform, job, image);
+    const ByteValues values = {{level_table(block.logs, 0), job.od, 0}, block.scaled};
+    reconstruct_output<ByteValues, kInterleaved>(shared, values, block.transform, job, image);
   } else {
     __syncthreads();
     const FloatValues values = float_values(job.images.scale, job.io, job.out);
-    rebuild<FloatValues, kInterleaved>(shared, values, block.transform, job, image);
+    reconstruct_output<FloatValues, kInterleaved>(shared, values, block.transform, job, image);
   }
 }
 
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_c
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
-  RebuildJob job = {images, recipe, out, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
+  ReconstructJob job = {images, recipe, out, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
   const int64_t blocks = images.count * job.blocks_an_image;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   for (int level = 0; level < 256; ++level) job.od[level] = macenko::od_of_level(level, io);

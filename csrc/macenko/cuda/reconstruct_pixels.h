@@ -88,12 +88,12 @@ __device__ __forceinline__ void transform_of_image(const Recipe& recipe, double 
   make_transform(recipe, fitted, own, own_max, od_magnitude, image, t);
 }
 
-// log2 of the transmitted light of a value, and the way back to a value.
+// log2 of the intensity of a value, and the way back to a value.
 struct ByteValues {
   using Value = uint8_t;
   ByteReader reader;
   const float (*scaled)[256];  // network input of every level, or null
-  __device__ __forceinline__ float log2_light(uint8_t value, bool&) const { return reader.light(value); }
+  __device__ __forceinline__ float log2_intensity(uint8_t value, bool&) const { return reader.log2_intensity(value); }
   __device__ __forceinline__ double density(uint8_t value) const { return reader.od(value); }
   __device__ __forceinline__ uint8_t result(double level, bool) const { return uint8_t(int32_t(level)); }
   __device__ __forceinline__ float network(uint8_t level, int c) const { return scaled[c][level]; }
@@ -104,15 +104,15 @@ struct FloatValues {
   float scale, inverse_scale, inverse_io;
   double exact_scale, exact_inverse_io, range;
   double mean[3], std[3];
-  __device__ __forceinline__ float log2_light(float value, bool& defined) const {
+  __device__ __forceinline__ float log2_intensity(float value, bool& defined) const {
     const float level = value * scale;
     // false for NaN
     defined &= (level > -1.0f) & (level <= 3.402823466e38f);
     return log2f((level + 1.0f) * inverse_io);
   }
   __device__ __forceinline__ double density(float value) const {
-    const double light = (double(value) * exact_scale + 1.0) * exact_inverse_io;
-    return -macenko::log_of_normal(light > 1e-300 ? light : 1e-300);
+    const double intensity = (double(value) * exact_scale + 1.0) * exact_inverse_io;
+    return -macenko::log_of_normal(intensity > 1e-300 ? intensity : 1e-300);
   }
   __device__ __forceinline__ float result(float level, bool defined) const {
     const float clipped = level < 255.0f ? level : 255.0f;
@@ -159,14 +159,15 @@ __device__ __forceinline__ float exponent_of(const Transform& t, int c, float r,
 }
 
 template <bool kInterleaved>
-__device__ __forceinline__ void rebuild_group(const PixelGroup<float, kInterleaved>& group, const FloatValues& values,
-                                              const Transform& t, float io, PixelGroup<float, kInterleaved>& result) {
+__device__ __forceinline__ void reconstruct_group(const PixelGroup<float, kInterleaved>& group,
+                                                  const FloatValues& values, const Transform& t, float io,
+                                                  PixelGroup<float, kInterleaved>& result) {
 #pragma unroll
   for (int i = 0; i < GroupSize<float>::value; ++i) {
     bool defined = true;
-    const float r = values.log2_light(group.get(i, 0), defined);
-    const float g = values.log2_light(group.get(i, 1), defined);
-    const float b = values.log2_light(group.get(i, 2), defined);
+    const float r = values.log2_intensity(group.get(i, 0), defined);
+    const float g = values.log2_intensity(group.get(i, 1), defined);
+    const float b = values.log2_intensity(group.get(i, 2), defined);
 #pragma unroll
     for (int c = 0; c < 3; ++c) result.set(i, c, values.result(io * exp2f(exponent_of(t, c, r, g, b)), defined));
   }
@@ -196,17 +197,18 @@ __device__ __forceinline__ uint32_t four_bytes(const uint32_t word[4]) {
 
 // Four pixels at a time: three words of the result in either layout.
 template <bool kInterleaved>
-__device__ __forceinline__ void rebuild_group(const PixelGroup<uint8_t, kInterleaved>& group, const ByteValues& values,
-                                              const Transform& t, float io, PixelGroup<uint8_t, kInterleaved>& result) {
+__device__ __forceinline__ void reconstruct_group(const PixelGroup<uint8_t, kInterleaved>& group,
+                                                  const ByteValues& values, const Transform& t, float io,
+                                                  PixelGroup<uint8_t, kInterleaved>& result) {
   using Group = PixelGroup<uint8_t, kInterleaved>;
 #pragma unroll
   for (int four = 0; four < GroupSize<uint8_t>::value; four += 4) {
     uint32_t level[12];  // by channel or by pixel, as the layout has it
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float r = values.reader.light(group.get(four + i, 0));
-      const float g = values.reader.light(group.get(four + i, 1));
-      const float b = values.reader.light(group.get(four + i, 2));
+      const float r = values.reader.log2_intensity(group.get(four + i, 0));
+      const float g = values.reader.log2_intensity(group.get(four + i, 1));
+      const float b = values.reader.log2_intensity(group.get(four + i, 2));
 #pragma unroll
       for (int c = 0; c < 3; ++c)
         level[kInterleaved ? 3 * i + c : 4 * c + i] = level_bits(io, exponent_of(t, c, r, g, b));
@@ -290,8 +292,8 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
 
 // One pixel at a time in double precision.
 template <class Values, bool kInterleaved, class Pixels, class Store>
-__device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Values& values, const Transform& t,
-                                                double io, const Store& store) {
+__device__ __forceinline__ void reconstruct_exactly(const Pixels& shared, const Values& values, const Transform& t,
+                                                    double io, const Store& store) {
   constexpr int kPixels = GroupSize<typename Values::Value>::value;
   for (int64_t first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
     const int64_t end = first + kPixels < shared.pixels ? first + kPixels : shared.pixels;
@@ -303,7 +305,7 @@ __device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Valu
 #pragma unroll
       for (int k = 0; k < 3; ++k) {
         const typename Values::Value value = shared.planes.plane[k][at];
-        values.log2_light(value, defined);
+        values.log2_intensity(value, defined);
         od[k] = values.density(value);
       }
 #pragma unroll
@@ -312,38 +314,38 @@ __device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Valu
   }
 }
 
-// Rebuilds this thread's pixels into an image of their own layout.
+// Reconstructs this thread's pixels into an image of their own layout.
 template <class Values, bool kInterleaved, class Pixels>
-__device__ __forceinline__ void rebuild_image(const Pixels& shared, const Values& values, const Transform& t, double io,
-                                              const Planes<typename Values::Value>& out) {
+__device__ __forceinline__ void reconstruct_image(const Pixels& shared, const Values& values, const Transform& t,
+                                                  double io, const Planes<typename Values::Value>& out) {
   using T = typename Values::Value;
   if (!t.single && !t.unchanged) {
-    return rebuild_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
+    return reconstruct_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
       out.plane[c][pixel * (kInterleaved ? 3 : 1)] = value;
     });
   }
   const bool aligned = is_aligned<T, kInterleaved>(out);
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
+    if (!t.unchanged) reconstruct_group<kInterleaved>(group, values, t, float(io), result);
     store_group<T, kInterleaved>(out, shared.place(first), count, aligned, result);
   });
 }
 
-// Rebuilds this thread's pixels into a network's input, [pixels][3].
+// Reconstructs this thread's pixels into a network's input, [pixels][3].
 template <class Values, bool kInterleaved, class Pixels, class Out>
-__device__ __forceinline__ void rebuild_network(const Pixels& shared, const Values& values, const Transform& t,
-                                                double io, Out* out) {
+__device__ __forceinline__ void reconstruct_network(const Pixels& shared, const Values& values, const Transform& t,
+                                                    double io, Out* out) {
   using T = typename Values::Value;
   if (!t.single && !t.unchanged) {
-    return rebuild_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
+    return reconstruct_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
       convert(values.network(value, c), out[3 * pixel + c]);
     });
   }
   const bool aligned = (reinterpret_cast<uintptr_t>(out) & 15) == 0;
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
+    if (!t.unchanged) reconstruct_group<kInterleaved>(group, values, t, float(io), result);
     store_network<Values, kInterleaved, Out>(result, values, count, aligned, out + 3 * int64_t(shared.place(first)));
   });
 }

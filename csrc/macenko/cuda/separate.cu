@@ -24,7 +24,7 @@ struct SeparateJob {
 };
 
 struct SeparateShared {
-  float light[256];
+  float logs[256];
   Transform transform[3];
   float row[2][3];  // concentrations of log2((I + 1) / Io)
 };
@@ -36,7 +36,8 @@ __device__ __forceinline__ SeparateShared& separate_shared() {
 }
 
 // Drawing t: haematoxylin, eosin, both. One thread.
-__device__ __forceinline__ void prepare_drawing(const SeparateJob& job, int64_t image, unsigned t, Transform& transform) {
+__device__ __forceinline__ void prepare_drawing(const SeparateJob& job, int64_t image, unsigned t,
+                                                Transform& transform) {
   macenko::Stain from, to;
   double from_max[2], to_max[2];
   read_stain(job.what.source, image, from, from_max);
@@ -78,9 +79,9 @@ __device__ __forceinline__ void write_concentrations(const SharedPixels<typename
 #pragma unroll
       for (int i = 0; i < kPixels; ++i) {
         bool defined = true;
-        const float r = values.log2_light(group.get(i, 0), defined);
-        const float g = values.log2_light(group.get(i, 1), defined);
-        const float b = values.log2_light(group.get(i, 2), defined);
+        const float r = values.log2_intensity(group.get(i, 0), defined);
+        const float g = values.log2_intensity(group.get(i, 1), defined);
+        const float b = values.log2_intensity(group.get(i, 2), defined);
         amount[i] = defined ? dot(row[t], r, g, b) : __int_as_float(0x7fc00000);
       }
 #pragma unroll
@@ -108,7 +109,7 @@ __device__ __forceinline__ void separate(const SharedPixels<typename Values::Val
     const Output& out = job.what.drawing[t];
     T* base = static_cast<T*>(out.data) + image * out.image_stride;
     const Planes<T> planes = {{base, base + out.channel_stride, base + 2 * out.channel_stride}};
-    rebuild_image<Values, kInterleaved>(shared, values, block.transform[t], job.io, planes);
+    reconstruct_image<Values, kInterleaved>(shared, values, block.transform[t], job.io, planes);
   }
   if (job.what.concentrations == nullptr) return;
   write_concentrations<Values, kInterleaved>(shared, values, block.row,
@@ -127,10 +128,10 @@ __global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_cons
                                   job.blocks_an_image * kThreads};
   if (threadIdx.x < 3) prepare_drawing(job, image, threadIdx.x, block.transform[threadIdx.x]);
   if (threadIdx.x == 32) prepare_rows(job, image, block.row);
-  if constexpr (sizeof(T) == 1) fill_light_table(job.od, 0, block.light);
+  if constexpr (sizeof(T) == 1) fill_log2_table(job.od, 0, block.logs);
   __syncthreads();
   if constexpr (sizeof(T) == 1) {
-    const ByteValues values = {{level_table(block.light, 0), job.od, 0}, nullptr};
+    const ByteValues values = {{level_table(block.logs, 0), job.od, 0}, nullptr};
     separate<ByteValues, kInterleaved>(shared, values, block, job, image);
   } else {
     const FloatValues values = float_values(job.images.scale, job.io, job.what.drawing[0]);
@@ -150,8 +151,9 @@ cudaError_t launch(const SeparateJob& job, cudaStream_t stream) {
 
 cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
-  SeparateJob job = {images, what, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels,
-                     what.drawing[2].data == nullptr ? 2 : 3, {}};
+  SeparateJob job = {
+      images, what, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, what.drawing[2].data == nullptr ? 2 : 3,
+      {}};
   if (images.count * job.blocks_an_image > 0x7fffffff) return cudaErrorInvalidValue;
   for (int level = 0; level < 256; ++level) job.od[level] = macenko::od_of_level(level, io);
   job.od_magnitude = fmax(fabs(job.od[0]), fabs(job.od[255]));

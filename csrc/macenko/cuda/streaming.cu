@@ -147,7 +147,7 @@ struct AdvanceShared {
   FitState state;
   ResolveScratch scratch;
   uint32_t bins[2][kBins];
-  float light[256];
+  float logs[256];
 };
 
 __device__ __forceinline__ AdvanceShared& advance_shared() {
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloa
   copy_state(work.state, block.state);
   Reader reader;
   if constexpr (sizeof(T) == 1) {
-    fill_light_table(s.job.od, 0, block.light);
-    reader = {level_table(block.light, 0), s.job.od, s.job.p.tissue_limit};
+    fill_log2_table(s.job.od, 0, block.logs);
+    reader = {level_table(block.logs, 0), s.job.od, s.job.p.tissue_limit};
   } else {
     reader = {s.job.images.scale, 1 / s.job.p.io, s.job.p.beta};
   }

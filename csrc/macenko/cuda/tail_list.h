@@ -35,7 +35,8 @@ __device__ __forceinline__ void sample_keys(const LocalPixels& local, const Byte
     const uint8_t g = local.planes.plane[1][pixel * kStride];
     const uint8_t b = local.planes.plane[2][pixel * kStride];
     if (angles && !reader.is_tissue(r, g, b)) continue;
-    const FloatKeys found = float_keys(rows, angles, reader.light(r), reader.light(g), reader.light(b));
+    const FloatKeys found =
+        float_keys(rows, angles, reader.log2_intensity(r), reader.log2_intensity(g), reader.log2_intensity(b));
     ++sampled;
     if (angles) {
       const int bin = bin_of(found.key[0], scale[0], 2 * kBins);
@@ -64,9 +65,9 @@ __device__ __forceinline__ void list_pixels(const LocalPixels& local, const Byte
         unsigned wanted = 0;
 #pragma unroll
         for (int i = 0; i < GroupSize<uint8_t>::value; ++i) {
-          const float r = reader.light(group.get(i, 0));
-          const float g = reader.light(group.get(i, 1));
-          const float b = reader.light(group.get(i, 2));
+          const float r = reader.log2_intensity(group.get(i, 0));
+          const float g = reader.log2_intensity(group.get(i, 1));
+          const float b = reader.log2_intensity(group.get(i, 2));
           const float low = fmaf(form[0][0], r, fmaf(form[0][1], g, fmaf(form[0][2], b, form[0][3])));
           const float high = fmaf(form[1][0], r, fmaf(form[1][1], g, fmaf(form[1][2], b, form[1][3])));
           if (low >= 0.0f || high >= 0.0f) wanted |= 1u << i;

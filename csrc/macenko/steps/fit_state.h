@@ -48,10 +48,10 @@ struct FitParameters {
 // pseudo-angle, or the two concentrations.
 struct PassKeys {
   double row[2][3];
-  float light_row[2][3];  // for log2((I + 1) / Io) in place of OD
+  float log2_row[2][3];  // for log2((I + 1) / Io) in place of OD
   float bins_per_unit[2];
   Window window[2];
-  // A pixel is listed where form[t][0..2] . log2 light + form[t][3] >= 0 for either t.
+  // A pixel is listed where form[t][0..2] . log2 intensity + form[t][3] >= 0 for either t.
   float form[2][4];
 };
 
@@ -74,7 +74,7 @@ constexpr double kFloatUnit = 0x1p-24;  // half an ulp of 1
 // kFloatUnit: by at most 172 u where n > S / (16 ln 2). Pixels beyond that, and those near the cut of the angle, get
 // exact keys.
 constexpr double kAngleMargin = 512 * kFloatUnit;
-constexpr float kSmallestNorm = 1.0f / 16;         // of n, in units of the summed |log2 light|
+constexpr float kSmallestNorm = 1.0f / 16;         // of n, in units of the summed |log2 intensity|
 constexpr float kCutDistance = 1.0f / 65536;       // of |y| where x < 0, in the same units
 constexpr double kAngleBinsPerUnit = kBins / 2.0;  // pseudo-angles in [0, 2]; others share the first bin
 constexpr double kSampleBinsPerUnit = kBins;       // the bins of both selections together
@@ -91,8 +91,8 @@ ERNET_HOST_DEVICE void set_rows(const double a[3], const double b[3], PassKeys& 
   for (int k = 0; k < 3; ++k) {
     keys.row[0][k] = a[k];
     keys.row[1][k] = b[k];
-    keys.light_row[0][k] = float(-ln2 * a[k]);
-    keys.light_row[1][k] = float(-ln2 * b[k]);
+    keys.log2_row[0][k] = float(-ln2 * a[k]);
+    keys.log2_row[1][k] = float(-ln2 * b[k]);
   }
 }
 

@@ -35,7 +35,7 @@ static inline void reconstruct_lanes(__m512i level[3], const float* table, const
 // Functions that are called by pointer take no vectors: GCC clears the upper halves of the registers neither in a
 // function with vector arguments nor after such a call, and all SSE code that follows would be slowed down.
 static void reconstruct_planar(const ImageView& image, PixelSpan span, void* out, const float* table,
-                           const ChannelLanes channel[3], float transmitted) {
+                               const ChannelLanes channel[3], float transmitted) {
   const __m512 io = _mm512_set1_ps(transmitted);
   const uint8_t* from = static_cast<const uint8_t*>(image.data);
   uint8_t* to = static_cast<uint8_t*>(out);
@@ -50,7 +50,7 @@ static void reconstruct_planar(const ImageView& image, PixelSpan span, void* out
 }
 
 static void reconstruct_interleaved(const ImageView& image, PixelSpan span, void* out, const float* table,
-                                const ChannelLanes channel[3], float transmitted) {
+                                    const ChannelLanes channel[3], float transmitted) {
   const __m512 io = _mm512_set1_ps(transmitted);
   const uint8_t* from = static_cast<const uint8_t*>(image.data);
   uint8_t* to = static_cast<uint8_t*>(out);
@@ -89,9 +89,8 @@ void reconstruct_avx512(const ImageView& image, PixelSpan span, const Reconstruc
     }
   }
   const auto loop = image.pixel_stride == 1 ? reconstruct_planar : reconstruct_interleaved;
-  for_each_tile(span, results, [&](PixelSpan tile, int j) {
-    loop(image, tile, r[j].out, table, channel[j], float(r->io));
-  });
+  for_each_tile(span, results,
+                [&](PixelSpan tile, int j) { loop(image, tile, r[j].out, table, channel[j], float(r->io)); });
 }
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

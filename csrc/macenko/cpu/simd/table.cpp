@@ -64,7 +64,7 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
     sums.invalid += count_invalid(block, image.scale, count);
     densities(block, keys, image.scale, od);
     tissue_flags(block, keys, od, flags);
-    clear_tail(flags, count);
+    clear_end(flags, count);
     int tissue = 0;
     for (int i = 0; i < kBlock; ++i) tissue += flags[i];
     if (tissue == 0) continue;
@@ -169,8 +169,8 @@ static void reconstruction_densities(const Block<T>& block, const Keys& keys, do
     const double inverse = 1 / keys.io;
     for (int k = 0; k < 3; ++k) {
       for (int i = 0; i < kBlock; ++i) {
-        const double light = (double(block.value[k][i]) * scale + 1.0) * inverse;
-        od[k][i] = -macenko::log_of_normal(light > 1e-300 ? light : 1e-300);
+        const double intensity = (double(block.value[k][i]) * scale + 1.0) * inverse;
+        od[k][i] = -macenko::log_of_normal(intensity > 1e-300 ? intensity : 1e-300);
       }
     }
   }

@@ -1,5 +1,5 @@
-// Launch of a persistent grid of teams: as many blocks as the device holds at a time, in clusters where a team has more
-// than one.
+// Launch of a persistent grid of clusters: as many blocks as the device holds at a time, in clusters where an
+// image takes more than one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,26 +9,26 @@
 
 namespace ernet::cuda {
 
-// Teams that the device holds at a time, by its answer for one launch of a whole number of them.
-inline cudaError_t teams_held(const void* kernel, const Plan& plan, const Device& device,
-                              const cudaLaunchConfig_t& config, int64_t& teams) {
+// Clusters that the device holds at a time, by its answer for one launch of a whole number of them.
+inline cudaError_t clusters_held(const void* kernel, const Plan& plan, const Device& device,
+                                 const cudaLaunchConfig_t& config, int64_t& clusters) {
   int found = 0;
   cudaError_t error;
   if (plan.blocks > 1) {
     error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
-    teams = found;
+    clusters = found;
   } else {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, plan.threads, size_t(plan.shared_bytes));
-    teams = int64_t(found) * device.multiprocessors;
+    clusters = int64_t(found) * device.multiprocessors;
   }
   if (error != cudaSuccess) return error;
-  return teams > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
+  return clusters > 0 ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
-// cudaErrorInvalidConfiguration, and nothing launched, if the device holds not a single team.
+// cudaErrorInvalidConfiguration, and nothing launched, if the device holds not a single cluster.
 template <class Job>
-cudaError_t launch_team(void (*kernel)(Job), const Plan& plan, const Device& device, const Job& job, int64_t images,
-                        cudaStream_t stream) {
+cudaError_t launch_persistent(void (*kernel)(Job), const Plan& plan, const Device& device, const Job& job,
+                              int64_t images, cudaStream_t stream) {
   const auto* entry = reinterpret_cast<const void*>(kernel);
   // Always the same limit: another thread may be about to launch with other plans.
   const int limit = int(device.block_shared_bytes);
@@ -41,8 +41,8 @@ cudaError_t launch_team(void (*kernel)(Job), const Plan& plan, const Device& dev
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(plan.blocks);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  const auto configured = [&](int64_t teams) {
-    return cudaLaunchConfig_t{dim3(unsigned(teams * plan.blocks)),
+  const auto configured = [&](int64_t clusters) {
+    return cudaLaunchConfig_t{dim3(unsigned(clusters * plan.blocks)),
                               dim3(unsigned(plan.threads)),
                               size_t(plan.shared_bytes),
                               stream,
@@ -50,7 +50,7 @@ cudaError_t launch_team(void (*kernel)(Job), const Plan& plan, const Device& dev
                               plan.blocks > 1 ? 1u : 0u};
   };
   int64_t held = 0;
-  error = teams_held(entry, plan, device, configured(1), held);
+  error = clusters_held(entry, plan, device, configured(1), held);
   if (error != cudaSuccess) return error;
   const cudaLaunchConfig_t config = configured(images < held ? images : held);
   return ERNET_LAUNCH_CONFIGURED(config, kernel, job);
