@@ -20,13 +20,16 @@ using macenko::Phase;
 using macenko::Selection;
 using macenko::Stage;
 
-// Pixels in memory and the threads that share them.
+// Pixels in device memory and the threads that share them.
 template <class T>
 struct SharedPixels {
+  static constexpr bool kLocal = false;
   Planes<const T> planes;
   int64_t pixels;
   int64_t thread;
   int64_t threads;
+  // Where in `planes` a pixel is, and where in the image.
+  __device__ __forceinline__ int64_t source(int64_t pixel) const { return pixel; }
   __device__ __forceinline__ int64_t place(int64_t pixel) const { return pixel; }
 };
 
@@ -48,62 +51,31 @@ __device__ __forceinline__ Share share_of(int pixels, int rank, int blocks) {
   return {rank, blocks, mine * kRun - (has_last ? runs * kRun - pixels : 0)};
 }
 
-// The pixels of a block in its shared memory: planes at multiples of 16 bytes, and memory for a whole last group.
-struct LocalPixels {
+// The pixels of a block, by their position in its shared memory; `kLocal`: read from there, planes at multiples of 16
+// bytes with memory for a whole last group, and otherwise from the image's own memory.
+template <bool kLocal_>
+struct BlockPixels {
+  static constexpr bool kLocal = kLocal_;
   Planes<const uint8_t> planes;
   Share share;
   int pixels;  // share.count
   int thread;
   int threads;
+  __device__ __forceinline__ int source(int position) const { return kLocal ? position : share.place(position); }
   __device__ __forceinline__ int place(int position) const { return share.place(position); }
 };
+using LocalPixels = BlockPixels<true>;
 
-// Calls f(group, first, count) for this thread's groups.
-template <class T, bool kInterleaved, class F>
-__device__ __forceinline__ void for_each_group(const LocalPixels& local, const F& f) {
+// Calls f(group, first, count) for this thread's groups of 48 bytes.
+template <class T, bool kInterleaved, class Pixels, class F>
+__device__ __forceinline__ void for_each_group(const Pixels& shared, const F& f) {
+  using Index = decltype(shared.pixels);
   constexpr int kPixels = GroupSize<T>::value;
-  for (int first = local.thread * kPixels; first < local.pixels;
-       first += local.threads * kPixels) {  // 16 pixels an iteration
-    const int count = local.pixels - first < kPixels ? local.pixels - first : kPixels;
-    PixelGroup<T, kInterleaved> group;
-    load_group<T, kInterleaved>(local.planes, first, kPixels, true, group);
-    f(group, first, count);
-  }
-}
-
-// The same pixels in the image's own memory.
-struct PlacedPixels {
-  Planes<const uint8_t> planes;
-  Share share;
-  int thread;
-  int threads;
-};
-
-// `first` is the position in the block's memory.
-template <class T, bool kInterleaved, class F>
-__device__ __forceinline__ void for_each_group(const PlacedPixels& placed, const F& f) {
-  constexpr int kPixels = GroupSize<T>::value;
-  const bool aligned = is_aligned<const T, kInterleaved>(placed.planes);
-  const int pixels = placed.share.count;
-  const int step = placed.threads * kPixels;
-  for (int first = placed.thread * kPixels; first < pixels; first += step) {  // 48 bytes of pixels an iteration
-    const int count = pixels - first < kPixels ? pixels - first : kPixels;
-    PixelGroup<T, kInterleaved> group;
-    load_group<T, kInterleaved>(placed.planes, placed.share.place(first), count, aligned, group);
-    f(group, first, count);
-  }
-}
-
-template <class T, bool kInterleaved, class F>
-__device__ __forceinline__ void for_each_group(const SharedPixels<T>& shared, const F& f) {
-  constexpr int kPixels = GroupSize<T>::value;
-  const bool aligned = is_aligned<const T, kInterleaved>(shared.planes);
-  const int64_t begin = shared.thread * kPixels;
-  const int64_t step = shared.threads * kPixels;
-  for (int64_t first = begin; first < shared.pixels; first += step) {  // 48 bytes of pixels an iteration
+  const bool aligned = Pixels::kLocal || is_aligned<const T, kInterleaved>(shared.planes);
+  for (Index first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
     const int count = shared.pixels - first < kPixels ? int(shared.pixels - first) : kPixels;
     PixelGroup<T, kInterleaved> group;
-    load_group<T, kInterleaved>(shared.planes, first, count, aligned, group);
+    load_group<T, kInterleaved>(shared.planes, shared.source(first), Pixels::kLocal ? kPixels : count, aligned, group);
     f(group, first, count);
   }
 }

@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "macenko/steps/host_device.h"
+
 namespace ernet::cuda {
 
 template <class T>
@@ -17,6 +19,11 @@ template <class T>
 struct Planes {
   T* plane[3];
 };
+
+template <class T>
+__device__ __forceinline__ Planes<T> planes_of(T* first, int64_t channel_stride) {
+  return {{first, first + channel_stride, first + 2 * channel_stride}};
+}
 
 template <class T, bool kInterleaved>
 struct PixelGroup {
@@ -31,12 +38,7 @@ struct PixelGroup {
     if constexpr (sizeof(T) == 1) {
       return T(word[e / 4] >> (8 * (e % 4)) & 255u);
     } else {
-      union {
-        uint32_t bits;
-        T value;
-      } u;
-      u.bits = word[e];
-      return u.value;
+      return macenko::bits_as<T>(word[e]);
     }
   }
 
@@ -46,12 +48,7 @@ struct PixelGroup {
     if constexpr (sizeof(T) == 1) {
       word[e / 4] |= uint32_t(value) << (8 * (e % 4));
     } else {
-      union {
-        T value;
-        uint32_t bits;
-      } u;
-      u.value = value;
-      word[e] = u.bits;
+      word[e] = macenko::bits_as<uint32_t>(value);
     }
   }
 

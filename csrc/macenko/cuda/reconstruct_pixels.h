@@ -230,25 +230,16 @@ struct Half {
 
 __device__ __forceinline__ void convert(float value, float& out) { out = value; }
 __device__ __forceinline__ void convert(float value, Bfloat16& out) {
-  union {
-    float real;
-    uint32_t bits;
-  } u;
-  u.real = value;
+  const uint32_t bits = __float_as_uint(value);
   // To nearest, ties to even.
-  out.bits = value != value ? uint16_t(0x7fc0) : uint16_t((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+  out.bits = value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 __device__ __forceinline__ void convert(float value, Half& out) { out.bits = __half_as_ushort(__float2half_rn(value)); }
 
 template <class Out>
 __device__ __forceinline__ void set_element(uint32_t* word, int e, Out value) {
   if constexpr (sizeof(Out) == 4) {
-    union {
-      Out value;
-      uint32_t bits;
-    } u;
-    u.value = value;
-    word[e] = u.bits;
+    word[e] = __float_as_uint(value);
   } else {
     word[e / 2] |= uint32_t(value.bits) << (16 * (e % 2));
   }
@@ -314,40 +305,69 @@ __device__ __forceinline__ void reconstruct_exactly(const Pixels& shared, const 
   }
 }
 
-// Reconstructs this thread's pixels into an image of their own layout.
+// Reconstructs this thread's pixels: to store_value(pixel, channel, value) or store_group(group, first, count).
+template <class Values, bool kInterleaved, class Pixels, class StoreValue, class StoreGroup>
+__device__ __forceinline__ void reconstruct_pixels(const Pixels& shared, const Values& values, const Transform& t,
+                                                   double io, const StoreValue& store_value,
+                                                   const StoreGroup& store_group) {
+  using T = typename Values::Value;
+  if (!t.single && !t.unchanged) {
+    return reconstruct_exactly<Values, kInterleaved>(shared, values, t, io, store_value);
+  }
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
+    PixelGroup<T, kInterleaved> result = group;
+    if (!t.unchanged) reconstruct_group<kInterleaved>(group, values, t, float(io), result);
+    store_group(result, first, count);
+  });
+}
+
+// Into an image of their own layout.
 template <class Values, bool kInterleaved, class Pixels>
 __device__ __forceinline__ void reconstruct_image(const Pixels& shared, const Values& values, const Transform& t,
                                                   double io, const Planes<typename Values::Value>& out) {
   using T = typename Values::Value;
-  if (!t.single && !t.unchanged) {
-    return reconstruct_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
-      out.plane[c][pixel * (kInterleaved ? 3 : 1)] = value;
-    });
-  }
   const bool aligned = is_aligned<T, kInterleaved>(out);
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
-    PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) reconstruct_group<kInterleaved>(group, values, t, float(io), result);
-    store_group<T, kInterleaved>(out, shared.place(first), count, aligned, result);
-  });
+  reconstruct_pixels<Values, kInterleaved>(
+      shared, values, t, io,
+      [&](int64_t pixel, int c, T value) { out.plane[c][pixel * (kInterleaved ? 3 : 1)] = value; },
+      [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
+        store_group<T, kInterleaved>(out, shared.place(first), count, aligned, group);
+      });
 }
 
-// Reconstructs this thread's pixels into a network's input, [pixels][3].
+// Into a network's input, [pixels][3].
 template <class Values, bool kInterleaved, class Pixels, class Out>
 __device__ __forceinline__ void reconstruct_network(const Pixels& shared, const Values& values, const Transform& t,
                                                     double io, Out* out) {
   using T = typename Values::Value;
-  if (!t.single && !t.unchanged) {
-    return reconstruct_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
-      convert(values.network(value, c), out[3 * pixel + c]);
-    });
-  }
   const bool aligned = (reinterpret_cast<uintptr_t>(out) & 15) == 0;
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
-    PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) reconstruct_group<kInterleaved>(group, values, t, float(io), result);
-    store_network<Values, kInterleaved, Out>(result, values, count, aligned, out + 3 * int64_t(shared.place(first)));
-  });
+  reconstruct_pixels<Values, kInterleaved>(
+      shared, values, t, io,
+      [&](int64_t pixel, int c, T value) { convert(values.network(value, c), out[3 * pixel + c]); },
+      [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
+        store_network<Values, kInterleaved, Out>(group, values, count, aligned, out + 3 * int64_t(shared.place(first)));
+      });
+}
+
+// Into image `image` of `out`, whose images have `pixels` pixels.
+template <class Values, bool kInterleaved, class Pixels>
+__device__ __forceinline__ void reconstruct_output(const Pixels& shared, const Values& values, const Transform& t,
+                                                   double io, const Output& out, int64_t image, int64_t pixels) {
+  using T = typename Values::Value;
+  const int64_t network = 3 * pixels * image;
+  switch (out.type) {
+    case OutputType::image: {
+      const Planes<T> planes = planes_of(static_cast<T*>(out.data) + image * out.image_stride, out.channel_stride);
+      return reconstruct_image<Values, kInterleaved>(shared, values, t, io, planes);
+    }
+    case OutputType::f32:
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, io, static_cast<float*>(out.data) + network);
+    case OutputType::bf16:
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, io,
+                                                       static_cast<Bfloat16*>(out.data) + network);
+    case OutputType::f16:
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, io, static_cast<Half*>(out.data) + network);
+  }
 }
 
 }  // namespace ernet::cuda

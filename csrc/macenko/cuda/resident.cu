@@ -71,13 +71,11 @@ __device__ __forceinline__ Memory divide(unsigned char* memory, const ResidentJo
 
 template <bool kInterleaved>
 __device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int share) {
-  const int distance = kInterleaved ? 1 : share;
-  return {{pixels, pixels + distance, pixels + 2 * distance}};
+  return planes_of(pixels, kInterleaved ? 1 : share);
 }
 
 __device__ __forceinline__ Planes<const uint8_t> image_planes(const Images& images, int64_t image) {
-  const auto* base = static_cast<const uint8_t*>(images.data) + image * images.image_stride;
-  return {{base, base + images.channel_stride, base + 2 * images.channel_stride}};
+  return planes_of(static_cast<const uint8_t*>(images.data) + image * images.image_stride, images.channel_stride);
 }
 
 // Asks for an image's pixels ahead of their use, so that they come from the cache when its turn comes.
@@ -100,7 +98,8 @@ __device__ __forceinline__ void prefetch(const Images& images, int64_t image, co
 // Copies this block's pixels to shared memory and sums their moments on the way. Ends with the warps' sums stored.
 template <bool kInterleaved>
 __device__ __forceinline__ void load_pixels(const ResidentJob& t, int64_t image, const Share& share, const Memory& m) {
-  const PlacedPixels from = {image_planes(t.job.images, image), share, int(threadIdx.x), int(blockDim.x)};
+  const BlockPixels<false> from = {image_planes(t.job.images, image), share, share.count, int(threadIdx.x),
+                                   int(blockDim.x)};
   const Planes<uint8_t> to = local_planes<kInterleaved>(m.pixels, t.share);
   Sums sums;
   const FixedOfByte to_fixed = {level_table(m.levels, t.table_shift)};
@@ -264,31 +263,6 @@ __device__ __forceinline__ void fit_pixels(const ResidentJob& t, const LocalPixe
   if (hidden) set_logs_of_others(t, m, false);
 }
 
-template <bool kInterleaved>
-__device__ __forceinline__ void reconstruct_share(const ResidentJob& t, int64_t image, const LocalPixels& local,
-                                                  const ByteReader& reader, const Memory& m) {
-  const ByteValues values = {reader, m.scaled};
-  const Transform& transform = m.shared->transform;
-  const double io = t.job.p.io;
-  const int64_t network = 3 * t.job.images.pixels * image;
-  switch (t.out.type) {
-    case OutputType::image: {
-      auto* base = static_cast<uint8_t*>(t.out.data) + image * t.out.image_stride;
-      const Planes<uint8_t> out = {{base, base + t.out.channel_stride, base + 2 * t.out.channel_stride}};
-      return reconstruct_image<ByteValues, kInterleaved>(local, values, transform, io, out);
-    }
-    case OutputType::f32:
-      return reconstruct_network<ByteValues, kInterleaved>(local, values, transform, io,
-                                                           static_cast<float*>(t.out.data) + network);
-    case OutputType::bf16:
-      return reconstruct_network<ByteValues, kInterleaved>(local, values, transform, io,
-                                                           static_cast<Bfloat16*>(t.out.data) + network);
-    case OutputType::f16:
-      return reconstruct_network<ByteValues, kInterleaved>(local, values, transform, io,
-                                                           static_cast<Half*>(t.out.data) + network);
-  }
-}
-
 template <class Cluster, bool kInterleaved>
 __device__ __forceinline__ void normalize_image(const ResidentJob& t, int64_t image, const Share& share,
                                                 const ByteReader& reader, const Memory& m) {
@@ -310,7 +284,11 @@ __device__ __forceinline__ void normalize_image(const ResidentJob& t, int64_t im
     }
   }
   __syncthreads();
-  if (t.out.data != nullptr) reconstruct_share<kInterleaved>(t, image, local, reader, m);
+  if (t.out.data != nullptr) {
+    const ByteValues values = {reader, m.scaled};
+    reconstruct_output<ByteValues, kInterleaved>(local, values, s.transform, t.job.p.io, t.out, image,
+                                                 t.job.images.pixels);
+  }
   Cluster::sync();  // the others may still look at this block's memory
 }
 

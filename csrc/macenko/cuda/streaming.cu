@@ -84,11 +84,9 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks)
 template <class T>
 __device__ __forceinline__ SharedPixels<T> pixels_of_block(const StreamingJob& s, int64_t image) {
   const Images& images = s.job.images;
-  const T* base = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
-  return {{{base, base + images.channel_stride, base + 2 * images.channel_stride}},
-          images.pixels,
-          (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x,
-          s.blocks_an_image * kThreads};
+  const T* first = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
+  return {planes_of(first, images.channel_stride), images.pixels,
+          (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x, s.blocks_an_image * kThreads};
 }
 
 // Shared memory is declared outside templates, so that the emulator can fill it with garbage.

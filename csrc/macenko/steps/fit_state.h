@@ -7,8 +7,7 @@
 #include "macenko/steps/stains.h"
 #include "macenko/steps/tails.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 enum class Phase : int32_t {
   angle_sample = 0,  // pseudo-angles of some of the tissue, approximate
@@ -271,5 +270,4 @@ ERNET_HOST_DEVICE void end_exact(const FitParameters& p, FitState& s) {
   end_selections(p, s);
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

@@ -16,14 +16,9 @@ constexpr double kCoarseConstant = -2.79415369;
 constexpr double kLn2 = 0.693147180559945309417;
 
 static inline float coarse_log2(float intensity) {
-  union {
-    float real;
-    int32_t bits;
-  } u;
-  u.real = intensity;
-  const float exponent = float((u.bits >> 23) - 127);
-  u.bits = (u.bits & 0x7fffff) | 0x3f800000;
-  const float m = u.real;
+  const int32_t bits = macenko::bits_as<int32_t>(intensity);
+  const float exponent = float((bits >> 23) - 127);
+  const float m = macenko::bits_as<float>((bits & 0x7fffff) | 0x3f800000);
   float p = 0.0439286269f;
   p = p * m - 0.409475595f;
   p = p * m + 1.61017752f;

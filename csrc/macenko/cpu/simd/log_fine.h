@@ -13,14 +13,8 @@ struct Split {
 };
 
 static inline Split split(int level) {
-  union {
-    float real;
-    int32_t bits;
-  } u;
-  u.real = float(level + 1);
-  const int32_t shifted = u.bits - macenko::kSqrtHalfBits;
-  u.bits = (shifted & 0x7fffff) + macenko::kSqrtHalfBits;
-  return {float(shifted >> 23), u.real - 1.0f};
+  const int32_t shifted = macenko::bits_as<int32_t>(float(level + 1)) - macenko::kSqrtHalfBits;
+  return {float(shifted >> 23), macenko::bits_as<float>((shifted & 0x7fffff) + macenko::kSqrtHalfBits) - 1.0f};
 }
 
 // Relative to `origin`, so that levels near it keep all their digits.

@@ -6,22 +6,17 @@ namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 // Bytes of the levels Io 2^z, clipped at 255 and truncated, for |z| < 117.
 static void levels_of_exponents(const float* z, int n, float io, uint8_t* out) {
   for (int i = 0; i < n; ++i) {
-    union {
-      float real;
-      int32_t bits;
-    } whole, power;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    whole.real = z[i] + shift;
-    const float f = z[i] - (whole.real - shift);
+    const float whole = z[i] + shift;
+    const float f = z[i] - (whole - shift);
     float p = kExp2[0];
     p = p * f + kExp2[1];
     p = p * f + kExp2[2];
     p = p * f + kExp2[3];
     p = p * f + kExp2[4];
     p = p * f + kExp2[5];
-    power.real = p * f + kExp2[6];
-    power.bits += int32_t(uint32_t(whole.bits) << 23);
-    const float intensity = io * power.real;
+    const uint32_t power = macenko::bits_as<uint32_t>(p * f + kExp2[6]) + (macenko::bits_as<uint32_t>(whole) << 23);
+    const float intensity = io * macenko::bits_as<float>(power);
     const float level = intensity < 255.0f ? intensity : 255.0f;
     out[i] = uint8_t(int32_t(level));
   }

@@ -5,20 +5,15 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-static inline float coarse_log2_of_level(int level) {
-  union {
-    float real;
-    int32_t bits;
-  } u;
-  u.bits = level | 0x4b000000;              // 2^23 + level
-  return coarse_log2(u.real - 8388607.0f);  // level + 1
+static inline float level_plus_one(uint32_t level) {
+  return macenko::bits_as<float>(level | 0x4b000000) - 8388607.0f;  // 2^23 + level
 }
 
-// coarse_log2_of_level of a block.
+// coarse_log2 of level + 1, of a block.
 static void coarse_logs(const PackedBlock& block, int count, LogBlock& logs) {
   const int n = padded(count);
   for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < n; ++i) logs.log2[k][i] = coarse_log2_of_level(int(block.pixel[i] >> (8 * k) & 255));
+    for (int i = 0; i < n; ++i) logs.log2[k][i] = coarse_log2(level_plus_one(block.pixel[i] >> (8 * k) & 255));
   }
 }
 
