@@ -2,6 +2,7 @@
 // one instruction set. Results do not depend on how many threads share an image.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 
@@ -47,6 +48,44 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
 // write it.
 Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
                                    const macenko::OdTable& table, double io);
+
+inline MacenkoImageFit no_fit(int32_t status) {
+  const double nan = std::nan("");
+  return {{{nan, nan, nan}, {nan, nan, nan}}, {nan, nan}, status};
+}
+
+// Moments in real units of the sums of fixed-point ODs and of their products.
+template <class Sum>
+void moments_of_sums(int64_t count, const Sum sum[3], const uint128 product[6], double moments[macenko::kMomentCount]) {
+  const double scale = 1 / macenko::kOdScale;
+  moments[0] = double(count);
+  for (int k = 0; k < 3; ++k) moments[1 + k] = double(sum[k]) * scale;
+  for (int k = 0; k < 6; ++k) moments[4 + k] = double(product[k]) * (scale * scale);
+}
+
+// The steps from the moments to the stains; `percentiles` finds two percentiles of keys, of angles as angles.
+template <class Percentiles>
+MacenkoImageFit fit_of_moments(const double moments[macenko::kMomentCount], const MacenkoParameters& p,
+                               const macenko::OdTable& table, const Percentiles& percentiles) {
+  MacenkoImageFit fit;
+  const auto find = [&](KeyKind kind, const double a[3], const double b[3], double low, double high, double* result) {
+    const Keys keys = {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
+    const double percent[2] = {low, high};
+    percentiles(keys, percent, result);
+  };
+  macenko::Plane plane;
+  fit.status = macenko::plane_of_moments(moments, plane);
+  if (fit.status != macenko::kOk) return no_fit(fit.status);
+  double angle[2], rows[2][3];
+  find(KeyKind::angle, plane.first, plane.second, p.alpha, 100 - p.alpha, angle);
+  fit.status = macenko::stain_of_angles(plane, angle[0], angle[1], fit.stain);
+  if (fit.status != macenko::kOk) return no_fit(fit.status);
+  macenko::concentration_rows(fit.stain, rows);
+  const double* maximum = fit.max_concentration;
+  find(KeyKind::linear, rows[0], rows[1], 99, 99, fit.max_concentration);
+  const bool usable = maximum[0] > macenko::kMinConcentration && maximum[1] > macenko::kMinConcentration;
+  return usable ? fit : no_fit(macenko::kZeroConcentration);
+}
 
 // Writes every result, laid out as the image, in one pass over its pixels.
 void macenko_reconstruct(Pixel type, const ImageView& image, const Reconstruction* r, int results,
