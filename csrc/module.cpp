@@ -11,42 +11,21 @@ namespace py = pybind11;
 
 namespace {
 
-py::list split(const char* text) {
-  py::list parts;
-  std::string part;
-  for (const char* p = text;; ++p) {
-    if (*p == ';' || *p == '\0') {
-      if (!part.empty()) parts.append(part);
-      part.clear();
-      if (*p == '\0') break;
-    } else {
-      part += *p;
-    }
-  }
-  return parts;
-}
+py::object split(const char* text) { return *text == '\0' ? py::list() : py::str(text).attr("split")(";"); }
 
 py::dict build_info() {
-  py::dict info;
-  info["version"] = ERNET_VERSION;
-  info["compiler"] = __VERSION__;
-  info["isa_variants"] = split(ERNET_ISA_VARIANTS);
-  info["isa"] = ernet::isa_name(ernet::finest_isa());
-  info["cuda_archs"] = split(ERNET_CUDA_ARCHS);
-  info["torch_headers"] = ERNET_TORCH_HEADERS;
-  info["torch_abi_target"] = "2.11";
-  info["sanitizers"] = ERNET_SANITIZE;
-  return info;
+  using namespace py::literals;
+  return py::dict("version"_a = ERNET_VERSION, "compiler"_a = __VERSION__, "isa_variants"_a = split(ERNET_ISA_VARIANTS),
+                  "isa"_a = ernet::isa_name(ernet::finest_isa()), "cuda_archs"_a = split(ERNET_CUDA_ARCHS),
+                  "torch_headers"_a = ERNET_TORCH_HEADERS, "torch_abi_target"_a = "2.11",
+                  "sanitizers"_a = ERNET_SANITIZE);
 }
 
 py::dict map_buffers() {
+  using namespace py::literals;
   const ernet::cpu::MapBufferCounts counts = ernet::cpu::map_buffer_counts();
-  py::dict info;
-  info["kept_bytes"] = ernet::cpu::kept_map_bytes();
-  info["limit_bytes"] = ernet::cpu::map_buffer_limit();
-  info["reused"] = counts.reused;
-  info["fresh"] = counts.fresh;
-  return info;
+  return py::dict("kept_bytes"_a = ernet::cpu::kept_map_bytes(), "limit_bytes"_a = ernet::cpu::map_buffer_limit(),
+                  "reused"_a = counts.reused, "fresh"_a = counts.fresh);
 }
 
 }  // namespace
