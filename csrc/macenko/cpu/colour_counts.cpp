@@ -1,4 +1,4 @@
-#include "macenko/cpu/colour_counts.h"
+#include "macenko/cpu/image.h"
 
 #include <algorithm>
 #include <vector>

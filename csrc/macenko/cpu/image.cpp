@@ -6,8 +6,6 @@
 #include <optional>
 #include <vector>
 
-#include "macenko/cpu/percentiles.h"
-
 namespace ernet::cpu {
 
 #define ERNET_DECLARE_TABLE(isa)                           \

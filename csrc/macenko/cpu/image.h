@@ -91,4 +91,38 @@ MacenkoImageFit fit_of_moments(const double moments[macenko::kMomentCount], cons
 void macenko_reconstruct(Pixel type, const ImageView& image, const Reconstruction* r, int results,
                          const Strips& strips);
 
+// Images up to this size are ordered whole.
+constexpr int64_t kCollectAll = 2048;
+
+// The percentiles `percent[0]` of key a and `percent[1]` of key b among the `count` pixels that have keys. `sample` are
+// some pixels of the image that say where to look; none if the image is not to be sampled.
+void macenko_percentiles(const MacenkoLoops& loops, const ImageView& image, const ImageView& sample, const Keys& keys,
+                         int64_t count, const double percent[2], bool nearest, bool interpolate_angles,
+                         const Strips& strips, double result[2]);
+
+// The input of a network: (I' / range - mean) / std.
+enum class NetworkType : int { f32, bf16, f16 };
+
+struct NetworkInput {
+  void* data;  // [pixels, 3]
+  NetworkType type;
+  double range;  // the value of the image that stands for 1
+  double mean[3];
+  double std[3];
+};
+
+// The values of `macenko_reconstruct` (8-bit ones truncated), or without `r` the image itself, scaled; the image is
+// read once and the result written once.
+void macenko_scaled(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
+                    const NetworkInput& out);
+
+// One count for each colour, at red + 256 green + 65536 blue.
+constexpr int64_t kColours = int64_t(1) << 24;
+
+// Adds the pixels of an 8-bit image to `counts` [kColours].
+void macenko_count_colours(const ImageView& image, int64_t* counts);
+
+// The fit of an image with these colours, with the bits of `macenko_fit` of that image.
+MacenkoImageFit macenko_fit_colours(const int64_t* counts, const MacenkoParameters& p, const macenko::OdTable& table);
+
 }  // namespace ernet::cpu

@@ -12,9 +12,7 @@
 #include <vector>
 
 #include "macenko/checks.h"
-#include "macenko/cpu/colour_counts.h"
 #include "macenko/cpu/image.h"
-#include "macenko/cpu/network_input.h"
 #include "memory/outputs.h"
 
 namespace {
@@ -218,7 +216,7 @@ class Results {
                    const OdTable& table, double io, const Strips& strips) const {
     const Reconstruction r = reconstruction(index, from, to, shift, table, io);
     if (network_) {
-      ernet::cpu::macenko_reconstruct_scaled(type_, view(index), r, strips, network_input(index));
+      ernet::cpu::macenko_scaled(type_, view(index), &r, strips, network_input(index));
     } else {
       ernet::cpu::macenko_reconstruct(type_, view(index), &r, 1, strips);
     }
@@ -227,7 +225,7 @@ class Results {
   // Image `index` as it is.
   void keep(int64_t index, const Strips& strips) const {
     if (network_) {
-      ernet::cpu::macenko_scaled(type_, view(index), strips, network_input(index));
+      ernet::cpu::macenko_scaled(type_, view(index), nullptr, strips, network_input(index));
     } else {
       copy_image(in_, out_, index, element_size_);
     }

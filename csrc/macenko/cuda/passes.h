@@ -87,7 +87,6 @@ __device__ __forceinline__ void add_group(const PixelGroup<uint8_t, kInterleaved
                                           const ToFixed& to_fixed, Sums& sums) {
   GroupSums added;
   if (count == GroupSize<uint8_t>::value) {
-#pragma unroll
     for (int i = 0; i < GroupSize<uint8_t>::value; ++i)
       add_pixel(to_fixed(group.get(i, 0)), to_fixed(group.get(i, 1)), to_fixed(group.get(i, 2)), added, sums);
   } else {
@@ -104,7 +103,6 @@ __device__ __forceinline__ void add_group(const PixelGroup<uint8_t, kInterleaved
 template <bool kInterleaved, class ToFixed>
 __device__ __forceinline__ void add_group(const PixelGroup<float, kInterleaved>& group, const Planes<const float>&,
                                           int64_t, int count, const ToFixed& to_fixed, Sums& sums) {
-#pragma unroll
   for (int i = 0; i < GroupSize<float>::value; ++i) {
     if (i < count) {
       bool invalid = false;
@@ -183,9 +181,7 @@ __device__ __forceinline__ FloatKeys keys_of_group(const PixelGroup<typename Rea
 }
 
 __device__ __forceinline__ void copy_rows(const PassKeys& keys, float rows[2][3]) {
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) rows[t][k] = keys.log2_row[t][k];
   }
 }
@@ -200,7 +196,6 @@ __device__ __forceinline__ void coarse_pass(const Pixels& shared, const Reader& 
   const float scale[2] = {keys.bins_per_unit[0], keys.bins_per_unit[1]};
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     unsigned doubtful = 0;
-#pragma unroll
     for (int i = 0; i < GroupSize<T>::value; ++i) {
       if (has_key<Reader, kInterleaved>(group, i, count, reader, kAngles)) {
         const FloatKeys found = keys_of_group<Reader, kInterleaved>(group, i, reader, rows, kAngles);
@@ -235,7 +230,6 @@ struct Counters {
 using Kept = unsigned long long[kKeptKeys];
 
 __device__ __forceinline__ void reset_counters(Counters& counters) {
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
     counters.below[t] = 0;
     counters.largest[t] = 0;
@@ -299,7 +293,6 @@ __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& r
   int below[2] = {0, 0};
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     unsigned wanted = 0;
-#pragma unroll
     for (int i = 0; i < GroupSize<T>::value; ++i) {
       if (has_key<Reader, kInterleaved>(group, i, count, reader, kAngles)) {
         const FloatKeys found = keys_of_group<Reader, kInterleaved>(group, i, reader, rows, kAngles);
@@ -321,7 +314,6 @@ __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& r
       take_key(found.key[1], 1, state.selection[1], bins[1], counters, kept, below[1]);
     }
   });
-#pragma unroll
   for (int t = 0; t < 2; ++t) add_of_warp(below[t], &counters.below[t]);
 }
 

@@ -57,7 +57,6 @@ struct PixelGroup {
   }
 
   __device__ __forceinline__ void clear() {
-#pragma unroll
     for (int k = 0; k < 12; ++k) word[k] = 0;
   }
 };
@@ -78,7 +77,6 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
                                            PixelGroup<T, kInterleaved>& group) {
   constexpr int kPixels = GroupSize<T>::value;
   if (aligned && count == kPixels) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) {
       const T* from = kInterleaved ? p.plane[0] + 3 * first + k * kPixels : p.plane[k] + first;
       const uint4 four = *reinterpret_cast<const uint4*>(from);
@@ -90,10 +88,8 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
     return;
   }
   group.clear();
-#pragma unroll
   for (int i = 0; i < kPixels; ++i) {
     if (i < count) {
-#pragma unroll
       for (int c = 0; c < 3; ++c) group.set(i, c, p.plane[c][(first + i) * (kInterleaved ? 3 : 1)]);
     }
   }
@@ -112,17 +108,14 @@ __device__ __forceinline__ void store_group(const Planes<T>& p, int64_t first, i
                                             const PixelGroup<T, kInterleaved>& group) {
   constexpr int kPixels = GroupSize<T>::value;
   if (aligned && count == kPixels) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) {
       T* to = kInterleaved ? p.plane[0] + 3 * first + k * kPixels : p.plane[k] + first;
       store_wide(reinterpret_cast<uint4*>(to), group.four(k));
     }
     return;
   }
-#pragma unroll
   for (int i = 0; i < kPixels; ++i) {
     if (i < count) {
-#pragma unroll
       for (int c = 0; c < 3; ++c) p.plane[c][(first + i) * (kInterleaved ? 3 : 1)] = group.get(i, c);
     }
   }

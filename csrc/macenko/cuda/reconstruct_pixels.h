@@ -24,7 +24,6 @@ struct Transform {
 __device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, macenko::Stain& stain,
                                            double maximum[2]) {
   const int64_t i = stains.shared ? 0 : image;
-#pragma unroll
   for (int k = 0; k < 3; ++k) {
     stain.h[k] = stains.stain[6 * i + 2 * k];
     stain.e[k] = stains.stain[6 * i + 2 * k + 1];
@@ -43,12 +42,10 @@ __device__ __forceinline__ void set_transform(const macenko::Stain& from, const 
   double m[3][3];
   macenko::reconstruction_matrix(from, from_max, to, to_max, m);
   t.single = true;
-#pragma unroll
   for (int c = 0; c < 3; ++c) {
     const double tint = -(to.h[c] * shift[0] + to.e[c] * shift[1]);
     t.exponent_shift[c] = tint;
     t.log2_shift[c] = float(tint * 1.44269504088896340736);
-#pragma unroll
     for (int k = 0; k < 3; ++k) {
       t.matrix[c][k] = m[c][k];
       t.m[3 * c + k] = float(m[c][k]);
@@ -69,7 +66,6 @@ __device__ __forceinline__ void make_transform(const Recipe& recipe, bool fitted
   double shift[2] = {0, 0};
   if (recipe.gain != nullptr) {
     to = from;
-#pragma unroll
     for (int k = 0; k < 2; ++k) {
       to_max[k] = from_max[k] * recipe.gain[2 * image + k];
       shift[k] = recipe.shift[2 * image + k];
@@ -128,7 +124,6 @@ struct FloatValues {
 
 __device__ __forceinline__ FloatValues float_values(double scale, double io, const Output& out) {
   FloatValues values = {float(scale), float(1 / scale), float(1 / io), scale, 1 / io, out.range, {}, {}};
-#pragma unroll
   for (int c = 0; c < 3; ++c) {
     values.mean[c] = out.mean[c];
     values.std[c] = out.std[c];
@@ -162,13 +157,11 @@ template <bool kInterleaved>
 __device__ __forceinline__ void reconstruct_group(const PixelGroup<float, kInterleaved>& group,
                                                   const FloatValues& values, const Transform& t, float io,
                                                   PixelGroup<float, kInterleaved>& result) {
-#pragma unroll
   for (int i = 0; i < GroupSize<float>::value; ++i) {
     bool defined = true;
     const float r = values.log2_intensity(group.get(i, 0), defined);
     const float g = values.log2_intensity(group.get(i, 1), defined);
     const float b = values.log2_intensity(group.get(i, 2), defined);
-#pragma unroll
     for (int c = 0; c < 3; ++c) result.set(i, c, values.result(io * exp2f(exponent_of(t, c, r, g, b)), defined));
   }
 }
@@ -201,19 +194,15 @@ __device__ __forceinline__ void reconstruct_group(const PixelGroup<uint8_t, kInt
                                                   const ByteValues& values, const Transform& t, float io,
                                                   PixelGroup<uint8_t, kInterleaved>& result) {
   using Group = PixelGroup<uint8_t, kInterleaved>;
-#pragma unroll
   for (int four = 0; four < GroupSize<uint8_t>::value; four += 4) {
     uint32_t level[12];  // by channel or by pixel, as the layout has it
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float r = values.reader.log2_intensity(group.get(four + i, 0));
       const float g = values.reader.log2_intensity(group.get(four + i, 1));
       const float b = values.reader.log2_intensity(group.get(four + i, 2));
-#pragma unroll
       for (int c = 0; c < 3; ++c)
         level[kInterleaved ? 3 * i + c : 4 * c + i] = level_bits(io, exponent_of(t, c, r, g, b));
     }
-#pragma unroll
     for (int k = 0; k < 3; ++k)
       result.word[kInterleaved ? Group::element(four, 0) / 4 + k : Group::element(four, k) / 4] =
           four_bytes(level + 4 * k);
@@ -252,11 +241,9 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
   constexpr int kPixels = GroupSize<typename Values::Value>::value;
   constexpr int kPart = kPixels % 8 == 0 && sizeof(Out) == 2 ? 8 : 4;  // pixels at a time: 16-byte stores
   constexpr int kWords = kPart * 3 * int(sizeof(Out)) / 4;
-#pragma unroll
   for (int part = 0; part < kPixels; part += kPart) {
     if (part >= count) break;
     uint32_t word[kWords] = {};
-#pragma unroll
     for (int e = 0; e < 3 * kPart; ++e) {
       Out value;
       convert(values.network(group.get(part + e / 3, e % 3), e % 3), value);
@@ -269,12 +256,10 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
     if (aligned && count == kPixels) {
       uint2* target = reinterpret_cast<uint2*>(to + 3 * part);
       if constexpr (kWords % 4 == 0) {
-#pragma unroll
         for (int k = 0; k < kWords; k += 4)
           store_wide(reinterpret_cast<uint4*>(target + k / 2),
                      make_uint4(word[k], word[k + 1], word[k + 2], word[k + 3]));
       } else {
-#pragma unroll
         for (int k = 0; k < kWords; k += 2) store_wide(target + k / 2, make_uint2(word[k], word[k + 1]));
       }
     }
@@ -293,13 +278,11 @@ __device__ __forceinline__ void reconstruct_exactly(const Pixels& shared, const 
       const int64_t place = shared.place(pixel);
       bool defined = true;
       double od[3];
-#pragma unroll
       for (int k = 0; k < 3; ++k) {
         const typename Values::Value value = shared.planes.plane[k][at];
         values.log2_intensity(value, defined);
         od[k] = values.density(value);
       }
-#pragma unroll
       for (int c = 0; c < 3; ++c) store(place, c, values.result(exact_level(values, t, io, od, c), defined));
     }
   }

@@ -2,11 +2,10 @@
 // blocks of a cluster, and everything from the moments to the reconstruction happens there.
 #include <cuda_runtime.h>
 
-#include "macenko/cuda/cooperative_group.h"
+#include "macenko/cuda/clusters.h"
 #include "macenko/cuda/fit_job.h"
 #include "macenko/cuda/kernels.h"
 #include "macenko/cuda/launch.h"
-#include "macenko/cuda/persistent_launch.h"
 #include "macenko/cuda/plan.h"
 #include "macenko/cuda/reconstruct_pixels.h"
 #include "macenko/cuda/select_bins.h"
@@ -105,7 +104,6 @@ __device__ __forceinline__ void load_pixels(const ResidentJob& t, int64_t image,
   const FixedOfByte to_fixed = {level_table(m.levels, t.table_shift)};
   for_each_group<uint8_t, kInterleaved>(
       from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int first, int count) {
-#pragma unroll
         for (int k = 0; k < 3; ++k) {
           uint8_t* plane = kInterleaved ? to.plane[0] + 3 * first + 16 * k : to.plane[k] + first;
           *reinterpret_cast<uint4*>(plane) = group.four(k);

@@ -55,15 +55,12 @@ template <bool kInterleaved>
 __device__ __forceinline__ void list_pixels(const LocalPixels& local, const ByteReader& reader, const PassKeys& keys,
                                             const PixelList& list) {
   float form[2][4];
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
-#pragma unroll
     for (int k = 0; k < 4; ++k) form[t][k] = keys.form[t][k];
   }
   for_each_group<uint8_t, kInterleaved>(
       local, [&](const PixelGroup<uint8_t, kInterleaved>& group, int first, int count) {
         unsigned wanted = 0;
-#pragma unroll
         for (int i = 0; i < GroupSize<uint8_t>::value; ++i) {
           const float r = reader.log2_intensity(group.get(i, 0));
           const float g = reader.log2_intensity(group.get(i, 1));
@@ -95,12 +92,9 @@ __device__ __forceinline__ void evaluate_list(const LocalPixels& local, const By
   const unsigned length = *list.length < list.most ? *list.length : list.most;
   const bool angles = macenko::counts_angles(state.phase);
   double row[2][3];
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) row[t][k] = state.pass.row[t][k];
   }
-#pragma unroll
   for (int k = 0; k < kListedOfThread; ++k) {  // 6 listed pixels unrolled
     const unsigned at = threadIdx.x + unsigned(k) * blockDim.x;
     listed.bits[0][k] = listed.bits[1][k] = ~0ull;
@@ -120,7 +114,6 @@ __device__ __forceinline__ void count_listed(const unsigned long long (&listed)[
   const int shift = s.shift;
   int below = 0;
   int within = 0;
-#pragma unroll
   for (int k = 0; k < kListedOfThread; ++k) {  // 6 listed pixels unrolled
     const unsigned long long place = listed[k] - low;
     if (place <= width) {
@@ -137,13 +130,11 @@ __device__ __forceinline__ void count_listed(const unsigned long long (&listed)[
 // Takes the exact keys of a list into both selections.
 __device__ __forceinline__ void take_listed(const ListedKeys& listed, const FitState& state, uint32_t (*bins)[kBins],
                                             Counters& counters, Kept* kept) {
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
     const Selection& s = state.selection[t];
     if (s.stage == Stage::count) {
       count_listed(listed.bits[t], t, s, bins[t], counters, kept[t]);
     } else if (s.stage == Stage::split) {
-#pragma unroll
       for (int k = 0; k < kListedOfThread; ++k) take_split_key(listed.bits[t][k], s.edge, t, counters);
     }
   }
