@@ -45,7 +45,9 @@ def test_separation_equals_the_cpu(simt_library, size, dtype, scaled):
             np.testing.assert_array_equal(found[k], emulator.reconstruct(laid_out, source, alone))
         if scaled:
             both = emulator.reconstruct(laid_out, source, drawn)
-            for one, of_three in zip((*found[:2], both), emulator.reconstruct_stains(laid_out, source, drawn), strict=True):
+            for one, of_three in zip(
+                (*found[:2], both), emulator.reconstruct_stains(laid_out, source, drawn), strict=True
+            ):
                 np.testing.assert_array_equal(one, of_three)
             if dtype == np.uint8:
                 difference = np.abs(found[k].astype(int) - expected[k].numpy())

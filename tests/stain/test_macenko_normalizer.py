@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from stain_images import batch, synthetic_tissue
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ernet_fast import _backend
