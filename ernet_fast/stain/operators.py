@@ -192,7 +192,8 @@ def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torc
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_reconstruct(images, *stains, options.Io, options.range)
+    source, source_max, target, target_max = stains
+    return torch_backend.macenko_reconstruct(images, source, source_max, target, target_max, options.Io, options.range)
 
 
 def reconstruct_stains(
@@ -239,7 +240,8 @@ def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tens
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
-    return torch_backend.macenko_change(images, *stains, options.Io, options.range)
+    source_stain, source_max, gain, shift = stains
+    return torch_backend.macenko_change(images, source_stain, source_max, gain, shift, options.Io, options.range)
 
 
 class _Transform(torch.autograd.Function):
