@@ -37,7 +37,8 @@ inline PixelSpan span_of_strip(int64_t pixels, int64_t strip, int64_t strips) {
   return {begin, begin + size < pixels ? begin + size : pixels};
 }
 
-// Count, sums and products of the tissue ODs in real units (macenko/od.h). Returns how many pixels hold no grey level.
+// Count, sums and products of the tissue ODs in real units (macenko/steps/od.h). Returns how many pixels hold no grey
+// level.
 int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
                         const Strips& strips, double moments[macenko::kMomentCount]);
 

@@ -30,8 +30,8 @@ struct PixelSpan {
 
 __extension__ typedef unsigned __int128 uint128;
 
-// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/od.h, products with twice the fractional
-// bits.
+// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/steps/od.h, products with twice the
+// fractional bits.
 struct MomentSums {
   int64_t count;
   int64_t invalid;  // pixels with a value that is no grey level
@@ -125,8 +125,7 @@ struct MacenkoLoops {
 #define ERNET_VBMI 1
 #endif
 
-// Defined by macenko_order_loops.cpp; by macenko_float_scan_loops.cpp, for the other images; by the files
-// macenko_bytes_*_loops.cpp, for 8-bit images.
+// Each in the file of its name in simd/; the suffix avx512 or vbmi: for instruction sets that have it, faster again.
 #ifdef ERNET_ISA
 namespace ERNET_ISA_NAMESPACE {
 Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank);
@@ -135,7 +134,6 @@ void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction*, int results);
-// By macenko_avx512_*_loops.cpp and macenko_vbmi_*_loops.cpp, for instruction sets that have them: faster again.
 void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction*, int results);
 void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);

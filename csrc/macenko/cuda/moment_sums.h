@@ -1,5 +1,5 @@
-// Exact sums over the tissue pixels of a thread, a warp, a block: fixed-point ODs of macenko/od.h. Integer addition
-// makes the order irrelevant.
+// Exact sums over the tissue pixels of a thread, a warp, a block: fixed-point ODs of macenko/steps/od.h. Integer
+// addition makes the order irrelevant.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
-// The passes of the listed way (macenko/tails.h) over the pixels of a block in its shared memory: approximate keys of a
-// sample, a list of the pixels beyond the borders, and the exact keys of those, which stay in registers.
+// The passes of the listed way (macenko/steps/tails.h) over the pixels of a block in its shared memory: approximate
+// keys of a sample, a list of the pixels beyond the borders, and the exact keys of those, which stay in registers.
 #pragma once
 
 #include <cuda_runtime.h>

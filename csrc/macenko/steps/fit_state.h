@@ -1,7 +1,7 @@
 // A Macenko fit as a machine: passes over the pixels count keys, and between two passes one thread decides here what
 // the next one counts. The GPU's plans differ only in how they count. Order statistics are found in either of two ways:
-// in a list of the pixels beyond a border that a sample tells (macenko/tails.h), or by counts of all keys, approximate
-// ones and then exact ones, which serve any distribution and any percentile.
+// in a list of the pixels beyond a border that a sample tells (macenko/steps/tails.h), or by counts of all keys,
+// approximate ones and then exact ones, which serve any distribution and any percentile.
 #pragma once
 
 #include "macenko/steps/stains.h"

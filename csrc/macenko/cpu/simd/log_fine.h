@@ -6,7 +6,7 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// log2(level + 1) = k + f P(f) as in macenko/od.h.
+// log2(level + 1) = k + f P(f) as in macenko/steps/od.h.
 struct Split {
   float exponent;
   float f;

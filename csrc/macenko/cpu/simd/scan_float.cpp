@@ -46,7 +46,7 @@ static void scan_exactly(const ImageView& image, PixelSpan span, const Keys& key
 // coarse_log2 of a pixel's intensity from its value: four roundings more, each of 2^-24 of the intensity at most.
 constexpr double kLogError = kCoarseError + 4 * 0x1p-24 / kLn2;
 
-// A form of macenko_tails.h of coarse logarithms, raised by its error: not negative wherever the form reaches its
+// A form of tails.h of coarse logarithms, raised by its error: not negative wherever the form reaches its
 // limit.
 struct CoarseForm {
   float w[3];
