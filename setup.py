@@ -179,7 +179,7 @@ class NinjaScript:
                 if self.nvcc:
                     self._compile(source, "cxx", ["-DERNET_WITH_CUDA", f"-isystem {self._toolkit() / 'include'}"])
             elif source.name == "module.cpp":
-                self._compile(source, "cxx", self._definitions())
+                self._compile(source, "cxx", [*self._definitions(), *(["-DERNET_WITH_CUDA"] if self.nvcc else [])])
             else:
                 self._compile(source, "cxx", [f"-DERNET_HAS_{isa.upper()}" for isa in ISA_FLAGS])
         for source in sorted(CSRC.rglob("*.cu")) if self.nvcc else ():

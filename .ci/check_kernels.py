@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTER_BUDGET = 128  # at least 512 threads a multiprocessor
-WRITERS = ("reconstruct_kernel", "separate_kernel", "team_kernel")  # of pixels; the others only read them
-EMPTY_BELOW_90 = "ClusterTeam"  # thread block clusters need compute capability 9.0: compiled to nothing before
+WRITERS = ("reconstruct_kernel", "separate_kernel", "resident_kernel")  # of pixels; the others only read them
+EMPTY_BELOW_90 = "BlockCluster"  # thread block clusters need compute capability 9.0: compiled to nothing before
 
 ARCH = re.compile(r"^arch = (sm_\w+)", re.MULTILINE)
 USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")

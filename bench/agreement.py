@@ -57,11 +57,11 @@ def levels(what: str, found: Tensor, expected: Tensor) -> Iterator[Error]:
 @contextlib.contextmanager
 def asking_for(plan: str) -> Iterator[None]:
     """Calls on a CUDA device take this plan; "" leaves it to the library."""
-    before = os.environ.get("ERNET_MACENKO_PLAN")
-    os.environ["ERNET_MACENKO_PLAN"] = plan or "auto"
+    from ernet_fast import _backend
+
+    set_plan = getattr(_backend.extension(), "set_macenko_plan", lambda plan: None)  # none without CUDA kernels
+    set_plan(plan or "auto")
     try:
         yield
     finally:
-        del os.environ["ERNET_MACENKO_PLAN"]
-        if before is not None:
-            os.environ["ERNET_MACENKO_PLAN"] = before
+        set_plan(os.environ.get("ERNET_MACENKO_PLAN", "auto"))

@@ -1,6 +1,9 @@
 // The Python module ernet_fast._C. Importing it registers the operators torch.ops.ernet.*; it has build_info() besides.
 #include <pybind11/pybind11.h>
 
+#ifdef ERNET_WITH_CUDA
+#include "macenko/cuda/requested_plan.h"
+#endif
 #include "memory/output_cache.h"
 #include "simd/isa.h"
 
@@ -8,42 +11,21 @@ namespace py = pybind11;
 
 namespace {
 
-py::list split(const char* text) {
-  py::list parts;
-  std::string part;
-  for (const char* p = text;; ++p) {
-    if (*p == ';' || *p == '\0') {
-      if (!part.empty()) parts.append(part);
-      part.clear();
-      if (*p == '\0') break;
-    } else {
-      part += *p;
-    }
-  }
-  return parts;
-}
+py::object split(const char* text) { return *text == '\0' ? py::list() : py::str(text).attr("split")(";"); }
 
 py::dict build_info() {
-  py::dict info;
-  info["version"] = ERNET_VERSION;
-  info["compiler"] = __VERSION__;
-  info["isa_variants"] = split(ERNET_ISA_VARIANTS);
-  info["isa"] = ernet::isa_name(ernet::finest_isa());
-  info["cuda_archs"] = split(ERNET_CUDA_ARCHS);
-  info["torch_headers"] = ERNET_TORCH_HEADERS;
-  info["torch_abi_target"] = "2.11";
-  info["sanitizers"] = ERNET_SANITIZE;
-  return info;
+  using namespace py::literals;
+  return py::dict("version"_a = ERNET_VERSION, "compiler"_a = __VERSION__, "isa_variants"_a = split(ERNET_ISA_VARIANTS),
+                  "isa"_a = ernet::isa_name(ernet::finest_isa()), "cuda_archs"_a = split(ERNET_CUDA_ARCHS),
+                  "torch_headers"_a = ERNET_TORCH_HEADERS, "torch_abi_target"_a = "2.11",
+                  "sanitizers"_a = ERNET_SANITIZE);
 }
 
 py::dict map_buffers() {
+  using namespace py::literals;
   const ernet::cpu::MapBufferCounts counts = ernet::cpu::map_buffer_counts();
-  py::dict info;
-  info["kept_bytes"] = ernet::cpu::kept_map_bytes();
-  info["limit_bytes"] = ernet::cpu::map_buffer_limit();
-  info["reused"] = counts.reused;
-  info["fresh"] = counts.fresh;
-  return info;
+  return py::dict("kept_bytes"_a = ernet::cpu::kept_map_bytes(), "limit_bytes"_a = ernet::cpu::map_buffer_limit(),
+                  "reused"_a = counts.reused, "fresh"_a = counts.fresh);
 }
 
 }  // namespace
@@ -52,6 +34,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of ernet_fast";
   ernet::selected_isa();           // an impossible ERNET_ISA fails here, at import, with a clear error
   ernet::cpu::map_buffer_limit();  // and so does an ERNET_KEEP_MB that is no number
+#ifdef ERNET_WITH_CUDA
+  ernet::cuda::read_requested_plan();
+  m.def("set_macenko_plan", &ernet::cuda::request_plan, py::arg("plan"),
+        "For comparisons: the plan of later Macenko calls on CUDA devices, as ERNET_MACENKO_PLAN names them.");
+#endif
   m.def("build_info", &build_info,
         "What this binary is: version, compiler, instruction sets compiled in and the one in use, CUDA architectures, "
         "the torch whose headers it was built with, and the oldest torch that it supports.");

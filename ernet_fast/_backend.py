@@ -22,6 +22,7 @@ OPERATORS = {
     "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
     "macenko_fit": "Macenko: stains of an image",
     "macenko_reconstruct": "Macenko: image with other stains",
+    "macenko_reconstruct_stains": "Macenko: the same, and each stain alone",
     "macenko_normalize": "Macenko: fit and reconstruct in one",
     "macenko_change": "Macenko: image with other concentrations",
     "macenko_augment": "Macenko: fit and augmentation in one",
@@ -48,9 +49,7 @@ def _load() -> tuple[Any, str | None]:
             return None, f"ernet_fast._C does not load: {error}"
         return None, f"ernet_fast was installed without its compiled operators. {_FIX}"
     except ImportError as error:
-        if str(error).startswith(
-            ("ERNET_ISA=", "ERNET_KEEP_MB=")
-        ):  # a mistake of the user's, no reason to go on slowly
+        if re.match(r"ERNET_\w+=", str(error)):  # a mistake of the user's is no reason to go on slowly
             raise ValueError(f"environment variable {error}") from None
         return None, f"ernet_fast._C does not load: {error}. {_FIX}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.ernet, name)]

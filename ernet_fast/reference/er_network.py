@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 _LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-_BASIC_DEPTHS = (18, 34)
+_KERNELS = {"basic": (3, 3), "bottleneck": (1, 3, 1), "er133": (1, 3, 3)}
 
 
 class NaivePairShortcuts(nn.Module):
@@ -61,18 +61,15 @@ class NaiveBlock(nn.Module):
         num_groups: int | None = None,
     ) -> None:
         super().__init__()
-        kernels = {"basic": (3, 3), "bottleneck": (1, 3, 1), "er133": (1, 3, 3)}[block]
-        strided = kernels.index(3)
+        kernels = _KERNELS[block]
+        strides = [stride if k == kernels.index(3) else 1 for k in range(len(kernels))]
         channels = [in_channels] + [width] * (len(kernels) - 1) + [out_channels]
         self.num_convs = len(kernels)
         for k, size in enumerate(kernels):
-            conv = nn.Conv2d(
-                channels[k], channels[k + 1], size, stride if k == strided else 1, padding=size // 2, bias=False
-            )
+            conv = nn.Conv2d(channels[k], channels[k + 1], size, strides[k], padding=size // 2, bias=False)
             self.add_module(f"conv{k + 1}", conv)
             self.add_module(f"bn{k + 1}", nn.BatchNorm2d(channels[k + 1]))
-        self.downsample: nn.Sequential | None = None
-        self.shortcut: NaivePairShortcuts | None = None
+        self.downsample = self.shortcut = None
         if index > 0:
             self.shortcut = NaivePairShortcuts(out_channels, index, norm=norm, num_groups=num_groups)
         elif stride != 1 or in_channels != out_channels:
@@ -102,16 +99,9 @@ class NaiveERStage(nn.Module):
     ) -> None:
         super().__init__()
         for index in range(num_blocks):
-            first = index == 0
-            block = NaiveBlock(
-                in_channels if first else out_channels,
-                width,
-                out_channels,
-                index=index,
-                stride=stride if first else 1,
-                **kw,
-            )
+            block = NaiveBlock(in_channels, width, out_channels, index=index, stride=stride, **kw)
             self.add_module(str(index), block)
+            in_channels, stride = out_channels, 1
 
     def forward(self, x: Tensor) -> Tensor:
         """y_{L-1} [N, out_channels, H / stride, W / stride] of x [N, in_channels, H, W]."""
@@ -155,18 +145,10 @@ class NaiveERResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(base_channels)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         channels = base_channels
+        options: dict[str, Any] = {"block": block, "norm": norm, "num_groups": num_groups}
         for k, num_blocks in enumerate(layers):
-            width = base_channels * 2**k
-            stage = NaiveERStage(
-                channels,
-                width,
-                width * expansion,
-                num_blocks,
-                stride=1 if k == 0 else 2,
-                block=block,
-                norm=norm,
-                num_groups=num_groups,
-            )
+            width, stride = base_channels * 2**k, 1 if k == 0 else 2
+            stage = NaiveERStage(channels, width, width * expansion, num_blocks, stride=stride, **options)
             self.add_module(f"layer{k + 1}", stage)
             channels = width * expansion
         self.num_stages = len(layers)
@@ -199,9 +181,8 @@ def naive_er_resnet(depth: int, num_classes: int = 1000, *, block: str = "standa
         raise ValueError(f"depth must be one of {sorted(_LAYERS)}, got {depth!r}")
     if block not in ("standard", "er133"):
         raise ValueError(f"block must be 'standard' or 'er133', got {block!r}")
-    basic = depth in _BASIC_DEPTHS
-    kind = ("basic" if basic else "bottleneck") if block == "standard" else block
-    return NaiveERResNet(_LAYERS[depth], kind, num_classes, expansion=1 if basic else 4, **kw)
+    kind, expansion = ("basic", 1) if depth < 50 else ("bottleneck", 4)
+    return NaiveERResNet(_LAYERS[depth], kind if block == "standard" else block, num_classes, expansion=expansion, **kw)
 
 
 def state_dict_from_fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,10 +198,8 @@ def state_dict_from_fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             naive[key] = value.clone()
             continue
         prefix, name = match.groups()
-        num_maps = state[f"{prefix}.weight"].shape[0]
-        for i in range(num_maps):
-            row = value if name == "num_batches_tracked" else value[i]
-            naive[f"{prefix}.norms.{i}.{name}"] = row.clone()
+        for i in range(len(state[f"{prefix}.weight"])):
+            naive[f"{prefix}.norms.{i}.{name}"] = (value[i] if value.ndim else value).clone()
     return naive
 
 
@@ -237,18 +216,11 @@ def state_dict_to_fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if match is None:
             fused[key] = value.clone()
             continue
-        prefix, index, name = match.groups()
-        if int(index) > 0:
-            continue
-        num_maps = state[f"{prefix}.weight"].shape[0]
-        rows = [state[f"{prefix}.norms.{i}.{name}"] for i in range(num_maps)]
-        if name != "num_batches_tracked":
-            fused[f"{prefix}.{name}"] = torch.stack(rows)
-        elif any(int(row) != int(rows[0]) for row in rows):
-            counts = [int(row) for row in rows]
-            raise ValueError(f"the pairs of {prefix} have counted different numbers of batches: {counts}")
-        else:
-            fused[f"{prefix}.{name}"] = rows[0].clone()
+        prefix, name = match[1], match[3]
+        rows = torch.stack([state[f"{prefix}.norms.{i}.{name}"] for i in range(len(state[f"{prefix}.weight"]))])
+        if rows.ndim == 1 and bool((rows != rows[0]).any()):
+            raise ValueError(f"the pairs of {prefix} have counted different numbers of batches: {rows.tolist()}")
+        fused[f"{prefix}.{name}"] = rows if rows.ndim > 1 else rows[0].clone()
     return fused
 
 

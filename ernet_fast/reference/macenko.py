@@ -43,10 +43,16 @@ def macenko_fit(
 def fit_images(images: torch.Tensor, options: Options) -> MacenkoFit:
     """As `macenko_fit` of [B, 3, H, W], on the CPU."""
     o = options
-    fits = [
-        fit_pixels(grey_levels(image, o.range), Io=o.Io, alpha=o.alpha, beta=o.beta, percentile=o.percentile)
-        for image in images
-    ]
+    return as_fit(
+        [
+            fit_pixels(grey_levels(image, o.range), Io=o.Io, alpha=o.alpha, beta=o.beta, percentile=o.percentile)
+            for image in images
+        ]
+    )
+
+
+def as_fit(fits: list[tuple[np.ndarray, np.ndarray, MacenkoStatus]]) -> MacenkoFit:
+    """The fits of single images as one."""
     count = len(fits)
     return MacenkoFit(
         torch.from_numpy(np.array([fit[0] for fit in fits]).reshape(count, 3, 2)),
@@ -139,12 +145,8 @@ def in_order(pair: list[np.ndarray]) -> np.ndarray:
     It absorbs more red; of two that absorb as much red it absorbs less green; then more blue.
     """
     red, green, blue = pair[0] - pair[1]
-    if abs(red) > EQUAL_COMPONENTS:
-        first = red > 0
-    elif abs(green) > EQUAL_COMPONENTS:
-        first = green < 0
-    else:
-        first = blue > 0
+    without_red = green < 0 if abs(green) > EQUAL_COMPONENTS else blue > 0
+    first = red > 0 if abs(red) > EQUAL_COMPONENTS else without_red
     return np.array(pair if first else pair[::-1]).T
 
 

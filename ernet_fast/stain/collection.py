@@ -84,8 +84,7 @@ class Collection:
             )
         if self.parts[0].index is None:
             return fits[0]
-        stain, maximum, status = zip(*fits, strict=True)
-        return MacenkoFit(self.gather(stain), self.gather(maximum), self.gather(status))
+        return MacenkoFit(*map(self.gather, zip(*fits, strict=True)))
 
     def in_order(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The single images of every part in the collection's order, as views."""

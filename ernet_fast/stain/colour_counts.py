@@ -8,37 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ernet_fast import _backend
 from ernet_fast.stain import operators
-from ernet_fast.stain.collection import Collection, read_collection
+from ernet_fast.stain.collection import read_collection
 from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit
-from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
+from ernet_fast.stain.tissue_mask import pixels_of_masks
 
 COLOURS = 1 << 24
 
 
-def _register() -> None:
-    @torch.library.register_fake("ernet::macenko_count_colours")
-    def _count(images: torch.Tensor, counts: torch.Tensor) -> None:
-        return None
-
-    @torch.library.register_fake("ernet::macenko_fit_colours")
-    def _fit(
-        counts: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (
-            counts.new_empty((1, 3, 2), dtype=torch.float64),
-            counts.new_empty((1, 2), dtype=torch.float64),
-            counts.new_empty((1,), dtype=torch.int32),
-        )
-
-
 if _backend.extension_available():
-    _register()
+    torch.library.register_fake("ernet::macenko_count_colours", lambda images, counts: None)
+    torch.library.register_fake("ernet::macenko_fit_colours", lambda counts, *numbers: operators.fit_like(counts, 1))
 
 
 class ColourCounts:
@@ -79,8 +63,10 @@ class ColourCounts:
                     f"tiles have dtype {str(part.pixels.dtype).removeprefix('torch.')}; colours are counted of uint8 "
                     "images only. Use macenko_fit for floating-point images."
                 )
-        for pixels in _masked(collection, mask):
-            self._count(pixels.cpu())
+        images = [part.pixels for part in collection.parts] if mask is None else pixels_of_masks(collection, mask)
+        for pixels in images:
+            if pixels.shape[3]:
+                self._count(pixels.cpu())
         return self
 
     def merge(self, other: ColourCounts) -> ColourCounts:
@@ -93,18 +79,13 @@ class ColourCounts:
         o = Options(Io, alpha, beta, percentile)
         if _backend.extension_available():
             return MacenkoFit(*torch.ops.ernet.macenko_fit_colours(self.counts, o.Io, o.alpha, o.beta, o.nearest))
+        from ernet_fast.reference.macenko import as_fit
         from ernet_fast.reference.macenko_colours import fit_colours
 
         colours = self.counts.nonzero()[:, 0]
         rgb = torch.stack([colours >> shift & 255 for shift in (0, 8, 16)], dim=1).numpy()
-        stain, maximum, status = fit_colours(
-            rgb, self.counts[colours].numpy(), Io=Io, alpha=alpha, beta=beta, percentile=percentile
-        )
-        return MacenkoFit(
-            torch.from_numpy(np.ascontiguousarray(stain))[None],
-            torch.from_numpy(maximum)[None],
-            torch.tensor([int(status)], dtype=torch.int32, device="cpu"),
-        )
+        weights = self.counts[colours].numpy()
+        return as_fit([fit_colours(rgb, weights, Io=Io, alpha=alpha, beta=beta, percentile=percentile)])
 
     def _count(self, images: torch.Tensor) -> None:
         """Count the pixels of uint8 images [B, 3, H, W]."""
@@ -118,12 +99,3 @@ class ColourCounts:
     def __repr__(self) -> str:
         """Numbers of pixels and colours."""
         return f"ColourCounts(pixels={self.pixels}, colours={int((self.counts > 0).sum())})"
-
-
-def _masked(collection: Collection, mask: Any) -> list[torch.Tensor]:
-    """The pixels to count, as images [b, 3, h, w]."""
-    if mask is None:
-        return [part.pixels for part in collection.parts]
-    images = collection.in_order([part.pixels for part in collection.parts])
-    inside = [pixels_inside(image, one) for image, one in zip(images, read_masks(mask, collection), strict=True)]
-    return [pixels for pixels in inside if pixels.shape[3]]

@@ -6,6 +6,7 @@ They are removed in the second minor version after the one that deprecated them.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -36,39 +37,17 @@ def _moments(images: torch.Tensor, Io: float, beta: float, range: float = 255.0)
     return torch_backend.macenko_moments(images, Io, beta, range)
 
 
-def _reconstruct_scaled(
-    images: torch.Tensor,
-    source_stain: torch.Tensor,
-    source_max: torch.Tensor,
-    target_stain: torch.Tensor,
-    target_max: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    Io: float,
-    dtype: torch.dtype,
-    range: float = 255.0,
-) -> torch.Tensor:
+def _reconstruct_scaled(images: torch.Tensor, *arguments: Any, range: float = 255.0) -> torch.Tensor:
     _warn("macenko_reconstruct_scaled", "macenko_reconstruct takes dtype, mean and std")
-    stains = source_stain, source_max, target_stain, target_max
+    *stains, mean, std, Io, dtype = arguments[:8]
+    range = arguments[8] if len(arguments) > 8 else range
     return torch.ops.ernet.macenko_reconstruct(images, *stains, Io, range, dtype=dtype, mean=mean, std=std)
 
 
-def _normalize_scaled(
-    images: torch.Tensor,
-    target_stain: torch.Tensor,
-    target_max: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    identity: bool,
-    dtype: torch.dtype,
-    range: float = 255.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _normalize_scaled(images: torch.Tensor, *arguments: Any, range: float = 255.0) -> tuple[torch.Tensor, ...]:
     _warn("macenko_normalize_scaled", "macenko_normalize takes dtype, mean and std")
-    numbers = Io, alpha, beta, nearest, identity, range
+    target_stain, target_max, mean, std, *numbers, dtype = arguments[:10]
+    numbers.append(arguments[10] if len(arguments) > 10 else range)
     return torch.ops.ernet.macenko_normalize(
         images, target_stain, target_max, *numbers, dtype=dtype, mean=mean, std=std
     )

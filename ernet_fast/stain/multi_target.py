@@ -19,7 +19,7 @@ from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.layout import ImageBatch
 from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit, describe_failures
-from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
+from ernet_fast.stain.tissue_mask import pixels_of_masks
 
 TARGETS = ("concat", "avg")
 
@@ -54,12 +54,11 @@ def fit_targets(images: Any, targets: str | None, mask: Any, options: Options) -
 
 def _joined(collection: Collection, mask: Any, range: float) -> Collection:
     """One image [1, 3, 1, n] of the (masked) pixels of all."""
-    images = collection.in_order([part.pixels for part in collection.parts])
     if mask is None:
+        images = collection.in_order([part.pixels for part in collection.parts])
         pixels = [image.reshape(1, 3, 1, -1) for image in images]
     else:
-        masks = read_masks(mask, collection)
-        pixels = [pixels_inside(image, one) for image, one in zip(images, masks, strict=True)]
+        pixels = pixels_of_masks(collection, mask)
     if len({part.dtype for part in pixels}) > 1:
         pixels = [part.double() * (range / 255 if part.dtype == torch.uint8 else 1) for part in pixels]
     joined = torch.cat(pixels, dim=3)

@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 
-from ernet_fast.stain import pipeline
+from ernet_fast.stain import operators, pipeline
 from ernet_fast.stain.collection import Collection
-from ernet_fast.stain.functional import normalize_collection, reconstruct_collection
+from ernet_fast.stain.functional import normalize_collection
 from ernet_fast.stain.multi_target import fit_targets
 from ernet_fast.stain.network_output import read_output
-from ernet_fast.stain.options import Options, is_number
+from ernet_fast.stain.options import PERCENTILES, Options, is_number
 from ernet_fast.stain.result import DEFAULT_MAXIMA, DEFAULT_STAINS, MacenkoFit
-from ernet_fast.stain.separate import collection_of_stains
 from ernet_fast.stain.target_module import TargetModule
 from ernet_fast.stain.torchstain_form import as_torchstain, check_compat, compat_of_backend, read_torchstain
 
 SETTINGS = "settings"
-PERCENTILES = ("linear", "nearest")
 
 
 def _option(name: str) -> property:
@@ -138,11 +136,9 @@ class MacenkoNormalizer(TargetModule):
             ValueError: several images without `targets`, or stains that cannot be estimated; the message says why.
         """
         if numbers and not is_number(numbers[0]):
-            names = ("targets", "mask")
-            given = _named(numbers, names, {"targets": targets, "mask": mask}, "fit")
-            targets, mask, numbers = given["targets"], given["mask"], ()
-        given = _named(numbers, ("Io", "alpha", "beta"), {"Io": Io, "alpha": alpha, "beta": beta}, "fit")
-        options = self._options_of(I, **given)
+            targets, mask = _named("fit", numbers, targets=targets, mask=mask).values()
+            numbers = ()
+        options = self._options_of(I, **_named("fit", numbers, Io=Io, alpha=alpha, beta=beta))
         if self.compat is not None:
             several = isinstance(I, (list, tuple))
             I = [read_torchstain(image) for image in I] if several else read_torchstain(I)  # noqa: E741
@@ -192,19 +188,22 @@ class MacenkoNormalizer(TargetModule):
         Raises:
             TypeError, ValueError: as `macenko_normalize`; TypeError for `stains` that is no bool.
         """
-        names = ("stains",) if numbers and isinstance(numbers[0], bool) else ("Io", "alpha", "beta", "stains")
-        by_name = {"Io": Io, "alpha": alpha, "beta": beta, "stains": None if stains is True else stains}
-        given = _named(numbers, names, by_name, "normalize")
-        wanted = given.pop("stains")
+        given: dict[str, Any] = {"Io": Io, "alpha": alpha, "beta": beta}
+        last = {"stains": None if stains is True else stains}
+        if numbers and isinstance(numbers[0], bool):
+            wanted = _named("normalize", numbers, **last)["stains"]
+        else:
+            given = _named("normalize", numbers, **given, **last)
+            wanted = given.pop("stains")
         wanted = True if wanted is None else wanted
         if not isinstance(wanted, bool):
             raise TypeError(f"stains is {wanted!r}; expected True or False.")
         options = self._options_of(I, **given)
         if self.compat is None:
             return self._three(pipeline.read(I, options), options, wanted, source, mask)
-        image = read_torchstain(I)
         options = replace(options, layout="CHW")
-        return as_torchstain(I, self._three(pipeline.read(image, options), options, wanted, source, mask))
+        results = self._three(pipeline.read(read_torchstain(I), options), options, wanted, source, mask)
+        return as_torchstain(I, results)
 
     def _three(
         self, collection: Collection, options: Options, stains: bool, source: MacenkoFit | None, mask: Any
@@ -214,9 +213,16 @@ class MacenkoNormalizer(TargetModule):
             return collection.restore(results), None, None
         pipeline.check_target(self.target)
         found = pipeline.sources(collection, source, mask, self.target, options)
-        results = reconstruct_collection(collection, found, options, None)
-        haematoxylin, eosin = collection_of_stains(collection, found.usable, found.reference, options)
-        return collection.restore(results), collection.restore(haematoxylin), collection.restore(eosin)
+        images, haematoxylin, eosin = [], [], []
+        for part in collection.parts:
+            ours, theirs = part.take_fit(found.usable), part.take_fit(found.reference)
+            out, h, e = operators.reconstruct_stains(part.pixels, ours, theirs, options)
+            if options.identity:
+                out = pipeline.keep_degenerate(out, part.pixels, part.take(found.known.status))
+            images.append(out)
+            haematoxylin.append(h)
+            eosin.append(e)
+        return collection.restore(images), collection.restore(haematoxylin), collection.restore(eosin)
 
     def transform(self, I: Any, *numbers: Any, **options: Any) -> Any:  # noqa: E741
         """The normalised image(s) of `normalize` alone; its arguments but for `stains`."""
@@ -266,16 +272,15 @@ class MacenkoNormalizer(TargetModule):
         return replace(self.options, **changed) if changed else self.options
 
 
-def _named(values: tuple[Any, ...], names: tuple[str, ...], by_name: dict[str, Any], call: str) -> dict[str, Any]:
+def _named(call: str, values: tuple[Any, ...], **found: Any) -> dict[str, Any]:
     """Arguments by name, of which `values` came by position.
 
     Raises:
         TypeError: too many of them, or one given twice.
     """
-    if len(values) > len(names):
-        raise TypeError(f"{call} takes at most {len(names)} numbers after the image ({', '.join(names)}).")
-    found = dict(by_name)
-    for name, value in zip(names, values, strict=False):
+    if len(values) > len(found):
+        raise TypeError(f"{call} takes at most {len(found)} numbers after the image ({', '.join(found)}).")
+    for name, value in zip(list(found), values, strict=False):
         if found[name] is not None:
             raise TypeError(f"{call} got {name} both by position and by name.")
         found[name] = value

@@ -21,7 +21,6 @@ from ernet_fast.stain.result import MacenkoFit
 from ernet_fast.stain.upload import to_device
 
 Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-ImagesAndFit = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 HALF = (torch.float16, torch.bfloat16)
 _EXTENSION = _backend.extension_available()  # once, where torch.compile does not trace
 
@@ -29,8 +28,8 @@ COMPOSED: set[str] = set()
 """Operators that are batched torch operations on CUDA, where the package was built without kernels for it."""
 
 
-def _fit_like(images: torch.Tensor) -> Fit:
-    count = images.shape[0]
+def fit_like(images: torch.Tensor, count: int) -> Fit:
+    """Uninitialised results of a fit of `count` images, on their device."""
     return (
         images.new_empty((count, 3, 2), dtype=torch.float64),
         images.new_empty((count, 2), dtype=torch.float64),
@@ -47,32 +46,22 @@ def _result_like(images: torch.Tensor, dtype: torch.dtype | None) -> torch.Tenso
 
 def _register() -> None:
     """Fake kernels, and the CUDA implementation of the fit as a composition."""
+    like = torch.empty_like
 
-    @torch.library.register_fake("ernet::macenko_fit")
-    def _fit(images: torch.Tensor, *numbers: Any, **named: Any) -> Fit:
-        return _fit_like(images)
+    def concentrations(images: torch.Tensor) -> torch.Tensor:
+        return images.new_empty((images.shape[0], 2, *images.shape[2:]), dtype=torch.float32)
 
-    @torch.library.register_fake("ernet::macenko_reconstruct")
-    def _reconstruct(images: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **named: Any) -> torch.Tensor:
-        return _result_like(images, dtype)
-
-    @torch.library.register_fake("ernet::macenko_normalize")
-    def _normalize(images: torch.Tensor, *rest: Any, dtype: torch.dtype | None = None, **named: Any) -> ImagesAndFit:
-        return (_result_like(images, dtype), *_fit_like(images))
-
-    @torch.library.register_fake("ernet::macenko_change")
-    def _change(images: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
-        return torch.empty_like(images)
-
-    @torch.library.register_fake("ernet::macenko_augment")
-    def _augment(images: torch.Tensor, *rest: Any, **named: Any) -> ImagesAndFit:
-        return (torch.empty_like(images), *_fit_like(images))
-
-    @torch.library.register_fake("ernet::macenko_separate")
-    def _separate(images: torch.Tensor, *rest: Any, **named: Any) -> Fit:
-        count, _, height, width = images.shape
-        concentrations = images.new_empty((count, 2, height, width), dtype=torch.float32)
-        return torch.empty_like(images), torch.empty_like(images), concentrations
+    fakes: dict[str, Callable[..., Any]] = {
+        "fit": lambda x, *rest, **named: fit_like(x, len(x)),
+        "reconstruct": lambda x, *rest, dtype=None, **named: _result_like(x, dtype),
+        "reconstruct_stains": lambda x, *rest, **named: (like(x), like(x), like(x)),
+        "normalize": lambda x, *rest, dtype=None, **named: (_result_like(x, dtype), *fit_like(x, len(x))),
+        "change": lambda x, *rest, **named: like(x),
+        "augment": lambda x, *rest, **named: (like(x), *fit_like(x, len(x))),
+        "separate": lambda x, *rest, **named: (like(x), like(x), concentrations(x)),
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"ernet::macenko_{name}", fake)
 
     compositions: dict[str, Callable[..., Any]] = {
         "macenko_fit": torch_backend.macenko_fit,
@@ -143,14 +132,11 @@ def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tenso
     return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _as_argument(part: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    if part.dtype != torch.float64 or part.device != images.device:
-        part = to_device(part, images.device, torch.float64)
-    return part.contiguous()
-
-
 def _arguments(images: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [_as_argument(tensor, images) for tensor in tensors]
+    """Float64 on the images' device, contiguous."""
+    done = all(part.dtype == torch.float64 and part.device == images.device for part in tensors)
+    moved = tensors if done else [to_device(part, images.device, torch.float64) for part in tensors]
+    return [part.contiguous() for part in moved]
 
 
 def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = None) -> MacenkoFit:
@@ -206,9 +192,33 @@ def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torc
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
         return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    source_stain, source_max, target_stain, target_max = stains
-    return torch_backend.macenko_reconstruct(
-        images, source_stain, source_max, target_stain, target_max, options.Io, options.range
+    source, source_max, target, target_max = stains
+    return torch_backend.macenko_reconstruct(images, source, source_max, target, target_max, options.Io, options.range)
+
+
+def reconstruct_stains(
+    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, options: Options
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reconstruct` with both stains of `target`, with haematoxylin alone and with eosin alone: in one pass over the
+    images where no derivative is wanted and compiled code supports them.
+    """
+    stains = _arguments(images, *source[:2], *target[:2])
+    if is_one_operator(images, *stains):
+        pixels, plain = supported(images.detach(), like_result=True), [part.detach() for part in stains]
+        both, h, e = torch.ops.ernet.macenko_reconstruct_stains(pixels, *plain, options.Io, options.range)
+        return both.to(images.dtype), h.to(images.dtype), e.to(images.dtype)
+    return reconstruct(images, source, target, options), *stains_alone(images, source, target, options)
+
+
+def stains_alone(
+    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reconstruct` with haematoxylin of `drawn` alone and with eosin alone: the other's concentration is zero."""
+    h, e = drawn.max_concentration.unbind(dim=1)
+    only_h, only_e = torch.stack([h, torch.zeros_like(h)], dim=1), torch.stack([torch.zeros_like(e), e], dim=1)
+    return (
+        reconstruct(images, source, drawn._replace(max_concentration=only_h), options),
+        reconstruct(images, source, drawn._replace(max_concentration=only_e), options),
     )
 
 

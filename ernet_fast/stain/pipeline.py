@@ -22,7 +22,7 @@ from ernet_fast.stain.result import (
     describe_failures,
     expand_fit,
 )
-from ernet_fast.stain.tissue_mask import fit_pixels_inside, read_masks
+from ernet_fast.stain.tissue_mask import fit_inside
 from ernet_fast.stain.upload import is_readable, to_device
 
 
@@ -36,7 +36,7 @@ def read(images: Any, options: Options, name: str = "images") -> Collection:
 def fit(collection: Collection, options: Options, mask: Any = None) -> MacenkoFit:
     """The stains of every image, of the pixels in its mask."""
     if mask is not None:
-        return fit_pixels_inside(collection, read_masks(mask, collection), options)
+        return fit_inside(collection, mask, options)
     return collection.gather_fit([operators.fit(part.pixels, options) for part in collection.parts])
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-Vector = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Symmetric = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """xx, xy, xz, yy, yz, zz, a tensor [B] each."""
 
@@ -23,13 +22,13 @@ class PrincipalPlane(NamedTuple):
 
     Attributes:
         middle: [B], the eigenvalue in the middle.
-        first: unit eigenvector of the eigenvalue in the middle, three tensors [B].
-        second: unit eigenvector of the largest eigenvalue.
+        first: [B, 3], unit eigenvectors of the eigenvalue in the middle.
+        second: [B, 3], of the largest.
     """
 
     middle: torch.Tensor
-    first: Vector
-    second: Vector
+    first: torch.Tensor
+    second: torch.Tensor
 
 
 def principal_plane(matrix: Symmetric) -> PrincipalPlane:
@@ -38,26 +37,29 @@ def principal_plane(matrix: Symmetric) -> PrincipalPlane:
     axis = _eigenvector(matrix, lone)
     u, v = _complement(axis)
     value_a, vector_a, value_b, vector_b = _rotated(matrix, u, v)
-    a_above = value_a > value_b
-    above, below = _select(a_above, vector_a, vector_b), _select(a_above, vector_b, vector_a)
+    a_above = (value_a > value_b)[:, None]
+    above, below = vector_a.where(a_above, vector_b), vector_b.where(a_above, vector_a)
     larger, smaller = torch.maximum(value_a, value_b), torch.minimum(value_a, value_b)
+    lone_first = is_largest[:, None]
     return PrincipalPlane(
-        larger.where(is_largest, smaller), _select(is_largest, above, below), _select(is_largest, axis, above)
+        larger.where(is_largest, smaller), above.where(lone_first, below), axis.where(lone_first, above)
     )
 
 
-def dot(a: Vector, b: Vector) -> torch.Tensor:
-    """Scalar product."""
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Scalar products [B] of [B, 3], in a fixed order."""
+    return a[:, 0] * b[:, 0] + a[:, 1] * b[:, 1] + a[:, 2] * b[:, 2]
 
 
-def cross(a: Vector, b: Vector) -> Vector:
-    """Vector product."""
-    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+def cross(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Vector products of [B, 3]; torch's own may round otherwise for another number of matrices."""
+    (ax, ay, az), (bx, by, bz) = a.unbind(dim=1), b.unbind(dim=1)
+    return torch.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], dim=1)
 
 
-def _select(condition: torch.Tensor, a: Vector, b: Vector) -> Vector:
-    return a[0].where(condition, b[0]), a[1].where(condition, b[1]), a[2].where(condition, b[2])
+def _rows(matrix: Symmetric) -> torch.Tensor:
+    xx, xy, xz, yy, yz, zz = matrix
+    return torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz]).view(3, 3, -1).transpose(1, 2)
 
 
 def _separated_eigenvalue(matrix: Symmetric) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,46 +77,41 @@ def _separated_eigenvalue(matrix: Symmetric) -> tuple[torch.Tensor, torch.Tensor
     return mean + 2 * spread * (angle + (2 * math.pi / 3) * ~is_largest).cos(), is_largest
 
 
-def _eigenvector(matrix: Symmetric, value: torch.Tensor) -> Vector:
+def _eigenvector(matrix: Symmetric, value: torch.Tensor) -> torch.Tensor:
     """The unit vector that the rows of the matrix less `value` are orthogonal to; x where they are all zero."""
     xx, xy, xz, yy, yz, zz = matrix
-    rows: tuple[Vector, Vector, Vector] = ((xx - value, xy, xz), (xy, yy - value, yz), (xz, yz, zz - value))
+    rows = _rows((xx - value, xy, xz, yy - value, yz, zz - value))
     best = cross(rows[0], rows[1])
     length = dot(best, best)
     for i, j in ((0, 2), (1, 2)):
         other = cross(rows[i], rows[j])
         square = dot(other, other)
-        best, length = _select(length >= square, best, other), torch.maximum(length, square)
+        best, length = best.where((length >= square)[:, None], other), torch.maximum(length, square)
     found = length > 0
-    norm = length.where(found, 1.0).sqrt()
-    return (best[0] / norm).where(found, 1.0), (best[1] / norm).where(found, 0.0), (best[2] / norm).where(found, 0.0)
+    unit = best / length.where(found, 1.0).sqrt()[:, None]
+    return unit.where(found[:, None], torch.eye(3, dtype=unit.dtype, device=unit.device)[0])
 
 
-def _complement(axis: Vector) -> tuple[Vector, Vector]:
+def _complement(axis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two unit vectors that are orthogonal to `axis` and to each other."""
-    x, y, z = axis
-    wide = x.abs() > y.abs()
+    x, y, z = axis.unbind(dim=1)
     norm = (torch.maximum(x * x, y * y) + z * z).sqrt()
     zero = torch.zeros_like(x)
-    u = _select(wide, (-z / norm, zero, x / norm), (zero, z / norm, -y / norm))
+    in_xz, in_yz = torch.stack([-z, zero, x], dim=1), torch.stack([zero, z, -y], dim=1)
+    u = in_xz.where((x.abs() > y.abs())[:, None], in_yz) / norm[:, None]
     return u, cross(axis, u)
 
 
-def _rotated(matrix: Symmetric, u: Vector, v: Vector) -> tuple[torch.Tensor, Vector, torch.Tensor, Vector]:
+def _rotated(
+    matrix: Symmetric, u: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both eigenvalues and eigenvectors in the plane of u and v, by the rotation that makes u' A v' zero."""
-    xx, xy, xz, yy, yz, zz = matrix
-
-    def image(a: Vector) -> Vector:
-        return dot((xx, xy, xz), a), dot((xy, yy, yz), a), dot((xz, yz, zz), a)
-
-    au, av = image(u), image(v)
+    au, av = (torch.stack([dot(row, a) for row in _rows(matrix)], dim=1) for a in (u, v))
     uu, uv, vv = dot(u, au), dot(u, av), dot(v, av)
     turned = uv != 0
     theta = (vv - uu) / (2 * uv.where(turned, 1.0))
     tangent = (1 / (theta.abs() + (theta * theta + 1).sqrt())).copysign(theta)
     tangent = tangent.where(turned, 0.0)
     cosine = 1 / (tangent * tangent + 1).sqrt()
-    sine = tangent * cosine
-    a = cosine * u[0] - sine * v[0], cosine * u[1] - sine * v[1], cosine * u[2] - sine * v[2]
-    b = sine * u[0] + cosine * v[0], sine * u[1] + cosine * v[1], sine * u[2] + cosine * v[2]
-    return uu - tangent * uv, a, vv + tangent * uv, b
+    c, s = cosine[:, None], (tangent * cosine)[:, None]
+    return uu - tangent * uv, c * u - s * v, vv + tangent * uv, s * u + c * v

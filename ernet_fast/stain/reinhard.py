@@ -6,6 +6,7 @@ torchstain package has it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from ernet_fast.stain.options import Options
 from ernet_fast.stain.pipeline import check_no_mask, keep_degenerate, read, refuse_failures
 from ernet_fast.stain.result import OK, MacenkoStatus
 from ernet_fast.stain.target_module import TargetModule
-from ernet_fast.stain.tissue_mask import pixels_inside, read_masks
+from ernet_fast.stain.tissue_mask import pixels_of_masks
 from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
 from ernet_fast.stain.torchstain_form import (
     BACKENDS,
@@ -70,32 +71,23 @@ def reinhard_fit(images: Any, *, range: float = 255, layout: str | None = None, 
 
 
 def _fit(collection: Collection, range: float, mask: Any) -> ReinhardFit:
-    masks = None if mask is None else read_masks(mask, collection)
+    inside = None if mask is None else pixels_of_masks(collection, mask)
     if not collection.parts:
         nothing = torch.empty((0, 3), dtype=torch.float64, device="cpu")
         return ReinhardFit(nothing, nothing, torch.empty((0,), dtype=torch.int32, device="cpu"))
-    if masks is not None:
-        images = collection.in_order([part.pixels.detach() for part in collection.parts])
-        fits = [_fit_inside(image, one, range) for image, one in zip(images, masks, strict=True)]
-        return ReinhardFit(*(torch.cat(rows) for rows in zip(*fits, strict=True)))
+    if inside is not None:
+        fits = [_fit_pixels(pixels.detach(), range) for pixels in inside]
+        return ReinhardFit(*map(torch.cat, zip(*fits, strict=True)))
     fits = [_fit_pixels(part.pixels.detach(), range) for part in collection.parts]
-    mean, std, status = zip(*fits, strict=True)
-    return ReinhardFit(collection.gather(mean), collection.gather(std), collection.gather(status))
+    return ReinhardFit(*map(collection.gather, zip(*fits, strict=True)))
 
 
-def _fit_inside(
-    image: torch.Tensor, mask: torch.Tensor, range: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `_fit_pixels`, of the masked pixels of one image [3, H, W]."""
-    inside = pixels_inside(image, mask)
-    if inside.shape[3]:
-        return _fit_pixels(inside, range)
-    nothing = image.new_full((1, 3), math.nan, dtype=torch.float64)
-    return nothing, nothing, image.new_full((1,), int(MacenkoStatus.TOO_FEW_TISSUE_PIXELS), dtype=torch.int32)
-
-
-def _fit_pixels(images: torch.Tensor, range: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean, standard deviation and status of [b, 3, H, W]."""
+def _fit_pixels(images: torch.Tensor, range: float) -> ReinhardFit:
+    """Statistics of [b, 3, H, W], or of an image without pixels."""
+    if images.shape[3] == 0:
+        nothing = images.new_full((1, 3), math.nan, dtype=torch.float64)
+        status = images.new_full((1,), int(MacenkoStatus.TOO_FEW_TISSUE_PIXELS), dtype=torch.int32)
+        return ReinhardFit(nothing, nothing, status)
     results = []
     for part in _groups(images):
         valid = _levels_are_valid(part, range)
@@ -105,8 +97,7 @@ def _fit_pixels(images: torch.Tensor, range: float) -> tuple[torch.Tensor, torch
         status = torch.where(valid, int(MacenkoStatus.OK), int(MacenkoStatus.NON_FINITE)).to(torch.int32)
         keep = valid[:, None]
         results.append((mean.where(keep, math.nan), std.where(keep, math.nan), status))
-    means, stds, statuses = zip(*results, strict=True)
-    return torch.cat(means), torch.cat(stds), torch.cat(statuses)
+    return ReinhardFit(*map(torch.cat, zip(*results, strict=True)))
 
 
 def _groups(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -222,20 +213,19 @@ def _expand(fit: ReinhardFit, collection: Collection, name: str) -> ReinhardFit:
 
 
 def _normalize(part: Part, source: ReinhardFit, target: ReinhardFit, method: str | None, range: float) -> torch.Tensor:
-    gain, offset = (part.take(rows) for rows in _affine(source, target, method))
-    images, results = part.pixels, []
+    images = part.pixels
     unit = 255 if images.dtype == torch.uint8 else range
-    begin = 0
-    for group in _groups(images):
-        rows = slice(begin, begin + len(group))
-        begin += len(group)
-        scale, shift = (values[rows, :, None] for values in (gain, offset))
+    gain, offset = (part.take(rows).expand(len(images), 3)[:, :, None] for rows in _affine(source, target, method))
 
-        def updated(pixels: torch.Tensor, scale: torch.Tensor = scale, shift: torch.Tensor = shift) -> torch.Tensor:
-            return (lab_to_rgb(_lab(pixels, range) * scale + shift) * unit).to(images.dtype)
+    def updated(pixels: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        return (lab_to_rgb(_lab(pixels, range) * scale + shift) * unit).to(images.dtype)
 
-        results.append(_in_blocks(group, updated).reshape(group.shape))
-    return torch.cat(results)
+    groups = _groups(images)
+    sizes = [len(group) for group in groups]
+    rows = zip(groups, gain.split(sizes), offset.split(sizes), strict=True)
+    return torch.cat(
+        [_in_blocks(group, functools.partial(updated, scale=a, shift=b)).reshape(group.shape) for group, a, b in rows]
+    )
 
 
 def _affine(source: ReinhardFit, target: ReinhardFit, method: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,30 +313,19 @@ class ReinhardNormalizer(TargetModule):
         Raises:
             ValueError: before `fit`.
         """
-        return self._normalized(images, self.layout, source, mask, return_status)
+        return self._normalized(images, self.layout, source, mask=mask, return_status=return_status)
 
-    def _normalized(
-        self, images: Any, layout: str | None, source: ReinhardFit | None, mask: Any, return_status: bool
-    ) -> Any:
+    def _normalized(self, images: Any, layout: str | None, source: ReinhardFit | None, **named: Any) -> Any:
         status = torch.zeros(1, dtype=torch.int32, device=self.target_means.device)
         target = ReinhardFit(self.target_means.double()[None], self.target_stds.double()[None], status)
-        return reinhard_normalize(
-            images,
-            target,
-            source,
-            method=self.method,
-            on_degenerate=self.on_degenerate,
-            range=self.range,
-            layout=layout,
-            mask=mask,
-            return_status=return_status,
-        )
+        named |= {"method": self.method, "on_degenerate": self.on_degenerate, "range": self.range, "layout": layout}
+        return reinhard_normalize(images, target, source, **named)
 
     def normalize(self, I: Any, *, source: ReinhardFit | None = None, mask: Any = None) -> Any:  # noqa: E741
         """As `forward`, but in the form of `compat`: torchstain's name."""
         if self.compat is None:
             return self(I, source, mask)
-        return as_torchstain(I, (self._normalized(read_torchstain(I), "CHW", source, mask, False),), torch.uint8)[0]
+        return as_torchstain(I, (self._normalized(read_torchstain(I), "CHW", source, mask=mask),), torch.uint8)[0]
 
     def extra_repr(self) -> str:
         """Parameters, as torch shows them."""

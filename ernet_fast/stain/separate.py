@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ernet_fast.stain import operators, pipeline
-from ernet_fast.stain.collection import Collection, Part
+from ernet_fast.stain.collection import Part
 from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import MacenkoFit, check_fit, published_stains
 from ernet_fast.stain.torch_backend import concentration_rows
@@ -104,34 +104,7 @@ def _separate(
     if scaled:
         gain = drawn.max_concentration / source.max_concentration
         amounts = amounts * gain[:, :, None, None].to(amounts.dtype)
-    return (*images_of_stains(part.pixels, source, drawn, options), amounts)
-
-
-def images_of_stains(
-    images: torch.Tensor, source: MacenkoFit, drawn: MacenkoFit, options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Haematoxylin and eosin of images [b, 3, H, W] alone, with the stains `drawn`."""
-    h, e = drawn.max_concentration.unbind(dim=1)
-    # zero the other stain's concentration
-    maxima = torch.stack([h, torch.zeros_like(h)], dim=1), torch.stack([torch.zeros_like(e), e], dim=1)
-    haematoxylin, eosin = (
-        operators.reconstruct(images, source, drawn._replace(max_concentration=alone), options) for alone in maxima
-    )
-    return haematoxylin, eosin
-
-
-def collection_of_stains(
-    collection: Collection, source: MacenkoFit, drawn: MacenkoFit, options: Options
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """`images_of_stains` of every part, by the operator that separates where there is one."""
-    haematoxylin, eosin = [], []
-    for part in collection.parts:
-        ours, theirs = part.take_fit(source), part.take_fit(drawn)
-        done = operators.separate(part.pixels, ours, theirs, True, options)
-        h, e = images_of_stains(part.pixels, ours, theirs, options) if done is None else done[:2]
-        haematoxylin.append(h)
-        eosin.append(e)
-    return haematoxylin, eosin
+    return (*operators.stains_alone(part.pixels, source, drawn, options), amounts)
 
 
 LARGE_ROWS = 64.0

@@ -54,28 +54,28 @@ def _as_tensor(mask: Any, name: str) -> torch.Tensor:
     return mask if isinstance(mask, torch.Tensor) else torch.from_numpy(mask.copy())
 
 
-def pixels_inside(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The n masked pixels of an image [3, H, W] as an image [1, 3, 1, n]."""
-    return image[:, mask].reshape(1, 3, 1, -1)
+def pixels_of_masks(collection: Collection, mask: Any) -> list[torch.Tensor]:
+    """The n masked pixels of each image as an image [1, 3, 1, n]. Raises as `read_masks`."""
+    masks = read_masks(mask, collection)
+    images = collection.in_order([part.pixels for part in collection.parts])
+    return [image[:, one].reshape(1, 3, 1, -1) for image, one in zip(images, masks, strict=True)]
 
 
-def fit_pixels_inside(collection: Collection, masks: list[torch.Tensor], options: Options) -> MacenkoFit:
+def fit_inside(collection: Collection, mask: Any, options: Options) -> MacenkoFit:
     """Stains of the masked pixels of every image: together where the device takes masks, else copied out."""
-    if masks and operators.fits_inside(collection.parts[0].pixels):
-        fits = []
+    if collection.parts and operators.fits_inside(collection.parts[0].pixels):
+        masks, fits = read_masks(mask, collection), []
         for part in collection.parts:
             inside = torch.stack([masks[i] for i in part.index or range(len(masks))])
             fits.append(operators.fit(part.pixels, options, inside.flatten(1)))
         return collection.gather_fit(fits)
-    images = collection.in_order([part.pixels for part in collection.parts])
     fits = [
         operators.fit(inside, options) if inside.shape[3] else _nothing_to_fit(inside)
-        for inside in (pixels_inside(image, mask) for image, mask in zip(images, masks, strict=True))
+        for inside in pixels_of_masks(collection, mask)
     ]
     if not fits:
         return collection.gather_fit([operators.fit(part.pixels, options) for part in collection.parts])
-    stain, maximum, status = zip(*fits, strict=True)
-    return MacenkoFit(torch.cat(stain), torch.cat(maximum), torch.cat(status))
+    return MacenkoFit(*map(torch.cat, zip(*fits, strict=True)))
 
 
 def _nothing_to_fit(pixels: torch.Tensor) -> MacenkoFit:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 
 from ernet_fast import _backend
 from ernet_fast.stain.network_output import NetworkOutput, scale
-from ernet_fast.stain.principal_plane import PrincipalPlane, Vector, dot, principal_plane
+from ernet_fast.stain.principal_plane import PrincipalPlane, dot, principal_plane
 from ernet_fast.stain.result import (
     EQUAL_COMPONENTS,
     MIN_CONCENTRATION,
@@ -197,7 +196,7 @@ def _fit_group(
     rows = concentration_rows(stain)
     maxima = []
     for stain_of_two in (0, 1):
-        amount = _along(rows[:, stain_of_two].unbind(dim=1), od).nan_to_num(0.0)
+        amount = _along(rows[:, stain_of_two], od).nan_to_num(0.0)
         if inside is not None:
             amount = amount.where(inside, math.inf)
         maxima.append(percentile(amount.sort(dim=1).values, everything, 99, nearest))
@@ -207,12 +206,12 @@ def _fit_group(
     return stain.where(ok[:, None, None], math.nan), maximum.where(ok[:, None], math.nan), status
 
 
-def _along(vector: Sequence[torch.Tensor], od: torch.Tensor) -> torch.Tensor:
-    """Scalar products [B, H W] of vectors, three tensors [B], and od [B, 3, H W].
+def _along(vector: torch.Tensor, od: torch.Tensor) -> torch.Tensor:
+    """Scalar products [B, H W] of vectors [B, 3] and od [B, 3, H W].
 
     Written out, as a matrix product may round otherwise for another number of images.
     """
-    x, y, z = (part[:, None] for part in vector)
+    x, y, z = vector[:, :, None].unbind(dim=1)
     return x * od[:, 0] + y * od[:, 1] + z * od[:, 2]
 
 
@@ -224,21 +223,17 @@ def _set_status(status: torch.Tensor, bad: torch.Tensor, value: MacenkoStatus) -
 def _plane(moments: torch.Tensor, count: torch.Tensor, usable: torch.Tensor) -> tuple[PrincipalPlane, torch.Tensor]:
     """The plane of the two stains, and which images have none."""
     n = count.clamp(min=2)
-    mean = (moments[:, 1] / n, moments[:, 2] / n, moments[:, 3] / n)
+    mean = moments[:, 1:4] / n[:, None]
     product = moments[:, 4:].unbind(dim=1)
-    covariance = [(p - n * mean[i] * mean[j]) / (n - 1) for p, (i, j) in zip(product, PAIRS, strict=True)]
+    covariance = [(p - n * mean[:, i] * mean[:, j]) / (n - 1) for p, (i, j) in zip(product, PAIRS, strict=True)]
     # Images without a plane get a harmless matrix.
     xx, xy, xz, yy, yz, zz = (c.where(usable, h) for c, h in zip(covariance, (1.0, 0, 0, 2.0, 0, 3.0), strict=True))
     plane = principal_plane((xx, xy, xz, yy, yz, zz))
     mean_square = (product[0] + product[3] + product[5]) / n
     deficient = usable & ~(plane.middle > RANK_TOLERANCE * mean_square)
-    first = torch.ones_like(n).where(plane.first[0] >= 0, -1.0)
-    second = torch.ones_like(n).where(dot(mean, plane.second) >= 0, -1.0)
-    return PrincipalPlane(plane.middle, _times(first, plane.first), _times(second, plane.second)), deficient
-
-
-def _times(factor: torch.Tensor, vector: Vector) -> Vector:
-    return factor * vector[0], factor * vector[1], factor * vector[2]
+    first = torch.ones_like(n).where(plane.first[:, 0] >= 0, -1.0)[:, None]
+    second = torch.ones_like(n).where(dot(mean, plane.second) >= 0, -1.0)[:, None]
+    return PrincipalPlane(plane.middle, first * plane.first, second * plane.second), deficient
 
 
 def percentile(ordered: torch.Tensor, count: torch.Tensor, percent: float, nearest: bool) -> torch.Tensor:
@@ -261,8 +256,7 @@ def _stain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stain matrix [B, 3, 2] of the extreme angles [B], and the squared sine of the angle between its columns."""
     low, high = (
-        torch.stack([a * angle.cos() + b * angle.sin() for a, b in zip(plane.first, plane.second, strict=True)], dim=1)
-        for angle in (low_angle, high_angle)
+        plane.first * angle.cos()[:, None] + plane.second * angle.sin()[:, None] for angle in (low_angle, high_angle)
     )
     low_first = _is_haematoxylin(low, high)[:, None]
     stain = torch.stack([low.where(low_first, high), high.where(low_first, low)], dim=2)
@@ -338,7 +332,7 @@ def _transform(
     results = []
     for part, m, t in zip(images.split(group), matrices.split(group), tints.split(group), strict=True):
         od = optical_density(part, Io, range)
-        exponents = [_along(m[:, c].unbind(dim=1), od) + t[:, c, None] for c in (0, 1, 2)]
+        exponents = [_along(m[:, c], od) + t[:, c, None] for c in (0, 1, 2)]
         levels = (Io * (-torch.stack(exponents, dim=1)).exp()).clamp(max=255)
         if images.dtype == torch.uint8:
             levels = levels.nan_to_num(255.0)  # as the operators do with stains that are not finite

@@ -48,7 +48,7 @@ arch = sm_90a
         /*0070*/                   LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;   /* 0x00 */
         /*0080*/                   STG.E.U8 desc[UR4][R2.64], R4 ;             /* 0x00 */
 """
-NAMED = ("separate_kernel", "team_kernel", "team_kernel<ClusterTeam>")
+NAMED = ("separate_kernel", "resident_kernel", "resident_kernel<BlockCluster>")
 
 
 @pytest.fixture
@@ -93,10 +93,10 @@ def test_spills_and_registers_are_faults(kernels, change, said):
 
 def test_clusters_are_compiled_to_nothing_before_9_0():
     old, new = (
-        check_kernels.Kernel("team_kernel<ClusterTeam, true>", arch, 4, 0, 0, 0) for arch in ("sm_86", "sm_90a")
+        check_kernels.Kernel("resident_kernel<BlockCluster, true>", arch, 4, 0, 0, 0) for arch in ("sm_86", "sm_90a")
     )
     assert old.wanted == set() and new.wanted == {"LDG", "STG"}
-    assert check_kernels.Kernel("team_kernel<BlockTeam, true>", "sm_75", 4, 0, 0, 0).wanted == {"LDG", "STG"}
+    assert check_kernels.Kernel("resident_kernel<OneBlock, true>", "sm_75", 4, 0, 0, 0).wanted == {"LDG", "STG"}
 
 
 def test_a_name_that_no_kernel_has_is_a_fault(kernels):

@@ -73,7 +73,7 @@ class Separation(ctypes.Structure):
         ("source", Stains),
         ("drawn", Stains),
         ("scaled", ctypes.c_bool),
-        ("alone", Output * 2),
+        ("drawing", Output * 3),
         ("concentrations", ctypes.c_void_p),
     )
 
@@ -93,7 +93,7 @@ class Plan(NamedTuple):
     kind: int
     blocks: int
     threads: int
-    light_shift: int
+    table_shift: int
     shared_bytes: int
     listed: int
 
@@ -191,7 +191,7 @@ class Emulator:
         self.lib.simt_seed(ctypes.c_uint64(seed))
 
     def lists(self) -> Lists:
-        """What the team plans have listed."""
+        """What the resident and cluster plans have listed."""
         numbers = (ctypes.c_int64 * 4)()
         self.lib.simt_lists(numbers)
         return Lists(*numbers)
@@ -206,7 +206,7 @@ class Emulator:
         network: Network | None = None,
         changes: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Images rebuilt; source and target are pairs of float64 arrays [1 or B, 3, 2] and [1 or B, 2]."""
+        """Images reconstructed; source and target are pairs of float64 arrays [1 or B, 3, 2] and [1 or B, 2]."""
         what = describe(images, scale)
         out, to = output_for(images, scale, network)
         gain, shift = (part.ctypes.data for part in changes) if changes else (None, None)
@@ -219,12 +219,23 @@ class Emulator:
 
     def separate(self, images, source, drawn, scaled: bool, io: float = 240, scale: float = 1) -> list[np.ndarray]:
         """Haematoxylin, eosin, and concentrations [B, 2, H, W]; stains as in `reconstruct`."""
-        (haematoxylin, first), (eosin, second) = (output_for(images, scale, None) for _ in range(2))
+        drawings, outputs = zip(*(output_for(images, scale, None) for _ in range(2)), strict=True)
         amounts = np.full((len(images), 2, *images.shape[2:]), -7, np.float32)
-        what = Separation(stains(source), stains(drawn), scaled, (Output * 2)(first, second), amounts.ctypes.data)
+        what = Separation(stains(source), stains(drawn), scaled, (Output * 3)(*outputs), amounts.ctypes.data)
+        self._separate(images, what, io, scale)
+        return [*drawings, amounts]
+
+    def reconstruct_stains(self, images, source, target, io: float = 240, scale: float = 1) -> list[np.ndarray]:
+        """Haematoxylin alone, eosin alone, and both; stains as in `reconstruct`."""
+        drawings, outputs = zip(*(output_for(images, scale, None) for _ in range(3)), strict=True)
+        self._separate(
+            images, Separation(stains(source), stains(target), True, (Output * 3)(*outputs), None), io, scale
+        )
+        return list(drawings)
+
+    def _separate(self, images, what: Separation, io: float, scale: float) -> None:
         error = self.lib.simt_separate(ctypes.byref(describe(images, scale)), ctypes.byref(what), ctypes.c_double(io))
         assert error == 0
-        return [haematoxylin, eosin, amounts]
 
     def choose_plan(
         self, images, wanted: str = "automatic", blocks: int = 0, network: bool = False, device: Device = H200
@@ -267,7 +278,7 @@ class Emulator:
             call = self.lib.simt_streaming
         else:
             before = (ctypes.c_int64 * 6)(*plan), multiprocessors
-            call = self.lib.simt_team
+            call = self.lib.simt_resident
         error = call(*common, *before, ctypes.byref(fit.pointers()), recipe, to)
         if error:
             raise RuntimeError(f"CUDA error {error}")

@@ -61,25 +61,25 @@ void simt_lists(int64_t numbers[4]) {
   numbers[3] = lists.missed;
 }
 
-// kind, blocks, threads, light_shift, shared_bytes and listed of the plan.
+// kind, blocks, threads, table_shift, shared_bytes and listed of the plan.
 void simt_choose_plan(const Device* device, const Images* images, bool network, int wanted, int blocks,
                       int64_t plan[6]) {
-  const Plan chosen = choose_plan(*device, *images, network, PlanKind(wanted), blocks);
+  const Plan chosen = choose_plan(*device, *images, network, {PlanKind(wanted), blocks});
   plan[0] = int(chosen.kind);
   plan[1] = chosen.blocks;
   plan[2] = chosen.threads;
-  plan[3] = chosen.light_shift;
+  plan[3] = chosen.table_shift;
   plan[4] = chosen.shared_bytes;
   plan[5] = chosen.listed;
 }
 
-int simt_team(const Images* images, const Parameters* parameters, const int64_t numbers[6], int multiprocessors,
-              const FitResult* fit, const Recipe* recipe, const Output* out) {
+int simt_resident(const Images* images, const Parameters* parameters, const int64_t numbers[6], int multiprocessors,
+                  const FitResult* fit, const Recipe* recipe, const Output* out) {
   const Plan plan = {PlanKind(numbers[0]), int(numbers[1]), int(numbers[2]),
                      int(numbers[3]),      numbers[4],      int(numbers[5])};
   const Device device = {9, multiprocessors, 0, 0};
   simt::clusters_at_a_time = multiprocessors / plan.blocks;
-  return macenko_team(*images, *parameters, plan, device, *fit, recipe, out, nullptr);
+  return macenko_resident(*images, *parameters, plan, device, *fit, recipe, out, nullptr);
 }
 
 // The pixels that a sample takes.

@@ -14,7 +14,7 @@ from emulator import Emulator, pointer
 from kernel_images import channels_last, degenerate, stack, tissue
 from stain_images import load, real_images, synthetic_tissue
 
-TEAMS = [("resident", 1), ("cluster", 2), ("cluster", 8)]
+CLUSTERS = [("resident", 1), ("cluster", 2), ("cluster", 8)]
 DEFAULT = 240.0, 1.0, 0.15, False
 
 
@@ -23,11 +23,11 @@ def assert_same_fit(found, expected):
         np.testing.assert_array_equal(part, other)
 
 
-def fit_in_every_team(library, images, parameters=DEFAULT, **changes):
-    """Compares the fits of every team with those of the streaming plan; returns what each team has listed."""
+def fit_in_every_cluster(library, images, parameters=DEFAULT, **changes):
+    """Compares the fits of every size of cluster with those of the streaming plan; returns what each has listed."""
     expected = Emulator(library, 1).fit(images, parameters)
     lists = []
-    for seed, (kind, blocks) in enumerate(TEAMS):
+    for seed, (kind, blocks) in enumerate(CLUSTERS):
         emulator = Emulator(library, 30 + seed)
         plan = emulator.choose_plan(images, kind, blocks)._replace(**changes)
         assert_same_fit(emulator.fit(images, parameters, plan=plan), expected)
@@ -56,7 +56,7 @@ def test_a_sample_takes_one_pixel_of_every_stratum(simt_library):
 def test_lists_serve_ordinary_tissue(simt_library, nearest):
     images = tissue(97, 90, 2)
     for laid_out in (images, channels_last(images)):
-        for lists in fit_in_every_team(simt_library, laid_out, (240.0, 1.0, 0.15, nearest)):
+        for lists in fit_in_every_cluster(simt_library, laid_out, (240.0, 1.0, 0.15, nearest)):
             assert (lists.rounds, lists.missed) == (4, 0)
             assert lists.listed < 0.12 * lists.keys
 
@@ -79,7 +79,7 @@ def test_real_images_need_few_pixels(simt_library):
 
 
 def test_without_lists_all_keys_are_counted(simt_library):
-    for lists in fit_in_every_team(simt_library, tissue(60, 61, 2), listed=0):
+    for lists in fit_in_every_cluster(simt_library, tissue(60, 61, 2), listed=0):
         assert lists == (0, 0, 0, 0)
 
 
@@ -87,7 +87,7 @@ def test_without_lists_all_keys_are_counted(simt_library):
 def test_other_percentiles(simt_library, alpha, listed):
     """Far from the ends a list would be longer than the memory for it, and that of the angles is not begun."""
     images = stack(synthetic_tissue(90, 90, 2))
-    in_one_block, *_ = fit_in_every_team(simt_library, images, (240.0, alpha, 0.15, False), listed=listed)
+    in_one_block, *_ = fit_in_every_cluster(simt_library, images, (240.0, alpha, 0.15, False), listed=listed)
     assert in_one_block == (2, *in_one_block[1:3], 0) if listed == 6 else in_one_block.rounds <= 1
 
 
@@ -96,7 +96,7 @@ def test_lists_that_are_too_short(simt_library):
     few = np.array([[100, 50, 120], [101, 50, 120], [160, 90, 150], [200, 150, 190]], np.uint8)
     rng = np.random.default_rng(5)
     images = stack(*(few[rng.choice(4, (64, 63), p=p)] for p in ([0.4, 0.3, 0.2, 0.1], [0.49, 0.01, 0.01, 0.49])))
-    for lists in fit_in_every_team(simt_library, images, listed=1):
+    for lists in fit_in_every_cluster(simt_library, images, listed=1):
         assert lists.rounds > 0 and lists.missed > 0
 
 
@@ -109,9 +109,9 @@ def test_a_sample_that_misleads(simt_library):
     image[extreme[::2]] = (60, 150, 190)
     image[extreme[1::2]] = (190, 60, 150)
     images = stack(image.reshape(100, 100, 3))
-    assert fit_in_every_team(simt_library, images)[0].missed > 0
+    assert fit_in_every_cluster(simt_library, images)[0].missed > 0
     image[taken] = (120, 70, 140)  # and one that sees a single colour
-    fit_in_every_team(simt_library, stack(image.reshape(100, 100, 3)))
+    fit_in_every_cluster(simt_library, stack(image.reshape(100, 100, 3)))
 
 
 def sorted_by(image, key):
@@ -121,11 +121,11 @@ def sorted_by(image, key):
 
 @pytest.mark.parametrize("channel", [0, 2])
 def test_sorted_pixels(simt_library, channel):
-    """All that matters is in one block of a team, or spread as evenly as the sample."""
+    """All that matters is in one block of a cluster, or spread as evenly as the sample."""
     image = synthetic_tissue(80, 90, 4)
     by_ratio = sorted_by(image, lambda p: p[:, 1] * 256 // (p[:, channel] + 1))
     images = stack(by_ratio, sorted_by(image, lambda p: p.sum(1)), np.ascontiguousarray(by_ratio[::-1]))
-    assert all(lists.rounds == 6 for lists in fit_in_every_team(simt_library, images))
+    assert all(lists.rounds == 6 for lists in fit_in_every_cluster(simt_library, images))
 
 
 def test_little_tissue(simt_library):
@@ -137,7 +137,7 @@ def test_little_tissue(simt_library):
         image = np.full((90 * 80, 3), 245, np.uint8)
         image[7 :: len(image) // count][:count] = colours[:count]
         images.append(image.reshape(90, 80, 3))
-    fit_in_every_team(simt_library, stack(*images))
+    fit_in_every_cluster(simt_library, stack(*images))
 
 
 def test_colours_on_both_sides_of_the_plane(simt_library):
@@ -145,15 +145,15 @@ def test_colours_on_both_sides_of_the_plane(simt_library):
     rng = np.random.default_rng(8)
     turn = rng.integers(0, 90, (70, 71, 1))
     image = np.concatenate([90 + turn, 190 - turn, 120 + rng.integers(0, 20, turn.shape)], 2).astype(np.uint8)
-    assert fit_in_every_team(simt_library, stack(image))[0].rounds == 1
+    assert fit_in_every_cluster(simt_library, stack(image))[0].rounds == 1
     tissue_of_any_kind = 240.0, 1.0, -0.05, False  # white is tissue, and its optical density may be negative
-    assert fit_in_every_team(simt_library, tissue(70, 71, 1), tissue_of_any_kind)[0].rounds == 1
+    assert fit_in_every_cluster(simt_library, tissue(70, 71, 1), tissue_of_any_kind)[0].rounds == 1
 
 
 def test_degenerate_images(simt_library):
     for nearest in (False, True):
         for alpha, beta in ((1.0, 0.15), (10.0, 0.0)):
-            fit_in_every_team(simt_library, degenerate(), (240.0, alpha, beta, nearest))
+            fit_in_every_cluster(simt_library, degenerate(), (240.0, alpha, beta, nearest))
 
 
 @pytest.mark.parametrize("angles", [True, False])

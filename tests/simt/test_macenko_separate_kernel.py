@@ -43,6 +43,12 @@ def test_separation_equals_the_cpu(simt_library, size, dtype, scaled):
         for k in range(2):
             alone = drawn[0], drawn[1] * (np.arange(2) == k)
             np.testing.assert_array_equal(found[k], emulator.reconstruct(laid_out, source, alone))
+        if scaled:
+            both = emulator.reconstruct(laid_out, source, drawn)
+            for one, of_three in zip(
+                (*found[:2], both), emulator.reconstruct_stains(laid_out, source, drawn), strict=True
+            ):
+                np.testing.assert_array_equal(one, of_three)
             if dtype == np.uint8:
                 difference = np.abs(found[k].astype(int) - expected[k].numpy())
                 assert difference.max() <= 1 and (difference != 0).sum() <= max(1, 5e-4 * difference.size)

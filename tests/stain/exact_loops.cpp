@@ -177,8 +177,8 @@ int check_reconstruction(const MacenkoLoops& loops, const Image& image, int kind
   for (bool planar : {true, false}) {
     out[planar].resize(3 * image.pixels);
     r.out = out[planar].data();
-    loops.reconstruct(image.view(planar), {0, image.pixels / 2}, r);
-    loops.reconstruct(image.view(planar), {image.pixels / 2, image.pixels}, r);
+    loops.reconstruct(image.view(planar), {0, image.pixels / 2}, &r, 1);
+    loops.reconstruct(image.view(planar), {image.pixels / 2, image.pixels}, &r, 1);
   }
   for (int i = 0; i < image.pixels; ++i) {
     const unsigned char* p = image.interleaved.data() + 3 * i;

@@ -6,6 +6,7 @@ import pytest
 import torch
 from stain_images import batch, load, real_parameters, synthetic_tissue
 
+from ernet_fast import _backend
 from ernet_fast.stain import MacenkoNormalizer, macenko_augment, macenko_fit, macenko_normalize, torch_backend
 
 pytestmark = pytest.mark.gpu
@@ -28,8 +29,13 @@ def plan(request, monkeypatch):
     optin = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     if optin < 3 * 224 * 224 + 24 * 1024 and request.param != "streaming":
         monkeypatch.setitem(LARGEST, request.param, 64 * 64)
-    monkeypatch.setenv("ERNET_MACENKO_PLAN", request.param)
-    return request.param
+    ask_for(request.param)
+    yield request.param
+    ask_for("auto")
+
+
+def ask_for(plan):
+    _backend.extension().set_macenko_plan(plan)
 
 
 def tissue(count, height, width, channels_last=False):
@@ -55,17 +61,17 @@ def same(found, expected):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_plans_agree_and_repeat(plan, size, channels_last, monkeypatch):
+def test_plans_agree_and_repeat(plan, size, channels_last):
     if size[1] * size[2] > LARGEST.get(plan, 1 << 30):
         pytest.skip("larger than the shared memory of this plan")
     images = tissue(*size, channels_last).cuda()
     found = everything(images)
     assert same(everything(images), found)
-    monkeypatch.setenv("ERNET_MACENKO_PLAN", "streaming")
+    ask_for("streaming")
     assert same(everything(images), found)
     alone = everything(images[:1])
     assert same(alone[:-1], [part[:1] for part in found[:-1]])
-    monkeypatch.delenv("ERNET_MACENKO_PLAN")
+    ask_for("auto")
     assert same(everything(images), found)
 
 
@@ -118,11 +124,13 @@ def test_plans_are_captured_in_graphs(plan):
     assert same(found, [*expected, macenko_normalize(other, target, output=torch.bfloat16)])
 
 
-def test_unknown_and_impossible_plans_are_refused(monkeypatch):
+def test_unknown_and_impossible_plans_are_refused():
     images = tissue(1, 8, 8).cuda()
-    monkeypatch.setenv("ERNET_MACENKO_PLAN", "fastest")
-    with pytest.raises(RuntimeError, match="ERNET_MACENKO_PLAN=fastest; expected auto, streaming"):
-        macenko_fit(images)
-    monkeypatch.setenv("ERNET_MACENKO_PLAN", "cluster3")
-    with pytest.raises(RuntimeError, match="does not serve these images"):
-        macenko_fit(images)
+    with pytest.raises(ValueError, match="ERNET_MACENKO_PLAN=fastest; expected auto, streaming"):
+        ask_for("fastest")
+    ask_for("cluster3")
+    try:
+        with pytest.raises(RuntimeError, match="does not support these images"):
+            macenko_fit(images)
+    finally:
+        ask_for("auto")

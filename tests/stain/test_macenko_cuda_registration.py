@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason="the 
 WITH_KERNELS = (
     "macenko_fit",
     "macenko_reconstruct",
+    "macenko_reconstruct_stains",
     "macenko_normalize",
     "macenko_change",
     "macenko_augment",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
+from ernet_fast import _backend
 from ernet_fast.stain import (
     MacenkoNormalizer,
     MacenkoStatus,
@@ -113,10 +114,11 @@ def test_no_call_waits_for_the_device(dtype, target_device):
 
 
 @pytest.mark.parametrize("plan", ["streaming", "resident", "cluster2", "cluster8"])
-def test_no_plan_waits_for_the_device(path, plan, monkeypatch):
+def test_no_plan_waits_for_the_device(path, plan, request):
     if path != "kernels" or (plan.startswith("cluster") and torch.cuda.get_device_capability()[0] < 9):
         pytest.skip("this way of serving a device has no such plan")
-    monkeypatch.setenv("ERNET_MACENKO_PLAN", plan)
+    _backend.extension().set_macenko_plan(plan)
+    request.addfinalizer(lambda: _backend.extension().set_macenko_plan("auto"))
     images, target = images_of((61, 47)), MacenkoNormalizer().cuda().target
     for name in ("fit", "normalize", "identity", "nearest", "network", "augment"):
         call = calls(target)[name]

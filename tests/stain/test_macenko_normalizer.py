@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from stain_images import batch, synthetic_tissue
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ernet_fast import _backend
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
+from ernet_fast.stain.pipeline import usable_source
 
 A, B = synthetic_tissue(60, 70, 1), synthetic_tissue(61, 73, 2)
 
@@ -38,6 +41,43 @@ def test_stains_multiply_to_the_image():
     image, h, e = MacenkoNormalizer().normalize(batch(A).double().clamp(max=150))
     unclipped = (image < 255) & (h < 255) & (e < 255)
     torch.testing.assert_close((h * e / 240)[unclipped], image[unclipped], rtol=1e-12, atol=0)
+
+
+class MacenkoCalls(TorchDispatchMode):
+    """The Macenko operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ernet":
+            self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not _backend.extension_available(), reason="the compiled operators are not built")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("policy", ["reference", "identity"])
+def test_image_and_stains_take_one_fit_and_one_pass(dtype, layout, policy):
+    """With the bits of a reconstruction each."""
+    normalizer = MacenkoNormalizer(on_degenerate=policy)
+    images = batch(synthetic_tissue(61, 73, 2), synthetic_tissue(61, 73, 3), A[:1, :1].repeat(61, 0).repeat(73, 1))
+    images = images.to(dtype).contiguous(memory_format=layout)
+    with MacenkoCalls() as calls:
+        found = normalizer.normalize(images)
+    assert calls.names == ["macenko_fit", "macenko_reconstruct_stains"]
+    source = macenko_fit(images)
+    usable = usable_source(source, normalizer.target)
+    for kept, one in zip(((1, 1), (1, 0), (0, 1)), found, strict=True):
+        maxima = normalizer.target.max_concentration * torch.tensor(kept)
+        drawn = normalizer.target._replace(max_concentration=maxima)
+        expected = macenko_normalize(images, drawn, usable)
+        if policy == "identity" and kept == (1, 1):
+            expected[2] = images[2]
+        assert one.dtype == dtype and one.stride() == images.stride()
+        torch.testing.assert_close(one, expected, rtol=0, atol=0)
 
 
 def test_target_travels_in_the_state_dict():

@@ -32,6 +32,7 @@ def test_opcheck(dtype, channels_last):
     torch.library.opcheck(ops.macenko_fit.default, (images, 240.0, 1.0, 0.15, False))
     torch.library.opcheck(ops.macenko_reconstruct.default, (images, *STAINS, *STAINS, 240.0))
     torch.library.opcheck(ops.macenko_normalize.default, (images, *STAINS, 240.0, 1.0, 0.15, True, False))
+    torch.library.opcheck(ops.macenko_reconstruct_stains.default, (images, *STAINS, *STAINS, 240.0))
     changes = torch.rand((2, 2, 2), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
     torch.library.opcheck(ops.macenko_change.default, (images, *STAINS, *changes, 240.0))
     torch.library.opcheck(ops.macenko_augment.default, (images, *STAINS, *changes, 240.0, 1.0, 0.15, True, False))
@@ -83,12 +84,12 @@ def test_gradcheck_to_the_image_and_the_stains():
     parts = [fits.stain_matrix, fits.max_concentration, *STAINS]
     parts = [part.clone().requires_grad_() for part in parts]
 
-    def rebuild(images, source_stain, source_max, target_stain, target_max):
+    def reconstruct(images, source_stain, source_max, target_stain, target_max):
         source = MacenkoFit(source_stain, source_max, torch.zeros(2, dtype=torch.int32))
         target = MacenkoFit(target_stain, target_max, torch.zeros(1, dtype=torch.int32))
         return macenko_normalize(images, target, source)
 
-    assert torch.autograd.gradcheck(rebuild, (images, *parts), eps=1e-6, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.gradcheck(reconstruct, (images, *parts), eps=1e-6, atol=1e-5, rtol=1e-5)
 
 
 def rebuilt_by_formula(images, source_stain, source_max, target_stain, target_max):
@@ -110,7 +111,7 @@ def test_gradients_are_those_of_the_formula(channels_last, targets):
     values = [images, fits.stain_matrix, fits.max_concentration, *target]
     weight = torch.linspace(-1, 1, images.numel(), dtype=torch.float64).reshape(images.shape)
     results = []
-    for rebuild in (
+    for reconstruct in (
         lambda x, stain, top, wanted, wanted_top: macenko_normalize(
             x,
             MacenkoFit(wanted, wanted_top, torch.zeros(targets, dtype=torch.int32)),
@@ -119,7 +120,7 @@ def test_gradients_are_those_of_the_formula(channels_last, targets):
         rebuilt_by_formula,
     ):
         leaves = [value.clone().requires_grad_() for value in values]
-        out = rebuild(*leaves)
+        out = reconstruct(*leaves)
         results.append((out, *torch.autograd.grad((out * weight).sum(), leaves)))
     assert (results[1][0] == 255).any() and (results[1][0] < 255).any()
     for found, expected in zip(*results, strict=True):

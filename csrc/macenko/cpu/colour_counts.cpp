@@ -1,7 +1,6 @@
-#include "macenko/cpu/colour_counts.h"
+#include "macenko/cpu/image.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "macenko/steps/order_statistic.h"
@@ -40,10 +39,7 @@ void moments_of_colours(const int64_t* counts, const OdTable& table, double mome
       for (int j = i; j < 3; ++j) product[k++] += uint128(count) * uint128(od[i] * od[j]);
     }
   });
-  const double scale = 1 / macenko::kOdScale;
-  moments[0] = double(pixels);
-  for (int k = 0; k < 3; ++k) moments[1 + k] = double(sum[k]) * scale;
-  for (int k = 0; k < 6; ++k) moments[4 + k] = double(product[k]) * (scale * scale);
+  moments_of_sums(pixels, sum, product, moments);
 }
 
 struct CountedKey {
@@ -110,15 +106,6 @@ class ColourKeys {
   int staged_ = 0;
 };
 
-Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p, const OdTable& table) {
-  return {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
-}
-
-double angle_percentile(std::vector<CountedKey>& keys, double percent, bool nearest) {
-  const OrderStatistics found = select(keys, percent, nearest);
-  return macenko::interpolate(macenko::angle_of_key(found.lower), macenko::angle_of_key(found.upper), found.weight);
-}
-
 }  // namespace
 
 void macenko_count_colours(const ImageView& image, int64_t* counts) {
@@ -132,36 +119,19 @@ void macenko_count_colours(const ImageView& image, int64_t* counts) {
 }
 
 MacenkoImageFit macenko_fit_colours(const int64_t* counts, const MacenkoParameters& p, const OdTable& table) {
-  const double nan = std::nan("");
-  MacenkoImageFit fit = {{{nan, nan, nan}, {nan, nan, nan}}, {nan, nan}, macenko::kOk};
   double moments[macenko::kMomentCount];
   moments_of_colours(counts, table, moments);
-  macenko::Plane plane;
-  fit.status = macenko::plane_of_moments(moments, plane);
-  if (fit.status != macenko::kOk) return fit;
-
   std::vector<CountedKey> found;
-  const Keys angles = make_keys(KeyKind::angle, plane.first, plane.second, p, table);
-  ColourKeys(counts, angles).find(0, found);
-  macenko::Stain stain;
-  const double low = angle_percentile(found, p.alpha, p.nearest);
-  fit.status = macenko::stain_of_angles(plane, low, angle_percentile(found, 100 - p.alpha, p.nearest), stain);
-  if (fit.status != macenko::kOk) return fit;
-
-  double rows[2][3], maximum[2];
-  macenko::concentration_rows(stain, rows);
-  const Keys concentrations = make_keys(KeyKind::linear, rows[0], rows[1], p, table);
-  for (int i = 0; i < 2; ++i) {
-    ColourKeys(counts, concentrations).find(i, found);
-    const OrderStatistics top = select(found, 99, p.nearest);
-    maximum[i] = macenko::interpolate(top.lower, top.upper, top.weight);
-    if (!(maximum[i] > macenko::kMinConcentration)) fit.status = macenko::kZeroConcentration;
-  }
-  if (fit.status != macenko::kOk) return fit;
-  fit.stain = stain;
-  fit.max_concentration[0] = maximum[0];
-  fit.max_concentration[1] = maximum[1];
-  return fit;
+  return fit_of_moments(moments, p, table, [&](const Keys& keys, const double percent[2], double result[2]) {
+    const bool angles = keys.kind == KeyKind::angle;
+    for (int i = 0; i < 2; ++i) {
+      if (i == 0 || !angles) ColourKeys(counts, keys).find(i, found);
+      const OrderStatistics at = select(found, percent[i], p.nearest);
+      result[i] =
+          angles ? macenko::interpolate(macenko::angle_of_key(at.lower), macenko::angle_of_key(at.upper), at.weight)
+                 : macenko::interpolate(at.lower, at.upper, at.weight);
+    }
+  });
 }
 
 }  // namespace ernet::cpu

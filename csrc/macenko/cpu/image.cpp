@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
-
-#include "macenko/cpu/percentiles.h"
 
 namespace ernet::cpu {
 
@@ -67,11 +66,6 @@ bool fits_single(const double matrix[3][3], const double shift[3], const macenko
   return fits;
 }
 
-Keys make_keys(KeyKind kind, const double a[3], const double b[3], const MacenkoParameters& p,
-               const macenko::OdTable& table) {
-  return {kind, {a[0], a[1], a[2]}, {b[0], b[1], b[2]}, p.beta, p.io, &table};
-}
-
 // Every so many pixels of an image, planar, to look for percentiles in. More of them narrow the search but cost time
 // themselves.
 class ImageSample {
@@ -127,49 +121,21 @@ int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParamet
     for (int k = 0; k < 3; ++k) sums.sum[k] += part.sum[k];
     for (int k = 0; k < 6; ++k) sums.product[k] += part.product[k];
   }
-  const double scale = 1 / macenko::kOdScale;
-  moments[0] = double(sums.count);
-  for (int k = 0; k < 3; ++k) moments[1 + k] = double(sums.sum[k]) * scale;
-  for (int k = 0; k < 6; ++k) moments[4 + k] = double(sums.product[k]) * (scale * scale);
+  moments_of_sums(sums.count, sums.sum, sums.product, moments);
   return sums.invalid;
 }
 
 MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p,
                             const macenko::OdTable& table, const Strips& strips) {
-  const MacenkoLoops& loops = macenko_loops(type);
-  const double nan = std::nan("");
-  MacenkoImageFit fit = {{{nan, nan, nan}, {nan, nan, nan}}, {nan, nan}, macenko::kNonFinite};
   double moments[macenko::kMomentCount];
-  if (macenko_moments(type, image, p, table, strips, moments) > 0) return fit;
-
-  macenko::Plane plane;
-  fit.status = macenko::plane_of_moments(moments, plane);
-  if (fit.status != macenko::kOk) return fit;
-  const ImageSample sample(type, image);
-  const double extremes[2] = {p.alpha, 100 - p.alpha};
-  double angle[2];
-  const Keys angles = make_keys(KeyKind::angle, plane.first, plane.second, p, table);
-  macenko_percentiles(loops, image, sample.view(), angles, int64_t(moments[0]), extremes, p.nearest, true, strips,
-                      angle);
-
-  macenko::Stain stain;
-  fit.status = macenko::stain_of_angles(plane, angle[0], angle[1], stain);
-  if (fit.status != macenko::kOk) return fit;
-  double rows[2][3];
-  macenko::concentration_rows(stain, rows);
-  const double top[2] = {99, 99};
-  double maximum[2];
-  const Keys concentrations = make_keys(KeyKind::linear, rows[0], rows[1], p, table);
-  macenko_percentiles(loops, image, sample.view(), concentrations, image.pixels, top, p.nearest, false, strips,
-                      maximum);
-  if (!(maximum[0] > macenko::kMinConcentration && maximum[1] > macenko::kMinConcentration)) {
-    fit.status = macenko::kZeroConcentration;
-    return fit;
-  }
-  fit.stain = stain;
-  fit.max_concentration[0] = maximum[0];
-  fit.max_concentration[1] = maximum[1];
-  return fit;
+  if (macenko_moments(type, image, p, table, strips, moments) > 0) return no_fit(macenko::kNonFinite);
+  std::optional<ImageSample> sample;
+  return fit_of_moments(moments, p, table, [&](const Keys& keys, const double percent[2], double result[2]) {
+    if (!sample) sample.emplace(type, image);
+    const bool angles = keys.kind == KeyKind::angle;
+    macenko_percentiles(macenko_loops(type), image, sample->view(), keys, angles ? int64_t(moments[0]) : image.pixels,
+                        percent, p.nearest, angles, strips, result);
+  });
 }
 
 Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
@@ -185,11 +151,11 @@ Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const 
   return r;
 }
 
-void macenko_reconstruct(Pixel type, const ImageView& image, Reconstruction r, const Strips& strips, void* out) {
-  const MacenkoLoops& loops = macenko_loops(type);
-  r.out = out;
-  strips.run(strips.tasks,
-             [&](int64_t strip) { loops.reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r); });
+void macenko_reconstruct(Pixel type, const ImageView& image, const Reconstruction* r, int results,
+                         const Strips& strips) {
+  strips.run(strips.tasks, [&](int64_t strip) {
+    macenko_loops(type).reconstruct(image, span_of_strip(image.pixels, strip, strips.tasks), r, results);
+  });
 }
 
 }  // namespace ernet::cpu

@@ -30,8 +30,8 @@ struct PixelSpan {
 
 __extension__ typedef unsigned __int128 uint128;
 
-// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/od.h, products with twice the fractional
-// bits.
+// Exact sums over the tissue pixels of a range: fixed-point ODs of macenko/steps/od.h, products with twice the
+// fractional bits.
 struct MomentSums {
   int64_t count;
   int64_t invalid;  // pixels with a value that is no grey level
@@ -77,6 +77,9 @@ struct RadixPass {
   int64_t* counts;  // [kRadixBins], added to
 };
 
+// Reconstructions that one pass over an image writes at most: all stains, haematoxylin alone, eosin alone.
+constexpr int kMostResults = 3;
+
 // I' = Io exp(shift - matrix . OD).
 struct Reconstruction {
   double matrix[3][3];
@@ -106,8 +109,9 @@ struct MacenkoLoops {
   // Keys of all pixels of an image; returns how many were written (angle: tissue only) to a and, if linear, b.
   int64_t (*keys)(const ImageView&, const Keys&, double* a, double* b);
   void (*radix)(const ImageView&, PixelSpan, const Keys&, const RadixPass&);
-  void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction&);
-  // The same for 8-bit images and `single`, scaled; null where nothing is faster than one step after the other.
+  // Every result of reconstructions that share Io and the table. Pixels are read once.
+  void (*reconstruct)(const ImageView&, PixelSpan, const Reconstruction*, int results);
+  // A single one of an 8-bit image and `single`, scaled; null where nothing is faster than one step after the other.
   void (*reconstruct_scaled)(const ImageView&, PixelSpan, const Reconstruction&, const ScaledLevels&);
   // Among `count` finite or infinite keys, which are overwritten, as is scratch[0 .. count - 1].
   Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
@@ -121,8 +125,7 @@ struct MacenkoLoops {
 #define ERNET_VBMI 1
 #endif
 
-// Defined by macenko_order_loops.cpp; by macenko_float_scan_loops.cpp, for the other images; by the files
-// macenko_bytes_*_loops.cpp, for 8-bit images.
+// Each in the file of its name in simd/; the suffix avx512 or vbmi: for instruction sets that have it, faster again.
 #ifdef ERNET_ISA
 namespace ERNET_ISA_NAMESPACE {
 Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank);
@@ -130,12 +133,11 @@ void scan_f32(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
-void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction&);
-// By macenko_avx512_*_loops.cpp and macenko_vbmi_*_loops.cpp, for instruction sets that have them: faster again.
-void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction&);
+void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction*, int results);
+void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction*, int results);
 void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
-void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction&);
+void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction*, int results);
 void reconstruct_scaled_vbmi(const ImageView&, PixelSpan, const Reconstruction&, const ScaledLevels&);
 }  // namespace ERNET_ISA_NAMESPACE
 #endif

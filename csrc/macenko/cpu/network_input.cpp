@@ -1,4 +1,4 @@
-#include "macenko/cpu/network_input.h"
+#include "macenko/cpu/image.h"
 
 #include <cmath>
 #include <cstring>
@@ -97,16 +97,9 @@ void reconstruct_strip(const ImageView& image, PixelSpan span, Pixel type, Recon
       block.data = planes;
       block.channel_stride = kScaledBlock;
     }
-    loops.reconstruct(block, {0, count}, r);
+    loops.reconstruct(block, {0, count}, &r, 1);
     scale_block<T, Out>(level, block, out, table, static_cast<Out*>(out.data) + 3 * begin);
   }
-}
-
-template <class T, class Out>
-void scale_strip(const ImageView& image, PixelSpan span, const NetworkInput& out, const LevelTable<Out>* table) {
-  const T* data = static_cast<const T*>(image.data) + span.begin * image.pixel_stride;
-  const ImageView part = {data, image.pixel_stride, image.channel_stride, span.end - span.begin, image.scale};
-  scale_block<T, Out>(data, part, out, table, static_cast<Out*>(out.data) + 3 * span.begin);
 }
 
 // `r` is null where the image stays as it is.
@@ -115,16 +108,15 @@ void write_strips(Pixel type, const ImageView& image, const Reconstruction* r, c
                   const NetworkInput& out) {
   const LevelTable<Out> table(out);
   const auto fused = macenko_loops(type).reconstruct_scaled;
-  if (fused != nullptr && r != nullptr && r->single) {
-    const ScaledLevels scaled = {int(sizeof(Out)), table.value, out.data};
-    strips.run(strips.tasks,
-               [&](int64_t strip) { fused(image, span_of_strip(image.pixels, strip, strips.tasks), *r, scaled); });
-    return;
-  }
+  const ScaledLevels scaled = {int(sizeof(Out)), table.value, out.data};
   strips.run(strips.tasks, [&](int64_t strip) {
     const PixelSpan span = span_of_strip(image.pixels, strip, strips.tasks);
     if (r == nullptr) {
-      scale_strip<T, Out>(image, span, out, &table);
+      const T* data = static_cast<const T*>(image.data) + span.begin * image.pixel_stride;
+      const ImageView part = {data, image.pixel_stride, image.channel_stride, span.end - span.begin, image.scale};
+      scale_block<T, Out>(data, part, out, &table, static_cast<Out*>(out.data) + 3 * span.begin);
+    } else if (fused != nullptr && r->single) {
+      fused(image, span, *r, scaled);
     } else {
       reconstruct_strip<T, Out>(image, span, type, *r, out, &table);
     }
@@ -144,7 +136,10 @@ void write_as(Pixel type, const ImageView& image, const Reconstruction* r, const
   }
 }
 
-void write(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips, const NetworkInput& out) {
+}  // namespace
+
+void macenko_scaled(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
+                    const NetworkInput& out) {
   switch (out.type) {
     case NetworkType::f32:
       return write_as<float>(type, image, r, strips, out);
@@ -153,17 +148,6 @@ void write(Pixel type, const ImageView& image, const Reconstruction* r, const St
     case NetworkType::f16:
       return write_as<Half>(type, image, r, strips, out);
   }
-}
-
-}  // namespace
-
-void macenko_reconstruct_scaled(Pixel type, const ImageView& image, const Reconstruction& r, const Strips& strips,
-                                const NetworkInput& out) {
-  write(type, image, &r, strips, out);
-}
-
-void macenko_scaled(Pixel type, const ImageView& image, const Strips& strips, const NetworkInput& out) {
-  write(type, image, nullptr, strips, out);
 }
 
 }  // namespace ernet::cpu

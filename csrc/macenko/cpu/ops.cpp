@@ -13,7 +13,6 @@
 
 #include "macenko/checks.h"
 #include "macenko/cpu/image.h"
-#include "macenko/cpu/network_input.h"
 #include "memory/outputs.h"
 
 namespace {
@@ -23,6 +22,7 @@ using ernet::cpu::ImageView;
 using ernet::cpu::MacenkoImageFit;
 using ernet::cpu::MacenkoParameters;
 using ernet::cpu::Pixel;
+using ernet::cpu::Reconstruction;
 using ernet::cpu::Strips;
 using ernet::macenko::OdTable;
 using torch::headeronly::ScalarType;
@@ -32,17 +32,10 @@ using torch::stable::Tensor;
 constexpr int64_t kSharedImagePixels = 1 << 18;
 
 Pixel pixel_type(const Tensor& images) {
-  switch (images.scalar_type()) {
-    case ScalarType::Byte:
-      return Pixel::u8;
-    case ScalarType::Float:
-      return Pixel::f32;
-    case ScalarType::Double:
-      return Pixel::f64;
-    default:
-      STD_TORCH_CHECK(false, "ernet: images must be uint8, float32 or float64 on the CPU");
-  }
-  return Pixel::u8;
+  const ScalarType type = images.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Byte || type == ScalarType::Float || type == ScalarType::Double,
+                  "ernet: images must be uint8, float32 or float64 on the CPU");
+  return type == ScalarType::Byte ? Pixel::u8 : type == ScalarType::Float ? Pixel::f32 : Pixel::f64;
 }
 
 // Runs body(image, strips) for every image, either whole images or strips of each in parallel.
@@ -136,39 +129,33 @@ std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, 
   return {fits.stain, fits.maximum, fits.status};
 }
 
-struct ImageStains {
-  ernet::macenko::Stain stain;
-  double maximum[2];
-};
-
 // The stains of `count` images: [1 or count, 3, 2] and [1 or count, 2].
 struct StainsOfImages {
-  Tensor stain_tensor, maximum_tensor;
   const double* stain;
   const double* maximum;
   bool shared;
 
-  StainsOfImages(const Tensor& s, const Tensor& m, int64_t count, const char* name)
-      : stain_tensor(s), maximum_tensor(m) {
+  StainsOfImages(const Tensor& s, const Tensor& m, int64_t count, const char* name) {
     ernet::check_stains(s, m, count, name);
     STD_TORCH_CHECK(s.is_cpu() && m.is_cpu(), "ernet: ", name, " stains must be on the device of the images");
-    stain = static_cast<const double*>(s.const_data_ptr());
-    maximum = static_cast<const double*>(m.const_data_ptr());
+    stain = finite(s, 6, name, "_stain");
+    maximum = finite(m, 2, name, "_max");
     shared = s.size(0) == 1;
-    for (int64_t i = 0; i < s.numel(); ++i) {
-      STD_TORCH_CHECK(std::isfinite(stain[i]), "ernet: ", name, "_stain of image ", i / 6,
-                      " is not finite. Images whose fit has a status need another source");
-    }
-    for (int64_t i = 0; i < m.numel(); ++i) {
-      STD_TORCH_CHECK(std::isfinite(maximum[i]), "ernet: ", name, "_max of image ", i / 2,
-                      " is not finite. Images whose fit has a status need another source");
-    }
   }
 
-  ImageStains get(int64_t index) const {
+  MacenkoImageFit get(int64_t index) const {
     const int64_t i = shared ? 0 : index;
     const double* s = stain + 6 * i;
-    return {{{s[0], s[2], s[4]}, {s[1], s[3], s[5]}}, {maximum[2 * i], maximum[2 * i + 1]}};
+    return {{{s[0], s[2], s[4]}, {s[1], s[3], s[5]}}, {maximum[2 * i], maximum[2 * i + 1]}, ernet::macenko::kOk};
+  }
+
+  static const double* finite(const Tensor& t, int64_t numbers, const char* name, const char* part) {
+    const auto* values = static_cast<const double*>(t.const_data_ptr());
+    for (int64_t i = 0; i < t.numel(); ++i) {
+      STD_TORCH_CHECK(std::isfinite(values[i]), "ernet: ", name, part, " of image ", i / numbers,
+                      " is not finite. Images whose fit has a status need another source");
+    }
+    return values;
   }
 };
 
@@ -186,9 +173,9 @@ void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, si
 }
 
 ernet::cpu::NetworkType network_type(ScalarType dtype) {
-  return dtype == ScalarType::Float      ? ernet::cpu::NetworkType::f32
-         : dtype == ScalarType::BFloat16 ? ernet::cpu::NetworkType::bf16
-                                         : ernet::cpu::NetworkType::f16;
+  using ernet::cpu::NetworkType;
+  if (dtype == ScalarType::Float) return NetworkType::f32;
+  return dtype == ScalarType::BFloat16 ? NetworkType::bf16 : NetworkType::f16;
 }
 
 // Where the results of a call go: to images laid out as the input, or to a network's input [B, H, W, 3].
@@ -216,22 +203,29 @@ class Results {
   Pixel type() const { return type_; }
 
   // Image `index` with other stains, whose exponents are increased by `shift`.
-  void reconstruct(int64_t index, const ImageStains& from, const ImageStains& to, const double shift[3],
-                   const OdTable& table, double io, const Strips& strips) const {
+  Reconstruction reconstruction(int64_t index, const MacenkoImageFit& from, const MacenkoImageFit& to,
+                                const double shift[3], const OdTable& table, double io) const {
     double matrix[3][3];
-    ernet::macenko::reconstruction_matrix(from.stain, from.maximum, to.stain, to.maximum, matrix);
-    const auto r = ernet::cpu::make_reconstruction(type_, matrix, shift, table, io);
+    ernet::macenko::reconstruction_matrix(from.stain, from.max_concentration, to.stain, to.max_concentration, matrix);
+    Reconstruction r = ernet::cpu::make_reconstruction(type_, matrix, shift, table, io);
+    if (!network_) r.out = output_of(out_, index, element_size_);
+    return r;
+  }
+
+  void reconstruct(int64_t index, const MacenkoImageFit& from, const MacenkoImageFit& to, const double shift[3],
+                   const OdTable& table, double io, const Strips& strips) const {
+    const Reconstruction r = reconstruction(index, from, to, shift, table, io);
     if (network_) {
-      ernet::cpu::macenko_reconstruct_scaled(type_, view(index), r, strips, network_input(index));
+      ernet::cpu::macenko_scaled(type_, view(index), &r, strips, network_input(index));
     } else {
-      ernet::cpu::macenko_reconstruct(type_, view(index), r, strips, output_of(out_, index, element_size_));
+      ernet::cpu::macenko_reconstruct(type_, view(index), &r, 1, strips);
     }
   }
 
   // Image `index` as it is.
   void keep(int64_t index, const Strips& strips) const {
     if (network_) {
-      ernet::cpu::macenko_scaled(type_, view(index), strips, network_input(index));
+      ernet::cpu::macenko_scaled(type_, view(index), nullptr, strips, network_input(index));
     } else {
       copy_image(in_, out_, index, element_size_);
     }
@@ -263,38 +257,85 @@ class Results {
 
 constexpr double kNoShift[3] = {0, 0, 0};
 
-Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
-                           const Tensor& target_stain, const Tensor& target_max, double io, double range,
-                           std::optional<ScalarType> dtype, std::optional<Tensor> mean, std::optional<Tensor> std) {
-  ernet::check_fit_parameters(io, 1.0, 0.0, range);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const Results results(images, in, range, ernet::network_scale(images, dtype, mean, std, range));
-  const OdTable& table = od_table(io, 0.0);
+// How stains are replaced: those of `source`, or if it is null those that a fit estimates, by the stains of `target`;
+// with `gain` and `shift`, [count][2], the stains of an image stay, and its concentrations C become gain C + shift.
+// Images without a fit are taken to have the stains of `target`, or stay as they are under `identity`.
+struct Recipe {
+  const StainsOfImages* source;
+  const StainsOfImages& target;
+  bool identity = false;
+  const double* gain = nullptr;
+  const double* shift = nullptr;
+};
+
+// Fit, unless stains are known, and result of each image one after the other, while it is in the cache.
+Tensor replace_stains(const Tensor& images, const DenseImages& in, const Recipe& recipe, const MacenkoParameters& p,
+                      double range, const std::optional<ernet::NetworkScale>& scale, const FitTensors* fits) {
+  const Results results(images, in, range, scale);
+  const OdTable& table = od_table(p.io, p.beta);
   for_each_image(in, [&](int64_t i, const Strips& strips) {
-    results.reconstruct(i, sources.get(i), targets.get(i), kNoShift, table, io, strips);
+    MacenkoImageFit own;
+    if (recipe.source != nullptr) {
+      own = recipe.source->get(i);
+    } else {
+      own = ernet::cpu::macenko_fit(results.type(), results.view(i), p, table, strips);
+      fits->set(i, own);
+      if (own.status != ernet::macenko::kOk) {
+        if (recipe.identity) return results.keep(i, strips);
+        own = recipe.target.get(i);
+      }
+    }
+    if (recipe.gain == nullptr) {
+      return results.reconstruct(i, own, recipe.target.get(i), kNoShift, table, p.io, strips);
+    }
+    const double *gain = recipe.gain + 2 * i, *shift = recipe.shift + 2 * i;
+    MacenkoImageFit changed = own;
+    for (int t = 0; t < 2; ++t) changed.max_concentration[t] *= gain[t];
+    double tint[3];
+    for (int c = 0; c < 3; ++c) tint[c] = -(own.stain.h[c] * shift[0] + own.stain.e[c] * shift[1]);
+    results.reconstruct(i, own, changed, tint, table, p.io, strips);
   });
   return results.tensor;
 }
 
-// Fit and result of each image one after the other, while it is in the cache. `reconstruct` gets the image's own
-// stains, or those of `reference` where it has no fit, unless these images are to stay as they are.
-template <class F>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fit_and(const Results& results, const DenseImages& in,
-                                                   const MacenkoParameters& p, const StainsOfImages& reference,
-                                                   bool identity, const F& reconstruct) {
-  const FitTensors fits(in.count);
-  const OdTable& table = od_table(p.io, p.beta);
+// Of a reconstruction with known stains.
+MacenkoParameters without_fit(double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  return {io, 1.0, 0.0, false};
+}
+
+Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
+                           const Tensor& target_stain, const Tensor& target_max, double io, double range,
+                           std::optional<ScalarType> dtype, std::optional<Tensor> mean, std::optional<Tensor> std) {
+  const MacenkoParameters p = without_fit(io, range);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  const auto scale = ernet::network_scale(images, dtype, mean, std, range);
+  return replace_stains(images, in, {&sources, targets}, p, range, scale, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_reconstruct_stains(const Tensor& images, const Tensor& source_stain,
+                                                              const Tensor& source_max, const Tensor& target_stain,
+                                                              const Tensor& target_max, double io, double range) {
+  const MacenkoParameters p = without_fit(io, range);
+  const DenseImages in = ernet::dense_images(images, "images");
+  const StainsOfImages sources(source_stain, source_max, in.count, "source");
+  const StainsOfImages targets(target_stain, target_max, in.count, "target");
+  const Results both(images, in, range, std::nullopt);
+  const Results haematoxylin(images, in, range, std::nullopt);
+  const Results eosin(images, in, range, std::nullopt);
+  const OdTable& table = od_table(io, p.beta);
   for_each_image(in, [&](int64_t i, const Strips& strips) {
-    const MacenkoImageFit fit = ernet::cpu::macenko_fit(results.type(), results.view(i), p, table, strips);
-    fits.set(i, fit);
-    const bool ok = fit.status == ernet::macenko::kOk;
-    if (!ok && identity) return results.keep(i, strips);
-    const ImageStains own = {fit.stain, {fit.max_concentration[0], fit.max_concentration[1]}};
-    reconstruct(i, ok ? own : reference.get(i), table, strips);
+    const MacenkoImageFit source = sources.get(i), target = targets.get(i);
+    MacenkoImageFit h = target, e = target;
+    h.max_concentration[1] = e.max_concentration[0] = 0;
+    const Reconstruction results[] = {both.reconstruction(i, source, target, kNoShift, table, io),
+                                      haematoxylin.reconstruction(i, source, h, kNoShift, table, io),
+                                      eosin.reconstruction(i, source, e, kNoShift, table, io)};
+    ernet::cpu::macenko_reconstruct(both.type(), both.view(i), results, 3, strips);
   });
-  return {results.tensor, fits.stain, fits.maximum, fits.status};
+  return {both.tensor, haematoxylin.tensor, eosin.tensor};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
@@ -305,56 +346,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& image
   ernet::check_fit_parameters(io, alpha, beta, range);
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const Results results(images, in, range, ernet::network_scale(images, dtype, mean, std, range));
-  return fit_and(results, in, {io, alpha, beta, nearest}, targets, identity,
-                 [&](int64_t i, const ImageStains& own, const OdTable& table, const Strips& strips) {
-                   results.reconstruct(i, own, targets.get(i), kNoShift, table, io, strips);
-                 });
+  const auto scale = ernet::network_scale(images, dtype, mean, std, range);
+  const FitTensors fits(in.count);
+  const Tensor result =
+      replace_stains(images, in, {nullptr, targets, identity}, {io, alpha, beta, nearest}, range, scale, &fits);
+  return {result, fits.stain, fits.maximum, fits.status};
 }
 
-// Gain and shift of the two stains of every image, [B, 2] float64 each.
-class Changes {
- public:
-  Changes(const Tensor& gain, const Tensor& shift, int64_t count)
-      : gain_tensor_(gain),
-        shift_tensor_(shift),
-        gain_(values(gain, count, "gain")),
-        shift_(values(shift, count, "shift")) {}
-
-  // Image `index` of these stains, its concentrations C become gain C + shift.
-  void apply(const Results& results, int64_t index, const ImageStains& own, const OdTable& table, double io,
-             const Strips& strips) const {
-    const double *gain = gain_ + 2 * index, *shift = shift_ + 2 * index;
-    const ImageStains changed = {own.stain, {own.maximum[0] * gain[0], own.maximum[1] * gain[1]}};
-    double tint[3];
-    for (int c = 0; c < 3; ++c) tint[c] = -(own.stain.h[c] * shift[0] + own.stain.e[c] * shift[1]);
-    results.reconstruct(index, own, changed, tint, table, io, strips);
-  }
-
- private:
-  static const double* values(const Tensor& t, int64_t count, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == count && t.size(1) == 2 && t.is_contiguous() &&
-                        t.scalar_type() == ScalarType::Double,
-                    "ernet: ", name, " must be [", count, ", 2] float64, contiguous, on the device of the images; got ",
-                    ernet::shape_of(t));
-    return static_cast<const double*>(t.const_data_ptr());
-  }
-
-  Tensor gain_tensor_, shift_tensor_;
-  const double *gain_, *shift_;
-};
+// Gain or shift of the two stains of every image, [B, 2] float64.
+const double* change_of(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == count && t.size(1) == 2 && t.is_contiguous() &&
+                      t.scalar_type() == ScalarType::Double,
+                  "ernet: ", name, " must be [", count, ", 2] float64, contiguous, on the device of the images; got ",
+                  ernet::shape_of(t));
+  return static_cast<const double*>(t.const_data_ptr());
+}
 
 Tensor macenko_change(const Tensor& images, const Tensor& source_stain, const Tensor& source_max, const Tensor& gain,
                       const Tensor& shift, double io, double range) {
-  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const MacenkoParameters p = without_fit(io, range);
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const Changes changes(gain, shift, in.count);
-  const Results results(images, in, range, std::nullopt);
-  const OdTable& table = od_table(io, 0.0);
-  for_each_image(
-      in, [&](int64_t i, const Strips& strips) { changes.apply(results, i, sources.get(i), table, io, strips); });
-  return results.tensor;
+  const Recipe recipe = {&sources, sources, false, change_of(gain, in.count, "gain"),
+                         change_of(shift, in.count, "shift")};
+  return replace_stains(images, in, recipe, p, range, std::nullopt, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images, const Tensor& reference_stain,
@@ -364,12 +379,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images,
   ernet::check_fit_parameters(io, alpha, beta, range);
   const DenseImages in = ernet::dense_images(images, "images");
   const StainsOfImages reference(reference_stain, reference_max, in.count, "reference");
-  const Changes changes(gain, shift, in.count);
-  const Results results(images, in, range, std::nullopt);
-  return fit_and(results, in, {io, alpha, beta, nearest}, reference, identity,
-                 [&](int64_t i, const ImageStains& own, const OdTable& table, const Strips& strips) {
-                   changes.apply(results, i, own, table, io, strips);
-                 });
+  const Recipe recipe = {nullptr, reference, identity, change_of(gain, in.count, "gain"),
+                         change_of(shift, in.count, "shift")};
+  const FitTensors fits(in.count);
+  const Tensor result = replace_stains(images, in, recipe, {io, alpha, beta, nearest}, range, std::nullopt, &fits);
+  return {result, fits.stain, fits.maximum, fits.status};
+}
+
+int64_t* counts_of(const Tensor& counts) {
+  STD_TORCH_CHECK(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.is_contiguous() &&
+                      counts.dim() == 1 && counts.size(0) == ernet::cpu::kColours,
+                  "ernet: counts must be [16777216] int64 on the CPU; got ", ernet::shape_of(counts));
+  return static_cast<int64_t*>(counts.mutable_data_ptr());
+}
+
+void macenko_count_colours(const Tensor& images, const Tensor& counts) {
+  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Byte, "ernet: images must be uint8");
+  const DenseImages in = ernet::dense_images(images, "images");
+  int64_t* table = counts_of(counts);
+  for (int64_t i = 0; i < in.count; ++i) {
+    const auto* image = static_cast<const unsigned char*>(in.data) + i * in.image_stride;
+    ernet::cpu::macenko_count_colours({image, in.pixel_stride, in.channel_stride, in.pixels, 1.0}, table);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_fit_colours(const Tensor& counts, double io, double alpha, double beta,
+                                                       bool nearest) {
+  ernet::check_fit_parameters(io, alpha, beta, 255.0);
+  const FitTensors fits(1);
+  fits.set(0, ernet::cpu::macenko_fit_colours(counts_of(counts), {io, alpha, beta, nearest}, od_table(io, beta)));
+  return {fits.stain, fits.maximum, fits.status};
 }
 
 }  // namespace
@@ -387,6 +426,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "macenko_normalize(Tensor images, Tensor target_stain, Tensor target_max, float Io, float alpha, float beta, "
       "bool nearest, bool identity, float range=255., *, ScalarType? dtype=None, Tensor? mean=None, Tensor? std=None) "
       "-> (Tensor images, Tensor stain_matrix, Tensor max_concentration, Tensor status)");
+  // With both stains of the target, and with either alone: one pass over the images.
+  m.def(
+      "macenko_reconstruct_stains(Tensor images, Tensor source_stain, Tensor source_max, Tensor target_stain, Tensor "
+      "target_max, float Io, float range=255.) -> (Tensor images, Tensor haematoxylin, Tensor eosin)");
   // Augmentation, with stains that are known and with stains that are estimated.
   m.def(
       "macenko_change(Tensor images, Tensor source_stain, Tensor source_max, Tensor gain, Tensor shift, float Io, "
@@ -399,12 +442,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
   m.def(
       "macenko_separate(Tensor images, Tensor source_stain, Tensor source_max, Tensor drawn_stain, Tensor drawn_max, "
       "bool scaled, float Io, float range=255.) -> (Tensor haematoxylin, Tensor eosin, Tensor concentrations)");
+  // How often each 8-bit colour occurs in a slide, [2^24].
+  m.def("macenko_count_colours(Tensor images, Tensor(a!) counts) -> ()");
+  m.def(
+      "macenko_fit_colours(Tensor counts, float Io, float alpha, float beta, bool nearest) -> (Tensor stain_matrix, "
+      "Tensor max_concentration, Tensor status)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_stains", TORCH_BOX(&macenko_reconstruct_stains));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
   m.impl("macenko_change", TORCH_BOX(&macenko_change));
   m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
+  m.impl("macenko_count_colours", TORCH_BOX(&macenko_count_colours));
+  m.impl("macenko_fit_colours", TORCH_BOX(&macenko_fit_colours));
 }

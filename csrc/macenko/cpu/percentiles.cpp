@@ -1,10 +1,12 @@
-#include "macenko/cpu/percentiles.h"
+#include "macenko/cpu/image.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <vector>
+
+#include "macenko/steps/order_statistic.h"
 
 namespace ernet::cpu {
 

@@ -43,8 +43,8 @@ struct FitResult {
   int32_t* status;
 };
 
-// Where rebuilt images go: in the images' own type and layout, with strides in elements as in `images`, or as the input
-// of a network, [count][pixels][3] of (value / range - mean) / std.
+// Where reconstructed images go: in the images' own type and layout, with strides in elements as in `images`, or as the
+// input of a network, [count][pixels][3] of (value / range - mean) / std.
 enum class OutputType : int { image = 0, f32 = 1, bf16 = 2, f16 = 3 };
 struct Output {
   void* data;
@@ -71,13 +71,14 @@ struct Recipe {
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream);
 
-// Haematoxylin and eosin alone, as images drawn with the stains `drawn`, and the concentrations of both, [count][2]
-// [pixels], in units of the stains `source`; under `scaled` times the ratio of the maxima, as normalisation has it.
+// Images drawn with haematoxylin of `drawn` alone, with eosin alone, and (without data: not) with both; and, if not
+// null, the concentrations of both, [count][2][pixels], in units of the stains `source`; under `scaled` times the ratio
+// of the maxima, as normalisation has it.
 struct Separation {
   Stains source;
   Stains drawn;
   bool scaled;
-  Output alone[2];
+  Output drawing[3];
   float* concentrations;
 };
 
@@ -95,7 +96,7 @@ struct Plan;
 
 // The resident or the cluster plan (macenko/cuda/plan.h), to the same effect. One launch; cudaErrorInvalidConfiguration
 // if the device, or the part of it that this process has, holds not a single cluster of this size.
-cudaError_t macenko_team(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
-                         const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
+cudaError_t macenko_resident(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
+                             const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);
 
 }  // namespace ernet::cuda

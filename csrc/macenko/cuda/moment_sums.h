@@ -1,5 +1,5 @@
-// Exact sums over the tissue pixels of a thread, a warp, a block: fixed-point ODs of macenko/od.h. Integer addition
-// makes the order irrelevant.
+// Exact sums over the tissue pixels of a thread, a warp, a block: fixed-point ODs of macenko/steps/od.h. Integer
+// addition makes the order irrelevant.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -46,18 +46,15 @@ __device__ __forceinline__ void add_pixel(int32_t r, int32_t g, int32_t b, Group
 
 __device__ __forceinline__ void add_sums(const GroupSums& group, Sums& s) {
   s.count += group.count;
-#pragma unroll
   for (int k = 0; k < 3; ++k) s.sum[k] += group.sum[k];
 }
 
 __device__ __forceinline__ int sum_of_warp(int value) {
-#pragma unroll
   for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(0xffffffffu, value, delta);
   return value;
 }
 
 __device__ __forceinline__ int64_t sum_of_warp(int64_t value) {
-#pragma unroll
   for (int delta = 16; delta > 0; delta /= 2)
     value += __shfl_down_sync(0xffffffffu, static_cast<long long>(value), delta);
   return value;
@@ -76,9 +73,7 @@ __device__ __forceinline__ void store_warp(int64_t value, int which, SumScratch&
 __device__ __forceinline__ void store_sums(const Sums& s, SumScratch& scratch) {
   store_warp(s.count, 0, scratch);
   store_warp(s.invalid, 1, scratch);
-#pragma unroll
   for (int k = 0; k < 3; ++k) store_warp(s.sum[k], 2 + k, scratch);
-#pragma unroll
   for (int k = 0; k < 6; ++k) {
     const uint64_t product = uint64_t(s.product[k]);
     store_warp(int64_t(product & 0xffffffffu), 5 + 2 * k, scratch);
@@ -97,9 +92,7 @@ __device__ __forceinline__ int64_t total_of_block(int which, const SumScratch& s
 __device__ __forceinline__ void moments_of_totals(const int64_t* totals, double moments[macenko::kMomentCount]) {
   const double unit = 1 / macenko::kOdScale;
   moments[0] = double(totals[0]);
-#pragma unroll
   for (int k = 0; k < 3; ++k) moments[1 + k] = double(totals[2 + k]) * unit;
-#pragma unroll
   for (int k = 0; k < 6; ++k) {
     const unsigned __int128 product =
         ((unsigned __int128)(uint64_t(totals[6 + 2 * k])) << 32) + uint64_t(totals[5 + 2 * k]);

@@ -8,12 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "macenko/checks.h"
@@ -33,6 +31,7 @@ using ernet::cuda::Parameters;
 using ernet::cuda::Pixel;
 using ernet::cuda::Plan;
 using ernet::cuda::PlanKind;
+using ernet::cuda::PlanRequest;
 using ernet::cuda::Recipe;
 using ernet::cuda::Stains;
 using torch::headeronly::ScalarType;
@@ -141,30 +140,6 @@ const Device& device_limits(int32_t device) {
   return known.emplace(device, limits).first->second;
 }
 
-// What ERNET_MACENKO_PLAN asks for: streaming, resident, cluster, or cluster2 to cluster16. Empty: any.
-std::string asked_plan() {
-  const char* text = std::getenv("ERNET_MACENKO_PLAN");
-  const std::string asked = text == nullptr ? "" : text;
-  return asked == "auto" ? "" : asked;
-}
-
-Plan plan_of(const Device& device, const Images& images, bool network, const std::string& asked) {
-  PlanKind wanted = PlanKind::automatic;
-  int blocks = 0;
-  if (asked == "streaming") wanted = PlanKind::streaming;
-  if (asked == "resident") wanted = PlanKind::resident;
-  if (asked.rfind("cluster", 0) == 0) {
-    wanted = PlanKind::cluster;
-    blocks = std::atoi(asked.c_str() + 7);
-  }
-  STD_TORCH_CHECK(asked.empty() || wanted != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
-                  "; expected auto, streaming, resident, cluster, or cluster2 to cluster16");
-  const Plan plan = ernet::cuda::choose_plan(device, images, network, wanted, blocks);
-  STD_TORCH_CHECK(plan.kind != PlanKind::automatic, "ernet: ERNET_MACENKO_PLAN=", asked,
-                  " does not serve these images on this device. Unset it");
-  return plan;
-}
-
 // The tensors of a fit, and the kernels that fill them.
 class FitCall {
  public:
@@ -185,13 +160,19 @@ class FitCall {
     if (in_.count == 0) return;
     const int32_t index = images_.get_device_index();
     const Device& device = device_limits(index);
-    const std::string asked = asked_plan();
-    const Plan plan = plan_of(device, in_, out != nullptr && out->type != OutputType::image, asked);
+    const PlanRequest wanted = ernet::cuda::requested_plan();
+    const bool network = out != nullptr && out->type != OutputType::image;
+    const Plan plan = ernet::cuda::choose_plan(device, in_, network, wanted);
+    STD_TORCH_CHECK(plan.kind != PlanKind::automatic,
+                    "ernet: the plan that ERNET_MACENKO_PLAN asks for does not support these images on this device. "
+                    "Unset it");
     const cudaStream_t stream = current_stream(index);
     if (plan.kind != PlanKind::streaming) {
-      const cudaError_t error = ernet::cuda::macenko_team(in_, parameters, plan, device, result(), recipe, out, stream);
+      const cudaError_t error =
+          ernet::cuda::macenko_resident(in_, parameters, plan, device, result(), recipe, out, stream);
       // A part of a device may hold no cluster of this size.
-      const bool elsewhere = error == cudaErrorInvalidConfiguration && plan.kind == PlanKind::cluster && asked.empty();
+      const bool elsewhere = error == cudaErrorInvalidConfiguration && plan.kind == PlanKind::cluster &&
+                             wanted.kind == PlanKind::automatic;
       if (!elsewhere) return check(error, "the Macenko kernel");
       cudaGetLastError();  // not for the next one to find
     }
@@ -294,10 +275,32 @@ std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const 
   const ernet::cuda::Separation what = {source,
                                         drawn,
                                         scaled,
-                                        {image_output(haematoxylin, images), image_output(eosin, images)},
+                                        {image_output(haematoxylin, images), image_output(eosin, images), {}},
                                         static_cast<float*>(concentrations.mutable_data_ptr())};
   check(ernet::cuda::macenko_separate(in, what, io, current_stream(images.get_device_index())), "macenko_separate");
   return {haematoxylin, eosin, concentrations};
+}
+
+std::tuple<Tensor, Tensor, Tensor> macenko_reconstruct_stains(const Tensor& images, const Tensor& source_stain,
+                                                              const Tensor& source_max, const Tensor& target_stain,
+                                                              const Tensor& target_max, double io, double range) {
+  ernet::check_fit_parameters(io, 1.0, 0.0, range);
+  const Images in = cuda_images(images, range);
+  const Stains source = cuda_stains(source_stain, source_max, images, "source");
+  const Stains target = cuda_stains(target_stain, target_max, images, "target");
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  Tensor both = torch::stable::empty_like(images);
+  Tensor haematoxylin = torch::stable::empty_like(images);
+  Tensor eosin = torch::stable::empty_like(images);
+  const ernet::cuda::Separation what = {
+      source,
+      target,
+      true,
+      {image_output(haematoxylin, images), image_output(eosin, images), image_output(both, images)},
+      nullptr};
+  check(ernet::cuda::macenko_separate(in, what, io, current_stream(images.get_device_index())),
+        "macenko_reconstruct_stains");
+  return {both, haematoxylin, eosin};
 }
 
 }  // namespace
@@ -305,6 +308,7 @@ std::tuple<Tensor, Tensor, Tensor> macenko_separate(const Tensor& images, const 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CUDA, m) {
   m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
   m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
+  m.impl("macenko_reconstruct_stains", TORCH_BOX(&macenko_reconstruct_stains));
   m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
   m.impl("macenko_change", TORCH_BOX(&macenko_change));
   m.impl("macenko_augment", TORCH_BOX(&macenko_augment));

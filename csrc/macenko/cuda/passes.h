@@ -20,13 +20,16 @@ using macenko::Phase;
 using macenko::Selection;
 using macenko::Stage;
 
-// Pixels in memory and the threads that share them.
+// Pixels in device memory and the threads that share them.
 template <class T>
 struct SharedPixels {
+  static constexpr bool kLocal = false;
   Planes<const T> planes;
   int64_t pixels;
   int64_t thread;
   int64_t threads;
+  // Where in `planes` a pixel is, and where in the image.
+  __device__ __forceinline__ int64_t source(int64_t pixel) const { return pixel; }
   __device__ __forceinline__ int64_t place(int64_t pixel) const { return pixel; }
 };
 
@@ -48,62 +51,31 @@ __device__ __forceinline__ Share share_of(int pixels, int rank, int blocks) {
   return {rank, blocks, mine * kRun - (has_last ? runs * kRun - pixels : 0)};
 }
 
-// The pixels of a block in its shared memory: planes at multiples of 16 bytes, and memory for a whole last group.
-struct LocalPixels {
+// The pixels of a block, by their position in its shared memory; `kLocal`: read from there, planes at multiples of 16
+// bytes with memory for a whole last group, and otherwise from the image's own memory.
+template <bool kLocal_>
+struct BlockPixels {
+  static constexpr bool kLocal = kLocal_;
   Planes<const uint8_t> planes;
   Share share;
   int pixels;  // share.count
   int thread;
   int threads;
+  __device__ __forceinline__ int source(int position) const { return kLocal ? position : share.place(position); }
   __device__ __forceinline__ int place(int position) const { return share.place(position); }
 };
+using LocalPixels = BlockPixels<true>;
 
-// Calls f(group, first, count) for this thread's groups.
-template <class T, bool kInterleaved, class F>
-__device__ __forceinline__ void for_each_group(const LocalPixels& local, const F& f) {
+// Calls f(group, first, count) for this thread's groups of 48 bytes.
+template <class T, bool kInterleaved, class Pixels, class F>
+__device__ __forceinline__ void for_each_group(const Pixels& shared, const F& f) {
+  using Index = decltype(shared.pixels);
   constexpr int kPixels = GroupSize<T>::value;
-  for (int first = local.thread * kPixels; first < local.pixels;
-       first += local.threads * kPixels) {  // 16 pixels an iteration
-    const int count = local.pixels - first < kPixels ? local.pixels - first : kPixels;
-    PixelGroup<T, kInterleaved> group;
-    load_group<T, kInterleaved>(local.planes, first, kPixels, true, group);
-    f(group, first, count);
-  }
-}
-
-// The same pixels in the image's own memory.
-struct PlacedPixels {
-  Planes<const uint8_t> planes;
-  Share share;
-  int thread;
-  int threads;
-};
-
-// `first` is the position in the block's memory.
-template <class T, bool kInterleaved, class F>
-__device__ __forceinline__ void for_each_group(const PlacedPixels& placed, const F& f) {
-  constexpr int kPixels = GroupSize<T>::value;
-  const bool aligned = is_aligned<const T, kInterleaved>(placed.planes);
-  const int pixels = placed.share.count;
-  const int step = placed.threads * kPixels;
-  for (int first = placed.thread * kPixels; first < pixels; first += step) {  // 48 bytes of pixels an iteration
-    const int count = pixels - first < kPixels ? pixels - first : kPixels;
-    PixelGroup<T, kInterleaved> group;
-    load_group<T, kInterleaved>(placed.planes, placed.share.place(first), count, aligned, group);
-    f(group, first, count);
-  }
-}
-
-template <class T, bool kInterleaved, class F>
-__device__ __forceinline__ void for_each_group(const SharedPixels<T>& shared, const F& f) {
-  constexpr int kPixels = GroupSize<T>::value;
-  const bool aligned = is_aligned<const T, kInterleaved>(shared.planes);
-  const int64_t begin = shared.thread * kPixels;
-  const int64_t step = shared.threads * kPixels;
-  for (int64_t first = begin; first < shared.pixels; first += step) {  // 48 bytes of pixels an iteration
+  const bool aligned = Pixels::kLocal || is_aligned<const T, kInterleaved>(shared.planes);
+  for (Index first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
     const int count = shared.pixels - first < kPixels ? int(shared.pixels - first) : kPixels;
     PixelGroup<T, kInterleaved> group;
-    load_group<T, kInterleaved>(shared.planes, first, count, aligned, group);
+    load_group<T, kInterleaved>(shared.planes, shared.source(first), Pixels::kLocal ? kPixels : count, aligned, group);
     f(group, first, count);
   }
 }
@@ -115,7 +87,6 @@ __device__ __forceinline__ void add_group(const PixelGroup<uint8_t, kInterleaved
                                           const ToFixed& to_fixed, Sums& sums) {
   GroupSums added;
   if (count == GroupSize<uint8_t>::value) {
-#pragma unroll
     for (int i = 0; i < GroupSize<uint8_t>::value; ++i)
       add_pixel(to_fixed(group.get(i, 0)), to_fixed(group.get(i, 1)), to_fixed(group.get(i, 2)), added, sums);
   } else {
@@ -132,7 +103,6 @@ __device__ __forceinline__ void add_group(const PixelGroup<uint8_t, kInterleaved
 template <bool kInterleaved, class ToFixed>
 __device__ __forceinline__ void add_group(const PixelGroup<float, kInterleaved>& group, const Planes<const float>&,
                                           int64_t, int count, const ToFixed& to_fixed, Sums& sums) {
-#pragma unroll
   for (int i = 0; i < GroupSize<float>::value; ++i) {
     if (i < count) {
       bool invalid = false;
@@ -206,15 +176,13 @@ template <class Reader, bool kInterleaved>
 __device__ __forceinline__ FloatKeys keys_of_group(const PixelGroup<typename Reader::Value, kInterleaved>& group, int i,
                                                    const Reader& reader, const float rows[2][3], bool angles) {
   if (Reader::kExactOnly) return {{0, 0}, false};
-  return float_keys(rows, angles, reader.light(group.get(i, 0)), reader.light(group.get(i, 1)),
-                    reader.light(group.get(i, 2)));
+  return float_keys(rows, angles, reader.log2_intensity(group.get(i, 0)), reader.log2_intensity(group.get(i, 1)),
+                    reader.log2_intensity(group.get(i, 2)));
 }
 
 __device__ __forceinline__ void copy_rows(const PassKeys& keys, float rows[2][3]) {
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
-#pragma unroll
-    for (int k = 0; k < 3; ++k) rows[t][k] = keys.light_row[t][k];
+    for (int k = 0; k < 3; ++k) rows[t][k] = keys.log2_row[t][k];
   }
 }
 
@@ -228,7 +196,6 @@ __device__ __forceinline__ void coarse_pass(const Pixels& shared, const Reader& 
   const float scale[2] = {keys.bins_per_unit[0], keys.bins_per_unit[1]};
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     unsigned doubtful = 0;
-#pragma unroll
     for (int i = 0; i < GroupSize<T>::value; ++i) {
       if (has_key<Reader, kInterleaved>(group, i, count, reader, kAngles)) {
         const FloatKeys found = keys_of_group<Reader, kInterleaved>(group, i, reader, rows, kAngles);
@@ -263,7 +230,6 @@ struct Counters {
 using Kept = unsigned long long[kKeptKeys];
 
 __device__ __forceinline__ void reset_counters(Counters& counters) {
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
     counters.below[t] = 0;
     counters.largest[t] = 0;
@@ -327,7 +293,6 @@ __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& r
   int below[2] = {0, 0};
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     unsigned wanted = 0;
-#pragma unroll
     for (int i = 0; i < GroupSize<T>::value; ++i) {
       if (has_key<Reader, kInterleaved>(group, i, count, reader, kAngles)) {
         const FloatKeys found = keys_of_group<Reader, kInterleaved>(group, i, reader, rows, kAngles);
@@ -349,7 +314,6 @@ __device__ __forceinline__ void exact_pass(const Pixels& shared, const Reader& r
       take_key(found.key[1], 1, state.selection[1], bins[1], counters, kept, below[1]);
     }
   });
-#pragma unroll
   for (int t = 0; t < 2; ++t) add_of_warp(below[t], &counters.below[t]);
 }
 

@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include "macenko/steps/host_device.h"
+
 namespace ernet::cuda {
 
 template <class T>
@@ -17,6 +19,11 @@ template <class T>
 struct Planes {
   T* plane[3];
 };
+
+template <class T>
+__device__ __forceinline__ Planes<T> planes_of(T* first, int64_t channel_stride) {
+  return {{first, first + channel_stride, first + 2 * channel_stride}};
+}
 
 template <class T, bool kInterleaved>
 struct PixelGroup {
@@ -31,12 +38,7 @@ struct PixelGroup {
     if constexpr (sizeof(T) == 1) {
       return T(word[e / 4] >> (8 * (e % 4)) & 255u);
     } else {
-      union {
-        uint32_t bits;
-        T value;
-      } u;
-      u.bits = word[e];
-      return u.value;
+      return macenko::bits_as<T>(word[e]);
     }
   }
 
@@ -46,12 +48,7 @@ struct PixelGroup {
     if constexpr (sizeof(T) == 1) {
       word[e / 4] |= uint32_t(value) << (8 * (e % 4));
     } else {
-      union {
-        T value;
-        uint32_t bits;
-      } u;
-      u.value = value;
-      word[e] = u.bits;
+      word[e] = macenko::bits_as<uint32_t>(value);
     }
   }
 
@@ -60,7 +57,6 @@ struct PixelGroup {
   }
 
   __device__ __forceinline__ void clear() {
-#pragma unroll
     for (int k = 0; k < 12; ++k) word[k] = 0;
   }
 };
@@ -81,7 +77,6 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
                                            PixelGroup<T, kInterleaved>& group) {
   constexpr int kPixels = GroupSize<T>::value;
   if (aligned && count == kPixels) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) {
       const T* from = kInterleaved ? p.plane[0] + 3 * first + k * kPixels : p.plane[k] + first;
       const uint4 four = *reinterpret_cast<const uint4*>(from);
@@ -93,10 +88,8 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
     return;
   }
   group.clear();
-#pragma unroll
   for (int i = 0; i < kPixels; ++i) {
     if (i < count) {
-#pragma unroll
       for (int c = 0; c < 3; ++c) group.set(i, c, p.plane[c][(first + i) * (kInterleaved ? 3 : 1)]);
     }
   }
@@ -115,17 +108,14 @@ __device__ __forceinline__ void store_group(const Planes<T>& p, int64_t first, i
                                             const PixelGroup<T, kInterleaved>& group) {
   constexpr int kPixels = GroupSize<T>::value;
   if (aligned && count == kPixels) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) {
       T* to = kInterleaved ? p.plane[0] + 3 * first + k * kPixels : p.plane[k] + first;
       store_wide(reinterpret_cast<uint4*>(to), group.four(k));
     }
     return;
   }
-#pragma unroll
   for (int i = 0; i < kPixels; ++i) {
     if (i < count) {
-#pragma unroll
       for (int c = 0; c < 3; ++c) p.plane[c][(first + i) * (kInterleaved ? 3 : 1)] = group.get(i, c);
     }
   }

@@ -26,7 +26,7 @@ struct Plan {
   PlanKind kind;
   int blocks;   // that share an image
   int threads;  // of a block
-  int light_shift;
+  int table_shift;
   int64_t shared_bytes;
   int listed;  // keys of a list that a thread holds at most, 0 for no lists
 };
@@ -38,7 +38,7 @@ constexpr int kPortableCluster = 8;  // blocks that every device with clusters c
 constexpr int kListedOfThread = 6;  // pixels of a list, whose keys are in registers
 
 // Bytes of shared memory that a block needs beside the pixels, the repeated table of logarithms left out.
-int64_t team_shared_bytes(bool network);
+int64_t resident_shared_bytes(bool network);
 
 // Pixels in a row that one block of several holds before the next one's turn comes: a cache line of every plane. So
 // each has its part of whatever is in one region of an image.
@@ -51,8 +51,16 @@ inline int64_t pixels_of_share(int64_t pixels, int blocks) {
   return (runs + blocks - 1) / blocks * kRun;
 }
 
-// The plan for these images and this kind of output. `wanted` and `blocks` (0: any) ask for one kind and one size of
-// cluster; where it cannot serve the result's kind is automatic.
-Plan choose_plan(const Device& device, const Images& images, bool network, PlanKind wanted, int blocks);
+// A kind of plan, and the size of its clusters (0: any).
+struct PlanRequest {
+  PlanKind kind;
+  int blocks;
+};
+
+// What is asked for (requested_plan.h).
+PlanRequest requested_plan();
+
+// The plan for these images and this kind of output; its kind is automatic where the one wanted does not support them.
+Plan choose_plan(const Device& device, const Images& images, bool network, PlanRequest wanted);
 
 }  // namespace ernet::cuda

@@ -49,11 +49,11 @@ __device__ __forceinline__ void fill_levels(unsigned first, unsigned shift, T* e
 struct ByteReader {
   using Value = uint8_t;
   static constexpr bool kExactOnly = false;
-  LevelTable light_table;
+  LevelTable log2_table;
   const double* od_table;
   int tissue_limit;
 
-  __device__ __forceinline__ float light(uint8_t level) const { return light_table.at<float>(level); }
+  __device__ __forceinline__ float log2_intensity(uint8_t level) const { return log2_table.at<float>(level); }
   __device__ __forceinline__ double od(uint8_t level) const { return od_table[level]; }
   __device__ __forceinline__ bool is_tissue(uint8_t r, uint8_t g, uint8_t b) const {
     const int rg = r > g ? r : g;
@@ -62,7 +62,7 @@ struct ByteReader {
 };
 
 // log2((I + 1) / Io) of a level.
-__device__ __forceinline__ float light_of_od(double od) { return float(od * -1.44269504088896340736); }
+__device__ __forceinline__ float log2_of_od(double od) { return float(od * -1.44269504088896340736); }
 
 // Fixed-point OD of a level, -1 where it is below beta.
 __device__ __forceinline__ int32_t fixed_of_level(int level, int32_t fixed_offset, int tissue_limit) {
@@ -70,8 +70,8 @@ __device__ __forceinline__ int32_t fixed_of_level(int level, int32_t fixed_offse
   return level > tissue_limit ? -1 : (fixed > 0 ? fixed : 0);
 }
 
-__device__ __forceinline__ void fill_light_table(const double* od_table, unsigned shift, float* table) {
-  fill_levels(0, shift, table, [&](int level) { return light_of_od(od_table[level]); });
+__device__ __forceinline__ void fill_log2_table(const double* od_table, unsigned shift, float* table) {
+  fill_levels(0, shift, table, [&](int level) { return log2_of_od(od_table[level]); });
 }
 
 __device__ __forceinline__ void fill_fixed_table(int32_t fixed_offset, int tissue_limit, unsigned shift,
@@ -87,7 +87,7 @@ struct FloatReader {
   double inverse_io;
   double beta;
 
-  __device__ __forceinline__ float light(float) const { return 0; }
+  __device__ __forceinline__ float log2_intensity(float) const { return 0; }
   __device__ __forceinline__ double od(float value) const {
     double level = double(value) * scale;
     level = level > -0.5 ? level : -0.5;

@@ -1,4 +1,5 @@
-// Reconstruction in one streaming pass: each pixel is read once and written once.
+// Reconstruction in one streaming pass: each pixel is read once and written once; and drawings of the stains, for which
+// a block goes over its pixels once a result, from the second time on in the first-level cache.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/kernels.h"
@@ -13,103 +14,210 @@ constexpr int kThreads = 256;
 // Pixels of a block, at least: building its tables costs about as much as a thousand pixels.
 constexpr int64_t kBlockPixels = 8192;
 
-struct RebuildJob {
+template <class What>
+struct PixelJob {
   Images images;
-  Recipe recipe;
-  Output out;
+  What what;
   double io;
   double od_magnitude;
   int64_t blocks_an_image;
   double od[256];
+
+  __device__ __forceinline__ int64_t image() const { return blockIdx.x / blocks_an_image; }
+
+  template <class T>
+  __device__ __forceinline__ SharedPixels<T> pixels_of_thread() const {
+    const T* first = static_cast<const T*>(images.data) + image() * images.image_stride;
+    return {planes_of(first, images.channel_stride), images.pixels,
+            blockIdx.x % blocks_an_image * kThreads + threadIdx.x, blocks_an_image * kThreads};
+  }
 };
 
-struct RebuildShared {
-  float light[256];
+struct Reconstruct {
+  Recipe recipe;
+  Output out;
+};
+
+struct ReconstructShared {
+  float logs[256];
   float scaled[3][256];
   Transform transform;
 };
 
 // Shared memory is declared outside templates, so that the emulator can fill it with garbage.
-__device__ __forceinline__ RebuildShared& rebuild_shared() {
-  __shared__ RebuildShared block;
+__device__ __forceinline__ ReconstructShared& reconstruct_shared() {
+  __shared__ ReconstructShared block;
   return block;
 }
 
+template <class T, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_constant__ PixelJob<Reconstruct> job) {
+  ReconstructShared& block = reconstruct_shared();
+  const int64_t image = job.image();
+  const SharedPixels<T> shared = job.template pixels_of_thread<T>();
+  const Output& out = job.what.out;
+  if (threadIdx.x == 0) transform_of_image(job.what.recipe, job.od_magnitude, image, block.transform);
+  if constexpr (sizeof(T) == 1) {
+    fill_log2_table(job.od, 0, block.logs);
+    if (out.type != OutputType::image) fill_scaled_table(out, block.scaled);
+    __syncthreads();
+    const ByteValues values = {{level_table(block.logs, 0), job.od, 0}, block.scaled};
+    reconstruct_output<ByteValues, kInterleaved>(shared, values, block.transform, job.io, out, image,
+                                                 job.images.pixels);
+  } else {
+    __syncthreads();
+    const FloatValues values = float_values(job.images.scale, job.io, out);
+    reconstruct_output<FloatValues, kInterleaved>(shared, values, block.transform, job.io, out, image,
+                                                  job.images.pixels);
+  }
+}
+
+struct SeparateShared {
+  float logs[256];
+  Transform transform[3];
+  float row[2][3];  // concentrations of log2((I + 1) / Io)
+};
+
+__device__ __forceinline__ SeparateShared& separate_shared() {
+  __shared__ SeparateShared block;
+  return block;
+}
+
+// Drawing t: haematoxylin, eosin, both. One thread.
+__device__ __forceinline__ void prepare_drawing(const Separation& what, int64_t image, double od_magnitude, unsigned t,
+                                                Transform& transform) {
+  macenko::Stain from, to;
+  double from_max[2], to_max[2];
+  read_stain(what.source, image, from, from_max);
+  read_stain(what.drawn, image, to, to_max);
+  const double drawn_max[2] = {t == 1 ? 0 : to_max[0], t == 0 ? 0 : to_max[1]};
+  const double no_shift[2] = {0, 0};
+  set_transform(from, from_max, to, drawn_max, no_shift, od_magnitude, transform);
+  transform.unchanged = false;
+}
+
+// One thread.
+__device__ __forceinline__ void prepare_rows(const Separation& what, int64_t image, float (&row)[2][3]) {
+  macenko::Stain from, to;
+  double from_max[2], to_max[2], rows[2][3];
+  read_stain(what.source, image, from, from_max);
+  read_stain(what.drawn, image, to, to_max);
+  macenko::concentration_rows(from, rows);
+  const double minus_ln2 = -0.693147180559945309417;
+#pragma unroll
+  for (int t = 0; t < 2; ++t) {
+    const double gain = what.scaled ? to_max[t] / from_max[t] : 1;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) row[t][k] = float(minus_ln2 * rows[t][k] * gain);
+  }
+}
+
+// The concentrations of this thread's pixels, [2][pixels].
 template <class Values, bool kInterleaved>
-__device__ __forceinline__ void rebuild(const SharedPixels<typename Values::Value>& shared, const Values& values,
-                                        const Transform& t, const RebuildJob& job, int64_t image) {
+__device__ __forceinline__ void write_concentrations(const SharedPixels<typename Values::Value>& shared,
+                                                     const Values& values, const float (&row)[2][3], float* out) {
   using T = typename Values::Value;
-  const int64_t network = 3 * job.images.pixels * image;
-  switch (job.out.type) {
-    case OutputType::image: {
-      T* base = static_cast<T*>(job.out.data) + image * job.out.image_stride;
-      const Planes<T> out = {{base, base + job.out.channel_stride, base + 2 * job.out.channel_stride}};
-      return rebuild_image<Values, kInterleaved>(shared, values, t, job.io, out);
+  constexpr int kPixels = GroupSize<T>::value;
+  const bool aligned = ((reinterpret_cast<uintptr_t>(out) | uintptr_t(4 * shared.pixels)) & 15) == 0;
+  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, int64_t first, int count) {
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      float* to = out + t * shared.pixels + first;
+      float amount[kPixels];
+#pragma unroll
+      for (int i = 0; i < kPixels; ++i) {
+        bool defined = true;
+        const float r = values.log2_intensity(group.get(i, 0), defined);
+        const float g = values.log2_intensity(group.get(i, 1), defined);
+        const float b = values.log2_intensity(group.get(i, 2), defined);
+        amount[i] = defined ? dot(row[t], r, g, b) : __int_as_float(0x7fc00000);
+      }
+#pragma unroll
+      for (int i = 0; i < kPixels; i += 4) {
+        if (aligned && count == kPixels) {
+          store_wide(reinterpret_cast<float4*>(to + i),
+                     make_float4(amount[i], amount[i + 1], amount[i + 2], amount[i + 3]));
+        } else {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            if (i + k < count) to[i + k] = amount[i + k];
+          }
+        }
+      }
     }
-    case OutputType::f32:
-      return rebuild_network<Values, kInterleaved>(shared, values, t, job.io,
-                                                   static_cast<float*>(job.out.data) + network);
-    case OutputType::bf16:
-      return rebuild_network<Values, kInterleaved>(shared, values, t, job.io,
-                                                   static_cast<Bfloat16*>(job.out.data) + network);
-    case OutputType::f16:
-      return rebuild_network<Values, kInterleaved>(shared, values, t, job.io,
-                                                   static_cast<Half*>(job.out.data) + network);
+  });
+}
+
+template <class Values, bool kInterleaved>
+__device__ __forceinline__ void separate(const PixelJob<Separation>& job, const Values& values,
+                                         const SeparateShared& block) {
+  using T = typename Values::Value;
+  const SharedPixels<T> shared = job.template pixels_of_thread<T>();
+  const int drawings = job.what.drawing[2].data == nullptr ? 2 : 3;
+#pragma unroll 1
+  for (int t = 0; t < drawings; ++t) {
+    const Output& out = job.what.drawing[t];
+    T* first = static_cast<T*>(out.data) + job.image() * out.image_stride;
+    reconstruct_image<Values, kInterleaved>(shared, values, block.transform[t], job.io,
+                                            planes_of(first, out.channel_stride));
+  }
+  if (job.what.concentrations == nullptr) return;
+  write_concentrations<Values, kInterleaved>(shared, values, block.row,
+                                             job.what.concentrations + 2 * job.images.pixels * job.image());
+}
+
+template <class T, bool kInterleaved>
+__global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_constant__ PixelJob<Separation> job) {
+  SeparateShared& block = separate_shared();
+  if (threadIdx.x < 3) {
+    prepare_drawing(job.what, job.image(), job.od_magnitude, threadIdx.x, block.transform[threadIdx.x]);
+  }
+  if (threadIdx.x == 32) prepare_rows(job.what, job.image(), block.row);
+  if constexpr (sizeof(T) == 1) fill_log2_table(job.od, 0, block.logs);
+  __syncthreads();
+  if constexpr (sizeof(T) == 1) {
+    const ByteValues values = {{level_table(block.logs, 0), job.od, 0}, nullptr};
+    separate<ByteValues, kInterleaved>(job, values, block);
+  } else {
+    const FloatValues values = float_values(job.images.scale, job.io, job.what.drawing[0]);
+    separate<FloatValues, kInterleaved>(job, values, block);
   }
 }
 
 template <class T, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, 3) reconstruct_kernel(const __grid_constant__ RebuildJob job) {
-  RebuildShared& block = rebuild_shared();
-  const int64_t image = blockIdx.x / job.blocks_an_image;
-  const int64_t part = blockIdx.x % job.blocks_an_image;
-  const T* base = static_cast<const T*>(job.images.data) + image * job.images.image_stride;
-  const SharedPixels<T> shared = {{{base, base + job.images.channel_stride, base + 2 * job.images.channel_stride}},
-                                  job.images.pixels,
-                                  part * kThreads + threadIdx.x,
-                                  job.blocks_an_image * kThreads};
-  if (threadIdx.x == 0) transform_of_image(job.recipe, job.od_magnitude, image, block.transform);
-  if constexpr (sizeof(T) == 1) {
-    fill_light_table(job.od, 0, block.light);
-    if (job.out.type != OutputType::image) fill_scaled_table(job.out, block.scaled);
-    __syncthreads();
-    const ByteValues values = {{level_table(block.light, 0), job.od, 0}, block.scaled};
-    rebuild<ByteValues, kInterleaved>(shared, values, block.transform, job, image);
-  } else {
-    __syncthreads();
-    const FloatValues values = float_values(job.images.scale, job.io, job.out);
-    rebuild<FloatValues, kInterleaved>(shared, values, block.transform, job, image);
-  }
+void (*kernel_of(const PixelJob<Reconstruct>&))(PixelJob<Reconstruct>) {
+  return reconstruct_kernel<T, kInterleaved>;
+}
+
+template <class T, bool kInterleaved>
+void (*kernel_of(const PixelJob<Separation>&))(PixelJob<Separation>) {
+  return separate_kernel<T, kInterleaved>;
+}
+
+template <class What>
+cudaError_t launch(const Images& images, const What& what, double io, cudaStream_t stream) {
+  if (images.count == 0) return cudaSuccess;
+  PixelJob<What> job = {images, what, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
+  const int64_t blocks = images.count * job.blocks_an_image;
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  for (int level = 0; level < 256; ++level) job.od[level] = macenko::od_of_level(level, io);
+  job.od_magnitude = fmax(fabs(job.od[0]), fabs(job.od[255]));
+  const bool bytes = images.type == Pixel::u8, interleaved = images.pixel_stride == 3;
+  const auto kernel = bytes ? (interleaved ? kernel_of<uint8_t, true>(job) : kernel_of<uint8_t, false>(job))
+                            : (interleaved ? kernel_of<float, true>(job) : kernel_of<float, false>(job));
+  ERNET_LAUNCH(kernel, unsigned(blocks), kThreads, stream, job);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream) {
-  if (images.count == 0) return cudaSuccess;
-  RebuildJob job = {images, recipe, out, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
-  const int64_t blocks = images.count * job.blocks_an_image;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  for (int level = 0; level < 256; ++level) job.od[level] = macenko::od_of_level(level, io);
-  job.od_magnitude = fmax(fabs(job.od[0]), fabs(job.od[255]));
-  const unsigned grid = unsigned(blocks);
-  const bool interleaved = images.pixel_stride == 3;
-  if (images.type == Pixel::u8) {
-    if (interleaved) {
-      const auto kernel = reconstruct_kernel<uint8_t, true>;
-      ERNET_LAUNCH(kernel, grid, kThreads, stream, job);
-    } else {
-      const auto kernel = reconstruct_kernel<uint8_t, false>;
-      ERNET_LAUNCH(kernel, grid, kThreads, stream, job);
-    }
-  } else if (interleaved) {
-    const auto kernel = reconstruct_kernel<float, true>;
-    ERNET_LAUNCH(kernel, grid, kThreads, stream, job);
-  } else {
-    const auto kernel = reconstruct_kernel<float, false>;
-    ERNET_LAUNCH(kernel, grid, kThreads, stream, job);
-  }
-  return cudaGetLastError();
+  return launch(images, Reconstruct{recipe, out}, io, stream);
+}
+
+cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream) {
+  return launch(images, what, io, stream);
 }
 
 }  // namespace ernet::cuda

@@ -24,7 +24,6 @@ struct Transform {
 __device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, macenko::Stain& stain,
                                            double maximum[2]) {
   const int64_t i = stains.shared ? 0 : image;
-#pragma unroll
   for (int k = 0; k < 3; ++k) {
     stain.h[k] = stains.stain[6 * i + 2 * k];
     stain.e[k] = stains.stain[6 * i + 2 * k + 1];
@@ -43,12 +42,10 @@ __device__ __forceinline__ void set_transform(const macenko::Stain& from, const 
   double m[3][3];
   macenko::reconstruction_matrix(from, from_max, to, to_max, m);
   t.single = true;
-#pragma unroll
   for (int c = 0; c < 3; ++c) {
     const double tint = -(to.h[c] * shift[0] + to.e[c] * shift[1]);
     t.exponent_shift[c] = tint;
     t.log2_shift[c] = float(tint * 1.44269504088896340736);
-#pragma unroll
     for (int k = 0; k < 3; ++k) {
       t.matrix[c][k] = m[c][k];
       t.m[3 * c + k] = float(m[c][k]);
@@ -69,7 +66,6 @@ __device__ __forceinline__ void make_transform(const Recipe& recipe, bool fitted
   double shift[2] = {0, 0};
   if (recipe.gain != nullptr) {
     to = from;
-#pragma unroll
     for (int k = 0; k < 2; ++k) {
       to_max[k] = from_max[k] * recipe.gain[2 * image + k];
       shift[k] = recipe.shift[2 * image + k];
@@ -88,12 +84,12 @@ __device__ __forceinline__ void transform_of_image(const Recipe& recipe, double 
   make_transform(recipe, fitted, own, own_max, od_magnitude, image, t);
 }
 
-// log2 of the transmitted light of a value, and the way back to a value.
+// log2 of the intensity of a value, and the way back to a value.
 struct ByteValues {
   using Value = uint8_t;
   ByteReader reader;
   const float (*scaled)[256];  // network input of every level, or null
-  __device__ __forceinline__ float log2_light(uint8_t value, bool&) const { return reader.light(value); }
+  __device__ __forceinline__ float log2_intensity(uint8_t value, bool&) const { return reader.log2_intensity(value); }
   __device__ __forceinline__ double density(uint8_t value) const { return reader.od(value); }
   __device__ __forceinline__ uint8_t result(double level, bool) const { return uint8_t(int32_t(level)); }
   __device__ __forceinline__ float network(uint8_t level, int c) const { return scaled[c][level]; }
@@ -104,15 +100,15 @@ struct FloatValues {
   float scale, inverse_scale, inverse_io;
   double exact_scale, exact_inverse_io, range;
   double mean[3], std[3];
-  __device__ __forceinline__ float log2_light(float value, bool& defined) const {
+  __device__ __forceinline__ float log2_intensity(float value, bool& defined) const {
     const float level = value * scale;
     // false for NaN
     defined &= (level > -1.0f) & (level <= 3.402823466e38f);
     return log2f((level + 1.0f) * inverse_io);
   }
   __device__ __forceinline__ double density(float value) const {
-    const double light = (double(value) * exact_scale + 1.0) * exact_inverse_io;
-    return -macenko::log_of_normal(light > 1e-300 ? light : 1e-300);
+    const double intensity = (double(value) * exact_scale + 1.0) * exact_inverse_io;
+    return -macenko::log_of_normal(intensity > 1e-300 ? intensity : 1e-300);
   }
   __device__ __forceinline__ float result(float level, bool defined) const {
     const float clipped = level < 255.0f ? level : 255.0f;
@@ -128,7 +124,6 @@ struct FloatValues {
 
 __device__ __forceinline__ FloatValues float_values(double scale, double io, const Output& out) {
   FloatValues values = {float(scale), float(1 / scale), float(1 / io), scale, 1 / io, out.range, {}, {}};
-#pragma unroll
   for (int c = 0; c < 3; ++c) {
     values.mean[c] = out.mean[c];
     values.std[c] = out.std[c];
@@ -159,15 +154,14 @@ __device__ __forceinline__ float exponent_of(const Transform& t, int c, float r,
 }
 
 template <bool kInterleaved>
-__device__ __forceinline__ void rebuild_group(const PixelGroup<float, kInterleaved>& group, const FloatValues& values,
-                                              const Transform& t, float io, PixelGroup<float, kInterleaved>& result) {
-#pragma unroll
+__device__ __forceinline__ void reconstruct_group(const PixelGroup<float, kInterleaved>& group,
+                                                  const FloatValues& values, const Transform& t, float io,
+                                                  PixelGroup<float, kInterleaved>& result) {
   for (int i = 0; i < GroupSize<float>::value; ++i) {
     bool defined = true;
-    const float r = values.log2_light(group.get(i, 0), defined);
-    const float g = values.log2_light(group.get(i, 1), defined);
-    const float b = values.log2_light(group.get(i, 2), defined);
-#pragma unroll
+    const float r = values.log2_intensity(group.get(i, 0), defined);
+    const float g = values.log2_intensity(group.get(i, 1), defined);
+    const float b = values.log2_intensity(group.get(i, 2), defined);
     for (int c = 0; c < 3; ++c) result.set(i, c, values.result(io * exp2f(exponent_of(t, c, r, g, b)), defined));
   }
 }
@@ -196,22 +190,19 @@ __device__ __forceinline__ uint32_t four_bytes(const uint32_t word[4]) {
 
 // Four pixels at a time: three words of the result in either layout.
 template <bool kInterleaved>
-__device__ __forceinline__ void rebuild_group(const PixelGroup<uint8_t, kInterleaved>& group, const ByteValues& values,
-                                              const Transform& t, float io, PixelGroup<uint8_t, kInterleaved>& result) {
+__device__ __forceinline__ void reconstruct_group(const PixelGroup<uint8_t, kInterleaved>& group,
+                                                  const ByteValues& values, const Transform& t, float io,
+                                                  PixelGroup<uint8_t, kInterleaved>& result) {
   using Group = PixelGroup<uint8_t, kInterleaved>;
-#pragma unroll
   for (int four = 0; four < GroupSize<uint8_t>::value; four += 4) {
     uint32_t level[12];  // by channel or by pixel, as the layout has it
-#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float r = values.reader.light(group.get(four + i, 0));
-      const float g = values.reader.light(group.get(four + i, 1));
-      const float b = values.reader.light(group.get(four + i, 2));
-#pragma unroll
+      const float r = values.reader.log2_intensity(group.get(four + i, 0));
+      const float g = values.reader.log2_intensity(group.get(four + i, 1));
+      const float b = values.reader.log2_intensity(group.get(four + i, 2));
       for (int c = 0; c < 3; ++c)
         level[kInterleaved ? 3 * i + c : 4 * c + i] = level_bits(io, exponent_of(t, c, r, g, b));
     }
-#pragma unroll
     for (int k = 0; k < 3; ++k)
       result.word[kInterleaved ? Group::element(four, 0) / 4 + k : Group::element(four, k) / 4] =
           four_bytes(level + 4 * k);
@@ -228,25 +219,16 @@ struct Half {
 
 __device__ __forceinline__ void convert(float value, float& out) { out = value; }
 __device__ __forceinline__ void convert(float value, Bfloat16& out) {
-  union {
-    float real;
-    uint32_t bits;
-  } u;
-  u.real = value;
+  const uint32_t bits = __float_as_uint(value);
   // To nearest, ties to even.
-  out.bits = value != value ? uint16_t(0x7fc0) : uint16_t((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+  out.bits = value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 __device__ __forceinline__ void convert(float value, Half& out) { out.bits = __half_as_ushort(__float2half_rn(value)); }
 
 template <class Out>
 __device__ __forceinline__ void set_element(uint32_t* word, int e, Out value) {
   if constexpr (sizeof(Out) == 4) {
-    union {
-      Out value;
-      uint32_t bits;
-    } u;
-    u.value = value;
-    word[e] = u.bits;
+    word[e] = __float_as_uint(value);
   } else {
     word[e / 2] |= uint32_t(value.bits) << (16 * (e % 2));
   }
@@ -259,11 +241,9 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
   constexpr int kPixels = GroupSize<typename Values::Value>::value;
   constexpr int kPart = kPixels % 8 == 0 && sizeof(Out) == 2 ? 8 : 4;  // pixels at a time: 16-byte stores
   constexpr int kWords = kPart * 3 * int(sizeof(Out)) / 4;
-#pragma unroll
   for (int part = 0; part < kPixels; part += kPart) {
     if (part >= count) break;
     uint32_t word[kWords] = {};
-#pragma unroll
     for (int e = 0; e < 3 * kPart; ++e) {
       Out value;
       convert(values.network(group.get(part + e / 3, e % 3), e % 3), value);
@@ -276,12 +256,10 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
     if (aligned && count == kPixels) {
       uint2* target = reinterpret_cast<uint2*>(to + 3 * part);
       if constexpr (kWords % 4 == 0) {
-#pragma unroll
         for (int k = 0; k < kWords; k += 4)
           store_wide(reinterpret_cast<uint4*>(target + k / 2),
                      make_uint4(word[k], word[k + 1], word[k + 2], word[k + 3]));
       } else {
-#pragma unroll
         for (int k = 0; k < kWords; k += 2) store_wide(target + k / 2, make_uint2(word[k], word[k + 1]));
       }
     }
@@ -290,8 +268,8 @@ __device__ __forceinline__ void store_network(const PixelGroup<typename Values::
 
 // One pixel at a time in double precision.
 template <class Values, bool kInterleaved, class Pixels, class Store>
-__device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Values& values, const Transform& t,
-                                                double io, const Store& store) {
+__device__ __forceinline__ void reconstruct_exactly(const Pixels& shared, const Values& values, const Transform& t,
+                                                    double io, const Store& store) {
   constexpr int kPixels = GroupSize<typename Values::Value>::value;
   for (int64_t first = shared.thread * kPixels; first < shared.pixels; first += shared.threads * kPixels) {
     const int64_t end = first + kPixels < shared.pixels ? first + kPixels : shared.pixels;
@@ -300,52 +278,79 @@ __device__ __forceinline__ void rebuild_exactly(const Pixels& shared, const Valu
       const int64_t place = shared.place(pixel);
       bool defined = true;
       double od[3];
-#pragma unroll
       for (int k = 0; k < 3; ++k) {
         const typename Values::Value value = shared.planes.plane[k][at];
-        values.log2_light(value, defined);
+        values.log2_intensity(value, defined);
         od[k] = values.density(value);
       }
-#pragma unroll
       for (int c = 0; c < 3; ++c) store(place, c, values.result(exact_level(values, t, io, od, c), defined));
     }
   }
 }
 
-// Rebuilds this thread's pixels into an image of their own layout.
-template <class Values, bool kInterleaved, class Pixels>
-__device__ __forceinline__ void rebuild_image(const Pixels& shared, const Values& values, const Transform& t, double io,
-                                              const Planes<typename Values::Value>& out) {
+// Reconstructs this thread's pixels: to store_value(pixel, channel, value) or store_group(group, first, count).
+template <class Values, bool kInterleaved, class Pixels, class StoreValue, class StoreGroup>
+__device__ __forceinline__ void reconstruct_pixels(const Pixels& shared, const Values& values, const Transform& t,
+                                                   double io, const StoreValue& store_value,
+                                                   const StoreGroup& store_group) {
   using T = typename Values::Value;
   if (!t.single && !t.unchanged) {
-    return rebuild_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
-      out.plane[c][pixel * (kInterleaved ? 3 : 1)] = value;
-    });
+    return reconstruct_exactly<Values, kInterleaved>(shared, values, t, io, store_value);
   }
-  const bool aligned = is_aligned<T, kInterleaved>(out);
   for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
     PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
-    store_group<T, kInterleaved>(out, shared.place(first), count, aligned, result);
+    if (!t.unchanged) reconstruct_group<kInterleaved>(group, values, t, float(io), result);
+    store_group(result, first, count);
   });
 }
 
-// Rebuilds this thread's pixels into a network's input, [pixels][3].
-template <class Values, bool kInterleaved, class Pixels, class Out>
-__device__ __forceinline__ void rebuild_network(const Pixels& shared, const Values& values, const Transform& t,
-                                                double io, Out* out) {
+// Into an image of their own layout.
+template <class Values, bool kInterleaved, class Pixels>
+__device__ __forceinline__ void reconstruct_image(const Pixels& shared, const Values& values, const Transform& t,
+                                                  double io, const Planes<typename Values::Value>& out) {
   using T = typename Values::Value;
-  if (!t.single && !t.unchanged) {
-    return rebuild_exactly<Values, kInterleaved>(shared, values, t, io, [&](int64_t pixel, int c, T value) {
-      convert(values.network(value, c), out[3 * pixel + c]);
-    });
-  }
+  const bool aligned = is_aligned<T, kInterleaved>(out);
+  reconstruct_pixels<Values, kInterleaved>(
+      shared, values, t, io,
+      [&](int64_t pixel, int c, T value) { out.plane[c][pixel * (kInterleaved ? 3 : 1)] = value; },
+      [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
+        store_group<T, kInterleaved>(out, shared.place(first), count, aligned, group);
+      });
+}
+
+// Into a network's input, [pixels][3].
+template <class Values, bool kInterleaved, class Pixels, class Out>
+__device__ __forceinline__ void reconstruct_network(const Pixels& shared, const Values& values, const Transform& t,
+                                                    double io, Out* out) {
+  using T = typename Values::Value;
   const bool aligned = (reinterpret_cast<uintptr_t>(out) & 15) == 0;
-  for_each_group<T, kInterleaved>(shared, [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
-    PixelGroup<T, kInterleaved> result = group;
-    if (!t.unchanged) rebuild_group<kInterleaved>(group, values, t, float(io), result);
-    store_network<Values, kInterleaved, Out>(result, values, count, aligned, out + 3 * int64_t(shared.place(first)));
-  });
+  reconstruct_pixels<Values, kInterleaved>(
+      shared, values, t, io,
+      [&](int64_t pixel, int c, T value) { convert(values.network(value, c), out[3 * pixel + c]); },
+      [&](const PixelGroup<T, kInterleaved>& group, auto first, int count) {
+        store_network<Values, kInterleaved, Out>(group, values, count, aligned, out + 3 * int64_t(shared.place(first)));
+      });
+}
+
+// Into image `image` of `out`, whose images have `pixels` pixels.
+template <class Values, bool kInterleaved, class Pixels>
+__device__ __forceinline__ void reconstruct_output(const Pixels& shared, const Values& values, const Transform& t,
+                                                   double io, const Output& out, int64_t image, int64_t pixels) {
+  using T = typename Values::Value;
+  const int64_t network = 3 * pixels * image;
+  switch (out.type) {
+    case OutputType::image: {
+      const Planes<T> planes = planes_of(static_cast<T*>(out.data) + image * out.image_stride, out.channel_stride);
+      return reconstruct_image<Values, kInterleaved>(shared, values, t, io, planes);
+    }
+    case OutputType::f32:
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, io, static_cast<float*>(out.data) + network);
+    case OutputType::bf16:
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, io,
+                                                       static_cast<Bfloat16*>(out.data) + network);
+    case OutputType::f16:
+      return reconstruct_network<Values, kInterleaved>(shared, values, t, io, static_cast<Half*>(out.data) + network);
+  }
 }
 
 }  // namespace ernet::cuda

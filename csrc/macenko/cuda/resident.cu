@@ -2,8 +2,7 @@
 // blocks of a cluster, and everything from the moments to the reconstruction happens there.
 #include <cuda_runtime.h>
 
-#include "macenko/cuda/cluster_launch.h"
-#include "macenko/cuda/cooperative_group.h"
+#include "macenko/cuda/clusters.h"
 #include "macenko/cuda/fit_job.h"
 #include "macenko/cuda/kernels.h"
 #include "macenko/cuda/launch.h"
@@ -17,7 +16,7 @@ namespace ernet::cuda {
 namespace {
 
 // Beside the pixels. What is not used at the same time shares its place.
-struct alignas(16) TeamShared {
+struct alignas(16) BlockShared {
   union {
     SumScratch sums;
     struct {
@@ -33,22 +32,22 @@ struct alignas(16) TeamShared {
   union {
     struct {
       int64_t totals[kPartials];
-      int64_t team_totals[kPartials];
+      int64_t image_totals[kPartials];
     };
     ResolveScratch scratch;
     Transform transform;
   };
 };
-constexpr int64_t kTeamSharedBytes = (int64_t(sizeof(TeamShared)) + 15) / 16 * 16;
+constexpr int64_t kBlockSharedBytes = (int64_t(sizeof(BlockShared)) + 15) / 16 * 16;
 constexpr int64_t kScaledBytes = 3 * 256 * int64_t(sizeof(float));
 
-struct TeamJob {
+struct ResidentJob {
   FitJob job;
   Recipe recipe;
   Output out;  // no data: a fit alone
   double od_magnitude;
-  int share;  // pixels of a block; an image has fewer than 2^31 in the shared memory of a team
-  unsigned light_shift;
+  int share;  // pixels of a block; an image has fewer than 2^31 in the shared memory of a cluster
+  unsigned table_shift;
   unsigned listed;       // pixels that a block lists at most
   unsigned sample_step;  // pixels from one sampled pixel to the next
 };
@@ -56,28 +55,26 @@ struct TeamJob {
 // Pointers into a block's shared memory. The table of levels holds fixed-point ODs while an image is loaded, and
 // logarithms from then on.
 struct Memory {
-  TeamShared* shared;
+  BlockShared* shared;
   unsigned char* levels;
   float (*scaled)[256];
   uint8_t* pixels;
 };
 
-__device__ __forceinline__ Memory divide(unsigned char* memory, const TeamJob& t) {
-  unsigned char* levels = memory + kTeamSharedBytes;
-  unsigned char* scaled = levels + (int64_t(1024) << t.light_shift);
+__device__ __forceinline__ Memory divide(unsigned char* memory, const ResidentJob& t) {
+  unsigned char* levels = memory + kBlockSharedBytes;
+  unsigned char* scaled = levels + (int64_t(1024) << t.table_shift);
   unsigned char* pixels = scaled + (t.out.type == OutputType::image ? 0 : kScaledBytes);
-  return {reinterpret_cast<TeamShared*>(memory), levels, reinterpret_cast<float (*)[256]>(scaled), pixels};
+  return {reinterpret_cast<BlockShared*>(memory), levels, reinterpret_cast<float (*)[256]>(scaled), pixels};
 }
 
 template <bool kInterleaved>
 __device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int share) {
-  const int distance = kInterleaved ? 1 : share;
-  return {{pixels, pixels + distance, pixels + 2 * distance}};
+  return planes_of(pixels, kInterleaved ? 1 : share);
 }
 
 __device__ __forceinline__ Planes<const uint8_t> image_planes(const Images& images, int64_t image) {
-  const auto* base = static_cast<const uint8_t*>(images.data) + image * images.image_stride;
-  return {{base, base + images.channel_stride, base + 2 * images.channel_stride}};
+  return planes_of(static_cast<const uint8_t*>(images.data) + image * images.image_stride, images.channel_stride);
 }
 
 // Asks for an image's pixels ahead of their use, so that they come from the cache when its turn comes.
@@ -99,14 +96,14 @@ __device__ __forceinline__ void prefetch(const Images& images, int64_t image, co
 
 // Copies this block's pixels to shared memory and sums their moments on the way. Ends with the warps' sums stored.
 template <bool kInterleaved>
-__device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, const Share& share, const Memory& m) {
-  const PlacedPixels from = {image_planes(t.job.images, image), share, int(threadIdx.x), int(blockDim.x)};
+__device__ __forceinline__ void load_pixels(const ResidentJob& t, int64_t image, const Share& share, const Memory& m) {
+  const BlockPixels<false> from = {image_planes(t.job.images, image), share, share.count, int(threadIdx.x),
+                                   int(blockDim.x)};
   const Planes<uint8_t> to = local_planes<kInterleaved>(m.pixels, t.share);
   Sums sums;
-  const FixedOfByte to_fixed = {level_table(m.levels, t.light_shift)};
+  const FixedOfByte to_fixed = {level_table(m.levels, t.table_shift)};
   for_each_group<uint8_t, kInterleaved>(
       from, [&](const PixelGroup<uint8_t, kInterleaved>& group, int first, int count) {
-#pragma unroll
         for (int k = 0; k < 3; ++k) {
           uint8_t* plane = kInterleaved ? to.plane[0] + 3 * first + 16 * k : to.plane[k] + first;
           *reinterpret_cast<uint4*>(plane) = group.four(k);
@@ -116,31 +113,31 @@ __device__ __forceinline__ void load_pixels(const TeamJob& t, int64_t image, con
   store_sums(sums, m.shared->sums);
 }
 
-// The first block adds up the team's moments and starts the fit.
-template <class Team>
-__device__ __forceinline__ void begin_fit(const TeamJob& t, const Memory& m) {
-  TeamShared& s = *m.shared;
+// The first block adds up the image's moments and starts the fit.
+template <class Cluster>
+__device__ __forceinline__ void begin_fit(const ResidentJob& t, const Memory& m) {
+  BlockShared& s = *m.shared;
   __syncthreads();
-  fill_light_table(s.od, t.light_shift, reinterpret_cast<float*>(m.levels));
+  fill_log2_table(s.od, t.table_shift, reinterpret_cast<float*>(m.levels));
   if (threadIdx.x < kPartials) s.totals[threadIdx.x] = total_of_block(int(threadIdx.x), s.sums);
-  Team::sync();
-  if (Team::rank() != 0) return;
+  Cluster::sync();
+  if (Cluster::rank() != 0) return;
   if (threadIdx.x < kPartials) {
     int64_t total = 0;
-    for (unsigned r = 0; r < Team::size(); ++r) total += *Team::at_rank(&s.totals[threadIdx.x], r);
-    s.team_totals[threadIdx.x] = total;
+    for (unsigned r = 0; r < Cluster::size(); ++r) total += *Cluster::at_rank(&s.totals[threadIdx.x], r);
+    s.image_totals[threadIdx.x] = total;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   double moments[macenko::kMomentCount];
-  moments_of_totals(s.team_totals, moments);
+  moments_of_totals(s.image_totals, moments);
   reset_counters(s.counters);
-  macenko::begin_fit(moments, s.team_totals[1], t.job.p, s.state);
+  macenko::begin_fit(moments, s.image_totals[1], t.job.p, s.state);
 }
 
-// Counts of all blocks of the team, in the first of them.
-struct TeamCounts {
-  const TeamShared* s;
+// Counts of all blocks of the cluster, in the first of them.
+struct SharedCounts {
+  const BlockShared* s;
   __device__ __forceinline__ uint64_t count(int t, int bin) const { return s->bins[t][bin]; }
   __device__ __forceinline__ unsigned long long key(int t, int i) const { return s->kept[t][i]; }
   __device__ __forceinline__ int64_t below(int t) const { return int64_t(s->counters.below[t]); }
@@ -152,20 +149,20 @@ struct TeamCounts {
   __device__ __forceinline__ bool overflown() const { return s->counters.overflown != 0; }
 };
 
-__device__ __forceinline__ void clear_bins(TeamShared& s) {
+__device__ __forceinline__ void clear_bins(BlockShared& s) {
   for (int i = int(threadIdx.x); i < 2 * kBins; i += int(blockDim.x)) s.bins[i / kBins][i % kBins] = 0;
 }
 
 // Adds up the bins of all blocks in the first one, which calls this. Ends with a barrier of that block.
-template <class Team>
-__device__ __forceinline__ void add_bins(TeamShared& s) {
-  if (Team::size() == 1) return;
+template <class Cluster>
+__device__ __forceinline__ void add_bins(BlockShared& s) {
+  if (Cluster::size() == 1) return;
   uint4* bins = reinterpret_cast<uint4*>(s.bins);
   for (int i = int(threadIdx.x); i < 2 * kBins / 4; i += int(blockDim.x)) {
     uint4 total = bins[i];
 #pragma unroll 2
-    for (unsigned r = 1; r < Team::size(); ++r) {
-      const uint4 other = *Team::at_rank(bins + i, r);
+    for (unsigned r = 1; r < Cluster::size(); ++r) {
+      const uint4 other = *Cluster::at_rank(bins + i, r);
       total = make_uint4(total.x + other.x, total.y + other.y, total.z + other.z, total.w + other.w);
     }
     bins[i] = total;
@@ -174,23 +171,23 @@ __device__ __forceinline__ void add_bins(TeamShared& s) {
 }
 
 // The first block takes what a pass has counted into its state, which the others copy. Begins and ends with a barrier
-// of the team.
-template <class Team, class Resolve>
-__device__ __forceinline__ void move_on(TeamShared& s, const Resolve& resolve_counts) {
-  Team::sync();
-  if (Team::rank() == 0) {
-    add_bins<Team>(s);
-    resolve_counts(TeamCounts{&s});
+// of the cluster.
+template <class Cluster, class Resolve>
+__device__ __forceinline__ void move_on(BlockShared& s, const Resolve& resolve_counts) {
+  Cluster::sync();
+  if (Cluster::rank() == 0) {
+    add_bins<Cluster>(s);
+    resolve_counts(SharedCounts{&s});
     if (threadIdx.x == 0) reset_counters(s.counters);
   }
-  Team::sync();
-  if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
+  Cluster::sync();
+  if (Cluster::rank() != 0) copy_state(*Cluster::at_rank(&s.state, 0), s.state);
 }
 
 // The exact statistics of the pixels that the state's forms find, or the finding that they are not among them.
-template <class Team, bool kInterleaved>
-__device__ __forceinline__ void search_list(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
-                                            TeamShared& s) {
+template <class Cluster, bool kInterleaved>
+__device__ __forceinline__ void search_list(const ResidentJob& t, const LocalPixels& local, const ByteReader& reader,
+                                            BlockShared& s) {
   if (threadIdx.x == 0) s.list_length = 0;
   __syncthreads();
   const PixelList list = {s.list, &s.list_length, t.listed};
@@ -198,160 +195,140 @@ __device__ __forceinline__ void search_list(const TeamJob& t, const LocalPixels&
   __syncthreads();
   ListedKeys listed;
   evaluate_list<kInterleaved>(local, reader, s.state, list, listed);
-  Team::sync();  // bins and kept keys take the place of the list
-  Counters& counters = *Team::at_rank(&s.counters, 0);
+  Cluster::sync();  // bins and kept keys take the place of the list
+  Counters& counters = *Cluster::at_rank(&s.counters, 0);
   do {
     clear_bins(s);
     __syncthreads();
-    take_listed(listed, s.state, s.bins, counters, Team::at_rank(s.kept, 0));
+    take_listed(listed, s.state, s.bins, counters, Cluster::at_rank(s.kept, 0));
     if (threadIdx.x == 0) {
       atomicAdd(&counters.listed, static_cast<unsigned long long>(s.list_length));
       if (s.list_length > list.most) atomicAdd(&counters.overflown, 1ull);
     }
-    move_on<Team>(s, [&](const auto& counted) { resolve_list(counted, s.state, s.scratch); });
+    move_on<Cluster>(s, [&](const auto& counted) { resolve_list(counted, s.state, s.scratch); });
     __syncthreads();
   } while (!s.state.missed && !macenko::selections_are_done(s.state));
 }
 
 // The way from a sample to the statistics of a list, or to where all keys are to be counted.
-template <class Team, bool kInterleaved>
-__device__ __forceinline__ void select_in_tails(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
-                                                TeamShared& s) {
-  sample_keys<kInterleaved>(local, reader, s.state, int(t.sample_step), s.bins, *Team::at_rank(&s.counters, 0));
-  move_on<Team>(s, [&](const auto& counted) { resolve_sample(counted, t.job.p, s.state, s.scratch); });
-  search_list<Team, kInterleaved>(t, local, reader, s);
-  if (threadIdx.x == 0) ERNET_RECORD_LIST(Team::rank() == 0, s.state.keys, s.list_length, s.state.missed);
-  move_on<Team>(s, [&](const auto&) {
+template <class Cluster, bool kInterleaved>
+__device__ __forceinline__ void select_in_tails(const ResidentJob& t, const LocalPixels& local,
+                                                const ByteReader& reader, BlockShared& s) {
+  sample_keys<kInterleaved>(local, reader, s.state, int(t.sample_step), s.bins, *Cluster::at_rank(&s.counters, 0));
+  move_on<Cluster>(s, [&](const auto& counted) { resolve_sample(counted, t.job.p, s.state, s.scratch); });
+  search_list<Cluster, kInterleaved>(t, local, reader, s);
+  if (threadIdx.x == 0) ERNET_RECORD_LIST(Cluster::rank() == 0, s.state.keys, s.list_length, s.state.missed);
+  move_on<Cluster>(s, [&](const auto&) {
     if (threadIdx.x == 0) macenko::end_list(t.job.p, s.state);
   });
   __syncthreads();
 }
 
 // Logarithms of levels that are no tissue: NaN while angles are listed, so that they are never found.
-__device__ __forceinline__ void set_light_of_others(const TeamJob& t, const Memory& m, bool hidden) {
+__device__ __forceinline__ void set_logs_of_others(const ResidentJob& t, const Memory& m, bool hidden) {
   const double* od = m.shared->od;
   const float nan = __int_as_float(0x7fc00000);
-  fill_levels(unsigned(t.job.p.tissue_limit + 1), t.light_shift, reinterpret_cast<float*>(m.levels),
-              [&](int level) { return hidden ? nan : light_of_od(od[level]); });
+  fill_levels(unsigned(t.job.p.tissue_limit + 1), t.table_shift, reinterpret_cast<float*>(m.levels),
+              [&](int level) { return hidden ? nan : log2_of_od(od[level]); });
 }
 
 // From the moments to the stains, pass by pass. Ends with the finished state in every block.
-template <class Team, bool kInterleaved>
-__device__ __forceinline__ void fit_pixels(const TeamJob& t, const LocalPixels& local, const ByteReader& reader,
+template <class Cluster, bool kInterleaved>
+__device__ __forceinline__ void fit_pixels(const ResidentJob& t, const LocalPixels& local, const ByteReader& reader,
                                            const Memory& m) {
-  TeamShared& s = *m.shared;
-  Team::sync();
-  if (Team::rank() != 0) copy_state(*Team::at_rank(&s.state, 0), s.state);
+  BlockShared& s = *m.shared;
+  Cluster::sync();
+  if (Cluster::rank() != 0) copy_state(*Cluster::at_rank(&s.state, 0), s.state);
   __syncthreads();
   bool hidden = false;
   while (s.state.phase != Phase::finished) {
     const Phase phase = s.state.phase;
     if (hidden != (phase == Phase::angle_sample)) {
       hidden = !hidden;
-      set_light_of_others(t, m, hidden);
+      set_logs_of_others(t, m, hidden);
     }
     clear_bins(s);
     __syncthreads();
     if (macenko::is_sample(phase)) {
-      select_in_tails<Team, kInterleaved>(t, local, reader, s);
+      select_in_tails<Cluster, kInterleaved>(t, local, reader, s);
     } else {
-      count_keys<ByteReader, kInterleaved>(local, reader, s.state, s.bins, *Team::at_rank(&s.counters, 0),
-                                           Team::at_rank(s.kept, 0));
-      move_on<Team>(s, [&](const auto& counted) { resolve(counted, t.job.p, s.state, s.scratch); });
+      count_keys<ByteReader, kInterleaved>(local, reader, s.state, s.bins, *Cluster::at_rank(&s.counters, 0),
+                                           Cluster::at_rank(s.kept, 0));
+      move_on<Cluster>(s, [&](const auto& counted) { resolve(counted, t.job.p, s.state, s.scratch); });
       __syncthreads();
     }
   }
-  if (hidden) set_light_of_others(t, m, false);
+  if (hidden) set_logs_of_others(t, m, false);
 }
 
-template <bool kInterleaved>
-__device__ __forceinline__ void rebuild_share(const TeamJob& t, int64_t image, const LocalPixels& local,
-                                              const ByteReader& reader, const Memory& m) {
-  const ByteValues values = {reader, m.scaled};
-  const Transform& transform = m.shared->transform;
-  const double io = t.job.p.io;
-  const int64_t network = 3 * t.job.images.pixels * image;
-  switch (t.out.type) {
-    case OutputType::image: {
-      auto* base = static_cast<uint8_t*>(t.out.data) + image * t.out.image_stride;
-      const Planes<uint8_t> out = {{base, base + t.out.channel_stride, base + 2 * t.out.channel_stride}};
-      return rebuild_image<ByteValues, kInterleaved>(local, values, transform, io, out);
-    }
-    case OutputType::f32:
-      return rebuild_network<ByteValues, kInterleaved>(local, values, transform, io,
-                                                       static_cast<float*>(t.out.data) + network);
-    case OutputType::bf16:
-      return rebuild_network<ByteValues, kInterleaved>(local, values, transform, io,
-                                                       static_cast<Bfloat16*>(t.out.data) + network);
-    case OutputType::f16:
-      return rebuild_network<ByteValues, kInterleaved>(local, values, transform, io,
-                                                       static_cast<Half*>(t.out.data) + network);
-  }
-}
-
-template <class Team, bool kInterleaved>
-__device__ __forceinline__ void normalize_image(const TeamJob& t, int64_t image, const Share& share,
+template <class Cluster, bool kInterleaved>
+__device__ __forceinline__ void normalize_image(const ResidentJob& t, int64_t image, const Share& share,
                                                 const ByteReader& reader, const Memory& m) {
-  TeamShared& s = *m.shared;
-  fill_fixed_table(t.job.fixed_offset, t.job.p.tissue_limit, t.light_shift, reinterpret_cast<int32_t*>(m.levels));
+  BlockShared& s = *m.shared;
+  fill_fixed_table(t.job.fixed_offset, t.job.p.tissue_limit, t.table_shift, reinterpret_cast<int32_t*>(m.levels));
   __syncthreads();
   load_pixels<kInterleaved>(t, image, share, m);
-  prefetch<kInterleaved>(t.job.images, image + Team::teams(), share);
-  begin_fit<Team>(t, m);
+  prefetch<kInterleaved>(t.job.images, image + Cluster::clusters(), share);
+  begin_fit<Cluster>(t, m);
   const Planes<uint8_t> planes = local_planes<kInterleaved>(m.pixels, t.share);
   const LocalPixels local = {
       {{planes.plane[0], planes.plane[1], planes.plane[2]}}, share, share.count, int(threadIdx.x), int(blockDim.x)};
-  fit_pixels<Team, kInterleaved>(t, local, reader, m);
+  fit_pixels<Cluster, kInterleaved>(t, local, reader, m);
   if (threadIdx.x == 0) {
-    if (Team::rank() == 0) write_fit(t.job.fit, image, s.state);
+    if (Cluster::rank() == 0) write_fit(t.job.fit, image, s.state);
     if (t.out.data != nullptr) {
       make_transform(t.recipe, s.state.status == macenko::kOk, s.state.stain, s.state.maximum, t.od_magnitude, image,
                      s.transform);
     }
   }
   __syncthreads();
-  if (t.out.data != nullptr) rebuild_share<kInterleaved>(t, image, local, reader, m);
-  Team::sync();  // the others may still look at this block's memory
+  if (t.out.data != nullptr) {
+    const ByteValues values = {reader, m.scaled};
+    reconstruct_output<ByteValues, kInterleaved>(local, values, s.transform, t.job.p.io, t.out, image,
+                                                 t.job.images.pixels);
+  }
+  Cluster::sync();  // the others may still look at this block's memory
 }
 
-template <class Team, bool kInterleaved>
-__device__ __forceinline__ void serve_images(const TeamJob& t) {
+template <class Cluster, bool kInterleaved>
+__device__ __forceinline__ void serve_images(const ResidentJob& t) {
   ERNET_DYNAMIC_SHARED(memory);
   const Memory m = divide(memory, t);
   for (unsigned level = threadIdx.x; level < 256; level += blockDim.x) m.shared->od[level] = t.job.od[level];
   if (t.out.type != OutputType::image) fill_scaled_table(t.out, m.scaled);
-  const ByteReader reader = {level_table(m.levels, t.light_shift), m.shared->od, t.job.p.tissue_limit};
-  const Share share = share_of(int(t.job.images.pixels), int(Team::rank()), int(Team::size()));
-  for (int64_t image = Team::index(); image < t.job.images.count; image += Team::teams())
-    normalize_image<Team, kInterleaved>(t, image, share, reader, m);
+  const ByteReader reader = {level_table(m.levels, t.table_shift), m.shared->od, t.job.p.tissue_limit};
+  const Share share = share_of(int(t.job.images.pixels), int(Cluster::rank()), int(Cluster::size()));
+  for (int64_t image = Cluster::index(); image < t.job.images.count; image += Cluster::clusters())
+    normalize_image<Cluster, kInterleaved>(t, image, share, reader, m);
 }
 
-template <class Team, bool kInterleaved>
-__global__ void __launch_bounds__(kMostThreads, 1) team_kernel(const __grid_constant__ TeamJob t) {
-  if constexpr (Team::kExists) serve_images<Team, kInterleaved>(t);
+template <class Cluster, bool kInterleaved>
+__global__ void __launch_bounds__(kMostThreads, 1) resident_kernel(const __grid_constant__ ResidentJob t) {
+  if constexpr (Cluster::kExists) serve_images<Cluster, kInterleaved>(t);
 }
 
 template <bool kInterleaved>
-cudaError_t launch(const Plan& plan, const Device& device, const TeamJob& t, cudaStream_t stream) {
-  const auto kernel = plan.blocks == 1 ? team_kernel<BlockTeam, kInterleaved> : team_kernel<ClusterTeam, kInterleaved>;
-  return launch_team(kernel, plan, device, t, t.job.images.count, stream);
+cudaError_t launch(const Plan& plan, const Device& device, const ResidentJob& t, cudaStream_t stream) {
+  const auto kernel =
+      plan.blocks == 1 ? resident_kernel<OneBlock, kInterleaved> : resident_kernel<BlockCluster, kInterleaved>;
+  return launch_persistent(kernel, plan, device, t, t.job.images.count, stream);
 }
 
 }  // namespace
 
-int64_t team_shared_bytes(bool network) { return kTeamSharedBytes + (network ? kScaledBytes : 0); }
+int64_t resident_shared_bytes(bool network) { return kBlockSharedBytes + (network ? kScaledBytes : 0); }
 
-cudaError_t macenko_team(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
-                         const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream) {
+cudaError_t macenko_resident(const Images& images, const Parameters& parameters, const Plan& plan, const Device& device,
+                             const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream) {
   if (images.count == 0) return cudaSuccess;
-  TeamJob t = {make_fit_job(images, parameters, fit),
-               {},
-               {},
-               0,
-               int(pixels_of_share(images.pixels, plan.blocks)),
-               unsigned(plan.light_shift),
-               unsigned(plan.listed * plan.threads),
-               unsigned(macenko::sample_step(images.pixels))};
+  ResidentJob t = {make_fit_job(images, parameters, fit),
+                   {},
+                   {},
+                   0,
+                   int(pixels_of_share(images.pixels, plan.blocks)),
+                   unsigned(plan.table_shift),
+                   unsigned(plan.listed * plan.threads),
+                   unsigned(macenko::sample_step(images.pixels))};
   t.job.p.listed = int64_t(t.listed) * plan.blocks;
   if (recipe != nullptr) t.recipe = *recipe;
   if (out != nullptr) t.out = *out;

@@ -25,7 +25,6 @@ struct ResolveScratch {
 
 __device__ __forceinline__ long long inclusive_sum_of_warp(long long value) {
   const unsigned lane = threadIdx.x % 32;
-#pragma unroll
   for (unsigned delta = 1; delta < 32; delta *= 2) {
     const long long other = __shfl_up_sync(0xffffffffu, value, delta);
     if (lane >= delta) value += other;
@@ -48,7 +47,6 @@ __device__ __forceinline__ void find_bins(const CountOf& count_of, int64_t rank_
   __syncthreads();
   long long before = inclusive - sum;
   for (unsigned w = 0; w < threadIdx.x / 32; ++w) before += scratch.of_warp[w];
-#pragma unroll
   for (int j = 0; j < 2; ++j) {
     const long long rank = j == 0 ? rank_lower : rank_upper;
     if (rank >= before && rank < before + sum) {

@@ -84,11 +84,9 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks)
 template <class T>
 __device__ __forceinline__ SharedPixels<T> pixels_of_block(const StreamingJob& s, int64_t image) {
   const Images& images = s.job.images;
-  const T* base = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
-  return {{{base, base + images.channel_stride, base + 2 * images.channel_stride}},
-          images.pixels,
-          (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x,
-          s.blocks_an_image * kThreads};
+  const T* first = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
+  return {planes_of(first, images.channel_stride), images.pixels,
+          (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x, s.blocks_an_image * kThreads};
 }
 
 // Shared memory is declared outside templates, so that the emulator can fill it with garbage.
@@ -147,7 +145,7 @@ struct AdvanceShared {
   FitState state;
   ResolveScratch scratch;
   uint32_t bins[2][kBins];
-  float light[256];
+  float logs[256];
 };
 
 __device__ __forceinline__ AdvanceShared& advance_shared() {
@@ -187,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloa
   copy_state(work.state, block.state);
   Reader reader;
   if constexpr (sizeof(T) == 1) {
-    fill_light_table(s.job.od, 0, block.light);
-    reader = {level_table(block.light, 0), s.job.od, s.job.p.tissue_limit};
+    fill_log2_table(s.job.od, 0, block.logs);
+    reader = {level_table(block.logs, 0), s.job.od, s.job.p.tissue_limit};
   } else {
     reader = {s.job.images.scale, 1 / s.job.p.io, s.job.p.beta};
   }

@@ -1,5 +1,5 @@
-// The passes of the listed way (macenko/tails.h) over the pixels of a block in its shared memory: approximate keys of a
-// sample, a list of the pixels beyond the borders, and the exact keys of those, which stay in registers.
+// The passes of the listed way (macenko/steps/tails.h) over the pixels of a block in its shared memory: approximate
+// keys of a sample, a list of the pixels beyond the borders, and the exact keys of those, which stay in registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,7 +35,8 @@ __device__ __forceinline__ void sample_keys(const LocalPixels& local, const Byte
     const uint8_t g = local.planes.plane[1][pixel * kStride];
     const uint8_t b = local.planes.plane[2][pixel * kStride];
     if (angles && !reader.is_tissue(r, g, b)) continue;
-    const FloatKeys found = float_keys(rows, angles, reader.light(r), reader.light(g), reader.light(b));
+    const FloatKeys found =
+        float_keys(rows, angles, reader.log2_intensity(r), reader.log2_intensity(g), reader.log2_intensity(b));
     ++sampled;
     if (angles) {
       const int bin = bin_of(found.key[0], scale[0], 2 * kBins);
@@ -54,19 +55,16 @@ template <bool kInterleaved>
 __device__ __forceinline__ void list_pixels(const LocalPixels& local, const ByteReader& reader, const PassKeys& keys,
                                             const PixelList& list) {
   float form[2][4];
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
-#pragma unroll
     for (int k = 0; k < 4; ++k) form[t][k] = keys.form[t][k];
   }
   for_each_group<uint8_t, kInterleaved>(
       local, [&](const PixelGroup<uint8_t, kInterleaved>& group, int first, int count) {
         unsigned wanted = 0;
-#pragma unroll
         for (int i = 0; i < GroupSize<uint8_t>::value; ++i) {
-          const float r = reader.light(group.get(i, 0));
-          const float g = reader.light(group.get(i, 1));
-          const float b = reader.light(group.get(i, 2));
+          const float r = reader.log2_intensity(group.get(i, 0));
+          const float g = reader.log2_intensity(group.get(i, 1));
+          const float b = reader.log2_intensity(group.get(i, 2));
           const float low = fmaf(form[0][0], r, fmaf(form[0][1], g, fmaf(form[0][2], b, form[0][3])));
           const float high = fmaf(form[1][0], r, fmaf(form[1][1], g, fmaf(form[1][2], b, form[1][3])));
           if (low >= 0.0f || high >= 0.0f) wanted |= 1u << i;
@@ -94,12 +92,9 @@ __device__ __forceinline__ void evaluate_list(const LocalPixels& local, const By
   const unsigned length = *list.length < list.most ? *list.length : list.most;
   const bool angles = macenko::counts_angles(state.phase);
   double row[2][3];
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
-#pragma unroll
     for (int k = 0; k < 3; ++k) row[t][k] = state.pass.row[t][k];
   }
-#pragma unroll
   for (int k = 0; k < kListedOfThread; ++k) {  // 6 listed pixels unrolled
     const unsigned at = threadIdx.x + unsigned(k) * blockDim.x;
     listed.bits[0][k] = listed.bits[1][k] = ~0ull;
@@ -119,7 +114,6 @@ __device__ __forceinline__ void count_listed(const unsigned long long (&listed)[
   const int shift = s.shift;
   int below = 0;
   int within = 0;
-#pragma unroll
   for (int k = 0; k < kListedOfThread; ++k) {  // 6 listed pixels unrolled
     const unsigned long long place = listed[k] - low;
     if (place <= width) {
@@ -136,13 +130,11 @@ __device__ __forceinline__ void count_listed(const unsigned long long (&listed)[
 // Takes the exact keys of a list into both selections.
 __device__ __forceinline__ void take_listed(const ListedKeys& listed, const FitState& state, uint32_t (*bins)[kBins],
                                             Counters& counters, Kept* kept) {
-#pragma unroll
   for (int t = 0; t < 2; ++t) {
     const Selection& s = state.selection[t];
     if (s.stage == Stage::count) {
       count_listed(listed.bits[t], t, s, bins[t], counters, kept[t]);
     } else if (s.stage == Stage::split) {
-#pragma unroll
       for (int k = 0; k < kListedOfThread; ++k) take_split_key(listed.bits[t][k], s.edge, t, counters);
     }
   }

@@ -4,8 +4,7 @@
 
 #include "macenko/steps/host_device.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 struct Eigen3 {
   double value[3];      // ascending
@@ -66,5 +65,4 @@ ERNET_HOST_DEVICE Eigen3 eigen3(const double m[6]) {
   return e;
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

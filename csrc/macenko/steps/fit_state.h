@@ -1,14 +1,13 @@
 // A Macenko fit as a machine: passes over the pixels count keys, and between two passes one thread decides here what
 // the next one counts. The GPU's plans differ only in how they count. Order statistics are found in either of two ways:
-// in a list of the pixels beyond a border that a sample tells (macenko/tails.h), or by counts of all keys, approximate
-// ones and then exact ones, which serve any distribution and any percentile.
+// in a list of the pixels beyond a border that a sample tells (macenko/steps/tails.h), or by counts of all keys,
+// approximate ones and then exact ones, which serve any distribution and any percentile.
 #pragma once
 
 #include "macenko/steps/stains.h"
 #include "macenko/steps/tails.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 enum class Phase : int32_t {
   angle_sample = 0,  // pseudo-angles of some of the tissue, approximate
@@ -48,10 +47,10 @@ struct FitParameters {
 // pseudo-angle, or the two concentrations.
 struct PassKeys {
   double row[2][3];
-  float light_row[2][3];  // for log2((I + 1) / Io) in place of OD
+  float log2_row[2][3];  // for log2((I + 1) / Io) in place of OD
   float bins_per_unit[2];
   Window window[2];
-  // A pixel is listed where form[t][0..2] . log2 light + form[t][3] >= 0 for either t.
+  // A pixel is listed where form[t][0..2] . log2 intensity + form[t][3] >= 0 for either t.
   float form[2][4];
 };
 
@@ -74,7 +73,7 @@ constexpr double kFloatUnit = 0x1p-24;  // half an ulp of 1
 // kFloatUnit: by at most 172 u where n > S / (16 ln 2). Pixels beyond that, and those near the cut of the angle, get
 // exact keys.
 constexpr double kAngleMargin = 512 * kFloatUnit;
-constexpr float kSmallestNorm = 1.0f / 16;         // of n, in units of the summed |log2 light|
+constexpr float kSmallestNorm = 1.0f / 16;         // of n, in units of the summed |log2 intensity|
 constexpr float kCutDistance = 1.0f / 65536;       // of |y| where x < 0, in the same units
 constexpr double kAngleBinsPerUnit = kBins / 2.0;  // pseudo-angles in [0, 2]; others share the first bin
 constexpr double kSampleBinsPerUnit = kBins;       // the bins of both selections together
@@ -91,8 +90,8 @@ ERNET_HOST_DEVICE void set_rows(const double a[3], const double b[3], PassKeys& 
   for (int k = 0; k < 3; ++k) {
     keys.row[0][k] = a[k];
     keys.row[1][k] = b[k];
-    keys.light_row[0][k] = float(-ln2 * a[k]);
-    keys.light_row[1][k] = float(-ln2 * b[k]);
+    keys.log2_row[0][k] = float(-ln2 * a[k]);
+    keys.log2_row[1][k] = float(-ln2 * b[k]);
   }
 }
 
@@ -271,5 +270,4 @@ ERNET_HOST_DEVICE void end_exact(const FitParameters& p, FitState& s) {
   end_selections(p, s);
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

@@ -11,6 +11,22 @@
 #define ERNET_HOST_DEVICE static inline
 #endif
 
+namespace ernet::macenko {
+
+// The bits of a value as a value of another type.
+template <class To, class From>
+ERNET_HOST_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  union {
+    From from;
+    To to;
+  } u;
+  u.from = from;
+  return u.to;
+}
+
+}  // namespace ernet::macenko
+
 // A fused multiply-add that compilers can vectorise; a call where the instruction set has none.
 #ifdef __CUDA_ARCH__
 #define ERNET_FMA fmaf

@@ -6,8 +6,7 @@
 
 #include "macenko/steps/host_device.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 constexpr int kOdFractionBits = 24;
 constexpr double kOdScale = double(int64_t(1) << kOdFractionBits);
@@ -32,14 +31,8 @@ constexpr float kFixedShift = 8388608.0f;  // 2^23: makes f P(f) 2^24 positive b
 ERNET_HOST_DEVICE int32_t fixed_offset(double io) { return int32_t(log(io) * kOdScale + 0.5) + int32_t(kFixedShift); }
 
 ERNET_HOST_DEVICE int32_t fixed_od_of_level(int level, int32_t offset) {
-  union {
-    float real;
-    int32_t bits;
-  } u;
-  u.real = float(level + 1);
-  const int32_t shifted = u.bits - kSqrtHalfBits;
-  u.bits = (shifted & 0x7fffff) + kSqrtHalfBits;
-  const float f = u.real - 1.0f;
+  const int32_t shifted = bits_as<int32_t>(float(level + 1)) - kSqrtHalfBits;
+  const float f = bits_as<float>((shifted & 0x7fffff) + kSqrtHalfBits) - 1.0f;
   // P(f) * 2^24 from the highest power; the fit is within 0.2 units of the fixed point. Written out, as compilers do
   // not vectorise around an inner loop.
   float p = 1466990.625f;
@@ -83,5 +76,4 @@ ERNET_HOST_DEVICE OdTable make_od_table(double io, double beta) {
 // Sums over tissue pixels in real units: count, OD_r, OD_g, OD_b, and the products rr, rg, rb, gg, gb, bb.
 constexpr int kMomentCount = 10;
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

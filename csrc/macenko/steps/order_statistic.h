@@ -3,8 +3,7 @@
 
 #include "macenko/steps/host_device.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 // A percentile is value[lower] + weight (value[upper] - value[lower]) of the sorted values; upper is lower or lower
 // + 1.
@@ -49,22 +48,12 @@ ERNET_HOST_DEVICE double angle_of_key(double key) {
 
 // An unsigned integer that orders as the double does (no NaN), for radix selection, and back.
 ERNET_HOST_DEVICE uint64_t ordered_bits(double value) {
-  union {
-    double real;
-    uint64_t bits;
-  } u;
-  u.real = value;
-  return u.bits >> 63 ? ~u.bits : u.bits | (uint64_t(1) << 63);
+  const uint64_t bits = bits_as<uint64_t>(value);
+  return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
 }
 
 ERNET_HOST_DEVICE double value_of_ordered_bits(uint64_t ordered) {
-  union {
-    double real;
-    uint64_t bits;
-  } u;
-  u.bits = ordered >> 63 ? ordered & ~(uint64_t(1) << 63) : ~ordered;
-  return u.real;
+  return bits_as<double>(ordered >> 63 ? ordered & ~(uint64_t(1) << 63) : ~ordered);
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

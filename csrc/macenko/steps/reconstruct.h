@@ -4,8 +4,7 @@
 
 #include "macenko/steps/stains.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 ERNET_HOST_DEVICE void reconstruction_matrix(const Stain& source, const double source_max[2], const Stain& target,
                                              const double target_max[2], double matrix[3][3]) {
@@ -20,5 +19,4 @@ ERNET_HOST_DEVICE void reconstruction_matrix(const Stain& source, const double s
   }
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

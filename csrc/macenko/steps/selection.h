@@ -5,8 +5,7 @@
 
 #include "macenko/steps/order_statistic.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
@@ -100,5 +99,4 @@ ERNET_HOST_DEVICE Window window_of(const Selection& s, double margin) {
   return {float(low - margin - fabs(low) * rounding), float(high + margin + fabs(high) * rounding)};
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

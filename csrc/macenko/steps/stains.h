@@ -5,8 +5,7 @@
 #include "macenko/steps/elementary.h"
 #include "macenko/steps/od.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 // The same numbers as in ernet_fast/stain/result.py; a test holds them equal.
 enum Status : int32_t {
@@ -99,5 +98,4 @@ ERNET_HOST_DEVICE void concentration_rows(const Stain& stain, double rows[2][3])
   }
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

@@ -6,8 +6,7 @@
 
 #include "macenko/steps/selection.h"
 
-namespace ernet {
-namespace macenko {
+namespace ernet::macenko {
 
 // Keys of a sample at most: the rank of a 1 % tail is then known to 0.11 % of the keys.
 constexpr int64_t kSampledKeys = 8192;
@@ -107,5 +106,4 @@ ERNET_HOST_DEVICE Found place_in_tail(int64_t below, int64_t inside, End end, Se
   return Found::elsewhere;
 }
 
-}  // namespace macenko
-}  // namespace ernet
+}  // namespace ernet::macenko

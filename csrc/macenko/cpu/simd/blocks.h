@@ -79,7 +79,7 @@ static void tissue_flags(const Block<T>&, const Keys& keys, const double (*od)[k
   }
 }
 
-static inline void clear_tail(uint8_t* flags, int count) {
+static inline void clear_end(uint8_t* flags, int count) {
   for (int i = count; i < kBlock; ++i) flags[i] = 0;
 }
 
@@ -103,7 +103,7 @@ static void block_keys(const Block<T>& block, const Keys& keys, double scale, in
   } else {
     for (int i = 0; i < kBlock; ++i) live[i] = 1;
   }
-  clear_tail(live, count);
+  clear_end(live, count);
 }
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -1,4 +1,4 @@
-// Logarithms of light in float32 that are good enough to say on which side of a bracket nearly every pixel lies.
+// Logarithms of intensity in float32 that are good enough to say on which side of a bracket nearly every pixel lies.
 // Included by the loops, once per instruction set, and therefore static throughout.
 #pragma once
 
@@ -6,23 +6,19 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// log2(light) - kCoarseConstant in float32: with light = 2^k m, k + a polynomial of degree 5 in m. A constant term
-// would be one more operation; whoever uses the result has a constant anyway. It is off by at most kCoarseErrorOfLevels
-// for light of 1 to 256, and by kCoarseError for any other up to 512 (every m in float32 was tried, fused and not).
+// log2(intensity) - kCoarseConstant in float32: with intensity = 2^k m, k + a polynomial of degree 5 in m. A constant
+// term would be one more operation; whoever uses the result has a constant anyway. It is off by at most
+// kCoarseErrorOfLevels for intensity of 1 to 256, and by kCoarseError for any other up to 512 (every m in float32 was
+// tried, fused and not).
 constexpr double kCoarseErrorOfLevels = 1.5e-5;
 constexpr double kCoarseError = 1.6e-5;
 constexpr double kCoarseConstant = -2.79415369;
 constexpr double kLn2 = 0.693147180559945309417;
 
-static inline float coarse_log2(float light) {
-  union {
-    float real;
-    int32_t bits;
-  } u;
-  u.real = light;
-  const float exponent = float((u.bits >> 23) - 127);
-  u.bits = (u.bits & 0x7fffff) | 0x3f800000;
-  const float m = u.real;
+static inline float coarse_log2(float intensity) {
+  const int32_t bits = macenko::bits_as<int32_t>(intensity);
+  const float exponent = float((bits >> 23) - 127);
+  const float m = macenko::bits_as<float>((bits & 0x7fffff) | 0x3f800000);
   float p = 0.0439286269f;
   p = p * m - 0.409475595f;
   p = p * m + 1.61017752f;

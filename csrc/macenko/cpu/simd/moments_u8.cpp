@@ -1,4 +1,5 @@
-// Moments of 8-bit images: fixed-point ODs of the tissue pixels by a polynomial (macenko/od.h), exact integer products.
+// Moments of 8-bit images: fixed-point ODs of the tissue pixels by a polynomial (macenko/steps/od.h), exact integer
+// products.
 #include "macenko/cpu/simd/u8.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {

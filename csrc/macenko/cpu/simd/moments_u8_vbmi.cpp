@@ -1,4 +1,4 @@
-// Moments of 8-bit images from tables in registers: the same exact integer sums as macenko_bytes_moments_loops.cpp.
+// Moments of 8-bit images from tables in registers: the same exact integer sums as moments_u8.cpp.
 #include "macenko/cpu/simd/u8_vbmi.h"
 
 #ifdef ERNET_VBMI
@@ -6,8 +6,8 @@ namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
 using macenko::OdTable;
 
-// A fixed-point OD q of macenko/od.h is kCentre + 2^kLowBits high + low, with two signed 16-bit parts whose products
-// VNNI sums in pairs. The sums of products of parts make the sum of products of ODs, exactly.
+// A fixed-point OD q of macenko/steps/od.h is kCentre + 2^kLowBits high + low, with two signed 16-bit parts whose
+// products VNNI sums in pairs. The sums of products of parts make the sum of products of ODs, exactly.
 constexpr int kLowBits = 13;
 constexpr int32_t kCentre = 1 << 26;
 constexpr int kMaxHigh = 1 << 13;

@@ -1,6 +1,6 @@
 // Reconstruction of 8-bit images with AVX-512, sixteen pixels at a time. Logarithms are gathered from a table, which
 // keeps the load ports busy and leaves the arithmetic ones to the exponentials. The same bits as
-// macenko_bytes_rebuild_loops.cpp with fused multiply-add.
+// reconstruct_u8.cpp with fused multiply-add.
 #include "macenko/cpu/simd/log_fine.h"
 
 #ifdef ERNET_AVX512
@@ -21,7 +21,7 @@ static inline __mmask64 first_triples(int64_t count) {
 }
 
 // Levels of sixteen pixels, each in 32 bits, to those of the result.
-static inline void rebuild(__m512i level[3], const float* table, const ChannelLanes channel[3], __m512 io) {
+static inline void reconstruct_lanes(__m512i level[3], const float* table, const ChannelLanes channel[3], __m512 io) {
   __m512 log2[3];
   for (int k = 0; k < 3; ++k) log2[k] = _mm512_i32gather_ps(level[k], table, 4);
   for (int c = 0; c < 3; ++c) {
@@ -34,8 +34,8 @@ static inline void rebuild(__m512i level[3], const float* table, const ChannelLa
 
 // Functions that are called by pointer take no vectors: GCC clears the upper halves of the registers neither in a
 // function with vector arguments nor after such a call, and all SSE code that follows would be slowed down.
-static void rebuild_planar(const ImageView& image, PixelSpan span, void* out, const float* table,
-                           const ChannelLanes channel[3], float transmitted) {
+static void reconstruct_planar(const ImageView& image, PixelSpan span, void* out, const float* table,
+                               const ChannelLanes channel[3], float transmitted) {
   const __m512 io = _mm512_set1_ps(transmitted);
   const uint8_t* from = static_cast<const uint8_t*>(image.data);
   uint8_t* to = static_cast<uint8_t*>(out);
@@ -44,13 +44,13 @@ static void rebuild_planar(const ImageView& image, PixelSpan span, void* out, co
     const __mmask16 there = first_lanes(span.end - i);
     __m512i level[3];
     for (int k = 0; k < 3; ++k) level[k] = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, from + i + k * plane));
-    rebuild(level, table, channel, io);
+    reconstruct_lanes(level, table, channel, io);
     for (int c = 0; c < 3; ++c) _mm512_mask_cvtepi32_storeu_epi8(to + i + c * plane, there, level[c]);
   }
 }
 
-static void rebuild_interleaved(const ImageView& image, PixelSpan span, void* out, const float* table,
-                                const ChannelLanes channel[3], float transmitted) {
+static void reconstruct_interleaved(const ImageView& image, PixelSpan span, void* out, const float* table,
+                                    const ChannelLanes channel[3], float transmitted) {
   const __m512 io = _mm512_set1_ps(transmitted);
   const uint8_t* from = static_cast<const uint8_t*>(image.data);
   uint8_t* to = static_cast<uint8_t*>(out);
@@ -66,7 +66,7 @@ static void rebuild_interleaved(const ImageView& image, PixelSpan span, void* ou
     const __m512i pixel = _mm512_shuffle_epi8(bytes, spread);
     __m512i level[3] = {_mm512_and_si512(pixel, byte), _mm512_and_si512(_mm512_srli_epi32(pixel, 8), byte),
                         _mm512_srli_epi32(pixel, 16)};
-    rebuild(level, table, channel, io);
+    reconstruct_lanes(level, table, channel, io);
     const __m512i green = _mm512_slli_epi32(level[1], 8);
     const __m512i blue = _mm512_slli_epi32(level[2], 16);
     const __m512i packed = _mm512_shuffle_epi8(_mm512_or_si512(_mm512_or_si512(level[0], green), blue), close);
@@ -74,18 +74,23 @@ static void rebuild_interleaved(const ImageView& image, PixelSpan span, void* ou
   }
 }
 
-void reconstruct_avx512(const ImageView& image, PixelSpan span, const Reconstruction& r) {
-  Affine exponent[3];
-  const float origin = log2_exponents(r, exponent);
+void reconstruct_avx512(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
   alignas(64) float table[256];
-  for (int level = 0; level < 256; ++level) table[level] = fine_log2(level, origin);
-  ChannelLanes channel[3];
-  for (int c = 0; c < 3; ++c) {
-    for (int k = 0; k < 3; ++k) channel[c].n[k] = _mm512_set1_ps(exponent[c].n[k]);
-    channel[c].n0 = _mm512_set1_ps(exponent[c].n0);
+  ChannelLanes channel[kMostResults][3];
+  for (int j = 0; j < results; ++j) {
+    Affine exponent[3];
+    const float origin = log2_exponents(r[j], exponent);
+    if (j == 0) {
+      for (int level = 0; level < 256; ++level) table[level] = fine_log2(level, origin);
+    }
+    for (int c = 0; c < 3; ++c) {
+      for (int k = 0; k < 3; ++k) channel[j][c].n[k] = _mm512_set1_ps(exponent[c].n[k]);
+      channel[j][c].n0 = _mm512_set1_ps(exponent[c].n0);
+    }
   }
-  const auto loop = image.pixel_stride == 1 ? rebuild_planar : rebuild_interleaved;
-  loop(image, span, r.out, table, channel, float(r.io));
+  const auto loop = image.pixel_stride == 1 ? reconstruct_planar : reconstruct_interleaved;
+  for_each_tile(span, results,
+                [&](PixelSpan tile, int j) { loop(image, tile, r[j].out, table, channel[j], float(r->io)); });
 }
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -13,7 +13,9 @@ struct FloatTable {
   BytePlane byte[4];
 };
 
-static void make_log2(float origin, FloatTable& table) {
+static void make_log2(const Reconstruction& r, FloatTable& table) {
+  Affine exponent[3];
+  const float origin = log2_exponents(r, exponent);
   for (int level = 0; level < 256; ++level) {
     const float value = fine_log2(level, origin);
     uint32_t bits;
@@ -23,7 +25,7 @@ static void make_log2(float origin, FloatTable& table) {
 }
 
 // Logarithms of 64 pixels.
-struct Light {
+struct Logs {
   __m512 log2[3][4];
 };
 
@@ -36,19 +38,19 @@ static inline void assemble(const __m512i byte[4], __m512 found[4]) {
   }
 }
 
-static inline void look_up(const FloatTable& table, const Levels& pixels, Light& light) {
+static inline void look_up(const FloatTable& table, const Levels& pixels, Logs& logs) {
   for (int k = 0; k < 3; ++k) {
     const Quarters q = quarters_of(pixels.c[k]);
     __m512i byte[4];
     for (int j = 0; j < 4; ++j) byte[j] = look_up(table.byte[j], pixels.c[k], q);
-    assemble(byte, light.log2[k]);
+    assemble(byte, logs.log2[k]);
   }
 }
 
 // The result of 64 pixels, while the logarithms of the next are looked up: permutations have one port, arithmetic has
 // two, and a processor does not see far enough ahead to mix the two by itself.
-static inline Levels rebuild(const Light& light, const Affine exponent[3], __m512 io, const FloatTable& table,
-                             const Levels& next, Light& next_light) {
+static inline Levels reconstruct_lanes(const Logs& logs, const Affine exponent[3], __m512 io, const FloatTable& table,
+                                       const Levels& next, Logs& next_logs) {
   Levels out;
   for (int c = 0; c < 3; ++c) {
     const Affine& m = exponent[c];
@@ -56,12 +58,12 @@ static inline Levels rebuild(const Light& light, const Affine exponent[3], __m51
     __m512i level[4], byte[4];
     for (int j = 0; j < 4; ++j) {
       byte[j] = look_up(table.byte[j], next.c[c], q);
-      __m512 z = _mm512_fmadd_ps(_mm512_set1_ps(m.n[2]), light.log2[2][j], _mm512_set1_ps(m.n0));
-      z = _mm512_fmadd_ps(_mm512_set1_ps(m.n[1]), light.log2[1][j], z);
-      z = _mm512_fmadd_ps(_mm512_set1_ps(m.n[0]), light.log2[0][j], z);
+      __m512 z = _mm512_fmadd_ps(_mm512_set1_ps(m.n[2]), logs.log2[2][j], _mm512_set1_ps(m.n0));
+      z = _mm512_fmadd_ps(_mm512_set1_ps(m.n[1]), logs.log2[1][j], z);
+      z = _mm512_fmadd_ps(_mm512_set1_ps(m.n[0]), logs.log2[0][j], z);
       level[j] = levels_of_exponent(z, io);
     }
-    assemble(byte, next_light.log2[c]);
+    assemble(byte, next_logs.log2[c]);
     out.c[c] = _mm512_packus_epi16(_mm512_packus_epi32(level[0], level[1]), _mm512_packus_epi32(level[2], level[3]));
   }
   return out;
@@ -69,28 +71,31 @@ static inline Levels rebuild(const Light& light, const Affine exponent[3], __m51
 
 // Calls store(begin, count, levels) for every 64 pixels of a range, or those that are left at its end.
 template <class Store>
-static inline void rebuild_pixels(const ImageView& image, PixelSpan span, const Reconstruction& r, const Store& store) {
+static inline void reconstruct_pixels(const ImageView& image, PixelSpan span, const Reconstruction& r,
+                                      const FloatTable& table, const Store& store) {
   if (span.begin >= span.end) return;
   Affine exponent[3];
-  const float origin = log2_exponents(r, exponent);
-  FloatTable table;
-  make_log2(origin, table);
+  log2_exponents(r, exponent);
   const __m512 io = _mm512_set1_ps(float(r.io));
-  Light light[2];
-  look_up(table, load_levels(image, span.begin, span.end - span.begin), light[0]);
+  Logs logs[2];
+  look_up(table, load_levels(image, span.begin, span.end - span.begin), logs[0]);
   int now = 0;
   for (int64_t begin = span.begin; begin < span.end; begin += kWide) {
     const int64_t left = span.end - begin;
     // Behind the end nothing is read, and the pixels are zeros.
     const Levels next = load_levels(image, begin + (left > kWide ? kWide : 0), left > kWide ? left - kWide : 0);
-    store(begin, left < kWide ? left : kWide, rebuild(light[now], exponent, io, table, next, light[1 - now]));
+    store(begin, left < kWide ? left : kWide, reconstruct_lanes(logs[now], exponent, io, table, next, logs[1 - now]));
     now = 1 - now;
   }
 }
 
-void reconstruct_vbmi(const ImageView& image, PixelSpan span, const Reconstruction& r) {
-  rebuild_pixels(image, span, r, [&](int64_t begin, int64_t count, const Levels& levels) {
-    store_levels(image, begin, count, r.out, levels);
+void reconstruct_vbmi(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
+  FloatTable logs;
+  make_log2(*r, logs);
+  for_each_tile(span, results, [&](PixelSpan tile, int j) {
+    reconstruct_pixels(image, tile, r[j], logs, [&](int64_t begin, int64_t count, const Levels& levels) {
+      store_levels(image, begin, count, r[j].out, levels);
+    });
   });
 }
 
@@ -154,7 +159,9 @@ static void scale_to_floats(const ImageView& image, PixelSpan span, const Recons
   }
   float* const out = static_cast<float*>(scaled.out);
   const __m512i order = _mm512_load_si512(kPixelOrder.of_floats);
-  rebuild_pixels(image, span, r, [&](int64_t begin, int64_t count, const Levels& levels) {
+  FloatTable logs;
+  make_log2(r, logs);
+  reconstruct_pixels(image, span, r, logs, [&](int64_t begin, int64_t count, const Levels& levels) {
     __m512 value[3][4];
     for (int c = 0; c < 3; ++c) {
       const __m512i level = _mm512_permutexvar_epi8(order, levels.c[c]);
@@ -186,7 +193,9 @@ static void scale_to_words(const ImageView& image, PixelSpan span, const Reconst
   }
   uint16_t* const out = static_cast<uint16_t*>(scaled.out);
   const __m512i order = _mm512_load_si512(kPixelOrder.of_words);
-  rebuild_pixels(image, span, r, [&](int64_t begin, int64_t count, const Levels& levels) {
+  FloatTable logs;
+  make_log2(r, logs);
+  reconstruct_pixels(image, span, r, logs, [&](int64_t begin, int64_t count, const Levels& levels) {
     Words value[3];
     for (int c = 0; c < 3; ++c) {
       const __m512i level = _mm512_permutexvar_epi8(order, levels.c[c]);

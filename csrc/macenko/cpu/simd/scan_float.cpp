@@ -43,10 +43,10 @@ static void scan_exactly(const ImageView& image, PixelSpan span, const Keys& key
   }
 }
 
-// coarse_log2 of a pixel's light from its value: four roundings more, each of 2^-24 of the light at most.
+// coarse_log2 of a pixel's intensity from its value: four roundings more, each of 2^-24 of the intensity at most.
 constexpr double kLogError = kCoarseError + 4 * 0x1p-24 / kLn2;
 
-// A form of macenko_tails.h of coarse logarithms, raised by its error: not negative wherever the form reaches its
+// A form of tails.h of coarse logarithms, raised by its error: not negative wherever the form reaches its
 // limit.
 struct CoarseForm {
   float w[3];
@@ -56,8 +56,8 @@ struct CoarseForm {
 static CoarseForm coarse_form(const Form& form, double io) {
   const float infinity = __builtin_inff();
   if (!(form.limit > -1e30 && form.limit < 1e30)) return {{0, 0, 0}, form.limit > 0 ? -infinity : infinity};
-  // OD = ln Io - ln 2 log2(light). Logarithms less the constant are below 11, so that products, sums and the constant
-  // stay below 16 times the weights, and are rounded eight times.
+  // OD = ln Io - ln 2 log2(intensity). Logarithms less the constant are below 11, so that products, sums and the
+  // constant stay below 16 times the weights, and are rounded eight times.
   const double weights = sum_of_magnitudes(form.w);
   const double error = weights * (kLn2 * kLogError + 8 * 16 * 0x1p-24) + 8 * __builtin_fabs(form.limit) * 0x1p-24;
   const double sum = form.w[0] + form.w[1] + form.w[2];
@@ -75,7 +75,7 @@ struct Coarse {
 };
 
 template <class T>
-static void coarse_light(const Block<T>& block, double scale, Coarse& coarse) {
+static void coarse_logs(const Block<T>& block, double scale, Coarse& coarse) {
   for (int k = 0; k < 3; ++k) {
     for (int i = 0; i < kBlock; ++i) {
       const float level = float(block.value[k][i] * T(scale));
@@ -129,10 +129,10 @@ class TailScan {
     for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
       const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
       load(image, begin, count, block_);
-      coarse_light(block_, scale_, coarse_);
+      coarse_logs(block_, scale_, coarse_);
       choose(forms, darkest, brightest, coarse_);
-      clear_tail(coarse_.chosen, count);
-      clear_tail(coarse_.certain, count);
+      clear_end(coarse_.chosen, count);
+      clear_end(coarse_.certain, count);
       for (int i = 0; i < kBlock; ++i) total_ += coarse_.certain[i];
       gather();
     }

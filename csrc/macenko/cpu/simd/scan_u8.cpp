@@ -5,20 +5,15 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-static inline float coarse_log2_of_level(int level) {
-  union {
-    float real;
-    int32_t bits;
-  } u;
-  u.bits = level | 0x4b000000;              // 2^23 + level
-  return coarse_log2(u.real - 8388607.0f);  // level + 1
+static inline float level_plus_one(uint32_t level) {
+  return macenko::bits_as<float>(level | 0x4b000000) - 8388607.0f;  // 2^23 + level
 }
 
-// coarse_log2_of_level of a block.
-static void coarse_light(const PackedBlock& block, int count, LightBlock& light) {
+// coarse_log2 of level + 1, of a block.
+static void coarse_logs(const PackedBlock& block, int count, LogBlock& logs) {
   const int n = padded(count);
   for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < n; ++i) light.log2[k][i] = coarse_log2_of_level(int(block.pixel[i] >> (8 * k) & 255));
+    for (int i = 0; i < n; ++i) logs.log2[k][i] = coarse_log2(level_plus_one(block.pixel[i] >> (8 * k) & 255));
   }
 }
 
@@ -88,16 +83,16 @@ struct EdgeBlock {
   alignas(64) float value[4][kBlock + kLanes];
 };
 
-static float edge_values_of_angles(const LightBlock& light, int count, const Affine& fx, const Affine& fy,
+static float edge_values_of_angles(const LogBlock& logs, int count, const Affine& fx, const Affine& fy,
                                    const Edge edges[4], EdgeBlock& out) {
   const int n = padded(count);
   float least[kLanes];
   for (int j = 0; j < kLanes; ++j) least[j] = 1e30f;
   for (int i = 0; i < n; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
-      const float r = light.log2[0][i + j];
-      const float g = light.log2[1][i + j];
-      const float b = light.log2[2][i + j];
+      const float r = logs.log2[0][i + j];
+      const float g = logs.log2[1][i + j];
+      const float b = logs.log2[2][i + j];
       const float x = fx.n[0] * r + (fx.n[1] * g + (fx.n[2] * b + fx.n0));
       const float y = fy.n[0] * r + (fy.n[1] * g + (fy.n[2] * b + fy.n0));
       for (int e = 0; e < 4; ++e) out.value[e][i + j] = edges[e].cx * x + (edges[e].cy * y + edges[e].c0);
@@ -109,11 +104,11 @@ static float edge_values_of_angles(const LightBlock& light, int count, const Aff
   return result;
 }
 
-static void edge_values_of_row(const LightBlock& light, int count, const Affine& f, const Edge& low, const Edge& high,
+static void edge_values_of_row(const LogBlock& logs, int count, const Affine& f, const Edge& low, const Edge& high,
                                float* low_value, float* high_value) {
   const int n = padded(count);
   for (int i = 0; i < n; ++i) {
-    const float x = f.n[0] * light.log2[0][i] + (f.n[1] * light.log2[1][i] + (f.n[2] * light.log2[2][i] + f.n0));
+    const float x = f.n[0] * logs.log2[0][i] + (f.n[1] * logs.log2[1][i] + (f.n[2] * logs.log2[2][i] + f.n0));
     low_value[i] = low.cx * x + low.c0;
     high_value[i] = high.cx * x + high.c0;
   }
@@ -127,7 +122,7 @@ void scan_bytes(const ImageView& image, PixelSpan span, const Keys& keys, Bracke
   const Affine fx = affine(keys.a, keys.io);
   const Affine fy = affine(keys.b, keys.io);
   PackedBlock block;
-  LightBlock light;
+  LogBlock logs;
   EdgeBlock values;
   float least = 1e30f;
   for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
@@ -137,13 +132,13 @@ void scan_bytes(const ImageView& image, PixelSpan span, const Keys& keys, Bracke
     if (count == 0) continue;
     // The padding repeats a pixel that is there, so that it has no say in `least`.
     for (int i = count; i < padded(count); ++i) block.pixel[i] = block.pixel[0];
-    coarse_light(block, count, light);
+    coarse_logs(block, count, logs);
     if (angles) {
-      const float height = edge_values_of_angles(light, count, fx, fy, edges, values);
+      const float height = edge_values_of_angles(logs, count, fx, fy, edges, values);
       least = height < least ? height : least;
     } else {
-      edge_values_of_row(light, count, fx, edges[0], edges[1], values.value[0], values.value[1]);
-      edge_values_of_row(light, count, fy, edges[2], edges[3], values.value[2], values.value[3]);
+      edge_values_of_row(logs, count, fx, edges[0], edges[1], values.value[0], values.value[1]);
+      edge_values_of_row(logs, count, fy, edges[2], edges[3], values.value[2], values.value[3]);
     }
     for (int i = 0; i < count; i += kLanes) {
       const unsigned live = count - i >= kLanes ? 0xffffu : (1u << (count - i)) - 1;

@@ -8,13 +8,13 @@
 #ifdef ERNET_VBMI
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// Fixed-point light of a level, ln((I + 1) / 16) in units of 1 / kLightScale: it fills 16 bits, whatever Io is.
-constexpr double kLightScale = 32767 / 2.7725887222397811;  // ln 16 and ln 256 - ln 16
+// Fixed-point logarithm of a level, ln((I + 1) / 16) in units of 1 / kLogScale: it fills 16 bits, whatever Io is.
+constexpr double kLogScale = 32767 / 2.7725887222397811;  // ln 16 and ln 256 - ln 16
 
-static void make_light(const Keys& keys, WordTable& table) {
+static void make_logs(const Keys& keys, WordTable& table) {
   const double clear = __builtin_log(keys.io / 16);  // minus OD
   for (int level = 0; level < 256; ++level) {
-    table.set(level, int(__builtin_rint((clear - keys.table->od[level]) * kLightScale)));
+    table.set(level, int(__builtin_rint((clear - keys.table->od[level]) * kLogScale)));
   }
 }
 
@@ -25,8 +25,8 @@ struct FixedForm {
   __m512i constant;
 };
 
-// With q = light rounded, |q| <= 2^15, and W = -w G 2^15 rounded, the rounded product of the two and 2^-15 is off by
-// 1/2 for each of its three roundings at most, that of q times |w| G < 1/2: three products stay below 3.25.
+// With q = the logarithm rounded, |q| <= 2^15, and W = -w G 2^15 rounded, the rounded product of the two and 2^-15 is
+// off by 1/2 for each of its three roundings at most, that of q times |w| G < 1/2: three products stay below 3.25.
 constexpr double kFormError = 4;         // the rest is for the rounding of exact keys in float64
 constexpr double kSumOfWeights = 0.498;  // G sum |w|: three products, and the constant, each stay within 2^14
 constexpr double kMaxConstant = 16383;
@@ -40,7 +40,7 @@ static FixedForm fixed_form(const Form& form, double io) {
     fixed.w[k] = _mm512_set1_epi16(int16_t(__builtin_rint(-form.w[k] * gain * 32768)));
   }
   const double offset = __builtin_log(io / 16) * (form.w[0] + form.w[1] + form.w[2]) - form.limit;
-  double constant = usable ? __builtin_ceil(gain * kLightScale * offset) + kFormError : -form.limit;
+  double constant = usable ? __builtin_ceil(gain * kLogScale * offset) + kFormError : -form.limit;
   constant = constant < kMaxConstant ? constant : kMaxConstant;
   constant = constant > -kMaxConstant ? constant : -kMaxConstant;
   fixed.constant = _mm512_set1_epi16(int16_t(constant));
@@ -48,12 +48,12 @@ static FixedForm fixed_form(const Form& form, double io) {
 }
 
 // Bit i says that pixel i may reach the limit of the form.
-static inline __mmask64 may_reach(const Words light[3], const FixedForm& form) {
+static inline __mmask64 may_reach(const Words logs[3], const FixedForm& form) {
   __m512i sum[2];
   for (int part = 0; part < 2; ++part) {
     sum[part] = form.constant;
     for (int k = 0; k < 3; ++k) {
-      sum[part] = _mm512_add_epi16(sum[part], _mm512_mulhrs_epi16(light[k].part[part], form.w[k]));
+      sum[part] = _mm512_add_epi16(sum[part], _mm512_mulhrs_epi16(logs[k].part[part], form.w[k]));
     }
   }
   return ~_mm512_movepi8_mask(_mm512_packs_epi16(sum[0], sum[1]));
@@ -119,16 +119,16 @@ void scan_vbmi(const ImageView& image, PixelSpan span, const Keys& keys, Bracket
     return;
   }
   WordTable table;
-  make_light(keys, table);
+  make_logs(keys, table);
   const FixedForm forms[2] = {fixed_form(tail_form(keys, 0, first), keys.io),
                               fixed_form(tail_form(keys, 1, second), keys.io)};
   Tail tails[2] = {{&first, 0}, {&second, 0}};
   Gathered tissue, chosen;
   int64_t total = 0;
   const auto scan_levels = [&](const Levels& p, __mmask64 live) {
-    Words light[3];
-    for (int c = 0; c < 3; ++c) light[c] = look_up(table, p.c[c], quarters_of(p.c[c]));
-    chosen.add(p, live & (may_reach(light, forms[0]) | may_reach(light, forms[1])));
+    Words logs[3];
+    for (int c = 0; c < 3; ++c) logs[c] = look_up(table, p.c[c], quarters_of(p.c[c]));
+    chosen.add(p, live & (may_reach(logs, forms[0]) | may_reach(logs, forms[1])));
     if (chosen.full()) {
       collect_exactly(chosen, keys, tails[0], tails[1]);
       chosen.count = 0;

@@ -64,7 +64,7 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
     sums.invalid += count_invalid(block, image.scale, count);
     densities(block, keys, image.scale, od);
     tissue_flags(block, keys, od, flags);
-    clear_tail(flags, count);
+    clear_end(flags, count);
     int tissue = 0;
     for (int i = 0; i < kBlock; ++i) tissue += flags[i];
     if (tissue == 0) continue;
@@ -169,8 +169,8 @@ static void reconstruction_densities(const Block<T>& block, const Keys& keys, do
     const double inverse = 1 / keys.io;
     for (int k = 0; k < 3; ++k) {
       for (int i = 0; i < kBlock; ++i) {
-        const double light = (double(block.value[k][i]) * scale + 1.0) * inverse;
-        od[k][i] = -macenko::log_of_normal(light > 1e-300 ? light : 1e-300);
+        const double intensity = (double(block.value[k][i]) * scale + 1.0) * inverse;
+        od[k][i] = -macenko::log_of_normal(intensity > 1e-300 ? intensity : 1e-300);
       }
     }
   }
@@ -192,13 +192,19 @@ constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_bytes, nu
 #endif
 
 template <class T>
-static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction& r) {
+static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
   if constexpr (sizeof(T) == 1) {
-    if (r.single) return bytes.reconstruct(image, span, r);
+    int single = 0;
+    for (int j = 0; j < results; ++j) single += r[j].single;
+    if (single == results) return bytes.reconstruct(image, span, r, results);
+    if (single > 0) {  // each in its own precision
+      for (int j = 0; j < results; ++j) reconstruct<T>(image, span, r + j, 1);
+      return;
+    }
   }
   Keys keys = {};
-  keys.table = r.table;
-  keys.io = r.io;
+  keys.table = r->table;
+  keys.io = r->io;
   Block<T> block;
   alignas(64) double od[3][kBlock];
   alignas(64) double level[3][kBlock];
@@ -207,9 +213,11 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
     load(image, begin, count, block);
     reconstruction_densities(block, keys, image.scale, od);
-    levels_by_exp(od, r, level);
-    finish(block, image.scale, level, out);
-    store<T>(image, begin, count, r.out, out);
+    for (int j = 0; j < results; ++j) {
+      levels_by_exp(od, r[j], level);
+      finish(block, image.scale, level, out);
+      store<T>(image, begin, count, r[j].out, out);
+    }
   }
 }
 

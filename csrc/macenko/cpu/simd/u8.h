@@ -102,7 +102,7 @@ static inline int keep_tissue(PackedBlock& block, int count, int limit) {
   return kept;
 }
 
-struct LightBlock {
+struct LogBlock {
   alignas(64) float log2[3][kBlock + kLanes];
 };
 

@@ -13,7 +13,7 @@ from ernet_fast.stain.augment import draw_changes
 
 TARGET = MacenkoNormalizer().target
 STAINS = TARGET.stain_matrix.numpy(), TARGET.max_concentration.numpy()
-TEAMS = [("resident", 1), ("cluster", 2), ("cluster", 8), ("cluster", 16)]
+CLUSTERS = [("resident", 1), ("cluster", 2), ("cluster", 8), ("cluster", 16)]
 
 
 def assert_same(found, expected):
@@ -26,7 +26,7 @@ def test_every_plan_gives_the_same_bits(simt_library, size):
     images = tissue(*size)
     for laid_out in (images, channels_last(images)):
         expected = Emulator(simt_library, 1).normalize(laid_out, target=STAINS)
-        for seed, (kind, blocks) in enumerate(TEAMS[:3]):
+        for seed, (kind, blocks) in enumerate(CLUSTERS[:3]):
             emulator = Emulator(simt_library, seed)
             plan = emulator.choose_plan(laid_out, kind, blocks)
             assert (plan.kind, plan.blocks) == (PLANS[kind], blocks)
@@ -38,12 +38,12 @@ def test_real_crops_give_the_same_bits(simt_library, parameter):
     image = load(parameter)
     images = stack(image[:60, :71], image[-60:, -71:])
     expected = Emulator(simt_library, 1).normalize(images, target=STAINS)
-    for seed, (kind, blocks) in enumerate(TEAMS[:3]):
+    for seed, (kind, blocks) in enumerate(CLUSTERS[:3]):
         emulator = Emulator(simt_library, 20 + seed)
         assert_same(emulator.normalize(images, emulator.choose_plan(images, kind, blocks), STAINS), expected)
 
 
-@pytest.mark.parametrize(("kind", "blocks"), [TEAMS[0], TEAMS[1], TEAMS[3]])
+@pytest.mark.parametrize(("kind", "blocks"), [CLUSTERS[0], CLUSTERS[1], CLUSTERS[3]])
 @pytest.mark.parametrize("identity", [False, True])
 def test_degenerate_images_give_the_same_bits(simt_library, kind, blocks, identity):
     images = degenerate()
@@ -60,7 +60,7 @@ def test_a_persistent_grid_serves_every_image(simt_library):
     expected = Emulator(simt_library, 1).normalize(images, target=STAINS)
     for multiprocessors in (1, 2, 4):
         emulator = Emulator(simt_library, multiprocessors)
-        for kind, blocks in TEAMS[:2]:
+        for kind, blocks in CLUSTERS[:2]:
             plan = emulator.choose_plan(images, kind, blocks)
             found = emulator.normalize(images, plan, STAINS, multiprocessors=multiprocessors * blocks)
             assert_same(found, expected)
@@ -81,7 +81,7 @@ def test_a_repeated_table_changes_nothing(simt_library):
     plan = emulator.choose_plan(images, "resident")
     expected = emulator.normalize(images, plan, STAINS)
     for shift in (1, 3, 5):
-        wider = plan._replace(light_shift=shift, shared_bytes=plan.shared_bytes + (1024 << shift) - 1024)
+        wider = plan._replace(table_shift=shift, shared_bytes=plan.shared_bytes + (1024 << shift) - 1024)
         assert_same(emulator.normalize(images, wider, STAINS), expected)
 
 
@@ -89,7 +89,7 @@ def test_a_fit_alone_writes_no_image(simt_library):
     images = tissue(12, 18, 2)
     emulator = Emulator(simt_library, 1)
     expected = emulator.fit(images)
-    for kind, blocks in TEAMS[:2]:
+    for kind, blocks in CLUSTERS[:2]:
         found = emulator.fit(images, plan=emulator.choose_plan(images, kind, blocks))
         for part, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(part, other)
@@ -139,7 +139,7 @@ def test_augmentation_equals_the_cpu(simt_library, identity):
         # Light and tint are rounded to float32 on the CPU: at a whole level either of two may come out.
         difference = np.abs(first[0].astype(int) - expected.numpy())
         assert difference.max() <= 1 and (difference != 0).sum() <= 5e-4 * difference.size
-        for kind, blocks in TEAMS[:3]:
+        for kind, blocks in CLUSTERS[:3]:
             plan = emulator.choose_plan(laid_out, kind, blocks)
             found = emulator.normalize(laid_out, plan, STAINS, changes=changes, identity=identity)
             assert_same(found, first)
