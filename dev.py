@@ -5,7 +5,8 @@ Needs Python >= 3.10 and a C++ compiler; standard library only. The interpreter 
 torch >= 2.11 and the test packages; else a virtual environment `.venv` is made from requirements-dev.txt, once.
 
     demo  [ARGS]   set up, build, and run `ernet-fast demo` (see `python3 dev.py demo --help`)
-    test  [ARGS]   set up, build, and run the tests; ARGS go to pytest
+    test  [ARGS]   set up, build, and run the tests, in as many processes as there are cores, at most 4 (-n 0: in this
+                   one); ARGS go to pytest
     build          set up and build the extension in place
     bench [ARGS]   set up, build, and run the benches into bench/results/; --compare REV, --history: see --help
     report [ARGS]  bring the tables of README.md and docs/ into step with bench/results/; --check only looks
@@ -174,10 +175,18 @@ def main(arguments: Sequence[str]) -> int:
     runs = {
         "kernels": [python, ".ci/check_kernels.py", *rest],
         "demo": [python, "-m", "ernet_fast", "demo", *rest],
-        "test": [python, "-m", "pytest", *rest],
+        "test": [python, "-m", "pytest", *workers(python, rest), *rest],
         "bench": [python, "bench/measure.py", *rest],
     }
     return subprocess.run(runs[command], cwd=ROOT, env=environment, check=False).returncode
+
+
+def workers(python: str, rest: Sequence[str]) -> list[str]:
+    """Arguments that spread all tests over processes, where pytest-xdist is installed and `rest` does not say how."""
+    if any(x.startswith(("-n", "--numprocesses", "--pdb")) or (ROOT / x.partition("::")[0]).exists() for x in rest):
+        return []
+    found = subprocess.run([python, "-c", "import xdist"], capture_output=True, check=False).returncode == 0
+    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"] if found else []
 
 
 if __name__ == "__main__":
