@@ -65,9 +65,8 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
     shortcuts = modules.shortcuts
     for shortcut in shortcuts:
         if not isinstance(shortcut, ERShortcut):
-            return Choice(
-                Path.MODULES, "folded for inference: each shortcut is one weighted sum, its coefficients stored"
-            )
+            folded = "folded for inference: each shortcut is one weighted sum, its coefficients stored"
+            return Choice(Path.MODULES, folded)
     group = statistics_group(modules)
     reason = _why_modules(x0, modules, fused=fused, empty_allowed=group is not None)
     if reason is not None:
@@ -128,10 +127,8 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
         ValueError: shortcuts or BatchNorms of one stage that name different groups.
     """
     shortcuts, norms = modules.shortcuts, modules.norms
-    if (
-        not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group"
-    ):  # of samples; SyncBatchNorm runs as it is
-        return None
+    if not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group":
+        return None  # statistics of samples; SyncBatchNorm runs as it is
     named, synchronised = False, []
     for bn in norms:
         if isinstance(bn, nn.SyncBatchNorm):
@@ -212,7 +209,7 @@ class StageMaps:
         else:
             self._stage = FusedStage(
                 [shortcut.weight for shortcut in shortcuts],
-                first.eps,
+                eps=first.eps,
                 measure=measure,
                 num_groups=first.num_groups or 0,
                 composed=choice.path is Path.COMPOSED,
@@ -244,7 +241,7 @@ class StageMaps:
         if collapses or type(bn) in _BATCH_NORMS:
             z = self._in_dtype(z)
         if collapses and isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None:
-            collapses = isinstance(stage, FusedStage) and stage.group is not None
+            collapses = self.choice.group is not None
             if not collapses and self._modules.shortcuts[0].norm == "batch":
                 raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
         if isinstance(shortcut, ERShortcut):
@@ -257,12 +254,8 @@ class StageMaps:
         if not collapses:  # any other normalisation runs as it is, and its output is the map
             z = self._in_dtype(bn(z))
         self._filed += 1
-        if isinstance(stage, TraceableStage):
-            return stage.block(z, bn if collapses else None, shortcut.arguments(), relu=shortcut.relu)
-        norm = NO_NORM
-        if collapses:
-            norm = norm_arguments(bn)
-        if stage.group is None and z.numel() == z.shape[1]:
+        norm = norm_arguments(bn) if collapses else NO_NORM
+        if isinstance(stage, FusedStage) and self.choice.group is None and z.numel() == z.shape[1]:
             if norm.norm == BranchNorm.BATCH or shortcut.normalises_with_batch():
                 raise operators.one_value(z)
         return stage.block(z, norm, shortcut.arguments(), relu=shortcut.relu)

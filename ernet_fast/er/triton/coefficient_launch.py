@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
-from ernet_fast.er.triton.map_launch import fail, on_device_of, padded
+from ernet_fast.er.triton.map_launch import check_vector, fail, on_device_of, padded
 from ernet_fast.er.triton.tiling import ceil_div
 
 _COLS = 128  # channels of a program: with 256 channels two of them, with 2048 sixteen
@@ -105,33 +105,8 @@ _LATER = ("later_a", "later_db", "later_weight", "later_running_mean", "later_ru
 
 
 def _check_vector(t: Tensor | None, name: str, sizes: list[int], table: Tensor) -> None:
-    if t is None:
-        return
-    if list(t.shape) != sizes:
-        fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
-    if t.device != table.device:
-        fail(f"{name} must be on the device of the table, {table.device}; it is on {t.device}")
-    if t.dtype not in _FLOATING:
-        fail(f"{name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
-    if not (t.is_contiguous() or t.numel() == 0):
-        fail(f"{name} must be contiguous")
-
-
-def _check_table(table: Tensor, index: int) -> None:
-    if table.dim() != 3 or table.shape[1] != TABLE_ROWS or table.dtype != torch.float64 or not table.is_contiguous():
-        fail(f"table must be a contiguous float64 tensor [maps, {TABLE_ROWS}, C]")
-    if not 0 <= index < table.shape[0]:
-        fail(f"index {index} is outside the {table.shape[0]} maps of table")
-
-
-def _check_norm(norm: int) -> None:
-    if norm not in list(BranchNorm):
-        fail(f"norm must be 0 (none), 1 (batch) or 2 (running); got {norm}")
-
-
-def _check_pair(first: Tensor | None, second: Tensor | None, names: str) -> None:
-    if (first is None) != (second is None):
-        fail(f"{names} go together")
+    if t is not None:
+        check_vector(t, name, sizes, "table", table.device, _FLOATING, "float32, float64, bfloat16 or float16")
 
 
 def _check_number(t: Tensor | None, name: str, dtype: torch.dtype, table: Tensor) -> None:
@@ -139,34 +114,43 @@ def _check_number(t: Tensor | None, name: str, dtype: torch.dtype, table: Tensor
         fail(f"{name} must be one {str(dtype).removeprefix('torch.')} number on the device of the table")
 
 
-def _check_updates(batches: Tensor | None, momentum: float | None, name: str, table: Tensor) -> None:
-    _check_number(batches, name, torch.int64, table)
-    if momentum is None and batches is None:
-        fail(f"a momentum of None (a cumulative average) needs {name}")
+def _check_map_of(k: BlockArguments | MapArguments) -> None:
+    table = k.table
+    if table.dim() != 3 or table.shape[1] != TABLE_ROWS or table.dtype != torch.float64 or not table.is_contiguous():
+        fail(f"table must be a contiguous float64 tensor [maps, {TABLE_ROWS}, C]")
+    if not 0 <= k.index < table.shape[0]:
+        fail(f"index {k.index} is outside the {table.shape[0]} maps of table")
+    if k.norm not in list(BranchNorm):
+        fail(f"norm must be 0 (none), 1 (batch) or 2 (running); got {k.norm}")
+    _check_number(k.count, "count", torch.float64, table)
 
 
 def _check_block(k: BlockArguments) -> None:
-    _check_table(k.table, k.index)
-    _check_norm(k.norm)
+    _check_map_of(k)
     channels = k.table.shape[2]
-    for name in ("mean", "var", "gamma", "beta", "norm_mean", "norm_var"):
-        _check_vector(getattr(k, name), name, [channels], k.table)
-    for name in ("weight", "running_mean", "running_var"):
-        _check_vector(getattr(k, name), name, [k.index, channels], k.table)
-    _check_pair(k.mean, k.var, "mean and var")
-    _check_pair(k.norm_mean, k.norm_var, "norm_mean and norm_var")
-    _check_pair(k.running_mean, k.running_var, "running_mean and running_var")
-    _check_number(k.count, "count", torch.float64, k.table)
-    if k.norm == BranchNorm.BATCH and k.mean is None:
-        fail("norm 1 (batch) needs mean and var")
-    if k.norm == BranchNorm.RUNNING and k.norm_mean is None:
-        fail("norm 2 (running) needs norm_mean and norm_var")
-    if k.use_running and k.running_mean is None:
-        fail("use_running needs running_mean and running_var")
-    if k.updates_norm:
-        _check_updates(k.norm_batches, k.norm_momentum, "norm_batches", k.table)
-    if k.updates_shortcuts:
-        _check_updates(k.batches, k.momentum, "batches", k.table)
+    for names, sizes, needed_by in (
+        (("mean", "var"), [channels], "norm 1 (batch)" if k.norm == BranchNorm.BATCH else ""),
+        (("norm_mean", "norm_var"), [channels], "norm 2 (running)" if k.norm == BranchNorm.RUNNING else ""),
+        (("running_mean", "running_var"), [k.index, channels], "use_running" if k.use_running else ""),
+    ):
+        pair = [getattr(k, name) for name in names]
+        for name, vector in zip(names, pair, strict=True):
+            _check_vector(vector, name, sizes, k.table)
+        if (pair[0] is None) != (pair[1] is None):
+            fail(f"{' and '.join(names)} go together")
+        if needed_by and pair[0] is None:
+            fail(f"{needed_by} needs {' and '.join(names)}")
+    _check_vector(k.gamma, "gamma", [channels], k.table)
+    _check_vector(k.beta, "beta", [channels], k.table)
+    _check_vector(k.weight, "weight", [k.index, channels], k.table)
+    for updates, name, batches, momentum in (
+        (k.updates_norm, "norm_batches", k.norm_batches, k.norm_momentum),
+        (k.updates_shortcuts, "batches", k.batches, k.momentum),
+    ):
+        if updates:
+            _check_number(batches, name, torch.int64, k.table)
+            if momentum is None and batches is None:
+                fail(f"a momentum of None (a cumulative average) needs {name}")
 
 
 def block_coefficients(k: BlockArguments) -> tuple[Tensor, Tensor]:
@@ -188,29 +172,21 @@ def block_coefficients(k: BlockArguments) -> tuple[Tensor, Tensor]:
         shortcuts = (k.weight, k.running_mean, k.running_var, k.batches)
         kernels().block_coefficients_kernel[(ceil_div(channels, _COLS),)](
             k.table,
-            *(k.table if t is None else t for t in (*vectors, *shortcuts)),
+            *vectors,
+            *shortcuts,
             a,
             b,
             k.index,
             channels,
             k.elements,
-            0.0 if k.norm_momentum is None else float(k.norm_momentum),
-            0.0 if k.momentum is None else float(k.momentum),
+            k.norm_momentum,
+            k.momentum,
             NORM_EPS=float(k.norm_eps),
             EPS=float(k.eps),
-            MEASURED=k.mean is not None,
-            HAS_COUNT=k.count is not None,
             BRANCH=int(k.norm),
-            HAS_GAMMA=k.gamma is not None,
-            HAS_BETA=k.beta is not None,
             UPDATE_NORM=k.updates_norm,
-            NORM_BATCHES=k.norm_batches is not None,
-            NORM_CUMULATIVE=k.updates_norm and k.norm_momentum is None,
-            BLOCK=block,
             USE_RUNNING=k.use_running,
             UPDATE=k.updates_shortcuts,
-            BATCHES=k.batches is not None,
-            CUMULATIVE=k.updates_shortcuts and k.momentum is None,
             COLS=_COLS,
             num_warps=_WARPS,
         )
@@ -241,9 +217,7 @@ def _check_later(k: MapArguments, dtype: torch.dtype) -> None:
 
 def _check_map(k: MapArguments) -> torch.dtype:
     """Check all arguments; returns the dtype of sums and coefficients."""
-    _check_table(k.table, k.index)
-    _check_norm(k.norm)
-    _check_number(k.count, "count", torch.float64, k.table)
+    _check_map_of(k)
     channels = k.table.shape[2]
     found = [t.dtype for t in (k.a, *k.later_a) if t is not None]
     dtype = found[0] if found else torch.float32
@@ -301,12 +275,12 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
         kernels().map_coefficients_backward_kernel[(ceil_div(channels, _COLS),)](
             k.table,
             sums,
-            rows if k.a is None else k.a,
+            k.a,
             *(
                 padded(some, some[0] if some else sums if name == "later_db" else rows)
                 for name, some in zip(_LATER, lists, strict=True)
             ),
-            k.table if k.count is None else k.count,
+            k.count,
             totals,
             rows,
             *vectors,
@@ -318,8 +292,6 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
             channels,
             k.elements,
             EPS=float(k.eps),
-            HAS_A=k.a is not None,
-            HAS_COUNT=k.count is not None,
             BRANCH=int(k.norm),
             MEASURED=k.measured,
             PASS_ON=k.pass_on,
