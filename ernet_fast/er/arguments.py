@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,20 +26,21 @@ def check_norm(norm: str, num_groups: int | None, channels: int) -> None:
             raise ValueError(f"num_groups={num_groups} does not divide the {channels} channels of the maps.")
 
 
+def _check_number(name: str, value: float, expected: str, fits: Callable[[float], bool]) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a number {expected}.")
+    if not fits(value):
+        raise ValueError(f"{name} is {value}; expected a number {expected}.")
+
+
 def check_eps(eps: float) -> None:
     """Raise unless `eps` is a number > 0."""
-    if not isinstance(eps, int | float):
-        raise TypeError(f"eps is a {type(eps).__name__}; expected a number > 0.")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; expected a number > 0.")
+    _check_number("eps", eps, "> 0", lambda value: value > 0)
 
 
 def check_momentum(momentum: float) -> None:
     """Raise unless `momentum` is a number from 0 to 1."""
-    if not isinstance(momentum, int | float):
-        raise TypeError(f"momentum is a {type(momentum).__name__}; expected a number from 0 to 1.")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum is {momentum}; expected a number from 0 to 1.")
+    _check_number("momentum", momentum, "from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def check_maps(xs: Sequence[Tensor]) -> None:

@@ -138,13 +138,7 @@ def _forward_fake(maps: list[Tensor], table: Tensor, *rest: object) -> tuple[Ten
 
 
 def _backward_fake(
-    index: int,
-    z: Tensor,
-    dy: Tensor | None,
-    y: Tensor | None,
-    a: Tensor | None,
-    later_dy: list[Tensor],
-    *rest: object,
+    index: int, z: Tensor, dy: Tensor | None, y: Tensor | None, a: Tensor | None, later_dy: list[Tensor], *rest: object
 ) -> tuple[Tensor, ...]:
     *_, passed, before, _known, _table, norm, _eps, num_groups, dots, measured, needed = rest
     channels, dtype = z.shape[1], operators.acc_dtype(z)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ernet_fast.er import group_coefficients, operators
 from ernet_fast.er.epilogue_arguments import (
@@ -25,7 +25,7 @@ from ernet_fast.er.epilogue_arguments import (
     NormArguments,
     ShortcutArguments,
 )
-from ernet_fast.er.process_group import add_up, gather_moments
+from ernet_fast.er.process_group import gather_moments
 
 
 def er_block(
@@ -137,7 +137,8 @@ def _rows_of_moments(
     state: EpilogueState, index: int, rows: Tensor, dmoments: Tensor, count: Tensor, passed: bool
 ) -> tuple[Tensor, Tensor]:
     """Rows and constant of dz with the gradients of moments of all processes."""
-    dmean, dvar = add_up(dmoments, state.group)
+    distributed.all_reduce(dmoments, group=state.group)
+    dmean, dvar = dmoments
     k1 = (dvar * 2 / count).to(rows.dtype)
     k0 = dmean / count - k1 * state.table[index, MEAN_ROW]
     more = [k1, torch.ones_like(k1)] if passed else [k1]

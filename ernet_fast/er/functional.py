@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,24 +60,14 @@ def er_shortcut_sum(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, value or combination that does not fit. Nothing has been computed or changed then.
     """
-    means, variances = check_shortcut_sum(
-        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
-    )
+    options: dict[str, Any] = {
+        "norm": norm, "num_groups": num_groups, "training": training, "momentum": momentum, "eps": eps
+    }  # fmt: skip
+    means, variances = check_shortcut_sum(xs, weight, running_mean=running_mean, running_var=running_var, **options)
     if xs[0].numel() == 0 or operators.why_plain(xs[0]) is not None:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()
-        return reference_shortcut_sum(
-            xs,
-            weight,
-            norm=norm,
-            num_groups=num_groups,
-            running_mean=means,
-            running_var=variances,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            relu=relu,
-        )
+        return reference_shortcut_sum(xs, weight, running_mean=means, running_var=variances, relu=relu, **options)
     mean = var = None
     if means and variances:
         mean, var = torch.stack(list(means)), torch.stack(list(variances))

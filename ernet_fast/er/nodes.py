@@ -60,6 +60,9 @@ class StageState(EpilogueState):
         """True if the running backward pass has come by the node of a block."""
         return torch._C._current_graph_task_id() in self._passes
 
+    def _end(self, running: int) -> None:
+        self._passes.pop(running, None)
+
     def backward(
         self,
         index: int,
@@ -78,7 +81,7 @@ class StageState(EpilogueState):
         if shared is None:
             shared = self._passes[running] = BackwardPass()
             # a pass that an error ends, or that reaches a part of the stage, never comes to the last node
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._passes.pop(running, None))
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(running))
         later = list(reversed(shared.blocks.values()))  # nodes run from the last to the first
         if dy is not None:
             dy = dy.contiguous(memory_format=self.layout)

@@ -49,8 +49,9 @@ def _running(name: str, doc: str) -> Any:
     def put(self: ERShortcut, value: Tensor | None) -> None:
         if self.statistics is None:
             raise AttributeError(f"an ERShortcut with norm='group' has no {name}.")
-        flat = value is None or name == "num_batches_tracked"
-        setattr(self.statistics, name, value if flat else value.reshape(-1))
+        if value is not None and name != "num_batches_tracked":
+            value = value.reshape(-1)
+        setattr(self.statistics, name, value)
 
     return property(get, put, doc=doc)
 
@@ -180,53 +181,43 @@ class ERShortcut(nn.Module):
         statistics = self.statistics
         traced = torch.jit.is_tracing() or not all(isinstance(x, Tensor) for x in xs)
         if traced or not (statistics is None or is_plain(statistics, _BATCH_NORMS)):
-            return self._by_calling(statistics, xs, relu)
+            return self._by_calling(xs, relu)
         training = self.normalises_with_batch()
-        group = self._group() if training else None
+        # a group of one's own, else that of an nn.SyncBatchNorm
+        group = active_group(self.process_group) if training else None
+        if group is None and training and isinstance(statistics, nn.SyncBatchNorm):
+            group = group_of(statistics)
         if group is not None:
             return self._forward_across_processes(xs, fused, relu, group)
-        running = self.running_mean, self.running_var
-        momentum = 0.0 if self.momentum is None else self.momentum
-        check_shortcut_sum(
-            xs, self.weight, self.norm, self.num_groups, *running, training, momentum=momentum, eps=self.eps
-        )
+        options: dict[str, Any] = {
+            "norm": self.norm,
+            "num_groups": self.num_groups,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "training": training,
+            "momentum": 0.0 if self.momentum is None else self.momentum,
+            "eps": self.eps,
+        }
+        check_shortcut_sum(xs, self.weight, **options)
         if fused and self.norm == "batch" and xs[0].numel() and operators.why_plain(xs[0]) is None:
             return shortcut_sum(xs, self.arguments(), measure=training, eps=self.eps, relu=relu)
         if training:
-            momentum = momentum_of(self.momentum, self.num_batches_tracked)
+            options["momentum"] = momentum_of(self.momentum, self.num_batches_tracked)
         function = er_shortcut_sum if fused else reference_shortcut_sum
-        return function(
-            xs,
-            self.weight,
-            norm=self.norm,
-            num_groups=self.num_groups,
-            running_mean=running[0],
-            running_var=running[1],
-            training=training,
-            momentum=momentum,
-            eps=self.eps,
-            relu=relu,
-        )
+        return function(xs, self.weight, relu=relu, **options)
 
-    def _by_calling(self, statistics: nn.Module | None, xs: Sequence[Tensor], relu: bool) -> Tensor:
-        """The sum for tracers, and where `statistics` has hooks or is of another class: N by its call."""
-        if statistics is None:
+    def _by_calling(self, xs: Sequence[Tensor], relu: bool) -> Tensor:
+        """The sum for tracers, and where `self.statistics` has hooks or is of another class: N by its call."""
+        if self.statistics is None:
             assert self.num_groups is not None
             # not that of nn.functional, which compares traced sizes
             normalised: Any = [torch.group_norm(x, self.num_groups, None, None, self.eps) for x in xs[:-1]]
         else:
-            normalised = statistics(torch.cat(list(xs[:-1]), 1)).chunk(self.num_maps, 1)
+            normalised = self.statistics(torch.cat(list(xs[:-1]), 1)).chunk(self.num_maps, 1)
         y = xs[-1]
         for i in range(self.num_maps):  # neither is iterated: symbolic tracing has proxies of both
             y = y + self.weight[i].view(1, -1, 1, 1) * normalised[i]
         return (y.relu() if relu else y).to(xs[-1].dtype)
-
-    def _group(self) -> ProcessGroup | None:
-        """The processes over whose batches statistics are taken: one's own, else those of an `nn.SyncBatchNorm`."""
-        group = active_group(self.process_group)
-        if group is None and isinstance(self.statistics, nn.SyncBatchNorm):
-            group = group_of(self.statistics)
-        return group
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler now
     def _forward_across_processes(self, xs: Sequence[Tensor], fused: bool, relu: bool, group: ProcessGroup) -> Tensor:

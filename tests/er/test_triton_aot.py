@@ -19,7 +19,6 @@ from triton_launches import Launch, record
 
 from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 from ernet_fast.er.triton import coefficient_launch, map_launch
-from ernet_fast.er.triton.coefficient_launch import BlockArguments, MapArguments
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -147,10 +146,8 @@ def algebra(
 
     def call() -> None:
         coefficient_launch.block_coefficients(
-            BlockArguments(
-                table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum,
-                1e-5, rows, rows, rows, counted[1], running, momentum, 1e-5,
-            )
+            table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum,
+            1e-5, rows, rows, rows, counted[1], running, momentum, 1e-5,
         )  # fmt: skip
         later = range(index + 1, num_maps)
         lists = {
@@ -162,10 +159,8 @@ def algebra(
             "later_dweight": [a.new_empty(k, 256) for k in later],
         }
         coefficient_launch.map_coefficients_backward(
-            MapArguments(
-                table, index, sums=a.new_empty(len(later) + 2, 256).double(), a=a[: index + 1], **lists, count=count,
-                elements=elements, norm=norm, eps=1e-5, measured=not running, pass_on=False,
-            )
+            table, index, sums=a.new_empty(len(later) + 2, 256).double(), a=a[: index + 1], **lists, count=count,
+            elements=elements, norm=norm, eps=1e-5, measured=not running, pass_on=False,
         )  # fmt: skip
 
     return call

@@ -41,7 +41,7 @@ def _write(vector, place, value, inside):
 
 @triton.jit
 def _read_rows(rows, channels, col, inside):
-    """Rows 0 to 3 of a matrix: of the table's for a map SCALE, RSTD, CENTRE and SHIFT, or of totals."""
+    """Rows 0 to 3 of a matrix: of the table's for a map, SCALE to SHIFT, or of totals."""
     return (
         _read(rows, col, inside),
         _read(rows + channels, col, inside),
@@ -59,11 +59,13 @@ def _inverse_sqrt(x):
 def _count_batch(batches, momentum):
     """The momentum for this batch; counts the batch, which for cumulative averages has been done before."""
     if momentum is None:
-        return 1.0 / tl.load(batches).to(tl.float64)
-    if batches is not None:
-        if tl.program_id(0) == 0:
-            tl.store(batches, tl.load(batches) + 1)
-    return tl.cast(momentum, tl.float64)
+        step = 1.0 / tl.load(batches).to(tl.float64)
+    else:
+        if batches is not None:
+            if tl.program_id(0) == 0:
+                tl.store(batches, tl.load(batches) + 1)
+        step = tl.cast(momentum, tl.float64)
+    return step
 
 
 @triton.jit
@@ -125,13 +127,9 @@ def block_coefficients_kernel(
         scale = rstd if gamma is None else _read(gamma, col, inside) * rstd
         shift = (shift if beta is None else _read(beta, col, inside)) - scale * centre
     norm = _inverse_sqrt(scale * scale * z_var + EPS)
-    tl.store(table + own + SCALE * channels, scale, mask=inside)
-    tl.store(table + own + RSTD * channels, rstd, mask=inside)
-    tl.store(table + own + CENTRE * channels, centre, mask=inside)
-    tl.store(table + own + SHIFT * channels, shift, mask=inside)
-    tl.store(table + own + MEAN * channels, z_mean, mask=inside)
-    tl.store(table + own + VAR * channels, z_var, mask=inside)
-    tl.store(table + own + NORM * channels, norm, mask=inside)
+    rows = (scale, rstd, centre, shift, z_mean, z_var, norm)
+    for i in tl.static_range(TABLE_ROWS):
+        tl.store(table + own + i * channels, rows[i], mask=inside)
     if UPDATE_NORM:
         step = _count_batch(norm_batches, norm_momentum)
         _update(norm_mean, col, z_mean, step, inside)
@@ -290,7 +288,6 @@ def map_coefficients_backward_kernel(
         if PASS_ON:
             tl.store(last, tl.full([COLS], 1.0, rows.dtype.element_ty), mask=inside)
     else:
-        tl.store(totals + col, dscale, mask=inside)
-        tl.store(totals + channels + col, dshift, mask=inside)
-        tl.store(totals + 2 * channels + col, dmean, mask=inside)
-        tl.store(totals + 3 * channels + col, dvar, mask=inside)
+        gradients = (dscale, dshift, dmean, dvar)
+        for i in tl.static_range(4):
+            tl.store(totals + i * channels + col, gradients[i], mask=inside)

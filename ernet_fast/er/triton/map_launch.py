@@ -122,15 +122,14 @@ def padded(maps: Sequence[Tensor], fill: Tensor) -> tuple[Tensor, ...]:
     return (*maps, *([fill] * (padded_count(len(maps)) - len(maps))))
 
 
-def _reduction_constants(shape: Shape, cut: tiling.Reduction) -> dict[str, Any]:
-    tile = cut.tile
+def _constants(shape: Shape, tile: tiling.Tile, num_warps: int) -> dict[str, Any]:
     return {
         "CHANNELS_LAST": shape.channels_last,
         "ROWS": tile.rows,
         "COLS": tile.cols,
         "ALIGN": tile.align,
         "WIDE": tile.wide,
-        "num_warps": REDUCTION_WARPS,
+        "num_warps": num_warps,
     }
 
 
@@ -144,14 +143,7 @@ def _merge_dots(partial: Tensor | None, products: Tensor, sums: Tensor) -> None:
     slabs_together, columns_together = merge_tile(slabs)
     with on_device_of(partial):
         kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
-            partial,
-            products,
-            sums,
-            slabs,
-            columns,
-            products.numel(),
-            SLABS=slabs_together,
-            COLS=columns_together,
+            partial, products, sums, slabs, columns, products.numel(), SLABS=slabs_together, COLS=columns_together
         )
 
 
@@ -163,6 +155,7 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
         return mean.zero_(), var.fill_(float("nan"))
     cut = tiling.reduction(shape, x.element_size())
     partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=_ACCUMULATE[x.dtype])
+    work = cut.runs, cut.run_length, cut.units_per_slab
     columns = shape.groups * shape.C
     slabs_together, columns_together = merge_tile(cut.slabs)
     with on_device_of(x):
@@ -171,12 +164,10 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             partial,
             shape.groups,
             shape.C,
-            cut.runs,
-            cut.run_length,
-            cut.units_per_slab,
+            *work,
             DOUBLE=x.dtype == torch.float64,
             UNITS=_MOMENT_UNITS,
-            **_reduction_constants(shape, cut),
+            **_constants(shape, cut.tile, REDUCTION_WARPS),
         )
         kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
             partial,
@@ -184,9 +175,7 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             var,
             cut.slabs,
             columns,
-            cut.runs,
-            cut.run_length,
-            cut.units_per_slab,
+            *work,
             STEP=cut.step,
             SLABS=slabs_together,
             COLS=columns_together,
@@ -221,13 +210,8 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
             shape.N * shape.P // shape.groups if channels_last else shape.N * shape.C,
             shape.C if channels_last else shape.P,
             shape.groups * shape.C,
-            CHANNELS_LAST=channels_last,
             RELU=relu,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            ALIGN=tile.align,
-            WIDE=tile.wide,
-            num_warps=SUM_WARPS,
+            **_constants(shape, tile, SUM_WARPS),
         )
     return y
 
@@ -262,7 +246,7 @@ def _partial_dots(
                 cut.runs,
                 cut.run_length,
                 cut.units_per_slab,
-                **_reduction_constants(shape, cut),
+                **_constants(shape, cut.tile, REDUCTION_WARPS),
             )
     return shape, partial, g
 
