@@ -147,11 +147,6 @@ class EpilogueState:
         return self._none
 
 
-def uses_batch(bn: nn.Module) -> bool:
-    """True if the BatchNorm `bn` normalises with the statistics of the batch at hand."""
-    return bn.training or bn.running_mean is None
-
-
 def norm_arguments(bn: nn.Module) -> NormArguments:
     """How the BatchNorm `bn` makes x of its input, and which running statistics it updates.
 

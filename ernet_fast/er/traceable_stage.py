@@ -25,12 +25,9 @@ class TraceableStage:
     """The maps of one forward pass, and the weighted sums over them."""
 
     def __init__(self, *, num_groups: int | None, eps: float, measure: bool) -> None:
-        """Prepare for a forward pass.
+        """Prepare for a forward pass; with `measure` shortcuts normalise with moments, so every map is measured.
 
-        Args:
-            num_groups: of group norm, with moments and coefficients per sample and channel; None for batch norm.
-            eps: added to the variances of maps.
-            measure: shortcuts normalise with moments, so every map is measured.
+        `eps` is added to variances. With `num_groups`, of group norm, moments and coefficients are per sample too.
         """
         self.num_groups, self.eps, self.measure = num_groups, eps, measure
         self._statistics: list[MapStatistics] = []
@@ -50,29 +47,22 @@ class TraceableStage:
         scale, shift = _affine(norm, moments, z)
         # moments that `norm` alone needed say nothing that a shortcut with running statistics would use
         last = map_statistics(moments if measure else None, scale, shift, num_groups=self.num_groups)
-        a, b = self._coefficients(shortcut, last, z)
-        self._statistics.append(last)
-        return operators.weighted_sum(self._maps, a.contiguous(), b, relu)
-
-    def _coefficients(
-        self, shortcut: ShortcutArguments, last: MapStatistics, z: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Coefficients of a block's weighted sum; updates the running statistics in training."""
         weight, mean, var, batches, use_running, momentum = shortcut
-        dtype = operators.acc_dtype(z)
+        dtype, earlier = operators.acc_dtype(z), self._statistics
         assert weight is not None
         running = None
         if mean is not None and var is not None:
             if use_running:
                 running = mean.to(dtype), var.to(dtype)
             else:
-                earlier = self._statistics
                 with torch.no_grad():
                     means = torch.stack([m.mean for m in earlier if m.mean is not None])
                     variances = torch.stack([m.var for m in earlier if m.var is not None])
                 count = z.shape[0] * z.shape[2] * z.shape[3]
                 update_running(mean, var, means, variances, count, momentum_of(momentum, batches))
-        return shortcut_coefficients(weight.to(dtype), self._statistics, last, running, self.eps, z.shape[0])
+        a, b = shortcut_coefficients(weight.to(dtype), earlier, last, running, self.eps, z.shape[0])
+        earlier.append(last)
+        return operators.weighted_sum(self._maps, a.contiguous(), b, relu)
 
     def _file(self, z: Tensor, measure: bool) -> tuple[Tensor, Tensor] | None:
         """File a map; its mean and biased variance, [C] or per sample [N, C], if they are to be measured."""

@@ -50,10 +50,6 @@ def fail(message: str) -> NoReturn:
     raise RuntimeError(f"ernet: {message}")
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
 def _check_maps(maps: Sequence[Tensor], names: Sequence[str], rest: str, per_sample: bool) -> Shape:
     """One shape, dtype, device and dense layout; returns the shape. Maps after those of `names` are `rest[i]`."""
 
@@ -76,7 +72,7 @@ def _check_maps(maps: Sequence[Tensor], names: Sequence[str], rest: str, per_sam
         if x.device != first.device:
             fail(f"all maps must be on one device; {name_of(i)} is on {x.device}, expected {first.device}")
         planar = planar and x.is_contiguous()
-        channels_last = channels_last and _is_channels_last(x)
+        channels_last = channels_last and x.is_contiguous(memory_format=torch.channels_last)
     if not (planar or channels_last or first.numel() == 0):
         fail(
             "all maps must be dense in one layout, contiguous or channels-last. Call .contiguous() or "
