@@ -53,14 +53,15 @@ class Kernel:
 def cuobjdump() -> Path:
     """Where cuobjdump is."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = [Path(home) / "bin" / "cuobjdump"] if home else []
-    found += [Path(path) for path in [shutil.which("cuobjdump")] if path]
-    spec = importlib.util.find_spec("triton")
-    if spec and spec.origin:
-        found.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-    for path in found:
-        if path.exists():
-            return path
+    triton = importlib.util.find_spec("triton")
+    found = [
+        home and Path(home) / "bin" / "cuobjdump",
+        shutil.which("cuobjdump"),
+        triton and triton.origin and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump",
+    ]
+    for path in filter(None, found):
+        if Path(path).exists():
+            return Path(path)
     raise SystemExit("cuobjdump is missing; install the CUDA toolkit's, or the triton of requirements-dev.txt.")
 
 
@@ -69,9 +70,9 @@ def output(*command: str | Path, stdin: str | None = None) -> str:
     return subprocess.run(command, input=stdin, capture_output=True, text=True, check=True).stdout
 
 
-def by_architecture(listing: str) -> Iterable[tuple[str, str]]:
-    """The architecture and the text of each part of what cuobjdump prints."""
-    pieces = ARCH.split(listing)
+def parts(pattern: re.Pattern[str], listing: str) -> Iterable[tuple[str, str]]:
+    """Each name that the pattern finds in what cuobjdump prints, and the text up to the next."""
+    pieces = pattern.split(listing)
     return zip(pieces[1::2], pieces[2::2], strict=True)
 
 
@@ -79,12 +80,11 @@ def parse(usage: str, code: str) -> list[Kernel]:
     """The kernels of one object, with mangled names, from `cuobjdump -res-usage` and `cuobjdump -sass`."""
     found = {
         (arch, name): Kernel(name, arch, *map(int, numbers))
-        for arch, text in by_architecture(usage)
+        for arch, text in parts(ARCH, usage)
         for name, *numbers in USAGE.findall(text)
     }
-    for arch, text in by_architecture(code):
-        pieces = FUNCTION.split(text)
-        for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
+    for arch, text in parts(ARCH, code):
+        for name, body in parts(FUNCTION, text):
             if (arch, name) in found:  # else a device function
                 found[arch, name].wide = set(WIDE.findall(body))
     return list(found.values())

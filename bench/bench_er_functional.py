@@ -17,8 +17,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from contestants import contestants
-from copy_floor import copy_seconds_per_byte
-from er_means import STAGES_50, record_means
+from copy_floor import copy_time
+from er_means import STAGES_50, mean_rows
 from er_stage_epilogues import LAYOUTS, QUICK, STAGES, cases, make_maps
 from torch import Tensor
 from traffic import bytes_moved
@@ -37,7 +37,6 @@ def map_accesses(num_maps: int, *, tiled: bool) -> int:
 
 
 def train(function: Callable[..., Tensor], xs: list[Tensor], weight: Tensor, dy: Tensor) -> None:
-    """Forward and backward of one call."""
     for tensor in (*xs, weight):
         tensor.grad = None
     function(xs, weight, relu=True).backward(dy)
@@ -63,23 +62,17 @@ def test_shortcut_sum(interleave, record_row, with_compiled, torch_threads, stag
     if who != "fused":
         return
     figures, steps = found.figures("fused"), found.calls or make()
-    working_set = (2 * shape.num_maps + 3) * maps.map_bytes  # maps, their gradients, y, dy, g
-    must_move = map_accesses(shape.num_maps, tiled=layout == "contiguous") * maps.map_bytes
+    accesses = map_accesses(shape.num_maps, tiled=layout == "contiguous")
+    touched = 2 * shape.num_maps + 3  # maps, their gradients, y, dy, g
     record_row(
-        "er_shortcut_sum, forward + backward",
-        **figures,
-        peer="naive eager",
-        peer_p50=figures["naive_ms"],
-        must_move=must_move,
-        map_accesses=must_move // maps.map_bytes,
+        "er_shortcut_sum, forward + backward", **figures, peer="naive eager", peer_p50=figures["naive_ms"],
+        **copy_time(accesses * maps.map_bytes, touched * maps.map_bytes, "the call"), map_accesses=accesses,
         **{f"moved_{name}": bytes_moved(steps[name]) for name in ("naive", "fused")},
-        copy_time=1e3 * must_move * copy_seconds_per_byte(working_set),
-        copy_why="bytes that one call must move / copy bandwidth at the working set of the call",
-    )
+    )  # fmt: skip
 
 
-def test_means(record, record_row):
+def test_means(record):
     """The geometric means over the stages of ResNet-50 of what the record has by now."""
     if record is None:
         pytest.skip("nothing is recorded without --record")
-    record_means(record, record_row, "bench_er_functional", "shortcut_sum")
+    record.add(*mean_rows(record.rows(), "bench_er_functional", "shortcut_sum"))

@@ -1,11 +1,8 @@
 """How near to the copy bandwidth do the ER operators run on a CUDA device?
 
 One row is one operator on the maps of one stage, bfloat16, channels-last, batch 256, with as many maps as the stage's
-last block reads. `copy_time` is the time that what the operator must move, each map once, takes at the copy bandwidth:
-
-    channel_moments  reads 1 map      weighted_sum  reads L, writes 1      weighted_dot  reads L + 2, writes 1
-
-The copy is measured in the same run, with the cache flushed before every call, as it is for the operators.
+last block reads. `copy_time` is the time that what the operator must move (`er_operator_call.py`) takes at the copy
+bandwidth. The copy is measured in the same run, with the cache flushed before every call, as it is for the operators.
 
 Run: python3 dev.py gpu --only bench_er_gpu
 """
@@ -13,16 +10,15 @@ Run: python3 dev.py gpu --only bench_er_gpu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
-from agreement_gpu import bound, relative, require
-from er_stage_epilogues import STAGES
+from agreement import Error, bound, relative, require
+from er_operator_call import OperatorCall, operator_call
+from er_stage_epilogues import STAGES, make_maps
 from gpu_case import Ceilings, GpuCase
 from gpu_timing import milliseconds
 from record import Row
-from torch import Tensor
 
 # Streams of 16-byte loads lose little to a copy, more where each block reads many maps
 OPERATORS = {
@@ -33,86 +29,39 @@ OPERATORS = {
 BATCH, REPEATS = 256, 30
 
 
-class Call(NamedTuple):
-    """One operator on one stage: the call, its reference, and the maps that it must read and write."""
-
-    run: Callable[[], Any]
-    verify: Callable[[], None]
-    accesses: int
-
-
-def channels_first(values: Tensor) -> Tensor:
-    """A value a channel, to be multiplied with maps."""
-    return values[:, None, None]
-
-
-def sum_of(maps: list[Tensor], a: Tensor, b: Tensor) -> Callable[[], None]:
-    """Compares a weighted sum with the same formula in float32."""
-
-    def verify() -> None:
-        from ernet_fast.er import operators
-
-        found = operators.weighted_sum(maps, a, b, True)
-        expected = functools.reduce(
-            lambda y, pair: torch.addcmul(y, channels_first(pair[0]), pair[1].float()),
-            zip(a, maps, strict=True),
-            channels_first(b).expand(maps[0].shape),
-        ).relu_()
-        error = float((found - expected).norm() / expected.norm())
-        require("weighted_sum", error, bound(maps[0].dtype, len(maps)))
-
-    return verify
-
-
-def make(stage: str, operator: str, batch: int = BATCH) -> Call:
-    """The call of `operator` on the maps of `stage`."""
-    from ernet_fast.er import operators
-
-    channels, size, num_maps = STAGES[stage]
-    torch.manual_seed(0)
-
-    def one_map() -> Tensor:
-        x = torch.empty((batch, channels, size, size), dtype=torch.bfloat16, device="cuda")
-        return x.contiguous(memory_format=torch.channels_last).normal_()
-
-    maps = [one_map() for _ in range(1 if operator == "channel_moments" else num_maps)]
-    terms = batch * size * size
-    if operator == "channel_moments":
-
-        def verify_moments() -> None:
-            mean, var = operators.channel_moments(maps[0])
-            expected = torch.var_mean(maps[0].float(), (0, 2, 3), correction=0)
-            limit = 2 * bound(torch.float32, terms, stored=False)  # both sides are float32 sums
-            require("variance", relative(var, expected[0]), limit)
-            require("mean", relative(mean, expected[1], expected[0].sqrt()), limit)
-
-        return Call(lambda: operators.channel_moments(maps[0]), verify_moments, 1)
+def errors(operator: str, call: OperatorCall) -> Iterator[Error]:
+    """Of the result, from the same formula in float32: both sides are sums of that type, one map at a time."""
+    found, given = call.run(), call.arguments
     if operator == "weighted_sum":
-        a, b = torch.randn(num_maps, channels, device="cuda"), torch.randn(channels, device="cuda")
-        return Call(lambda: operators.weighted_sum(maps, a, b, True), sum_of(maps, a, b), num_maps + 1)
-    dy, y = one_map(), one_map().relu_()
-
-    def verify_dot() -> None:
-        da, db, g = operators.weighted_dot(dy, maps, y)
-        masked = torch.where(y > 0, dy, 0)
-        require("g", float((g != masked).sum()), 0)
-        wide = masked.float()
-        limit = 2 * bound(torch.float32, terms, stored=False)
-        require("db", relative(db, wide.sum((0, 2, 3)), wide.abs().sum((0, 2, 3))), limit)
-        for found, x in zip(da, maps, strict=True):
-            product = wide * x
-            require("da", relative(found, product.sum((0, 2, 3)), product.abs().sum((0, 2, 3))), limit)
-
-    return Call(lambda: operators.weighted_dot(dy, maps, y), verify_dot, num_maps + 3)
+        maps, a, b, _ = given
+        expected = b[:, None, None].expand(maps[0].shape)
+        for weight, x in zip(a, maps, strict=True):
+            expected = torch.addcmul(expected, weight[:, None, None], x.float())
+        expected = expected.relu_()
+        error = float((found - expected).norm() / expected.norm())
+        yield Error("weighted_sum", error, bound(maps[0].dtype, len(maps)))
+        return
+    limit = 2 * bound(torch.float32, given[0][:, 0].numel(), stored=False)
+    if operator == "channel_moments":
+        var, mean = torch.var_mean(given[0].float(), (0, 2, 3), correction=0)
+        yield Error("variance", relative(found[1], var), limit)
+        yield Error("mean", relative(found[0], mean, var.sqrt()), limit)
+        return
+    dy, maps, y = given
+    masked = torch.where(y > 0, dy, 0)
+    yield Error("g", float((found[2] != masked).sum()), 0)
+    for name, sums, other in (("db", found[1], 1), *(("da", row, x) for row, x in zip(found[0], maps, strict=True))):
+        product = masked.float() * other
+        yield Error(name, relative(sums, product.sum((0, 2, 3)), product.abs().sum((0, 2, 3))), limit)
 
 
 def measure(stage: str, operator: str, ceilings: Ceilings) -> Row:
-    """Verify, then time."""
-    call = make(stage, operator)
-    call.verify()
-    torch.cuda.empty_cache()
     channels, size, num_maps = STAGES[stage]
-    moved = call.accesses * BATCH * channels * size * size * torch.bfloat16.itemsize
+    maps = make_maps(STAGES[stage], BATCH, dtype=torch.bfloat16, device="cuda")
+    call = operator_call(operator, maps)
+    require(errors(operator, call))
+    torch.cuda.empty_cache()
+    moved = call.accesses * maps.map_bytes
     timing = milliseconds(call.run, REPEATS)
     return Row(
         "bench_er_gpu", f"{operator} {stage}", "ER operators, CUDA",
@@ -127,7 +76,6 @@ def measure(stage: str, operator: str, ceilings: Ceilings) -> Row:
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Every operator on every stage; the first stage of each is the smoke level."""
     return [
         GpuCase(
             f"{operator} {stage}", functools.partial(measure, stage, operator), importance=0 if targets else 1,

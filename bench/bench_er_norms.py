@@ -23,7 +23,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from contestants import contestants
-from copy_floor import copy_seconds_per_byte
+from copy_floor import copy_time
 from er_stage_epilogues import LAYOUTS, QUICK, map_accesses
 from torch import Tensor, nn
 
@@ -69,28 +69,18 @@ class Pass:
             tensor.grad = None
 
     def modules(self) -> None:
-        """Forward and backward by PyTorch's modules."""
-        terms = [bn(z) for bn, z in zip(self.bns, self.zs, strict=True)]
-        self._train(self.relu(terms[0] if len(terms) == 1 else terms[0] + terms[1]))
+        first, *others = (bn(z) for bn, z in zip(self.bns, self.zs, strict=True))
+        self._train(self.relu(functools.reduce(torch.add, others, first)))
 
     def fused(self) -> None:
-        """Forward and backward by the operators."""
-        if len(self.zs) == 1:
-            return self._train(batch_norm_relu(self.zs[0], self.bns[0], self.relu))
-        return self._train(projection_sum(self.zs[0], self.bns[0], self.zs[1], self.bns[1], self.relu))
+        pairs = [part for pair in zip(self.zs, self.bns, strict=True) for part in pair]
+        self._train((batch_norm_relu if len(self.zs) == 1 else projection_sum)(*pairs, self.relu))
 
 
 def passes(name: str, kind: str, batch: int, layout: torch.memory_format) -> list[Pass]:
-    """All passes of this kind of a stage."""
     if kind == "projection":
         return [Pass(*PROJECTION[name], batch, layout, 2)]
     return [Pass(channels, size, batch, layout, 1) for channels, size, count in INNER[name] for _ in range(count)]
-
-
-def run_all(calls: list[Callable[[], None]]) -> None:
-    """One after the other."""
-    for call in calls:
-        call()
 
 
 @contestants("fused", "modules")
@@ -101,10 +91,12 @@ def run_all(calls: list[Callable[[], None]]) -> None:
 def test_norms(interleave, record_row, torch_threads, name, kind, batch, layout, threads, who):
     torch_threads(threads)
     all_passes = passes(name, kind, batch, LAYOUTS[layout])
-    steps = {
-        "fused": functools.partial(run_all, [one.fused for one in all_passes]),
-        "modules": functools.partial(run_all, [one.modules for one in all_passes]),
-    }
+
+    def all_of(way: Callable[[Pass], None]) -> None:
+        for one in all_passes:
+            way(one)
+
+    steps = {name: functools.partial(all_of, way) for name, way in (("fused", Pass.fused), ("modules", Pass.modules))}
     figures = interleave(lambda: steps, rounds=11, budget=1.2).figures("fused")
     if who != "fused":
         return
@@ -112,12 +104,6 @@ def test_norms(interleave, record_row, torch_threads, name, kind, batch, layout,
     must_move = sum(one.accesses(tiled=tiled) * one.bytes for one in all_passes)
     working_set = sum((2 * len(one.zs) + 2) * one.bytes for one in all_passes)
     record_row(
-        GROUP,
-        **figures,
-        peer="PyTorch's modules",
-        peer_p50=figures["modules_ms"],
-        must_move=must_move,
-        copy_time=1e3 * must_move * copy_seconds_per_byte(working_set),
-        copy_why="bytes that the passes must move / copy bandwidth at their working set",
-        passes=len(all_passes),
-    )
+        GROUP, **figures, peer="PyTorch's modules", peer_p50=figures["modules_ms"],
+        **copy_time(must_move, working_set, "the passes"), passes=len(all_passes),
+    )  # fmt: skip

@@ -14,14 +14,12 @@ Run: python3 dev.py bench bench_er_stage        batch 8, against naive eager and
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from contestants import contestants
-from copy_floor import copy_seconds_per_byte
+from copy_floor import copy_time
 from er_kernel_counts import compiled_cost, profiled_kernels
-from er_means import STAGE_101, record_means
+from er_means import STAGE_101, mean_rows
 from er_stage_epilogues import (
     LAYOUTS,
     QUICK,
@@ -32,13 +30,12 @@ from er_stage_epilogues import (
     map_accesses,
     maps_touched,
     steps_of,
-    train_epilogues,
 )
 from operator_times import operator_milliseconds
 from page_faults import system_work
 from traffic import bytes_moved
 
-GROUP = "ER stage tails, forward + backward"
+GROUP = "ER stage epilogues, forward + backward"
 STAND_IN = ("ernet_bench::",)
 SLICE = 0.1  # seconds: long beside the one call that finds the caches as another contestant has left them
 MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes many minutes
@@ -46,7 +43,7 @@ MOST_COMPILED = 8  # maps; compiling the 253 pairs of a stage of 23 maps takes m
 
 @contestants("fused", "naive", "compiled")
 @pytest.mark.parametrize(("stage", "batch", "layout", "threads"), cases())
-def test_stage_tails(interleave, record_row, with_compiled, torch_threads, stage, batch, layout, threads, who):
+def test_stage_epilogues(interleave, record_row, with_compiled, torch_threads, stage, batch, layout, threads, who):
     torch_threads(threads)
     shape = STAGES[stage]
     maps = make_maps(shape, batch, LAYOUTS[layout])
@@ -63,32 +60,25 @@ def test_stage_tails(interleave, record_row, with_compiled, torch_threads, stage
     found = interleave(make, rounds=15, budget=5.0, slice_seconds=SLICE)
     if who != "fused":
         return
-    must_move = map_accesses(shape.num_maps, tiled=layout == "contiguous") * maps.map_bytes
-    copy_time = 1e3 * must_move * copy_seconds_per_byte(maps_touched(shape.num_maps) * maps.map_bytes)
+    accesses = map_accesses(shape.num_maps, tiled=layout == "contiguous")
     figures, steps = found.figures("fused"), found.calls or make()
     system = {name: system_work(step) for name, step in steps.items()}
     record_row(
-        GROUP,
-        **figures,
-        peer="naive eager",
-        peer_p50=figures["naive_ms"],
-        must_move=must_move,
-        map_accesses=must_move // maps.map_bytes,
-        **{f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")},
-        copy_time=copy_time,
-        copy_why="bytes the design must move / copy bandwidth at the working set of the pass",
+        GROUP, **figures, peer="naive eager", peer_p50=figures["naive_ms"],
+        **copy_time(accesses * maps.map_bytes, maps_touched(shape.num_maps) * maps.map_bytes, "the pass"),
+        map_accesses=accesses, **{f"moved_{name}": bytes_moved(steps[name], STAND_IN) for name in ("naive", "fused")},
         **{f"faults_{name}": work.page_faults for name, work in system.items()},
         **{f"system_ms_{name}": work.milliseconds for name, work in system.items()},
         **{f"in_{name}_ms": value for name, value in operator_milliseconds(steps["fused"]).items()},
         target=["share_of_copy >= 0.75", *(["ratio_naive >= 6"] if stage == STAGE_101 else [])],
-    )
+    )  # fmt: skip
 
 
-def test_means(record, record_row):
+def test_means(record):
     """The geometric means over the stages of ResNet-50 of what the record has by now."""
     if record is None:
         pytest.skip("nothing is recorded without --record")
-    record_means(record, record_row, "bench_er_stage", "stage_tails")
+    record.add(*mean_rows(record.rows(), "bench_er_stage", "stage_epilogues"))
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
@@ -99,8 +89,8 @@ def test_kernels(record_row, torch_threads, stage):
     maps = make_maps(shape, 8)
     fused = EpilogueStage(shape.channels, shape.num_maps)
     size = maps.zs[0].numel()
-    naive = profiled_kernels(functools.partial(train_epilogues, fused.naive(), maps), size)
-    own = profiled_kernels(functools.partial(train_epilogues, fused, maps), size)
+    steps = steps_of({"naive": fused.naive(), "fused": fused}, maps)
+    naive, own = (profiled_kernels(steps[name], size) for name in ("naive", "fused"))
     info: dict[str, float] = {}
     if shape.num_maps <= MOST_COMPILED:
         compiled = compiled_cost(fused.naive(), maps)
@@ -110,15 +100,7 @@ def test_kernels(record_row, torch_threads, stage):
             "moved_compiled": compiled.bytes_moved,
         }
     record_row(
-        "kernels of a stage's tails, forward + backward",
-        **dict.fromkeys(("p20", "p50", "p80"), own.total),
-        unit="kernels",
-        repeats=1,
-        naive_map_kernels=naive.map,
-        naive_vector_kernels=naive.vector,
-        fused_map_kernels=own.map,
-        fused_vector_kernels=own.vector,
-        blocks=shape.num_maps - 1,
-        map_bytes=maps.map_bytes,
-        **info,
-    )
+        "kernels of a stage's epilogues, forward + backward", *3 * [own.total], unit="kernels", repeats=1,
+        naive_map_kernels=naive.map, naive_vector_kernels=naive.vector, fused_map_kernels=own.map,
+        fused_vector_kernels=own.vector, blocks=shape.num_maps - 1, map_bytes=maps.map_bytes, **info,
+    )  # fmt: skip

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
 from contestants import contestants
-from er_networks import batch_of, networks, train_step
+from er_networks import batch_of, networks, training_of
 from process_memory import peak_of_training
 from tensor_memory import training_peak
-from torch import Tensor, nn
 
 # depth, batch: times faster than naive
 FASTER_THAN_NAIVE = {(50, 8): 1.8, (50, 16): 2.4, (101, 8): 3.0, (101, 16): 3.0}
@@ -27,15 +25,8 @@ SLOW = {"step": [(101, 16)], "memory": [(50, 16), (101, 16)]}
 
 
 def cases(what: str) -> list[object]:
-    """Depth and batch of every row."""
     marks = {case: [pytest.mark.slow] for case in SLOW[what]}
     return [pytest.param(*case, marks=marks.get(case, [])) for case in FASTER_THAN_NAIVE]
-
-
-def training_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Callable[[], None], torch.optim.Optimizer]:
-    """A step of training of the model, and its optimizer."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    return functools.partial(train_step, model, optimizer, images, labels), optimizer
 
 
 @contestants("fused", "plain", "naive")
@@ -45,20 +36,16 @@ def test_training_step(interleave, record_row, torch_threads, depth, batch, who)
     images, labels = batch_of(batch)
 
     def make():
-        models = networks(depth)
-        return {name: training_of(models[name], images, labels)[0] for name in ("fused", "plain", "naive")}
+        return {name: training_of(model, images, labels)[0] for name, model in networks(depth).items()}
 
     figures = interleave(make, rounds=7, budget=20.0).figures("fused")
     if who != "fused":
         return
     record_row(
-        "training step",
-        **figures,
-        peer="plain ResNet",
-        peer_p50=figures["plain_ms"],
+        "training step", **figures, peer="plain ResNet", peer_p50=figures["plain_ms"],
         plain_share=figures["fused_ms"] / figures["plain_ms"],
         target=["plain_share <= 1.05", f"ratio_naive >= {FASTER_THAN_NAIVE[depth, batch]}"],
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("depth", "batch"), cases("memory"))
@@ -71,20 +58,12 @@ def test_training_memory(record_row, torch_threads, depth, batch):
         step()
         tensors[name] = training_peak(model, optimizer, step)
         peaks[name] = peak_of_training(name, depth, batch)
-    mebibytes = {name: value / 2**20 for name, value in peaks.items()}
     record_row(
-        "memory of training",
-        **dict.fromkeys(("p20", "p50", "p80"), mebibytes["fused"]),
-        unit="MiB",
-        repeats=1,
-        peer="plain ResNet",
-        peer_p50=mebibytes["plain"],
-        **{f"peak_{name}": value for name, value in peaks.items()},
-        **{f"tensors_{name}": value for name, value in tensors.items()},
-        peak_share=peaks["fused"] / peaks["plain"],
-        tensors_share=tensors["fused"] / tensors["plain"],
-        target=["peak_share <= 1.05", "tensors_share <= 1.05"],
-    )
+        "memory of training", *3 * [peaks["fused"] / 2**20], unit="MiB", repeats=1, peer="plain ResNet",
+        peer_p50=peaks["plain"] / 2**20, **{f"peak_{name}": value for name, value in peaks.items()},
+        **{f"tensors_{name}": value for name, value in tensors.items()}, peak_share=peaks["fused"] / peaks["plain"],
+        tensors_share=tensors["fused"] / tensors["plain"], target=["peak_share <= 1.05", "tensors_share <= 1.05"],
+    )  # fmt: skip
 
 
 @contestants("fused", "plain", "naive")
@@ -94,8 +73,7 @@ def test_evaluation(interleave, record_row, torch_threads, depth, batch, who):
     images, _ = batch_of(batch)
 
     def make():
-        models = networks(depth)
-        return {name: functools.partial(models[name].eval(), images) for name in ("fused", "plain", "naive")}
+        return {name: functools.partial(model.eval(), images) for name, model in networks(depth).items()}
 
     with torch.inference_mode():
         figures = interleave(make, rounds=9, budget=10.0).figures("fused")

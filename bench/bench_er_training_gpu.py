@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from er_networks import batch_of, networks, train_step
+from er_networks import batch_of, networks, training_of
 from gpu_case import Ceilings, GpuCase
+from gpu_timing import wait
+from measured import Measured
 from record import Row
-from this_tree import percentiles, time_interleaved
+from this_tree import time_interleaved
 from torch import Tensor, nn
 
-BENCH = "bench_er_training_gpu"
 HALF = torch.bfloat16
 CHECKED = 32  # images of the comparison with the naive network
+TRAINING, INFERENCE = "ER training step, CUDA", "ER inference, one image, CUDA"
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,20 @@ class Setting:
     rounds: int = 10
     slice_seconds: float = 0.3
 
-    def wait(self) -> None:
-        """Until the device has done what it was given."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
     def networks(self, depth: int) -> dict[str, nn.Module]:
-        """The three networks on the device."""
         return networks(depth, self.device, base_channels=self.base_channels)
 
-    def times(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        """Milliseconds of every round of every call, interleaved."""
+    def row(self, name: str, group: str, depth: int, batch: int, calls: Mapping[str, Callable[[], Any]]) -> Row:
+        """The times of the fused network, interleaved with the others, and its ratio to each."""
         for call in calls.values():  # compiles, chooses algorithms, fills caches
             call()
             call()
-        self.wait()
-        times = time_interleaved(calls, self.rounds, slice_seconds=self.slice_seconds, wait=self.wait)
-        return {name: [1e3 * seconds for seconds in values] for name, values in times.items()}
+        wait()
+        times = time_interleaved(calls, self.rounds, slice_seconds=self.slice_seconds, wait=wait)
+        figures = Measured(times).figures("fused")
+        known = {key: figures.pop(key) for key in ("p20", "p50", "p80", "unit", "repeats")}
+        params = {"depth": depth, "batch": batch, "size": self.size}
+        return Row("bench_er_training_gpu", name, group, params, **known, extra_info=figures)
 
 
 def require_agreement(depth: int, models: Mapping[str, nn.Module], images: Tensor) -> None:
@@ -79,28 +77,7 @@ def require_agreement(depth: int, models: Mapping[str, nn.Module], images: Tenso
         raise AssertionError(f"fused network: error {error:.3g}, at most {4 * depth * response:.3g} expected")
 
 
-def peak_megabytes(call: Callable[[], Any], setting: Setting) -> float | None:
-    """Peak of allocated memory during a call on a CUDA device, in MiB."""
-    if setting.device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
-
-
-def row_of(name: str, group: str, params: dict[str, Any], times: Mapping[str, list[float]], **info: Any) -> Row:
-    """The fused network's times, and its ratio to every other contestant."""
-    medians = {who: statistics.median(values) for who, values in times.items()}
-    ratios = {f"ratio_{who}": value / medians["fused"] for who, value in medians.items() if who != "fused"}
-    shares = {"plain_share": medians["fused"] / medians["plain"]} if "plain" in medians else {}
-    return Row(
-        BENCH, name, group, params, **percentiles(times["fused"]), unit="ms", repeats=len(times["fused"]),
-        extra_info={**{f"{who}_ms": value for who, value in medians.items()}, **ratios, **shares, **info},
-    )  # fmt: skip
-
-
-def training(depth: int, peers: tuple[str, ...], name: str, setting: Setting, ceilings: Ceilings) -> Row:
+def training(depth: int, peers: tuple[str, ...], name: str, setting: Setting, _: Ceilings) -> Row:
     """A step of the fused network and of `peers`: "plain", "naive", "compiled" (the naive one)."""
     models = setting.networks(depth)
     images, labels = batch_of(setting.batch, setting.size, setting.device)
@@ -110,15 +87,18 @@ def training(depth: int, peers: tuple[str, ...], name: str, setting: Setting, ce
         models["compiled"] = torch.compile(models["naive"], dynamic=False)
     steps, peaks = {}, {}
     for who in ("fused", *peers):
-        optimizer = torch.optim.SGD(models[who].parameters(), lr=1e-4, momentum=0.9)
-        steps[who] = functools.partial(train_step, models[who], optimizer, images, labels, HALF)
+        steps[who], optimizer = training_of(models[who], images, labels, HALF)
         steps[who]()
-        peaks[f"peak_mib_{who}"] = peak_megabytes(steps[who], setting)
+        if setting.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            steps[who]()
+            torch.cuda.synchronize()
+            peaks[f"peak_mib_{who}"] = torch.cuda.max_memory_allocated() / 2**20
         optimizer.zero_grad(set_to_none=True)
-    params = {"depth": depth, "batch": setting.batch, "size": setting.size}
-    images_per_second = {"images_per_second": 1e3 * setting.batch}
-    row = row_of(name, "ER training step, CUDA", params, setting.times(steps), **peaks, **images_per_second)
-    row.extra_info["images_per_second"] /= row.p50
+    row = setting.row(name, TRAINING, depth, setting.batch, steps)
+    row.extra_info |= {"images_per_second": 1e3 * setting.batch / row.p50, **peaks}
+    if "plain" in peers:
+        row.extra_info["plain_share"] = row.p50 / row.extra_info["plain_ms"]
     return row
 
 
@@ -143,10 +123,10 @@ def graphed(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
     return replay
 
 
-def inference(depth: int, name: str, setting: Setting, ceilings: Ceilings) -> Row:
+def inference(depth: int, name: str, setting: Setting, _: Ceilings) -> Row:
     """One image through the fused network's CUDA graph, and through the naive network, eager and graphed."""
     models = setting.networks(depth)
-    images, _ = batch_of(8, setting.size, setting.device)
+    images, _labels = batch_of(8, setting.size, setting.device)
     with torch.inference_mode():
         for who in ("fused", "naive"):
             models[who](images)  # running statistics worth using
@@ -160,41 +140,28 @@ def inference(depth: int, name: str, setting: Setting, ceilings: Ceilings) -> Ro
             "naive_graphed": graphed(naive, one),
         }
         torch.testing.assert_close(calls["fused"](), fused(one))
-        times = setting.times(calls)
-    return row_of(name, "ER inference, one image, CUDA", {"depth": depth, "batch": 1, "size": setting.size}, times)
+        return setting.row(name, INFERENCE, depth, 1, calls)
 
 
-# depth: targets against naive eager, compiled naive
-BARS = {50: (1.4, 1.08), 101: (1.7, 1.25)}
+# depth: targets against naive eager, compiled naive, and seconds of the compiled case
+TARGETS = {50: (1.4, 1.08, 120), 101: (1.7, 1.25, 400)}
 
 
 def gpu_cases() -> list[GpuCase]:
-    """Training steps and inference of both depths."""
     cases = []
     setting = Setting()
-    for depth, (naive, compiled) in BARS.items():
-        eager = f"training er_resnet{depth}, eager peers"
-        cases.append(
-            GpuCase(
-                eager, functools.partial(training, depth, ("plain", "naive"), eager, setting), importance=0,
-                seconds=60, smoke=False, title=f"training step, ER-ResNet-{depth}, batch {setting.batch}",
-                group="ER training step, CUDA", targets=[f"ratio_naive >= {naive}", "plain_share <= 1.0"],
-            )
-        )  # fmt: skip
-        name = f"training er_resnet{depth}, compiled peer"
-        cases.append(
-            GpuCase(
-                name, functools.partial(training, depth, ("compiled",), name, setting), importance=1,
-                seconds=120 if depth == 50 else 400, title=f"training step, ER-ResNet-{depth}, against compiled naive",
-                group="ER training step, CUDA", targets=[f"ratio_compiled >= {compiled}"],
-            )
-        )  # fmt: skip
-        name = f"inference er_resnet{depth}, one image"
-        cases.append(
-            GpuCase(
-                name, functools.partial(inference, depth, name, setting), importance=0, seconds=20,
-                title=f"inference, ER-ResNet-{depth}, one image, CUDA graph",
-                group="ER inference, one image, CUDA", targets=["ratio_naive >= 3"],
-            )
-        )  # fmt: skip
+    for depth, (naive, compiled, seconds) in TARGETS.items():
+        network = f"ER-ResNet-{depth}"
+        for name, run, group, options in (
+            (f"training er_resnet{depth}, eager peers", functools.partial(training, depth, ("plain", "naive")),
+             TRAINING, {"importance": 0, "seconds": 60, "title": f"training step, {network}, batch {setting.batch}",
+              "targets": [f"ratio_naive >= {naive}", "plain_share <= 1.0"]}),
+            (f"training er_resnet{depth}, compiled peer", functools.partial(training, depth, ("compiled",)), TRAINING,
+             {"seconds": seconds, "title": f"training step, {network}, against compiled naive",
+              "targets": [f"ratio_compiled >= {compiled}"]}),
+            (f"inference er_resnet{depth}, one image", functools.partial(inference, depth), INFERENCE,
+             {"importance": 0, "seconds": 20, "title": f"inference, {network}, one image, CUDA graph",
+              "targets": ["ratio_naive >= 3"]}),
+        ):  # fmt: skip
+            cases.append(GpuCase(name, functools.partial(run, name, setting), group=group, **options))
     return cases

@@ -13,21 +13,30 @@ torchstain's come with the project.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from contestants import contestants, key_of
+from contestants import contestants
 from copy_floor import copy_seconds_per_byte
 from macenko_images import SIZES, large_image
-from this_tree import macenko_peers, percentiles
+from measured import key_of
+from this_tree import macenko_peers
 
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
 
 MEMORY = {"ernet_fast": torch.contiguous_format, "ernet_fast channels-last": torch.channels_last}
+DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float64": torch.float64}
 OVERHEAD_SIZE, OVERHEAD_TARGET = "64x64", 60
+OVERHEAD_CALLS = (
+    "macenko_normalize of a tensor",
+    "macenko_normalize of an array",
+    "MacenkoNormalizer of a tensor",
+    "macenko_fit of a tensor",
+)
 TARGET = "ratio_torchstain_torch >= 30"
 Call = Callable[[], Any]
 PEERS = {peer.name: peer for peer in macenko_peers.peers_on("cpu")}
@@ -58,15 +67,11 @@ def copy_of(size: int, accesses: int) -> dict[str, Any]:
 
 
 def own_calls(operation: str, image: np.ndarray, target: np.ndarray) -> dict[str, Call]:
-    fitted = macenko_fit(target)
-    calls: dict[str, Call] = {}
-    for name, memory in MEMORY.items():
-        batch = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous(memory_format=memory)
-        if operation == "normalize":
-            calls[name] = lambda batch=batch: macenko_normalize(batch, fitted)
-        else:
-            calls[name] = lambda batch=batch: macenko_fit(batch)
-    return calls
+    batch, fitted = macenko_peers.planar(image)[None], macenko_fit(target)
+    batches = {name: batch.contiguous(memory_format=memory) for name, memory in MEMORY.items()}
+    if operation == "fit":
+        return {name: functools.partial(macenko_fit, given) for name, given in batches.items()}
+    return {name: functools.partial(macenko_normalize, given, fitted) for name, given in batches.items()}
 
 
 @contestants(*MEMORY, *PEERS)
@@ -94,10 +99,8 @@ def test_one_image(interleave, record_row, image, target, operation, size, who):
         info |= {f"ratio_{key_of(peer)}": medians[peer] / medians[who] for peer in PEERS if peer in medians}
         info |= {"target": TARGET} if "torchstain torch" in medians and size != OVERHEAD_SIZE else {}
     where = {"operation": operation, "size": size, "pixels": height * width, "who": who, "threads": 1}
-    record_row(
-        f"{operation} {size}", **percentiles(found.times[who], 1e3), unit="ms", repeats=len(found.times[who]),
-        name=f"{operation} {size} {who}", params=where, **info,
-    )  # fmt: skip
+    name = f"{operation} {size} {who}"
+    record_row(f"{operation} {size}", **found.percentiles(who), name=name, params=where, **info)
 
 
 def batch_of_64(image: np.ndarray) -> torch.Tensor:
@@ -109,70 +112,51 @@ def batch_of_64(image: np.ndarray) -> torch.Tensor:
 def test_threads_on_a_batch_of_64(interleave, record_row, image, target, who):
     batch, fitted = batch_of_64(image), macenko_fit(target)
 
-    def on(threads: int) -> Callable[[], torch.Tensor]:
-        def call() -> torch.Tensor:
-            torch.set_num_threads(threads)
-            return macenko_normalize(batch, fitted)
+    def on(threads: int) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        return macenko_normalize(batch, fitted)
 
-        return call
-
-    found = interleave(lambda: {str(threads): on(threads) for threads in (1, 2)}, rounds=25, budget=10)
-    threads, medians = int(who), found.medians()
-    torch.set_num_threads(threads)
+    found = interleave(lambda: {name: functools.partial(on, int(name)) for name in ("1", "2")}, rounds=25, budget=10)
+    torch.set_num_threads(int(who))
     info = copy_of(batch.numel(), 2)
-    if threads == 2:
-        info |= {"ratio_one_thread": medians["1"] / medians["2"], "target": "ratio_one_thread >= 1.8"}
-    where = {"operation": "normalize", "size": "224x224", "batch": 64, "threads": threads}
-    record_row(
-        "normalize 64 x 224x224", **percentiles(found.times[who], 1e3), unit="ms", repeats=len(found.times[who]),
-        name=f"normalize 64 x 224x224 threads {threads}", params=where,
-        title=f"normalize 64 x 224x224, threads: {threads}", **info,
-    )  # fmt: skip
+    if who == "2":
+        info |= {"ratio_one_thread": found.medians()["1"] / found.medians()["2"], "target": "ratio_one_thread >= 1.8"}
+    group = "normalize 64 x 224x224"
+    where = {"operation": "normalize", "size": "224x224", "batch": 64, "threads": int(who)}
+    name, title = f"{group} threads {who}", f"{group}, threads: {who}"
+    record_row(group, **found.percentiles(who), name=name, params=where, title=title, **info)
 
 
-@contestants("uint8", "float32", "float64")
+@contestants(*DTYPES)
 def test_dtypes(interleave, record_row, image, target, who):
     """Floating-point images are worked on in float64 throughout."""
-    crop = np.ascontiguousarray(image[:224, :224].transpose(2, 0, 1))[None]
-    fitted = macenko_fit(target)
-
-    def make():
-        batches = {name: torch.from_numpy(crop).to(getattr(torch, name)) for name in ("uint8", "float32", "float64")}
-        return {name: lambda batch=batch: macenko_normalize(batch, fitted) for name, batch in batches.items()}
-
-    seconds = interleave(make, rounds=15, budget=3).times[who]
+    crop = torch.from_numpy(image[:224, :224].transpose(2, 0, 1).copy())[None]
+    normalize = functools.partial(macenko_normalize, target=macenko_fit(target))
+    calls = {name: functools.partial(normalize, crop.to(dtype)) for name, dtype in DTYPES.items()}
+    found = interleave(lambda: calls, rounds=15, budget=3)
     record_row(
-        "normalize 224x224 by dtype", **percentiles(seconds, 1e3), unit="ms", repeats=len(seconds),
-        name=f"normalize 224x224 {who}", params={"operation": "normalize", "dtype": who, "threads": 1},
-        title=f"normalize 224x224, {who}", **copy_of(crop.size * getattr(torch, who).itemsize, 2),
+        "normalize 224x224 by dtype", **found.percentiles(who), name=f"normalize 224x224 {who}",
+        params={"operation": "normalize", "dtype": who, "threads": 1}, title=f"normalize 224x224, {who}",
+        **copy_of(crop.numel() * DTYPES[who].itemsize, 2),
     )  # fmt: skip
-
-
-OVERHEAD_CALLS = (
-    "macenko_normalize of a tensor",
-    "macenko_normalize of an array",
-    "MacenkoNormalizer of a tensor",
-    "macenko_fit of a tensor",
-)
 
 
 @contestants(*OVERHEAD_CALLS)
 def test_call_overhead(interleave, record_row, image, target, who):
     """A whole call on a small image, its pixels' work included."""
     height, width = SIZES[OVERHEAD_SIZE]
-    tile = torch.from_numpy(np.ascontiguousarray(image[:height, :width].transpose(2, 0, 1)))
-    fitted, normalizer = macenko_fit(target), MacenkoNormalizer().fit(target)
     array = np.ascontiguousarray(image[:height, :width])
+    tile = macenko_peers.planar(array)
+    fitted, normalizer = macenko_fit(target), MacenkoNormalizer().fit(target)
     calls: tuple[Call, ...] = (
         lambda: macenko_normalize(tile, fitted),
         lambda: macenko_normalize(array, fitted),
         lambda: normalizer(tile),
         lambda: macenko_fit(tile),
     )
-    seconds = interleave(lambda: dict(zip(OVERHEAD_CALLS, calls, strict=True)), rounds=50, budget=8).times[who]
+    found = interleave(lambda: dict(zip(OVERHEAD_CALLS, calls, strict=True)), rounds=50, budget=8)
     targets = {"target": f"p50 <= {OVERHEAD_TARGET}"} if "normalize" in who.lower() else {}
     record_row(
-        f"call {OVERHEAD_SIZE}", **percentiles(seconds, 1e6), unit="us",
-        repeats=len(seconds), name=f"call {OVERHEAD_SIZE} {who}", params={"call": who, "threads": 1},
-        title=f"a whole call on {OVERHEAD_SIZE}, {who}", **targets,
+        f"call {OVERHEAD_SIZE}", **found.percentiles(who, "us"), name=f"call {OVERHEAD_SIZE} {who}",
+        params={"call": who, "threads": 1}, title=f"a whole call on {OVERHEAD_SIZE}, {who}", **targets,
     )  # fmt: skip

@@ -1,7 +1,10 @@
 """How near is the result to torchstain's, on real images?
 
 linear   against torchstain's NumPy backend: every value within one grey level, at least 99.95 % identical
-nearest  against its torch backend: every value within one grey level, at least 96 % identical
+nearest  against its torch backend: at most one value in a million further off than one grey level, at least 90 %
+         identical. That backend computes in float32, and what its eigenvectors round to depends on the CPU: the worst
+         crop has 99.9 % on an Intel Xeon with AVX-512 and 92.9 % on an AMD EPYC (Zen 3). So the definition in float64
+         is compared besides, of which at least 99.95 % are identical everywhere.
 
 Each image of BreaKHis_tiny, and 224 x 224 crops of BreaKHis_mini with at least 1000 tissue pixels, both sides fitted to
 the target of the torchstain project. A row is the percentage of identical values over the images of one set; `worst`
@@ -21,9 +24,11 @@ import pytest
 from macenko_images import crops, data_root, files_of, read
 from this_tree import macenko_peers, percentiles
 
+from ernet_fast import reference
 from ernet_fast.stain import macenko_fit, macenko_normalize
 
-LEAST_IDENTICAL = {"linear": 99.95, "nearest": 96.0}
+LEAST_IDENTICAL = {"linear": 99.95, "nearest": 90.0}
+MOST_BEYOND_ONE_LEVEL = {"linear": 0.0, "nearest": 1.0}  # in a million
 PEER = {"linear": "torchstain numpy", "nearest": "torchstain torch"}
 FEWEST_CROPS = 500
 Calls = Callable[[np.ndarray], Any]
@@ -48,14 +53,16 @@ def result_of(name: str, target: np.ndarray) -> Calls:
     return lambda image: PEERS[name].normalize(macenko_peers.planar(image)[None], to)()
 
 
-def compare(images: Iterable[np.ndarray], ours: Calls, theirs: Calls) -> tuple[list[float], int]:
-    """Percentage of identical values of each image, and the largest difference of all."""
-    identical, largest = [], 0
-    for image in images:
-        difference = np.abs(macenko_peers.as_levels(ours(image)) - macenko_peers.as_levels(theirs(image)))
-        identical.append(100 * float((difference == 0).mean()))
-        largest = max(largest, int(difference.max()))
-    return identical, largest
+def compared(images: Iterable[np.ndarray], ours: Calls, theirs: Calls) -> dict[str, Any]:
+    """Percentages of identical values of the images, and the largest difference of all."""
+    pairs = ((macenko_peers.as_levels(ours(image)), macenko_peers.as_levels(theirs(image))) for image in images)
+    differences = [np.abs(one - other) for one, other in pairs]
+    identical = [100 * float((difference == 0).mean()) for difference in differences]
+    largest = max(int(difference.max()) for difference in differences)
+    further = sum(int((difference > 1).sum()) for difference in differences)
+    known = {"unit": "%", "repeats": len(identical), "worst": min(identical), "largest_difference": largest}
+    known["ppm_beyond_one_level"] = 1e6 * further / sum(difference.size for difference in differences)
+    return {**percentiles(identical), **known}
 
 
 @needs_data
@@ -65,20 +72,32 @@ def test_identical_values(record_row, name, percentile):
     pytest.importorskip("torchstain")
     target = read(root / "torchstain" / "target.png")
     fitted = macenko_fit(target, percentile=percentile)
-    identical, largest = compare(
+    found = compared(
         images_of(name),
         lambda image: macenko_normalize(image, fitted, percentile=percentile),
         result_of(PEER[percentile], target),
     )
-    least = LEAST_IDENTICAL[percentile]
+    least, beyond = LEAST_IDENTICAL[percentile], MOST_BEYOND_ONE_LEVEL[percentile]
     record_row(
-        "identical values", **percentiles(identical), unit="%", repeats=len(identical), peer=PEER[percentile],
-        name=f"{name} {percentile}", title=f"identical values, {name}, {percentile}",
-        params={"images": name, "percentile": percentile}, worst=min(identical),
-        largest_difference=largest, target=[f"worst >= {least:g}", "largest_difference <= 1"],
-        detail=f"{len(identical)} images against {PEER[percentile]}",
+        "identical values", **found, peer=PEER[percentile], name=f"{name} {percentile}",
+        title=f"identical values, {name}, {percentile}", params={"images": name, "percentile": percentile},
+        target=[f"worst >= {least:g}", f"ppm_beyond_one_level <= {beyond:g}"],
+        detail=f"{found['repeats']} images against {PEER[percentile]}",
     )  # fmt: skip
-    assert largest <= 1 and min(identical) >= least
+    assert found["ppm_beyond_one_level"] <= beyond and found["worst"] >= least
+
+
+@needs_data
+@pytest.mark.parametrize("percentile", LEAST_IDENTICAL)
+def test_identical_to_the_definition(percentile):
+    target = read(root / "torchstain" / "target.png")
+    fitted = macenko_fit(target, percentile=percentile)
+    found = compared(
+        images_of("BreaKHis_tiny"),
+        lambda image: macenko_normalize(image, fitted, percentile=percentile),
+        lambda image: reference.macenko_normalize(image, fitted, percentile=percentile),
+    )
+    assert found["ppm_beyond_one_level"] == 0 and found["worst"] >= 99.95
 
 
 @needs_data
@@ -90,14 +109,13 @@ def test_other_packages(record_row):
     others = {name: peer for name, peer in PEERS.items() if name not in PEER.values()}
     calls = {name: lambda peer=peer: peer.normalize(planar[None], planar) for name, peer in others.items()}
     for name in macenko_peers.working(calls)[0]:
-        identical, largest = compare(
+        found = compared(
             images_of("BreaKHis_tiny"),
             lambda image: macenko_normalize(image, fitted, percentile="nearest"),
             result_of(name, target),
         )
         record_row(
-            "other packages", **percentiles(identical), unit="%", repeats=len(identical), peer=name,
-            name=f"BreaKHis_tiny {name}", title=f"identical values, BreaKHis_tiny, {name}",
-            params={"images": "BreaKHis_tiny", "other": name}, worst=min(identical), largest_difference=largest,
-            detail=f"{len(identical)} images",
+            "other packages", **found, peer=name, name=f"BreaKHis_tiny {name}",
+            title=f"identical values, BreaKHis_tiny, {name}", params={"images": "BreaKHis_tiny", "other": name},
+            detail=f"{found['repeats']} images",
         )  # fmt: skip

@@ -7,6 +7,7 @@ on both.
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import subprocess
@@ -17,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_table import columns
 from green import environment_of, require_green
 from machine import ROOT, output_of
 from record import MORE_IS_BETTER, Row, read
+from tables import columns
 
 ADDOPTS = "addopts=--import-mode=importlib --strict-markers -ra --benchmark-disable-gc"
 
@@ -30,27 +31,17 @@ def run_benches(root: Path, folder: Path, selection: Sequence[str], log: Path | 
 
     The output goes to `log`; of a run that failed its end is shown.
     """
-    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    command += [
-        "-o",
-        ADDOPTS,
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "bench"),
-        "--record",
-        str(folder.resolve()),
-        *selection,
-    ]
+    command = [
+        sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-o", ADDOPTS,
+        "-p", "no:cacheprovider", str(ROOT / "bench"), "--record", str(folder.resolve()), *selection,
+    ]  # fmt: skip
     # NumPy's matrix products on one thread: its library reads the variable when it loads, so no bench can set it.
     environment = {"OPENBLAS_NUM_THREADS": "1", **environment_of(root)}
     if log is None:
         return subprocess.run(command, cwd=root, env=environment, check=False).returncode
-    with log.open("w") as output:
-        code = subprocess.run(
-            [*command, "-q", "--benchmark-quiet", "--continue-on-collection-errors"],
-            cwd=root, env=environment,
-            stdout=output, stderr=subprocess.STDOUT, check=False,
-        ).returncode  # fmt: skip
+    command += ["-q", "--benchmark-quiet", "--continue-on-collection-errors"]
+    with log.open("w") as file:
+        code = subprocess.run(command, cwd=root, env=environment, stdout=file, stderr=file, check=False).returncode
     if code:
         print("\n".join(log.read_text(errors="replace").strip().splitlines()[-15:]), file=sys.stderr)
     return code
@@ -64,28 +55,19 @@ def worktree(revision: str) -> Iterator[Path]:
         raise ValueError(f"--compare {revision}: no such revision.")
     with tempfile.TemporaryDirectory(prefix="ernet-bench-") as parent:
         root = Path(parent) / commit
-        added = subprocess.run(
-            ["git", "worktree", "add", "--detach", str(root), commit],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+        added = run(["git", "worktree", "add", "--detach", str(root), commit])
         if added.returncode:
             raise ValueError(f"--compare {revision}: git worktree add: {added.stderr.strip()}")
         try:
             # what is compared runs on the CPU, and the CUDA code takes minutes
             build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-            built = subprocess.run(
-                build, cwd=root, env={**os.environ, "ERNET_CUDA": "0"}, capture_output=True, text=True, check=False
-            )
+            built = run(build, cwd=root, env={**os.environ, "ERNET_CUDA": "0"})
             if built.returncode:
                 raise ValueError(f"--compare {revision}: it does not build: {built.stderr.strip()[-400:]}")
             yield root
         finally:
-            subprocess.run(
-                ["git", "worktree", "remove", "--force", str(root)], cwd=ROOT, capture_output=True, check=False
-            )
+            run(["git", "worktree", "remove", "--force", str(root)])
 
 
 @dataclass(frozen=True)
@@ -124,7 +106,6 @@ def changes(
 
 
 def table(found: Sequence[Change], revision: str, share: float | None) -> str:
-    """Every row, the worst first."""
     lines = [["row", revision, "this tree", "", "times better", "over the rounds", ""]]
     for change in sorted(found, key=lambda one: one.ratio):
         least, most = min(change.ratios), max(change.ratios)

@@ -40,7 +40,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note progress where that is asked for."""
     if config.getoption("--progress"):
         record = record_of(config)
         if record is None:
@@ -56,21 +55,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=unwanted)
     items[:] = by_importance([item for item in items if item not in unwanted])
     mark(items)
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow; --slow runs it")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; --slow runs it"))
+
+
+def described() -> dict[str, Any]:
+    """The machine, and the tree whose package is measured."""
+    import ernet_fast
+
+    return describe("cpu", Path(ernet_fast.__file__).resolve().parents[1])
 
 
 def record_of(config: pytest.Config) -> Record | None:
     """The record to write to, None without --record."""
     folder = config.getoption("--record", default=None)
-    if not folder:
-        return None
-    import ernet_fast
-
-    return Record.of(describe("cpu", Path(ernet_fast.__file__).resolve().parents[1]), Path(folder))
+    return Record.of(described(), Path(folder)) if folder else None
 
 
 @pytest.fixture(scope="session")
@@ -81,9 +81,7 @@ def record(request: pytest.FixtureRequest) -> Record | None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """pytest-benchmark's JSON describes the machine as records do."""
-    import ernet_fast
-
-    machine_info["ernet_fast"] = describe("cpu", Path(ernet_fast.__file__).resolve().parents[1])
+    machine_info["ernet_fast"] = described()
 
 
 INTERLEAVER = Interleaver()
@@ -95,11 +93,6 @@ def interleave(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., 
     return lambda make, **options: INTERLEAVER.measure(request, make, **options)
 
 
-def params_of(request: pytest.FixtureRequest) -> dict[str, Any]:
-    spec = getattr(request.node, "callspec", None)
-    return {key: value for key, value in spec.params.items() if key != "who"} if spec else {}
-
-
 @pytest.fixture
 def record_row(request: pytest.FixtureRequest, record: Record | None) -> Callable[..., Row]:
     """record_row(group, p20, p50, p80, unit, repeats, name=..., params=..., **extra_info): write one row."""
@@ -108,10 +101,11 @@ def record_row(request: pytest.FixtureRequest, record: Record | None) -> Callabl
         group: str, p20: float, p50: float, p80: float, unit: str, repeats: int,
         name: str | None = None, params: dict[str, Any] | None = None, **extra_info: Any,
     ) -> Row:  # fmt: skip
-        where = params_of(request) if params is None else params
-        row = Row(
-            request.path.stem, name or name_of(request.node), group, where, p20, p50, p80, unit, repeats, extra_info
-        )
+        if params is None:
+            spec = getattr(request.node, "callspec", None)
+            params = {key: value for key, value in spec.params.items() if key != "who"} if spec else {}
+        name = name or name_of(request.node)
+        row = Row(request.path.stem, name, group, params, p20, p50, p80, unit, repeats, extra_info)
         if "benchmark" in request.fixturenames:
             request.getfixturevalue("benchmark").extra_info |= {**row.params, **row.extra_info}
         if record is not None:

@@ -1,9 +1,10 @@
-"""The copy bandwidth that floors are computed with, measured where and when they are needed."""
+"""The copy bandwidth that copy times are computed with, measured where and when they are needed."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -21,3 +22,12 @@ def copy_seconds_per_byte(working_set: int, *, rounds: int = 15) -> float:
         target.copy_(source)
         times.append(time.perf_counter() - start)
     return statistics.median(times) / (2 * source.numel() * source.element_size())
+
+
+def copy_time(must_move: int, working_set: int, what: str) -> dict[str, Any]:
+    """Keys of a row: what the bytes that must move take, in milliseconds, at the copy bandwidth of the working set."""
+    return {
+        "must_move": must_move,
+        "copy_time": 1e3 * must_move * copy_seconds_per_byte(working_set),
+        "copy_why": f"bytes that {what} must move / copy bandwidth at its working set",
+    }

@@ -1,6 +1,6 @@
 """A stand-in for a block's convolutions that moves no bytes: it returns a map that is there already.
 
-The tails of a stage alone would be given all their maps at once, and a compiler would then merge the tails of several
+The epilogues of a stage alone would be given all their maps at once, and a compiler would then merge those of several
 blocks into one pass over the maps. In a network it cannot: block l's map comes out of a convolution of y_{l-1}. The
 operator `branch` has that dependence, forward and backward, and is opaque to torch.compile.
 """

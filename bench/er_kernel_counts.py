@@ -1,11 +1,9 @@
 """How many kernels the block epilogues of a stage run, forward and backward: counted by the profiler, not by hand.
 
 A kernel is an operator that does work itself: no view, no allocation, no operator that only calls others. It is a
-*map kernel* if one of its tensors is as large as a map, and a *vector kernel* if its tensors are C-vectors, or stacks
-of them; operators on single numbers are not counted. What torch.compile makes of the naive composition is counted by
-Inductor: its loop nests after fusion, and the bytes that they access.
-
-Run: python bench/er_kernel_counts.py [L ...]       prints a table for stages of L maps, without compilation
+*map kernel* if one of its tensors is as large as a map, and a *vector kernel* if its tensors are per-channel vectors,
+or stacks of them; operators on single numbers are not counted. What torch.compile makes of the naive composition is
+counted by Inductor: its loop nests after fusion, and the bytes that they access.
 """
 
 from __future__ import annotations
@@ -13,13 +11,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from er_stage_epilogues import LAYOUTS, EpilogueMaps, EpilogueStage, StageShape, make_maps, train_epilogues
+from er_stage_epilogues import EpilogueMaps, EpilogueStage, train_epilogues
 from tensor_memory import no_kept_memory
 
 
@@ -115,24 +112,3 @@ def compiled_cost(stage: EpilogueStage, maps: EpilogueMaps) -> CompiledCost:
     unit = maps.zs[0].element_size()
     whole = sum(4 * count >= map_size * unit for count in accesses)
     return CompiledCost(Kernels(whole, len(accesses) - whole), 4 * sum(accesses))
-
-
-def table(counts: Iterable[int]) -> str:
-    """Kernels of the block epilogues of stages of that many maps, as a Markdown table."""
-    lines = [
-        "| maps L | naive: map kernels | naive: vector kernels | fused: map kernels | fused: vector kernels |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for num_maps in counts:
-        maps = make_maps(StageShape(32, 7, num_maps), 4, LAYOUTS["channels-last"])
-        fused = EpilogueStage(32, num_maps)
-        found = []
-        for stage in (fused.naive(), fused):
-            kernels = profiled_kernels(functools.partial(train_epilogues, stage, maps), maps.zs[0].numel())
-            found += [kernels.map, kernels.vector]
-        lines.append(f"| {num_maps} | " + " | ".join(map(str, found)) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table([int(argument) for argument in sys.argv[1:]] or [2, 3, 4, 6, 23]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +18,12 @@ FUSED = {50: er_resnet50, 101: er_resnet101}
 
 def networks(depth: int, device: str = "cpu", **kw: Any) -> dict[str, nn.Module]:
     """The plain, the naive and the fused network, channels-last; the last two have the same weights."""
-    models = {name: network(name, depth, device, **kw) for name in ("plain", "naive", "fused")}
+    models = {name: network(name, depth, device, **kw) for name in ("fused", "plain", "naive")}
     models["naive"].load_state_dict(state_dict_from_fused(models["fused"].state_dict()))
     return models
 
 
 def network(name: str, depth: int, device: str = "cpu", **kw: Any) -> nn.Module:
-    """One of the three."""
     torch.manual_seed(0)
     if name == "fused":
         model: nn.Module = FUSED[depth](**kw)
@@ -36,6 +37,14 @@ def batch_of(count: int, size: int = 224, device: str = "cpu", num_classes: int 
     generator = torch.Generator().manual_seed(1)
     images = torch.randn((count, 3, size, size), generator=generator).contiguous(memory_format=torch.channels_last)
     return images.to(device), torch.randint(0, num_classes, (count,), generator=generator).to(device)
+
+
+def training_of(
+    model: nn.Module, images: Tensor, labels: Tensor, half: torch.dtype | None = None
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A step of training of the model, and its optimizer."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    return functools.partial(train_step, model, optimizer, images, labels, half), optimizer
 
 
 def train_step(

@@ -20,7 +20,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 from er_branch import branch, give
 from torch import Tensor, nn
@@ -46,13 +45,13 @@ STAGES = {
     "resnet101-3": StageShape(1024, 14, 23),
 }
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-
-
 QUICK = 8  # batch of the rows that are not slow
 
 
 def cases(stages: tuple[str, ...] = tuple(STAGES)) -> list[object]:
     """Every stage, batch, layout and number of threads; those of other batches than QUICK are marked slow."""
+    import pytest  # which benches on a GPU do without
+
     return [
         pytest.param(stage, batch, layout, threads, marks=[] if batch == QUICK else [pytest.mark.slow])
         for stage in stages
@@ -72,18 +71,13 @@ class EpilogueMaps(NamedTuple):
 
     @property
     def map_bytes(self) -> int:
-        """Bytes of one map."""
         return self.zs[0].numel() * self.zs[0].element_size()
 
 
 def make_maps(
-    shape: StageShape,
-    batch: int,
-    layout: torch.memory_format = torch.channels_last,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> EpilogueMaps:
+    shape: StageShape, batch: int, layout: torch.memory_format = torch.channels_last, *,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> EpilogueMaps:  # fmt: skip
     """Random maps of a stage; x_0 is after its ReLU."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -121,7 +115,6 @@ class EpilogueStage(ERStage):
             self.add_module(str(index), _Block(channels, index, width=1, fused=fused))
 
     def naive(self) -> EpilogueStage:
-        """A copy that is the naive composition."""
         other = copy.deepcopy(self)
         other.fused = False
         return other
@@ -145,9 +138,7 @@ def map_accesses(num_maps: int, *, tiled: bool) -> int:
     """Reads and writes of one map that the fused design makes in forward + backward; see the module's docstring."""
     blocks = range(1, num_maps)
     once = sum(block + 2 for block in blocks) + sum(4 + num_maps - 1 - i for i in blocks) + num_maps + 2
-    if tiled:
-        return once
-    return once + num_maps + 3 * len(blocks)
+    return once if tiled else once + num_maps + 3 * len(blocks)
 
 
 def maps_touched(num_maps: int) -> int:

@@ -1,242 +1,172 @@
-"""The tables of the ER benches; every figure, means included, is computed from rows.
-
-A row marked as older (`report_er.py`: it is from another record than the page) has a star in its table.
-"""
+"""Tables of the ER benches; every figure, means included, is computed from rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from er_means import MEAN_TARGETS, STAGE_101, Setting, geometric_mean, settings, with_setting
-from record import Row, Target
+from er_means import STAGE_101, STAGES_50, mean_rows, setting_of
+from record import Row
+from records import Records
+from tables import P50, SHARE, TARGETS, Column, Table, figure, number, param, percent, starred, table, time_of
 
-TARGET_101 = 6.0
-NONE = "–"
-OLDER = "older"  # key of extra_info
 CONTESTANTS = ("naive", "compiled", "fused")
 NETWORKS = ("plain", "naive", "fused")
+MIB = 2.0**-20
+STAGES = {
+    "resnet50-1": "ER-ResNet-50, stage 1: 256 x 56 x 56, 3 maps",
+    "resnet50-2": "stage 2: 512 x 28 x 28, 4 maps",
+    "resnet50-3": "stage 3: 1024 x 14 x 14, 6 maps",
+    "resnet50-4": "stage 4: 2048 x 7 x 7, 3 maps",
+    "resnet101-3": "ER-ResNet-101, stage 3: 1024 x 14 x 14, 23 maps",
+}
 
 
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns after the first are aligned to the right."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
+def by_setting(row: Row) -> tuple[Any, ...]:
+    """By batch, layout and threads, then in the order of the stages."""
+    return *setting_of(row), [*STAGES_50, STAGE_101].index(row.params["stage"])
 
 
-def number(value: Any, digits: int = 2, factor: float = 1.0) -> str:
-    """A figure, or a dash where there is none."""
-    return NONE if value is None else f"{factor * value:.{digits}f}"
+def setting_text(row: Row) -> str:
+    return ", ".join(map(str, setting_of(row)))
 
 
-def percent(value: Any) -> str:
-    """A share."""
-    return NONE if value is None else f"{100 * value:.0f} %"
+def typical(row: Row) -> bool:
+    """The batch and layout that pages show where they show one."""
+    return setting_of(row)[:2] == (8, "channels-last")
 
 
-def mark(value: float | None, target: float) -> str:
-    """A figure with what it has to be, or "not measured"."""
-    if value is None:
-        return "not measured"
-    return f"{value:.2f} ({'reaches' if value >= target else 'short of'} {target:g})"
+def milliseconds(*whose: str) -> list[Column]:
+    return [figure(f"{who}, ms", f"{who}_ms") for who in whose]
 
 
-def verdict(target: Target, value: float | None) -> str:
-    """A target with what became of it."""
-    return f"{target} {'not measured' if value is None else 'reached' if target.met(value) else 'missed'}"
+def in_maps(who: str) -> Column:
+    """What a contestant moves, in maps."""
+
+    def cell(row: Row) -> str:
+        info = row.extra_info
+        moved = info.get(f"moved_{who}")
+        return number(moved and moved * info["map_accesses"] / info["must_move"])
+
+    return Column(f"moved, {who}", cell)
 
 
-def verdicts(row: Row) -> str:
-    """All targets of a row."""
-    return "; ".join(verdict(target, value) for target, value in row.targets()) or NONE
-
-
-def called(text: str, *rows: Row) -> str:
-    """A name, with a star if one of the rows is older."""
-    return f"{text} *" if any(row.extra_info.get(OLDER) for row in rows) else text
-
-
-def where(row: Row, setting: Setting) -> str:
-    """Stage and setting of a row."""
-    return called(f"{row.params['stage']}, {setting}", row)
-
-
-def means_table(rows: Sequence[Row], test: str) -> str:
-    """Geometric means over the stages of ResNet-50 for every setting, against the targets."""
-    targets = MEAN_TARGETS[test]
-    lines = []
-    for setting in settings(rows):
-        chosen = with_setting(rows, setting)
-        cells = [called(str(setting), *chosen)]
-        cells += [mark(geometric_mean(chosen, key), target) for key, target in targets.items()]
-        shares = [row.extra_info["share_of_copy"] for row in chosen]
-        cells.append(f"{percent(min(shares))} to {percent(max(shares))}")
-        if test == "stage_tails":
-            third = [row.extra_info["ratio_naive"] for row in chosen if row.params["stage"] == STAGE_101]
-            cells.append(mark(third[0] if third else None, TARGET_101))
-        lines.append(cells)
-    head = ["batch, layout, threads", "times naive eager", "times compiled naive", "share of copy bandwidth"]
-    return markdown([*head, "ResNet-101, stage 3: times naive eager"] if test == "stage_tails" else head, lines)
-
-
-def speed_table(rows: Sequence[Row]) -> str:
-    """Times, ratios and the share of copy bandwidth of every row of tails or of calls."""
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info = row.extra_info
-            cells = [where(row, setting), *(number(info.get(f"{who}_ms"), 1) for who in CONTESTANTS)]
-            cells += [number(info.get(f"ratio_{who}")) for who in ("naive", "compiled")]
-            cells += [number(info["copy_time"], 1), percent(info["share_of_copy"])]
-            cells += [number(info["must_move"] / row.p50 / 1e6, 0)]
-            lines.append(cells)
-    head = ["stage, batch, layout, threads", *(f"{who}, ms" for who in CONTESTANTS), "times naive", "times compiled"]
-    return markdown([*head, "at copy bandwidth, ms", "share of copy bandwidth", "GB/s"], lines)
-
-
-def norms_table(rows: Sequence[Row]) -> str:
-    """Times, ratios and the share of copy bandwidth of BatchNorm + ReLU."""
-    lines = []
-    for row in sorted(rows, key=lambda row: (row.params["batch"], row.params["layout"], row.params["threads"])):
-        info, params = row.extra_info, row.params
-        what = f"{params['name']}, {params['kind']}, {params['batch']}, {params['layout']}, {params['threads']}"
-        cells = [
-            called(what, row),
-            number(info["passes"], 0),
-            number(info["modules_ms"], 1),
-            number(info["fused_ms"], 1),
-        ]
-        cells += [number(info["ratio_modules"]), number(info["copy_time"], 1), percent(info["share_of_copy"])]
-        lines.append(cells)
-    head = ["stage, pass, batch, layout, threads", "passes", "modules, ms", "fused, ms", "times modules"]
-    return markdown([*head, "at copy bandwidth, ms", "share of copy bandwidth"], lines)
-
-
-def bytes_table(rows: Sequence[Row], compiled_moves: dict[str, float]) -> str:
-    """What must move and what moved, in maps, and what else the system did; `compiled_moves` in maps, by stage."""
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info = row.extra_info
-            one_map = info["must_move"] / info["map_accesses"]
-            cells = [where(row, setting), number(one_map, 1, 2.0**-20), str(info["map_accesses"])]
-            cells += [number(info.get("moved_fused"), 1, 1 / one_map), number(info.get("moved_naive"), 0, 1 / one_map)]
-            cells.append(number(compiled_moves.get(row.params["stage"]), 0))
-            cells += [number(info.get(f"faults_{who}"), 0) for who in CONTESTANTS]
-            lines.append(cells)
-    head = ["stage, batch, layout, threads", "one map, MiB", "maps to move"]
-    moved = [f"moved, {who}" for who in ("fused", "naive", "compiled")]
-    return markdown([*head, *moved, *(f"faults, {who}" for who in CONTESTANTS)], lines)
-
-
-def operators_of_tails_table(rows: Sequence[Row]) -> str:
-    """Where the fused pass spends its time; the rest is Python, autograd and allocation."""
-    columns = {"blocks forward": "er_block", "maps backward": "er_block_backward"}
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info = row.extra_info
-            times = [info.get(f"in_{name}_ms", 0.0) for name in columns.values()]
-            whole = info.get("in_call_ms")
-            if whole is not None:
-                parts = [whole, *times, whole - sum(times)]
-                lines.append([where(row, setting), *(number(part) for part in parts)])
-    return markdown(["stage, batch, layout, threads", "pass, ms", *columns, "rest"], lines)
-
-
-def kernels_table(rows: Sequence[Row]) -> str:
-    """Kernels a block, forward + backward, of each stage."""
-    lines = []
-    for row in rows:
-        info, blocks = row.extra_info, row.extra_info["blocks"]
-        cells = [called(row.params["stage"], row), str(blocks)]
-        for who in CONTESTANTS:
-            cells += [number(info.get(f"{who}_{kind}_kernels"), 1, 1 / blocks) for kind in ("map", "vector")]
-        lines.append(cells)
-    names = [f"{who}: {kind}" for who in CONTESTANTS for kind in ("maps", "vectors")]
-    return markdown(["stage", "blocks", *names], lines)
-
-
-def operators_table(rows: Sequence[Row]) -> str:
-    """Rates of single operators beside that of a copy."""
-    lines = []
-    for setting in settings(rows):
-        for row in with_setting(rows, setting):
-            info = row.extra_info
-            rates = [number(info[f"{kind}gigabytes_per_second"], 0) for kind in ("", "copy_")]
-            name = f"{row.params['operator']}, {where(row, setting)}"
-            lines.append([name, number(row.p50), *rates, percent(info["share_of_copy"])])
-    return markdown(
-        ["operator, stage, batch, layout, threads", "ms", "GB/s", "copy, GB/s", "share of copy bandwidth"], lines
+def rest(row: Row) -> str:
+    """What of a pass is not within operators."""
+    info = row.extra_info
+    return number(
+        info["in_call_ms"] - sum(info.get(f"in_{name}_ms", 0.0) for name in ("er_block", "er_block_backward"))
     )
 
 
+WHERE = Column("stage, batch, layout, threads", lambda row: starred(f"{row.params['stage']}, {setting_text(row)}", row))
+STAGE = param("stage", "stage")
+NETWORK = Column("network", lambda row: starred(network_of(row), row))
+AT_COPY = figure("at copy bandwidth, ms", "copy_time")
+SPEED = (
+    WHERE, *milliseconds(*CONTESTANTS), figure("times naive", "ratio_naive"),
+    figure("times compiled", "ratio_compiled"), AT_COPY, SHARE,
+    Column("GB/s", lambda row: number(row.extra_info["must_move"] / row.p50 / 1e6)),
+)  # fmt: skip
+BYTES = (
+    WHERE, figure("one map, MiB", "must_move", factor=MIB, per="map_accesses"), figure("maps to move", "map_accesses"),
+    in_maps("fused"), in_maps("naive"), *(figure(f"faults, {who}", f"faults_{who}") for who in CONTESTANTS),
+)  # fmt: skip
+PARTS = (
+    WHERE, figure("pass, ms", "in_call_ms"), figure("blocks forward", "in_er_block_ms"),
+    figure("maps backward", "in_er_block_backward_ms"), Column("rest", rest),
+)  # fmt: skip
+KERNELS = (
+    STAGE, figure("blocks", "blocks"),
+    *(figure(f"{who}: {kind}s", f"{who}_{kind}_kernels", per="blocks")
+      for who in CONTESTANTS for kind in ("map", "vector")),
+    figure("maps moved, compiled", "moved_compiled", per="map_bytes"),
+)  # fmt: skip
+OPERATORS = (
+    Column("operator, stage, batch, layout, threads", lambda row: f"{row.params['operator']}, {WHERE.cell(row)}"),
+    P50, figure("GB/s", "gigabytes_per_second"), figure("copy, GB/s", "copy_gigabytes_per_second"), SHARE,
+)  # fmt: skip
+NORMS = (
+    Column("stage, pass, batch, layout, threads",
+           lambda row: starred(f"{row.params['name']}, {row.params['kind']}, {setting_text(row)}", row)),
+    figure("passes", "passes"), *milliseconds("modules", "fused"), figure("times modules", "ratio_modules"),
+    AT_COPY, SHARE,
+)  # fmt: skip
+FUSED = Column("fused", lambda row: f"**{time_of(row.p50)}**{row.few}")
+STEPS = (
+    NETWORK, figure("plain", "plain_ms", time_of), figure("naive", "naive_ms", time_of), FUSED,
+    Column("fused / plain", lambda row: number(row.extra_info["fused_ms"] / row.extra_info["plain_ms"])),
+    figure("times naive", "ratio_naive"), TARGETS,
+)  # fmt: skip
+MEMORY = (
+    NETWORK,
+    *(column for name, key in (("process", "peak"), ("tensors", "tensors")) for column in (
+        *(figure(f"{name}: {who}, MiB", f"{key}_{who}", factor=MIB) for who in NETWORKS),
+        figure(f"{name}: fused / plain", f"{key}_share"))),
+    TARGETS,
+)  # fmt: skip
+STAGE_MEMORY = (
+    STAGE, *(figure(f"{who}, MiB", f"kept_{who}", factor=MIB) for who in NETWORKS),
+    figure("fused beyond plain, bytes", "extra_fused"), figure("in vectors of C", "extra_vectors"),
+    figure("of these an image", "extra_per_image"), figure("naive beyond plain, maps", "extra_maps_naive"),
+    figure("peak, fused / plain", "peak_share"),
+)  # fmt: skip
+CALLS = (param("call", "name"), P50._replace(head="µs"), figure("torch.add beside it, µs", "add_us"), TARGETS)
+MEANS = (
+    Column("batch, layout, threads", lambda row: starred(setting_text(row), row)),
+    figure("times naive eager", "ratio_naive"), figure("times compiled naive", "ratio_compiled"),
+    figure("share of copy bandwidth, least", "least_share", percent), figure("most", "most_share", percent),
+    figure("ResNet-101, stage 3: times naive eager", "ratio_naive_101"), TARGETS,
+)  # fmt: skip
+
+
 def network_of(row: Row) -> str:
-    """The network and batch of a row."""
-    return called(f"ER-ResNet-{row.params['depth']}, batch {row.params['batch']}", row)
+    return f"ER-ResNet-{row.params['depth']}, batch {row.params['batch']}"
 
 
-def steps_table(rows: Sequence[Row]) -> str:
-    """Training steps or evaluations of whole networks."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        cells = [network_of(row), *(number(info.get(f"{who}_ms"), 0) for who in NETWORKS)]
-        share = info["fused_ms"] / info["plain_ms"]
-        lines.append([*cells, number(share), number(info["ratio_naive"]), verdicts(row)])
-    head = ["network", *(f"{who}, ms" for who in NETWORKS), "fused / plain", "times naive"]
-    return markdown([*head, "targets"], lines)
+def means(bench: str, test: str) -> Callable[[Records], str]:
+    """Geometric means over the stages of ResNet-50 for every setting, against the targets."""
+    return lambda records: table(mean_rows(records.rows("cpu", bench), bench, test), MEANS)
 
 
-def memory_table(rows: Sequence[Row]) -> str:
-    """Peaks of training of whole networks: of the process, and of tensors alone."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        cells = [network_of(row)]
-        for what in ("peak", "tensors"):
-            cells += [number(info.get(f"{what}_{who}"), 0, 2.0**-20) for who in NETWORKS]
-            cells.append(number(info.get(f"{what}_share")))
-        lines.append([*cells, verdicts(row)])
-    names = [f"{what}: {who}" for what in ("process", "tensors") for who in (*NETWORKS, "fused / plain")]
-    return markdown(["network, MiB", *names, "targets"], lines)
+def readme_stages(records: Records) -> str:
+    """The block epilogues of the stages at batch 8, channels-last, one thread, and the worst of layouts and threads."""
+    rows = [row for row in records.rows("cpu", "bench_er_stage", "stage_epilogues") if row.params["batch"] == 8]
+
+    def worst(row: Row) -> str:
+        same = [other for other in rows if other.params["stage"] == row.params["stage"]]
+        least = min(same, key=lambda other: other.extra_info["ratio_naive"])
+        threads = least.params["threads"]
+        where = f"{least.params['layout']}, {threads} thread{'s' * (threads > 1)}"
+        return f"{least.extra_info['ratio_naive']:.3g}x ({where}){least.few}"
+
+    columns = (
+        Column("a stage's shortcuts, forward + backward, batch 8, channels-last, one thread",
+               lambda row: STAGES[row.params["stage"]]),
+        FUSED, figure("naive", "naive_ms", time_of), figure("", "ratio_naive", lambda ratio: f"{ratio:.3g}x"),
+        Column("worst of both layouts, 1 and 2 threads", worst), SHARE._replace(head="of copy bandwidth"),
+    )  # fmt: skip
+    chosen = [row for row in rows if typical(row) and row.params["threads"] == 1]
+    return table(sorted(chosen, key=by_setting), columns)
 
 
-def stage_memory_table(rows: Sequence[Row]) -> str:
-    """What a stage keeps for backward, and its peak."""
-    lines = []
-    for row in rows:
-        info = row.extra_info
-        cells = [called(row.params["stage"], row)]
-        cells += [number(info[f"kept_{who}"], 1, 2.0**-20) for who in NETWORKS]
-        cells += [number(info["extra_fused"], 0), number(info["extra_vectors"], 0), number(info["extra_per_image"], 0)]
-        cells += [number(info["extra_maps_naive"], 1), number(info["peak_share"])]
-        lines.append(cells)
-    head = ["stage", *(f"{who}, MiB" for who in NETWORKS), "fused beyond plain, bytes", "in vectors of C"]
-    return markdown([*head, "of these an image", "naive beyond plain, maps", "peak, fused / plain"], lines)
-
-
-def calls_table(rows: Sequence[Row]) -> str:
-    """Calls on tiny maps."""
-    lines = [
-        [called(row.params["name"], row), number(row.p50, 1), number(row.extra_info["add_us"], 1), verdicts(row)]
-        for row in rows
-    ]
-    return markdown(["call", "µs", "torch.add beside it, µs", "targets"], lines)
-
-
-def targets_table(rows: Iterable[Row]) -> str:
-    """Targets by what they are asked of: how many rows reach them, the least and the most that was found."""
-    found: dict[tuple[str, str], list[float]] = {}
-    targets: dict[tuple[str, str], Target] = {}
-    for row in rows:
-        for target, value in row.targets():
-            key = (row.group, str(target))
-            targets[key] = target
-            found.setdefault(key, []).extend([] if value is None else [value])
-    lines = []
-    for (group, text), values in found.items():
-        reached = sum(targets[group, text].met(value) for value in values)
-        spread = f"{min(values):.3g} to {max(values):.3g}" if values else NONE
-        lines.append([group, f"`{text}`", f"{reached} of {len(values)}", spread])
-    return markdown(["what", "target", "rows that reach it", "found"], lines)
+EPILOGUES = ("bench_er_stage", "stage_epilogues")
+SUMS = ("bench_er_functional", "shortcut_sum")
+TABLES: dict[str, Callable[[Records], str]] = {
+    "er-means": means(*EPILOGUES),
+    "er-speed": Table(*EPILOGUES, SPEED, order=by_setting),
+    "er-bytes": Table(*EPILOGUES, BYTES, order=by_setting),
+    "er-parts": Table(*EPILOGUES, PARTS, lambda row: typical(row) and "in_call_ms" in row.extra_info, by_setting),
+    "er-all-parts": Table(*EPILOGUES, PARTS, lambda row: "in_call_ms" in row.extra_info, by_setting),
+    "er-kernels": Table("bench_er_stage", "kernels", KERNELS),
+    "er-operators": Table("bench_er_operators", "operator", OPERATORS, order=by_setting),
+    "er-sum-means": means(*SUMS),
+    "er-sum-speed": Table(*SUMS, SPEED, order=by_setting),
+    "er-norms": Table("bench_er_norms", "norms", NORMS, order=setting_of),
+    "er-stage-memory": Table("bench_er_memory", "stage_memory", STAGE_MEMORY),
+    "er-steps": Table("bench_er_training", "training_step", STEPS),
+    "er-memory": Table("bench_er_training", "training_memory", MEMORY),
+    "er-evaluation": Table("bench_er_training", "evaluation", STEPS),
+    "er-calls": Table("bench_er_overhead", "call", CALLS),
+    "readme-stages": readme_stages,
+}

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from record import Row, Target
 
@@ -52,19 +53,23 @@ class GpuCase:
         for text in self.targets:
             Target.parse(text)
 
+    @property
+    def known(self) -> dict[str, Any]:
+        """What the row of the case says of it."""
+        return {key: value for key, value in (("title", self.title), ("target", list(self.targets))) if value}
+
 
 def modules(folder: Path = FOLDER) -> list[str]:
-    """Names of the modules that offer cases."""
     return sorted(path.stem for path in folder.glob("bench_*_gpu.py"))
 
 
 def cases_of(module: str, folder: Path = FOLDER) -> list[GpuCase]:
-    """The cases of one module."""
+    """The cases of one module of the folder, or of this one where the folder has none of this name."""
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location(module, folder / f"{module}.py")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{folder / module}.py cannot be imported.")
+    path = folder / f"{module}.py"
+    spec = importlib.util.spec_from_file_location(module, path if path.exists() else FOLDER / path.name)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[module] = loaded
     spec.loader.exec_module(loaded)

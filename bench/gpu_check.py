@@ -15,14 +15,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gpu_steps
 from ceilings_gpu import COPY, MATMUL
 from gpu_case import Ceilings, cases_of, modules
-from gpu_device import GpuDevice, device_at_hand, emulator
 from gpu_runner import Deadline, Runner, Task
 from gpu_table import final_table
 from machine import ROOT, gpu_state
@@ -30,12 +29,13 @@ from record import RESULTS, Record, Row, without_figures
 
 SMOKE_MINUTES = 4.0
 LAST_SECONDS = 8.0  # kept for the table
+MOST_CLOCKS = 40  # that a record keeps
 
 
 class Check:
     """One run: the device, its record, the time."""
 
-    def __init__(self, device: GpuDevice, options: argparse.Namespace) -> None:
+    def __init__(self, device: gpu_steps.GpuDevice, options: argparse.Namespace) -> None:
         self.device, self.out, self.only = device, options.out, options.only or ""
         self.smoke = options.minutes < SMOKE_MINUTES
         self.deadline = Deadline(60 * options.minutes - LAST_SECONDS)
@@ -64,13 +64,13 @@ class Check:
             self.out.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.record.path, self.out / self.record.path.name)
 
-    def guarded(self, name: str, step: object, *arguments: object) -> None:
+    def guarded(self, name: str, step: Callable[..., Row | Iterable[Row]], *arguments: object) -> None:
         """Run a step and add its rows; an exception becomes a row."""
         try:
-            found = step(*arguments)  # type: ignore[operator]
+            found = step(*arguments)
             self.add([found] if isinstance(found, Row) else found)
         except Exception as error:  # the other steps must still run
-            self.add([without_figures("gpu_steps", name, "FAIL", f"{type(error).__name__}: {error}"[:300])])
+            self.add([gpu_steps.row_of(name, "FAIL", f"{type(error).__name__}: {error}"[:300])])
 
     def run_cases(self, names: Iterable[str], only: str = "") -> None:
         """Run the cases of these modules, the most important first."""
@@ -85,21 +85,14 @@ class Check:
             if (self.smoke and not task.case.smoke) or only not in f"{task.module} {task.case.name}":
                 continue
             self.add(self.runner.run(task, self.ceilings))
-            self.note_clocks(task.case.name)
-
-    def note_clocks(self, after: str) -> None:
-        """Remember the clocks, a few times a run."""
-        seen = self.record.machine["clocks"]
-        state = gpu_state() if self.device.machine["kind"] == "gpu" and len(seen) < 40 else {}
-        if state:
-            seen.append({"after": after, **state})
+            clocks = self.record.machine["clocks"]
+            if self.device.machine["kind"] == "gpu" and len(clocks) < MOST_CLOCKS and (state := gpu_state()):
+                clocks.append({"after": task.case.name, **state})
 
     def run(self, binary: Path | None) -> None:
-        """Every step."""
-        logs, left = self.logs, self.deadline
-        self.guarded("build", gpu_steps.build, self.device, logs, gpu_steps.share_of(left, 0.6, 300))
+        self.guarded("build", gpu_steps.build, self.device, self.logs, self.deadline.share(0.6, 300))
         self.run_cases(["agreement_gpu"])
-        self.guarded("binary", gpu_steps.foreign_binary, binary, logs, gpu_steps.share_of(left, 0.2, 60))
+        self.guarded("binary", gpu_steps.foreign_binary, binary, self.logs, self.deadline.share(0.2, 60))
         if not self.smoke:
             self.correctness()
         self.run_cases(["ceilings_gpu"])
@@ -110,15 +103,13 @@ class Check:
 
     def correctness(self) -> None:
         """The tests and the sanitizers, at the same time: neither is timed."""
-        seconds = gpu_steps.share_of(self.deadline, 0.4, 200)
+        seconds = self.deadline.share(0.4, 200)
         self.runner.close()
         with ThreadPoolExecutor() as pool:
-            sanitizers = {
-                tool: pool.submit(gpu_steps.sanitizer, self.device, tool, self.logs, seconds)
-                for tool in gpu_steps.SANITIZERS
-            }
+            tools = gpu_steps.SANITIZERS
+            found = [pool.submit(gpu_steps.sanitizer, self.device, tool, self.logs, seconds) for tool in tools]
             self.guarded("tests", gpu_steps.tests, self.device, self.logs, seconds)
-            for tool, future in sanitizers.items():
+            for tool, future in zip(tools, found, strict=True):
                 self.guarded(f"compute-sanitizer {tool}", future.result)
 
     def finish(self) -> int:
@@ -127,17 +118,14 @@ class Check:
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "table.txt").write_text(table + "\n")
-            ends = [
-                f"== {log.name} ==\n{log.read_text(errors='replace')[-200_000:]}"
-                for log in sorted(self.logs.glob("*.log"))
-            ]
-            (self.out / "logs.txt").write_text("\n".join(ends))
+            logs = {log.name: log.read_text(errors="replace") for log in sorted(self.logs.glob("*.log"))}
+            ends = "\n".join(f"== {name} ==\n{text[-200_000:]}" for name, text in logs.items())
+            (self.out / "logs.txt").write_text(ends)
         print(f"\nrecord: {self.record.path}\n\n{table}", flush=True)
         return 1 if any(row.status == "FAIL" for row in self.rows) else 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options."""
     parser = argparse.ArgumentParser(prog="dev.py gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="time given (default 9; below 4: smoke level)")
     parser.add_argument("--out", type=Path, help="folder for a copy of the record, the table and the logs")
@@ -147,7 +135,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="the commit of this tree, where it came without its git history")
     parser.add_argument("--only", metavar="TEXT", help="of the benches, those with this in their name or module")
     parser.add_argument("--simulate", action="store_true", help="the flow alone, with the kernels run on the CPU")
-    parser.add_argument("--cases", type=Path, help=argparse.SUPPRESS)  # for the tests of the flow
+    parser.add_argument(
+        "--cases", type=Path, default=gpu_steps.SIMULATED, help=argparse.SUPPRESS
+    )  # for the tests of the flow
     options = parser.parse_args(arguments)
     if options.results is None:  # what is simulated is no record of a GPU
         options.results = ROOT / "build" / "simulated" if options.simulate else RESULTS
@@ -170,14 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.commit:
         os.environ["ERNET_COMMIT"] = options.commit
     if options.simulate:
-        device = emulator(options.cases) if options.cases else emulator()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        device = gpu_steps.emulator(options.cases)
     else:
         import torch
 
         if not torch.cuda.is_available():
             print("dev.py gpu: torch sees no CUDA device here; nothing was built, run or recorded.")
             return 1
-        device = device_at_hand()
+        device = gpu_steps.device_at_hand()
     check = Check(device, options)
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import queue
-import subprocess
-import sys
-import threading
+import multiprocessing
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from gpu_case import Ceilings, GpuCase
-from machine import ROOT
 from record import Row, without_figures
 
-WORKER = Path(__file__).with_name("gpu_worker.py")
 PATIENCE = 30.0  # the least that a case is given
 START_SECONDS = 60.0  # for Python and torch to be ready
 
@@ -31,13 +27,18 @@ class Deadline:
         """Seconds left, never negative."""
         return max(0.0, self.end - time.monotonic())
 
+    def share(self, share: float, most: float) -> float:
+        """Seconds for a step: a share of what is left, `most` at most."""
+        return min(most, share * self.left())
+
 
 @dataclass(frozen=True)
 class Task:
-    """A case and the module that it is in."""
-
     module: str
     case: GpuCase
+
+    def without(self, status: str, detail: str) -> Row:
+        return without_figures(self.module, self.case.name, status, detail[:400], **self.case.known)
 
 
 class Runner:
@@ -45,107 +46,64 @@ class Runner:
 
     def __init__(self, folder: Path, log: Path, deadline: Deadline, patience: float = PATIENCE) -> None:
         self.folder, self.log, self.deadline, self.patience = folder, log, deadline, patience
-        self.process: subprocess.Popen[str] | None = None
-        self.answers: queue.Queue[str | None] = queue.Queue()
+        self.process: BaseProcess | None = None
+        self.pipe: Connection
 
     def run(self, task: Task, ceilings: Ceilings) -> list[Row]:
         """The rows of one case, or one row that says why there are none."""
-        case = task.case
-        limit = max(self.patience, 5 * case.seconds)
-        if self.deadline.left() < case.seconds:
-            return [self._without(task, "no time left", f"needs about {case.seconds:.0f} s")]
+        seconds = task.case.seconds
+        if self.deadline.left() < seconds:
+            return [task.without("no time left", f"needs about {seconds:.0f} s")]
         if self.process is None and not self._start():
-            return [self._without(task, "FAIL", f"no worker started; {self._end_of(START_SECONDS)}")]
-        limit = min(limit, self.deadline.left())
-        figures = [ceilings.copy_gigabytes_per_second, ceilings.bf16_teraflops]
-        request = {
-            "module": task.module, "case": case.name,
-            "ceilings": [None if value != value else value for value in figures],
-        }  # fmt: skip
-        answer = self._ask(request, limit)
+            return [task.without("FAIL", f"no worker started; {self._end_of(START_SECONDS)}")]
+        limit = min(max(self.patience, 5 * seconds), self.deadline.left())
+        answer = self._answer(limit, (task.module, task.case.name, ceilings))
         if answer is None:
-            return [self._without(task, "FAIL", self._end_of(limit))]
-        if "error" in answer:
-            if answer["sticky"]:
-                self.close()
-            return [self._without(task, "FAIL", answer["error"][:400])]
-        return [Row(**row) for row in answer["rows"]]
+            return [task.without("FAIL", self._end_of(limit))]
+        if answer.sticky:
+            self.close()
+        return [task.without("FAIL", answer.error)] if answer.error else answer.rows
 
     def close(self) -> None:
-        """End the worker."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                try:
-                    stream.close()
-                except OSError:
-                    continue
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
+            self.process = None
 
     def _start(self) -> bool:
         """Start a worker; False if it did not get ready."""
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-u", str(WORKER), str(self.folder)],
-                cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
-        self.answers = queue.Queue()
-        threading.Thread(target=_forward, args=(self.process.stdout, self.answers), daemon=True).start()
-        return self._answer(START_SECONDS) == {"ready": True}
+        from gpu_worker import serve  # imports torch
 
-    def _ask(self, request: dict[str, Any], limit: float) -> dict[str, Any] | None:
-        """The answer; None if the worker died or took too long."""
-        assert self.process is not None and self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self._answer(limit)
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, self.folder, self.log), daemon=True)
+        self.process.start()
+        theirs.close()
+        return self._answer(START_SECONDS) is True
 
-    def _answer(self, limit: float) -> dict[str, Any] | None:
+    def _answer(self, limit: float, request: Any = None) -> Any:
+        """What the worker sends, to a request if there is one; None if it died or took too long."""
         try:
-            line = self.answers.get(timeout=limit)
-        except queue.Empty:
+            if request is not None:
+                self.pipe.send(request)
+            return self.pipe.recv() if self.pipe.poll(limit) else None
+        except (EOFError, OSError):
             return None
-        return json.loads(line) if line is not None else None
 
     def _end_of(self, limit: float) -> str:
         """Why there was no answer; the worker is gone afterwards."""
         assert self.process is not None
-        try:
-            code = self.process.wait(timeout=2)
-            why = f"the process ended with signal {-code}" if code < 0 else f"the process ended with exit code {code}"
-        except subprocess.TimeoutExpired:
-            why = f"stopped after {limit:.0f} s"
+        self.process.join(timeout=2)
+        code = self.process.exitcode
         self.close()
-        return f"{why}: {last_lines(self.log)}"[:400]
-
-    @staticmethod
-    def _without(task: Task, status: str, detail: str) -> Row:
-        case = task.case
-        known = {"title": case.title, "target": list(case.targets)}
-        return without_figures(
-            task.module, case.name, status, detail, **{key: value for key, value in known.items() if value}
-        )
-
-
-def _forward(stream: Any, answers: queue.Queue[str | None]) -> None:
-    try:
-        for line in stream:
-            answers.put(line)
-    except ValueError:  # closed while it was read
-        pass
-    answers.put(None)
+        why = f"stopped after {limit:.0f} s"
+        if code is not None:
+            why = f"the process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
+        return f"{why}: {last_lines(self.log)}"
 
 
 def last_lines(log: Path, count: int = 3) -> str:
     """The end of a log, on one line."""
-    try:
-        lines = log.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        return ""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return " | ".join(line.strip() for line in lines[-count:])[-300:]

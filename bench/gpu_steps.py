@@ -1,4 +1,7 @@
-"""The steps of `python3 dev.py gpu` that run another program: build, tests, sanitizers, a binary built elsewhere."""
+"""The steps of `python3 dev.py gpu` that run another program: build, tests, sanitizers, a binary built elsewhere.
+
+They run on the device at hand, or on the emulator of the tests in its place.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,69 @@ import contextlib
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from gpu_device import GpuDevice
-from gpu_runner import WORKER, Deadline, last_lines
-from machine import ROOT
+from gpu_runner import last_lines
+from machine import ROOT, describe
 from record import Row, without_figures
 
+MARKED = re.compile(r"^(pytestmark = .*|@)pytest\.mark\.gpu", re.M)
+SIMULATED = ROOT / "bench" / "simulated"
+WORKER = Path(__file__).with_name("gpu_worker.py")
 TIMED_OUT = 124
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 _RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+@dataclass(frozen=True)
+class GpuDevice:
+    """The device, the folder of its cases, and how to build for it and test on it."""
+
+    machine: dict[str, Any]
+    folder: Path
+    build: list[str]
+    tests: list[str]
+    sanitizer: str | None = None
+    build_environment: dict[str, str] = field(default_factory=dict)
+
+
+def marked_tests(folder: Path = ROOT / "tests") -> list[str]:
+    """The files with tests marked `gpu`: the others may import what is not installed beside the device's torch."""
+    return sorted(str(path) for path in folder.rglob("test_*.py") if MARKED.search(path.read_text()))
+
+
+def device_at_hand() -> GpuDevice:
+    """The CUDA device that torch sees first."""
+    known = shutil.which("compute-sanitizer")
+    beside = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
+    return GpuDevice(
+        machine=describe("gpu"),
+        folder=ROOT / "bench",
+        build=[sys.executable, "setup.py", "build_ext", "--inplace"],
+        tests=["-m", "gpu", *marked_tests()],
+        sanitizer=known or (str(beside) if beside.exists() else None),
+        build_environment={"ERNET_CUDA": "1"},
+    )
+
+
+def emulator(folder: Path) -> GpuDevice:
+    """The kernels run on the CPU: shows that the flow works, and says nothing about any GPU."""
+    return GpuDevice(
+        machine=describe("gpu-simulated") | {"name": "simulated-gpu"},
+        folder=folder,
+        build=[sys.executable, str(SIMULATED / "emulated.py"), str(ROOT / "build" / "simt")],
+        tests=["tests/simt/test_emulator.py"],
+    )
 
 
 def call(command: list[str], log: Path, seconds: float, grace: float = 0.0, **environment: str) -> int:
@@ -61,19 +111,21 @@ def stop_all() -> None:
         _kill(process)
 
 
+def row_of(name: str, status: str, detail: str) -> Row:
+    return without_figures("gpu_steps", name, status, detail)
+
+
 def why(code: int, log: Path, seconds: float) -> str:
-    """One line on a command that failed."""
     start = f"stopped after {seconds:.0f} s" if code == TIMED_OUT else f"exit code {code}"
     return f"{start}: {last_lines(log)}"
 
 
 def build(device: GpuDevice, logs: Path, seconds: float) -> Row:
-    """Build for the device."""
     log, start = logs / "build.log", time.perf_counter()
     code = call(device.build, log, seconds, **device.build_environment)
-    took = time.perf_counter() - start
-    detail = f"{took:.0f} s" if code == 0 else why(code, log, seconds)
-    return without_figures("gpu_steps", "build", "pass" if code == 0 else "FAIL", detail, seconds=took)
+    if code:
+        return row_of("build", "FAIL", why(code, log, seconds))
+    return row_of("build", "pass", f"{time.perf_counter() - start:.0f} s")
 
 
 def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
@@ -92,10 +144,9 @@ def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
     if not groups and code != TIMED_OUT:
         yield without_figures("tests", "all", "FAIL", f"no test ran: {last_lines(log)}")
     for name, outcomes in sorted(groups.items()):
-        kinds = [kind for kind, _ in outcomes]
-        counts = {kind: kinds.count(kind) for kind in ("passed", "failure", "error", "skipped")}
+        counts = Counter(kind for kind, _ in outcomes)
         verdict = "FAIL" if counts["failure"] + counts["error"] else "pass" if counts["passed"] else "skipped"
-        detail = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+        detail = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items(), key=lambda item: item[0] != "passed"))
         messages = [message for kind, message in outcomes if kind != "passed" and message]
         yield without_figures("tests", name, verdict, f"{detail}: {messages[0]}" if messages else detail)
 
@@ -103,13 +154,10 @@ def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
 def outcomes_of(report: Path) -> dict[str, list[tuple[str, str]]]:
     """The outcome of every test function's cases, and the message of each that did not pass, from pytest's report."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    if not report.exists():
-        return groups
-    for case in ElementTree.parse(report).iter("testcase"):
-        found = [child for child in case if child.tag in ("failure", "error", "skipped")]
-        message = " ".join((found[0].get("message") or "").split())[:200] if found else ""
-        name = f"{case.get('classname', '')}.{case.get('name', '').split('[')[0]}"
-        groups.setdefault(name, []).append((found[0].tag if found else "passed", message))
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        outcome = ("passed", "") if found is None else (found.tag, " ".join(found.get("message", "").split())[:200])
+        groups.setdefault(f"{case.get('classname')}.{case.get('name', '').partition('[')[0]}", []).append(outcome)
     return groups
 
 
@@ -117,7 +165,7 @@ def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
     """Run every kernel once, on small inputs, under one tool of compute-sanitizer."""
     name = f"compute-sanitizer {tool}"
     if device.sanitizer is None:
-        return without_figures("gpu_steps", name, "skipped", "compute-sanitizer is not installed here")
+        return row_of(name, "skipped", "compute-sanitizer is not installed here")
     log = logs / f"{tool}.log"
     # without PyTorch's cache each tensor is an allocation of its own, and a read beyond one is seen
     code = call(
@@ -126,7 +174,7 @@ def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
         log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )  # fmt: skip
     status, detail = sanitizer_verdict(code, log.read_text(errors="replace"))
-    return without_figures("gpu_steps", name, status, detail or why(code, log, seconds))
+    return row_of(name, status, detail or why(code, log, seconds))
 
 
 def sanitizer_verdict(code: int, text: str) -> tuple[str, str]:
@@ -167,13 +215,7 @@ def foreign_binary(binary: Path | None, logs: Path, seconds: float) -> Row:
     """Load a binary that was built with another torch's headers, and run an operator of each device."""
     name = "binary built elsewhere"
     if binary is None:
-        return without_figures("gpu_steps", name, "skipped", "none given (--binary FILE, an _C*.so)")
+        return row_of(name, "skipped", "none given (--binary FILE, an _C*.so)")
     log = logs / "binary.log"
     code = call([sys.executable, "-c", FOREIGN, str(binary.resolve())], log, seconds)
-    status = "pass" if code == 0 else "FAIL"
-    return without_figures("gpu_steps", name, status, last_lines(log, 1) if code == 0 else why(code, log, seconds))
-
-
-def share_of(deadline: Deadline, share: float, most: float) -> float:
-    """Seconds for a step: a share of what is left, `most` at most."""
-    return min(most, share * deadline.left())
+    return row_of(name, "FAIL", why(code, log, seconds)) if code else row_of(name, "pass", last_lines(log, 1))

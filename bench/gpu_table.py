@@ -2,78 +2,53 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from record import Row, Target
+from record import Row
+from records import CORRECTNESS
+from tables import columns, number, verdict
 
 LISTED = 20
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, thousands in k."""
-    if value is None:
-        return "-"
-    return f"{value / 1000:.4g}k" if abs(value) >= 10_000 else f"{value:.3g}"
-
-
-def verdict(row: Row, target: Target, value: float | None) -> str:
-    """Whether the target was met."""
-    if value is None:
-        return row.status if row.status not in ("measured", "pass") else "not measured"
-    return "met" if target.met(value) else "MISSED"
-
-
-def bar_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """A line a target: what, target, measured, share of copy bandwidth, verdict."""
-    lines = []
-    for row in rows:
-        share = row.extra_info.get("share_of_copy")
-        for target, value in row.targets():
-            what = row.extra_info.get("title") or row.name
-            lines.append([str(what), str(target), number(value), number(share), verdict(row, target, value)])
-    return lines
-
-
-def columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with their cells under each other."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
 def step_lines(rows: Sequence[Row]) -> list[str]:
     """What was done: counts a group, then what failed or was left out."""
-    counts: dict[str, dict[str, int]] = {}
-    for row in rows:
-        of_bench = counts.setdefault(row.bench, {})
-        of_bench[row.status] = of_bench.get(row.status, 0) + 1
-    lines = [
-        f"{bench}: {', '.join(f'{number} {status}' for status, number in of_bench.items())}"
-        for bench, of_bench in counts.items()
-    ]
+    lines = []
+    for bench in dict.fromkeys(row.bench for row in rows):
+        counts = Counter(row.status for row in rows if row.bench == bench)
+        lines.append(f"{bench}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
     bad = [row for row in rows if row.status not in ("measured", "pass")]
     bad.sort(key=lambda row: row.status != "FAIL")
-    lines += [
-        f"[{row.status}] {row.bench} {row.name}: {str(row.extra_info.get('detail', ''))[:160]}" for row in bad[:LISTED]
-    ]
+    for row in bad[:LISTED]:
+        lines.append(f"[{row.status}] {row.bench} {row.name}: {str(row.extra_info.get('detail', ''))[:160]}")
     if len(bad) > LISTED:
         lines.append(f"... and {len(bad) - LISTED} more, in the record")
     return lines
 
 
+def target_lines(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        [str(row.extra_info.get("title") or row.name), str(target), number(value),
+         number(row.extra_info.get("share_of_copy")), verdict(row, target, value)]
+        for row in rows
+        for target, value in row.targets()
+    ]  # fmt: skip
+    if not lines:
+        return ["no row has a target"]
+    met = f"{sum(line[-1] == 'met' for line in lines)} of {len(lines)} targets met"
+    red = any(row.status == "FAIL" and row.bench in CORRECTNESS for row in rows)
+    return [
+        *columns([["what", "target", "measured", "of copy", "verdict"], *lines]),
+        met,
+        *(["correctness checks fail: the documents will not report these speeds"] if red else []),
+    ]
+
+
 def final_table(machine: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The whole text."""
-    packages = machine.get("packages", {})
     commit = f"{machine.get('commit')}{' (changed)' if machine.get('dirty') else ''}"
-    head = f"{machine['name']}, driver {machine.get('driver', '-')}, torch {packages.get('torch')}, commit {commit}"
+    torch = machine.get("packages", {}).get("torch")
+    head = f"{machine['name']}, driver {machine.get('driver', '-')}, torch {torch}, commit {commit}"
     ceilings = [f"{row.name} {number(row.p50)} {row.unit}" for row in rows if row.group == "ceilings"]
-    lines = [head, *ceilings, "", *step_lines(rows), ""]
-    targets = bar_lines(rows)
-    if targets:
-        lines += columns([["what", "target", "measured", "of copy", "verdict"], *targets])
-        lines.append(f"{sum(line[-1] == 'met' for line in targets)} of {len(targets)} targets met")
-        if any(row.status == "FAIL" and row.bench in ("agreement_gpu", "tests") for row in rows):
-            lines.append("correctness checks fail: the documents will not report these speeds")
-    else:
-        lines.append("no row has a target")
-    return "\n".join(lines)
+    return "\n".join([head, *ceilings, "", *step_lines(rows), "", *target_lines(rows)])

@@ -1,19 +1,21 @@
-"""Times of calls on a CUDA device, and the bandwidth of a copy that they are compared with."""
+"""Times of calls on the device: a CUDA device, or the CPU where there is none."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from this_tree import percentiles, time_interleaved
 
 FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU
 AHEAD_CYCLES = 1_000_000  # half a millisecond for Python to launch everything before the device begins
 
 
 def milliseconds(function: Callable[[], Any], repeats: int = 30) -> dict[str, float]:
-    """p20, p50 and p80 of a call's time on the device, in milliseconds, with the cache flushed before each."""
+    """p20, p50 and p80 of a call's time on the device, in milliseconds, with a GPU's cache flushed before each."""
+    if not torch.cuda.is_available():
+        return percentiles(time_interleaved({"call": function}, repeats)["call"], 1e3)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     function()
     times = []
@@ -26,14 +28,10 @@ def milliseconds(function: Callable[[], Any], repeats: int = 30) -> dict[str, fl
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    times.sort()
-    return {f"p{q}": times[round(q / 100 * (repeats - 1))] for q in (20, 50, 80)}
+    return percentiles(times)
 
 
-@functools.lru_cache(maxsize=1)
-def copy_bandwidth(size: int = 1 << 30) -> tuple[float, dict[str, float]]:
-    """GB/s, read and written, of a copy of `size` bytes, and its times."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    timing = milliseconds(lambda: target.copy_(source))
-    return 2 * size / timing["p50"] / 1e6, timing
+def wait() -> None:
+    """Until the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,98 +1,87 @@
-"""Runs GPU cases in a process of its own: `gpu_worker.py FOLDER`, a case a line on stdin, an answer a line on stdout.
+"""Runs GPU cases in a process of its own, which `gpu_runner.py` gives them to, one after the other.
 
-    {"module": M, "case": N, "ceilings": [GB/s, TFLOP/s]}   ->   {"rows": [...]} or {"error": "...", "sticky": bool}
-
-The first line says that it is ready. After an error of the device itself (`sticky`) every later call of the process
-would fail, so the worker ends.
+After an error of the device itself every later call of the process would fail, so the worker ends.
 `gpu_worker.py FOLDER MODULE` runs every case of one module once and prints a line for each: what a sanitizer watches.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from gpu_case import Ceilings, GpuCase, cases_of
+from machine import ROOT
 from record import Row
 
 
-def completed(case: GpuCase, rows: Row | Sequence[Row]) -> list[Row]:
-    """The rows, with the case's targets, predictions and title in the one that has its name."""
-    given = [rows] if isinstance(rows, Row) else list(rows)
-    for row in given:
-        if row.name == case.name:
-            known = {"title": case.title, "target": list(case.targets)}
-            row.extra_info = {**{key: value for key, value in known.items() if value}, **row.extra_info}
-    return given
+class Answer(NamedTuple):
+    """The rows of a case, or why there are none."""
 
-
-def is_sticky(error: BaseException) -> bool:
+    rows: list[Row]
+    error: str = ""
+    sticky: bool = False
     """True if the device, not the call, is broken."""
-    text = str(error)
-    broken = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
-    return (
-        any(words in text for words in (*broken, "CUDA error", "illegal instruction")) and "out of memory" not in text
-    )
 
 
-def release() -> None:
-    """Give the memory of the last case back."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def answer_to(request: dict[str, Any], cases: dict[str, dict[str, GpuCase]], folder: Path) -> dict[str, Any]:
-    """Run one case."""
+def answer_to(case: GpuCase, ceilings: Ceilings) -> Answer:
+    """Run one case; its targets and title go into the row that has its name."""
     try:
-        module = request["module"]
-        if module not in cases:
-            cases[module] = {case.name: case for case in cases_of(module, folder)}
-        case = cases[module][request["case"]]
-        rows = completed(case, case.run(Ceilings(*(math.nan if c is None else c for c in request["ceilings"]))))
-        release()
-        return {"rows": [asdict(row) for row in rows]}
+        rows = case.run(ceilings)
+        found = [rows] if isinstance(rows, Row) else list(rows)
+        for row in found:
+            if row.name == case.name:
+                row.extra_info = {**case.known, **row.extra_info}
+        if torch.cuda.is_available():  # give the memory back
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        return Answer(found)
     except Exception as error:  # one case must not take the others with it
-        return {"error": f"{type(error).__name__}: {error}", "sticky": is_sticky(error)}
+        text = f"{type(error).__name__}: {error}"
+        return Answer([], text, is_sticky(text))
 
 
-def serve(folder: Path) -> int:
-    """Answer requests until there are no more."""
-    # what libraries print goes to stderr, so that stdout has answers alone
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    cases: dict[str, dict[str, GpuCase]] = {}
-    print(json.dumps({"ready": True}), file=channel, flush=True)
-    for line in sys.stdin:
-        answer = answer_to(json.loads(line), cases, folder)
-        print(json.dumps(answer), file=channel, flush=True)
-        if answer.get("sticky"):
-            return 3
-    return 0
+def is_sticky(text: str) -> bool:
+    """True if an error says that the device is broken."""
+    broken = ("illegal memory access", "misaligned address", "unspecified launch failure", "device-side assert")
+    said = any(words in text for words in (*broken, "CUDA error", "illegal instruction"))
+    return said and "out of memory" not in text
+
+
+def serve(pipe: Connection, folder: Path, log: Path) -> None:
+    """Say that this is ready, then answer requests until there are no more; what is printed goes to the log."""
+    os.chdir(ROOT)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    modules: dict[str, dict[str, GpuCase]] = {}
+    pipe.send(True)
+    while True:
+        module, name, ceilings = pipe.recv()  # EOFError, once nobody asks any more
+        if module not in modules:
+            modules[module] = {case.name: case for case in cases_of(module, folder)}
+        answer = answer_to(modules[module][name], ceilings)
+        pipe.send(answer)
+        if answer.sticky:
+            return
 
 
 def run_module(folder: Path, module: str) -> int:
     """Run every case of a module once; exit code 1 if one raised."""
     failed = 0
     for case in cases_of(module, folder):
-        try:
-            case.run(Ceilings(math.nan, math.nan))
-            print(f"ok {case.name}", flush=True)
-        except Exception as error:
-            failed = 1
-            print(f"FAIL {case.name}: {type(error).__name__}: {error}", flush=True)
+        answer = answer_to(case, Ceilings(math.nan, math.nan))
+        print(f"FAIL {case.name}: {answer.error}" if answer.error else f"ok {case.name}", flush=True)
+        failed |= bool(answer.error)
     return failed
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    sys.exit(run_module(where, sys.argv[2]) if len(sys.argv) == 3 else serve(where))
+    sys.exit(run_module(Path(sys.argv[1]), sys.argv[2]))

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_table import columns
 from record import MORE_IS_BETTER, RESULTS, Row
-from report import Loaded, Records
+from records import Loaded, Records
+from tables import columns
 
 MOST = 12  # lines that can be told apart
 
@@ -35,12 +35,12 @@ def times_better(points: Sequence[tuple[Loaded, Row]]) -> list[float]:
 
 
 def as_text(found: dict[str, list[tuple[Loaded, Row]]]) -> str:
-    """One line a row, one column a record."""
     lines = [["row", "first", "then, times better than the first"]]
     for name, points in found.items():
-        first = f"{points[0][1].p50:.4g} {points[0][1].unit} ({points[0][0].machine['commit']})"
-        later = zip(points[1:], times_better(points)[1:], strict=True)
-        lines.append([name, first, ", ".join(f"{ratio:.2f} ({one.machine['commit']})" for (one, _), ratio in later)])
+        (first, row), *_ = points
+        commits = [one.machine["commit"] for one, _ in points]
+        later = [f"{ratio:.2f} ({commit})" for ratio, commit in zip(times_better(points), commits, strict=True)][1:]
+        lines.append([name, f"{row.p50:.4g} {row.unit} ({first.machine['commit']})", ", ".join(later)])
     return "\n".join(columns(lines))
 
 
@@ -48,20 +48,22 @@ def draw(found: dict[str, list[tuple[Loaded, Row]]], path: Path) -> None:
     """Times better than in the first record, one line a row; those that moved most."""
     from matplotlib.figure import Figure
 
-    records = sorted({(one.machine["time"], one.machine["commit"]) for points in found.values() for one, _ in points})
-    place = {record: x for x, record in enumerate(records)}
+    def label(one: Loaded) -> str:
+        return f"{one.machine['time'][:10]}\n{one.machine['commit']}"
+
+    records = {one.path: one for points in found.values() for one, _ in points}
+    labels = [label(one) for one in sorted(records.values(), key=lambda one: one.machine["time"])]
     moved = sorted(found.items(), key=lambda item: -max(abs(1 - ratio) for ratio in times_better(item[1])))
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for name, points in moved[:MOST]:
-        where = [place[one.machine["time"], one.machine["commit"]] for one, _ in points]
+        where = [labels.index(label(one)) for one, _ in points]
         axes.plot(where, times_better(points), marker="o", linewidth=1.5, label=name)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(records)), [f"{time[:10]}\n{commit}" for time, commit in records], fontsize=8)
-    axes.set_ylabel("times better than in the first record")
+    axes.set(yscale="log", ylabel="times better than in the first record")
+    axes.set_xticks(range(len(labels)), labels, fontsize=8)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.legend(fontsize=7, loc="outside right upper", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

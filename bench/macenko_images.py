@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tissue import tissue
 
 SIZES = {"64x64": (64, 64), "224x224": (224, 224), "700x460": (460, 700), "1024x1024": (1024, 1024)}
 """Height and width by the name of a size, which is width x height."""
-TISSUE_LEVEL = 205  # (I + 1) / 240 <= exp(-0.15)
+TISSUE_LEVEL = 205  # of all channels: (I + 1) / 240 <= exp(-0.15)
 
 
 def data_root() -> Path | None:
@@ -32,20 +33,12 @@ def large_image() -> np.ndarray:
     root = data_root()
     if root is not None:
         return np.tile(read(root / "torchstain" / "source.png"), (3, 3, 1))
-    rng = np.random.default_rng(0)
-    amounts = rng.gamma(1.0, 0.5, (1300, 1300, 2))
-    od = amounts @ np.array([[0.65, 0.70, 0.29], [0.2, 0.9, 0.3]])
-    return np.clip(240 * np.exp(-od), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(tissue(1, 1300, 1300, channels_last=True)[0].permute(1, 2, 0).numpy())
 
 
 def files_of(root: Path, name: str) -> list[Path]:
     """Every image of one of the sets of `root`, in order."""
     return sorted(path for path in (root / name).rglob("*") if path.suffix in (".png", ".jpg"))
-
-
-def tissue_pixels(image: np.ndarray) -> int:
-    """Pixels whose three optical densities are at least 0.15."""
-    return int((image.max(axis=2) <= TISSUE_LEVEL).sum())
 
 
 def crops(root: Path, size: int = 224, least_tissue: int = 1000) -> Iterator[np.ndarray]:
@@ -54,5 +47,6 @@ def crops(root: Path, size: int = 224, least_tissue: int = 1000) -> Iterator[np.
         image = read(path)
         top, left = ((length - size) // 2 for length in image.shape[:2])
         crop = np.ascontiguousarray(image[max(top, 0) : top + size, max(left, 0) : left + size])
-        if crop.shape == (size, size, 3) and tissue_pixels(crop) >= least_tissue:
+        tissue_pixels = (crop.max(axis=2) <= TISSUE_LEVEL).sum()
+        if crop.shape == (size, size, 3) and tissue_pixels >= least_tissue:
             yield crop

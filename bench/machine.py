@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -29,27 +28,20 @@ def output_of(*command: str, root: Path = ROOT) -> str:
 
 
 def version(package: str) -> str | None:
-    """Installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def source_files(root: Path = ROOT) -> Iterator[Path]:
-    """The files that decide what is built, measured and tested, in a fixed order."""
-    for name in SOURCES:
-        path = root / name
-        found = [path] if path.is_file() else path.rglob("*")
-        yield from sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
-
-
 def sources_hash(root: Path = ROOT) -> str:
-    """A name for the state of the sources, committed or not; needs no git."""
+    """A name for the state of the files that decide what is built, measured and tested; needs no git."""
     digest = hashlib.sha256()
-    for file in source_files(root):
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    for path in (root / name for name in SOURCES):
+        for file in sorted([path] if path.is_file() else path.rglob("*")):
+            if file.suffix in SUFFIXES and file.is_file():
+                content = file.read_bytes()
+                digest.update(f"{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 
@@ -62,7 +54,6 @@ def commit_of(root: Path = ROOT) -> tuple[str, bool]:
 
 
 def processor() -> str:
-    """The name of the processor, as the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -78,9 +69,13 @@ def cores() -> int:
 def gpu_state() -> dict[str, str]:
     """Clocks, power and temperature at this moment; empty where nvidia-smi is missing or has no answer."""
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
-    line = output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0")
-    values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
+    values = of_gpu(*fields).split(", ")
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+
+
+def of_gpu(*fields: str) -> str:
+    """What nvidia-smi says of the first device, separated by commas."""
+    return output_of("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "-i", "0")
 
 
 def describe(kind: str, root: Path = ROOT) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def _gpu() -> dict[str, Any]:
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
+        "driver": of_gpu("driver_version"),
         "cuda": torch.version.cuda,
         "nvcc": output_of(nvcc, "--version").splitlines()[-1:],
         "clocks": [state] if (state := gpu_state()) else [],

@@ -33,15 +33,12 @@ def percent(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
     made = argparse.ArgumentParser(prog="dev.py bench", description=__doc__.splitlines()[0])
     made.add_argument("names", nargs="*", metavar="NAME", help="benches with this in their file or name; default all")
     made.add_argument("-k", metavar="EXPRESSION", help="pytest's way to choose")
     made.add_argument("--slow", action="store_true", help="also those that take minutes")
     made.add_argument("--resume", action="store_true", help="only what an earlier run of this tree has not measured")
-    made.add_argument(
-        "--minutes", type=float, help=f"begin no bench after so many minutes (default {MINUTES:g} without NAME)"
-    )
+    made.add_argument("--minutes", type=float, help=f"begin no bench after so many (default {MINUTES:g} without NAME)")
     made.add_argument("--record", type=Path, default=RESULTS, metavar="FOLDER", help="default bench/results")
     made.add_argument("--compare", metavar="REV", help="build this git revision beside, and time both interleaved")
     made.add_argument("--rounds", type=int, default=3, metavar="N", help="of --compare (default 3)")

@@ -1,28 +1,19 @@
-"""The most memory that a process takes for training a network: what the system counts, allocators and all.
-
-Run: python bench/process_memory.py plain|naive|fused DEPTH BATCH      prints bytes beyond those of the imports
-"""
+"""The most memory that a process takes for training a network: what the system counts, allocators and all."""
 
 from __future__ import annotations
 
-import functools
-import os
+import multiprocessing
 import re
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
 
 
 def peak_of_training(name: str, depth: int, batch: int) -> int:
     """Bytes at the peak of some training steps of one of the networks of `er_networks`, in a new process."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, __file__, name, str(depth), str(batch)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train, name, depth, batch).result()
 
 
 def resident(key: str) -> int:
@@ -33,20 +24,12 @@ def resident(key: str) -> int:
     return 1024 * int(found[1])
 
 
-def main(name: str, depth: str, batch: str) -> None:
-    """Train for some steps and print the peak."""
-    import torch
-    from er_networks import batch_of, network, train_step
+def train(name: str, depth: int, batch: int) -> int:
+    """Train for some steps; returns the peak, in bytes beyond those of the imports."""
+    from er_networks import batch_of, network, training_of
 
     before = resident("VmRSS")
-    model = network(name, int(depth))
-    images, labels = batch_of(int(batch))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    step = functools.partial(train_step, model, optimizer, images, labels)
+    step, _ = training_of(network(name, depth), *batch_of(batch))
     for _ in range(STEPS):
         step()
-    print(resident("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return resident("VmHWM") - before

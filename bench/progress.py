@@ -58,11 +58,9 @@ class Progress:
         return set(names) if head == self.of else set()
 
     def add(self, name: str) -> None:
-        """Note one bench."""
-        known = self.done() | {name}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".part")
-        temporary.write_text("\n".join([self.of, *sorted(known)]) + "\n")
+        temporary.write_text("\n".join([self.of, *sorted(self.done() | {name})]) + "\n")
         temporary.replace(self.path)
 
 

@@ -2,17 +2,13 @@
 
     <machine>-<yyyymmdd>-<commit>[-changed-<sources>].json = {"format": 1, "machine": {...}, "rows": [...]}
 
-`machine` is what `machine.describe` found: device, driver, versions, commit, whether the tree was changed, the clocks
-seen. A row is one measurement, complete in itself (a ratio never mixes two runs):
+`machine` is what `machine.describe` found. A row is one measurement, complete in itself (a ratio never mixes two runs):
 
-    bench        the module that measured it, e.g. "bench_er_stage"
-    name         unique within the bench
+    bench, name  the module that measured it, e.g. "bench_er_stage"; unique within the bench
     group        rows that belong together in a table
     params       what was varied: {"stage": "resnet50-1", "batch": 8, "threads": 1, ...}
-    p20 p50 p80  percentiles over the repeats; equal where there is one number, as for a count
-    unit         "ms", "us", "GB/s", "images/s", "MiB", "launches", ...
+    p20 p50 p80  percentiles over the repeats, in `unit` ("ms", "GB/s", "MiB", ...); equal where there is one number
     repeats      how many times it was measured
-    time         when
     extra_info   what else is known, under these keys; others may stand beside them
 
         peer, peer_p50    what it is compared with, interleaved in the same run, in the same unit
@@ -22,12 +18,10 @@ seen. A row is one measurement, complete in itself (a ratio never mixes two runs
         copy_why          one line on how the bytes were counted, and which bandwidth was meant
         share_of_copy     p50 against copy_time; above 1 where caches held bytes; computed if not given
         target            "KEY >= NUMBER" or "KEY <= NUMBER", or a list of them; KEY is p20, p50, p80 or a key here
-        status            "measured" where it is not given, "pass", "FAIL", "skipped", "no time left"
-        detail            one line for people
+        status, detail    one of STATUSES, "measured" where it is not given; one line for people
 
-A row is on disk when `Record.add` returns, so that a run cut off loses nothing. A row of the same bench and name
-replaces the earlier one. Several processes, and several runs of one tree on one machine on one day, may write to one
-record.
+A row is on disk when `Record.add` returns, and replaces an earlier one of the same bench and name. Several processes,
+and several runs of one tree on one machine on one day, may write to one record.
 """
 
 from __future__ import annotations
@@ -73,7 +67,6 @@ class Target(NamedTuple):
         return cls(_RENAMED.get(found[1], found[1]), found[2], float(found[3]))
 
     def met(self, value: float) -> bool:
-        """True if `value` reaches the target."""
         return value >= self.limit if self.sense == ">=" else value <= self.limit
 
     def __str__(self) -> str:
@@ -99,13 +92,10 @@ class Row:
     def __post_init__(self) -> None:
         info = self.extra_info = {_RENAMED.get(key, key): value for key, value in _plain(self.extra_info).items()}
         self.params = _plain(self.params)
-        self.p20, self.p50, self.p80 = (_rounded(float(value)) for value in (self.p20, self.p50, self.p80))
+        figures = self.p20, self.p50, self.p80 = [_rounded(float(value)) for value in (self.p20, self.p50, self.p80)]
         self.time = self.time or datetime.now(timezone.utc).isoformat(timespec="seconds")
-        figures = f"{self.p20}, {self.p50}, {self.p80}"
-        if not all(math.isfinite(value) for value in (self.p20, self.p50, self.p80)):
-            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected finite numbers.")
-        if not self.p20 <= self.p50 <= self.p80:
-            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected them in order.")
+        if not all(map(math.isfinite, figures)) or figures != sorted(figures):
+            raise ValueError(f"row {self.name!r}: p20, p50, p80 are {figures}; expected finite numbers in order.")
         if info.get("status", "measured") not in STATUSES:
             raise ValueError(f"row {self.name!r}: status {info['status']!r}; expected one of {', '.join(STATUSES)}.")
         for text in self.target_texts():
@@ -121,21 +111,18 @@ class Row:
         return self.p50 / other if self.unit in MORE_IS_BETTER else other / self.p50
 
     def target_texts(self) -> list[str]:
-        """The targets as written."""
         target = self.extra_info.get("target", [])
         return [target] if isinstance(target, str) else list(target)
 
     def targets(self) -> Iterator[tuple[Target, float | None]]:
         """Each target with the value found, None where the row has no such number."""
+        known = {**self.extra_info, "p20": self.p20, "p50": self.p50, "p80": self.p80}
         for target in map(Target.parse, self.target_texts()):
-            value = (
-                getattr(self, target.key) if target.key in ("p20", "p50", "p80") else self.extra_info.get(target.key)
-            )
+            value = known.get(target.key)
             yield target, value if isinstance(value, int | float) and self.status in ("measured", "pass") else None
 
     @property
     def status(self) -> str:
-        """What became of it."""
         return str(self.extra_info.get("status", "measured"))
 
     @property
@@ -183,7 +170,6 @@ class Record:
             _write(self.path, machine, list(kept.values()))
 
     def rows(self) -> list[Row]:
-        """The rows on disk."""
         return read(self.path)[1] if self.path.exists() else []
 
     @contextmanager
@@ -202,21 +188,15 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     document = json.loads(path.read_text())
     if document.get("format") != FORMAT:
         raise ValueError(f"{path}: format {document.get('format')!r}; expected {FORMAT}.")
-    return document["machine"], [Row(**row) for row in document["rows"]]
+    return document["machine"], [Row(**_in_words_of_now(row)) for row in document["rows"]]
 
 
-def merge(paths: Sequence[Path], folder: Path = RESULTS) -> Path:
-    """Put the rows of several runs of one tree on one machine into one record; returns its path."""
-    record: Record | None = None
-    for path in sorted(paths, key=lambda path: read(path)[0]["time"]):
-        machine, rows = read(path)
-        if record is None:
-            record = Record.of(machine, folder)
-        record.machine = merged_machine(record.machine, machine, path.name)
-        record.add(*rows)
-    if record is None:
-        raise ValueError("no records to merge.")
-    return record.path
+def _in_words_of_now(row: dict[str, Any]) -> dict[str, Any]:
+    """Earlier records call block epilogues tails, in names, groups and titles."""
+    info = row.get("extra_info", {})
+    known = {"title": info["title"].replace("tails", "epilogues")} if "title" in info else {}
+    names = {key: row[key].replace("tails", "epilogues") for key in ("name", "group")}
+    return {**row, **names, "extra_info": {**info, **known}}
 
 
 def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -227,10 +207,8 @@ def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str)
                 f"{name}: {key} was {before.get(key)!r} and is {now.get(key)!r}. One record holds runs of one tree on "
                 "one machine; write this run to another folder (--out)."
             )
-    clocks = [
-        *before.get("clocks", []),
-        *(seen for seen in now.get("clocks", []) if seen not in before.get("clocks", [])),
-    ]
+    clocks = before.get("clocks", [])
+    clocks = clocks + [seen for seen in now.get("clocks", []) if seen not in clocks]
     return {**before, "dirty": bool(before.get("dirty") or now.get("dirty")), "clocks": clocks}
 
 
@@ -252,13 +230,11 @@ def _rounded(value: float) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types, floats rounded."""
+    """The value in JSON's types, floats rounded, None for what is not finite."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
     if isinstance(value, float):
         return _rounded(value) if math.isfinite(value) else None
-    return str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -23,5 +23,4 @@ def module(name: str) -> ModuleType:
 
 interleaved = module("interleaved")
 macenko_peers = module("macenko_peers")
-percentile, percentiles = interleaved.percentile, interleaved.percentiles
-time_interleaved = interleaved.time_interleaved
+percentiles, time_interleaved = interleaved.percentiles, interleaved.time_interleaved

@@ -1,14 +1,14 @@
-"""Bytes that a pass moves, operator by operator: every tensor that one reads or writes counts once.
+"""Bytes that a pass moves, operator by operator.
 
 Hardware counters of memory traffic are rarely there (virtual machines hide them), and they would count what the caches
-saved besides. This is the count of a machine whose caches hold nothing from one operator to the next: what each
-operator must read and write to do its work at all. An operator that passes twice over its argument, as a batch norm
-does, counts once, so the figure is a lower bound for compositions of many operators.
+saved besides. This is the count of a machine whose caches hold nothing from one operator to the next: every tensor that
+an operator reads or writes counts once. An operator that passes twice over its argument, as a batch norm does, counts
+once, so the figure is a lower bound for compositions of many operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +17,53 @@ from torch.utils._pytree import tree_leaves
 
 # operators that take the shape of a tensor, and none of its elements
 SHAPE_ONLY = ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones")
+ALLOCATION = ("aten::empty", "aten::new_empty")
+OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_")
 
 
-def _tensors(values: Any) -> Iterable[Tensor]:
+class Traffic(TorchDispatchMode):
+    """While active, counts what operators do that read or write a tensor: no views, no allocations.
+
+    Args:
+        ignore: prefixes of names of operators that count for nothing.
+
+    Attributes:
+        read, written: bytes.
+    """
+
+    def __init__(self, ignore: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.ignored = (*ALLOCATION, *ignore)
+        self.read = self.written = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if not func._schema.name.startswith(self.ignored):
+            self._count(func._schema, args, kwargs or {}, results)
+        return results
+
+    def _count(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
+        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        reads: dict[Any, Tensor] = {}
+        writes: dict[Any, Tensor] = {}
+        for argument in schema.arguments:
+            mutated = argument.alias_info is not None and argument.alias_info.is_write
+            tensors = {_key(tensor): tensor for tensor in _tensors(given.get(argument.name))}
+            writes |= tensors if mutated else {}
+            reads |= {} if mutated and (schema.name in OVERWRITE or argument.is_out) else tensors
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors([args, kwargs])}
+        writes |= {_key(new): new for new in _tensors(results) if new.untyped_storage()._cdata not in known}
+        if not writes:  # a view
+            return
+        if schema.name.startswith(SHAPE_ONLY):
+            reads = {}
+        self.read += sum(map(_bytes, reads.values()))
+        self.written += sum(map(_bytes, writes.values()))
+
+
+def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -32,68 +76,11 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _key(tensor: Tensor) -> tuple[int, int, int]:
-    """The memory of a tensor."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), _bytes(tensor)
-
-
-class Traffic(TorchDispatchMode):
-    """While active, counts the bytes that operators read and write, and the operators that move a map.
-
-    Args:
-        least_bytes: what a tensor has at least whose operators are counted.
-        ignore: prefixes of names of operators that count for nothing.
-
-    Attributes:
-        read: bytes read.
-        written: bytes written.
-        operators: operators that read or wrote at least `least_bytes` in one tensor.
-    """
-
-    def __init__(self, least_bytes: int = 1, ignore: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        self.least_bytes, self.ignore = least_bytes, ignore
-        self.read = self.written = self.operators = 0
-
-    @property
-    def moved(self) -> int:
-        """Bytes read and written."""
-        return self.read + self.written
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        results = func(*args, **(kwargs or {}))
-        self._count(func._schema, args, kwargs or {}, results)
-        return results
-
-    def _count(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
-        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-        reads: dict[Any, int] = {}
-        writes: dict[Any, int] = {}
-        outputs_only = schema.name in ("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_")
-        for argument in schema.arguments:
-            mutated = argument.alias_info is not None and argument.alias_info.is_write
-            for tensor in _tensors(given.get(argument.name)):
-                if mutated:
-                    writes[_key(tensor)] = _bytes(tensor)
-                if not (mutated and (outputs_only or argument.is_out)):
-                    reads[_key(tensor)] = _bytes(tensor)
-        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors([args, kwargs])}
-        new = [tensor for tensor in _tensors(results) if tensor.untyped_storage()._cdata not in inputs]
-        if not new and not writes:  # a view
-            return
-        if schema.name.startswith(("aten::empty", "aten::new_empty", *self.ignore)):  # allocation writes nothing
-            return
-        writes |= {_key(tensor): _bytes(tensor) for tensor in new}
-        if schema.name.startswith(SHAPE_ONLY):
-            reads = {}
-        self.read += sum(reads.values())
-        self.written += sum(writes.values())
-        self.operators += max([*reads.values(), *writes.values()], default=0) >= self.least_bytes
 
 
 def bytes_moved(call: Callable[[], Any], ignore: tuple[str, ...] = ()) -> int:
     """Bytes that the operators of a call, its backward pass included, read and write."""
-    with Traffic(ignore=ignore) as traffic:
+    with Traffic(ignore) as traffic:
         call()
-    return traffic.moved
+    return traffic.read + traffic.written

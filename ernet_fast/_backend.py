@@ -48,6 +48,10 @@ def _load() -> tuple[Any, str | None]:
             return None, f"ernet_fast._C does not load: {error}"
         return None, f"ernet_fast was installed without its compiled operators. {_FIX}"
     except ImportError as error:
+        if str(error).startswith(
+            ("ERNET_ISA=", "ERNET_KEEP_MB=")
+        ):  # a mistake of the user's, no reason to go on slowly
+            raise ValueError(f"environment variable {error}") from None
         return None, f"ernet_fast._C does not load: {error}. {_FIX}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.ernet, name)]
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "simt"))
 
 import numpy as np
 import torch
+from agreement import Error, levels
 from emulator import Emulator, build, missing_tools
 from tissue import tissue
 
@@ -39,7 +41,6 @@ PLANS = {"streaming": 1, "resident": 1, "cluster2": 2}  # name: blocks that shar
 
 
 def whole_call(images: Any, plan: str) -> Any:
-    """Normalised images, by one of the plans."""
     machine = emulator()
     chosen = machine.choose_plan(images, plan.rstrip("0123456789"), PLANS[plan])
     target = MacenkoNormalizer().target
@@ -47,11 +48,10 @@ def whole_call(images: Any, plan: str) -> Any:
     return machine.normalize(images, None if plan == "streaming" else chosen, given)[0]
 
 
-def largest_difference(found: Any, images: Any) -> tuple[int, float]:
-    """In grey levels from the CPU path, and the share of the values that differ."""
-    expected = macenko_normalize(torch.from_numpy(images), MacenkoNormalizer().target).numpy()
-    off = np.abs(found.astype(int) - expected.astype(int))
-    return int(off.max()), float((off != 0).mean())
+def differences(found: Any, images: Any) -> Iterator[Error]:
+    """From the CPU path."""
+    expected = macenko_normalize(torch.from_numpy(images), MacenkoNormalizer().target)
+    return levels("normalised images", torch.from_numpy(found), expected)
 
 
 if __name__ == "__main__":

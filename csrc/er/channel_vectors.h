@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "er/coefficients.h"
+#include "er/kernels.h"
 #include "er/stack_arguments.h"
 #include "memory/outputs.h"
 
@@ -155,9 +156,9 @@ inline double next_momentum(const std::optional<Tensor>& batches, const std::opt
 template <typename A>
 const cpu::VectorLoops<A>& vector_loops() {
   if constexpr (std::is_same_v<A, double>) {
-    return cpu::coefficient_loops().f64;
+    return cpu::er_loops().vectors_f64;
   } else {
-    return cpu::coefficient_loops().f32;
+    return cpu::er_loops().vectors_f32;
   }
 }
 

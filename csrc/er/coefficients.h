@@ -146,21 +146,4 @@ struct VectorLoops {
   void (*group_gradient)(const GroupGradient<A>&, int64_t begin, int64_t end);
 };
 
-struct CoefficientLoops {
-  VectorLoops<float> f32;
-  VectorLoops<double> f64;
-};
-
-namespace isa_portable {
-extern const CoefficientLoops coefficient_loops;
-}
-namespace isa_avx2 {
-extern const CoefficientLoops coefficient_loops;
-}
-namespace isa_avx512 {
-extern const CoefficientLoops coefficient_loops;
-}
-
-const CoefficientLoops& coefficient_loops();
-
 }  // namespace ernet::cpu

@@ -1,34 +1,28 @@
-// Which instruction set runs the ER loops and the algebra on per-channel vectors.
-#include "er/coefficients.h"
+// Which instruction set runs the loops on maps and the algebra on per-channel vectors.
 #include "er/kernels.h"
 
 namespace ernet::cpu {
-namespace {
 
-struct IsaLoops {
-  Isa isa;
-  const ErLoops& er;
-  const CoefficientLoops& coefficients;
-};
-
-const IsaLoops& selected_loops() {
+const ErLoops& er_loops() {
+  struct IsaLoops {
+    Isa isa;
+    const ErLoops& loops;
+  };
   static const IsaLoops compiled_in[] = {
 #ifdef ERNET_HAS_AVX512
-      {Isa::avx512, isa_avx512::er_loops, isa_avx512::coefficient_loops},
+      {Isa::avx512, isa_avx512::er_loops},
 #endif
 #ifdef ERNET_HAS_AVX2
-      {Isa::avx2, isa_avx2::er_loops, isa_avx2::coefficient_loops},
+      {Isa::avx2, isa_avx2::er_loops},
 #endif
-      {Isa::portable, isa_portable::er_loops, isa_portable::coefficient_loops},
+      {Isa::portable, isa_portable::er_loops},
   };
-  const IsaLoops* loops = compiled_in;
-  while (loops->isa != selected_isa()) ++loops;  // one that is not compiled in cannot be selected
-  return *loops;
+  static const IsaLoops* const selected = [] {
+    const IsaLoops* entry = compiled_in;
+    while (entry->isa != selected_isa()) ++entry;  // one that is not compiled in cannot be selected
+    return entry;
+  }();
+  return selected->loops;
 }
-
-}  // namespace
-
-const ErLoops& er_loops() { return selected_loops().er; }
-const CoefficientLoops& coefficient_loops() { return selected_loops().coefficients; }
 
 }  // namespace ernet::cpu

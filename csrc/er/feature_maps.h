@@ -122,8 +122,8 @@ inline Tensor like_channels(const Tensor& map, const std::vector<int64_t>& sizes
 
 // An uninitialised map like `map`, which is dense. The memory of large ones is that of others that were freed.
 inline Tensor empty_map_like(const Tensor& map) {
-  const size_t bytes = static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size());
-  void* const buffer = cpu::take_map_buffer(bytes);
+  size_t bytes = static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size());
+  void* const buffer = cpu::take_map_buffer(&bytes);
   if (buffer == nullptr) return torch::stable::empty_like(map);
   const auto give_back = [bytes](void* data) { cpu::give_map_buffer(data, bytes); };
   return torch::stable::from_blob(buffer, map.sizes(), map.strides(), map.device(), map.scalar_type(), give_back);

@@ -14,6 +14,7 @@
 
 #include <stdint.h>
 
+#include "er/coefficients.h"
 #include "simd/isa.h"
 
 namespace ernet::cpu {
@@ -173,6 +174,8 @@ struct ErLoops {
   const MapLoops<MapDots>& map_dots;
   const MapLoops<SumDots>& sum_dots;
   const MapLoops<ChannelMoments>& channel_moments;
+  const VectorLoops<float>& vectors_f32;
+  const VectorLoops<double>& vectors_f64;
 };
 
 namespace isa_portable {

@@ -17,6 +17,7 @@ constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMostKept = 256;      // buffers; the oldest makes room
 constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it
+constexpr size_t kSlackShare = 4;   // a buffer may exceed what is asked for by this share
 
 struct Kept {
   void* buffer;
@@ -115,45 +116,49 @@ void drop_oldest(Buffers& all, size_t bytes) {
   }
 }
 
-// The kept buffer of this size that was freed last, or null.
-void* find_kept(Buffers& all, size_t bytes) {
-  for (int i = all.count - 1; i >= 0; --i) {
-    if (all.kept[i].bytes == bytes) {
-      void* const buffer = all.kept[i].buffer;
-      all.remove(i);
-      return buffer;
-    }
+// The smallest kept buffer that fits, of equals the one that was freed last; or null. `*bytes` becomes its size.
+void* find_kept(Buffers& all, size_t* bytes) {
+  int best = -1;
+  for (int i = all.count - 1; i >= 0 && (best < 0 || all.kept[best].bytes > *bytes); --i) {
+    const size_t size = all.kept[i].bytes;
+    const bool fits = size >= *bytes && size - *bytes <= *bytes / kSlackShare;
+    if (fits && (best < 0 || size < all.kept[best].bytes)) best = i;
   }
-  return nullptr;
+  if (best < 0) return nullptr;
+  void* const buffer = all.kept[best].buffer;
+  *bytes = all.kept[best].bytes;
+  all.remove(best);
+  return buffer;
 }
 
 }  // namespace
 
-void* take_map_buffer(size_t bytes) {
+void* take_map_buffer(size_t* bytes) {
   Buffers& all = buffers();
-  if (bytes < kLeastMapBuffer || all.limit == 0) return nullptr;
-  bytes = whole_pages(bytes);
-  add_live(all, bytes);
+  if (*bytes < kLeastMapBuffer || all.limit == 0) return nullptr;
+  *bytes = whole_pages(*bytes);
   void* buffer = nullptr;
   if (const Entry entry(all); entry) {
     buffer = find_kept(all, bytes);
+    add_live(all, *bytes);
     const size_t most = all.most_live_bytes, all_bytes = all.live_bytes + all.kept_bytes;
     const size_t allowed = most + most / kMarginShare;
     if (buffer == nullptr && all_bytes > allowed) drop_oldest(all, all_bytes - allowed);
+  } else {
+    add_live(all, *bytes);
   }
   (buffer != nullptr ? all.reused : all.fresh) += 1;
-  if (buffer == nullptr) buffer = map_memory(bytes);
+  if (buffer == nullptr) buffer = map_memory(*bytes);
   if (buffer == nullptr) {
-    all.live_bytes -= bytes;
+    all.live_bytes -= *bytes;
   } else if (all.poison) {
-    memset(buffer, 0xff, bytes);
+    memset(buffer, 0xff, *bytes);
   }
   return buffer;
 }
 
 void give_map_buffer(void* buffer, size_t bytes) {
   Buffers& all = buffers();
-  bytes = whole_pages(bytes);
   all.live_bytes -= bytes;
   const size_t limit = all.limit;
   if (bytes <= limit) {

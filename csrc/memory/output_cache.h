@@ -1,8 +1,9 @@
 // Memory for the large outputs of the CPU operators, used again instead of asked of the system anew.
 //
 // The first touch of fresh memory costs a page fault every 4 KiB, three to four times the time of the pass that writes
-// a map. So the memory of a freed output is kept for the next output of the same size, and new memory comes in huge
-// pages where the system has them.
+// a map. So the memory of a freed output is kept for the next output that fits: of the same size, or else at most a
+// quarter smaller, as where images of several sizes alternate. New memory comes in huge pages where the system has
+// them.
 //
 // Bounds: no more than limit bytes are kept; and what is kept and in use together never exceeds the most that was in
 // use since the limit was set by more than a quarter: before new memory is asked for, other sizes, oldest first, go
@@ -18,9 +19,9 @@ constexpr size_t kLeastMapBuffer = size_t{256} << 10;          // bytes; the all
 constexpr size_t kDefaultMapBufferLimit = size_t{2048} << 20;  // bytes
 
 // `bytes` of memory, aligned to a page, its content undefined; null if they are too few for this, if nothing may be
-// kept (limit 0) or if the system has none: the caller then uses its allocator. Any thread may call these functions. A
-// buffer must be given back, by whatever thread, with the size it was taken with.
-void* take_map_buffer(size_t bytes);
+// kept (limit 0) or if the system has none: the caller then uses its allocator. `*bytes` becomes the buffer's own size,
+// with which it must be given back. Any thread may call these functions.
+void* take_map_buffer(size_t* bytes);
 void give_map_buffer(void* buffer, size_t bytes);
 
 // Bytes kept at this moment for outputs to come.

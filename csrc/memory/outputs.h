@@ -32,8 +32,9 @@ inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, const
                                         torch::headeronly::ScalarType type, size_t element_size) {
   size_t bytes = element_size;
   for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  if (void* const buffer = cpu::take_map_buffer(bytes)) {
-    const auto give_back = [bytes](void* data) { cpu::give_map_buffer(data, bytes); };
+  size_t taken = bytes;
+  if (void* const buffer = cpu::take_map_buffer(&taken)) {
+    const auto give_back = [taken](void* data) { cpu::give_map_buffer(data, taken); };
     return torch::stable::from_blob(buffer, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     type, give_back);
   }

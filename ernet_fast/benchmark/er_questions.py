@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,7 @@ from ernet_fast.benchmark.question import OWN, Agreement, Contestant, Question
 
 SHAPE, MAPS = (8, 1024, 14, 14), 6  # the third stage of ER-ResNet-50 at 224 x 224, batch 8
 LAYERS = 50
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||."""
-    return float((found - expected).double().norm() / expected.double().norm())
+Call = Callable[[], list[Tensor]]
 
 
 def bound(terms: int, layers: int = 1) -> float:
@@ -26,10 +23,24 @@ def bound(terms: int, layers: int = 1) -> float:
     return 4 * layers * torch.finfo(torch.float32).eps * math.sqrt(terms)
 
 
-def agree(found: list[Tensor], expected: list[Tensor], limit: float) -> Agreement:
-    """Compares tensors by their relative error."""
-    error = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
-    return Agreement(error <= limit, f"relative difference {error:.1g}")
+def agreement_within(limit: float, found: list[Tensor], expected: list[Tensor]) -> Agreement:
+    """Compares tensors by ||found - expected|| / ||expected||."""
+    errors = [float((a - b).double().norm() / b.double().norm()) for a, b in zip(found, expected, strict=True)]
+    return Agreement(max(errors) <= limit, f"relative difference {max(errors):.1g}")
+
+
+def question_of(
+    name: str, title: str, calls: dict[str, Callable[[], Call]], limit: float, items: int, reference: Callable[[], Call]
+) -> Question:
+    """The first call is this library's own, which has to be within `limit` of the reference."""
+    agreement = functools.partial(agreement_within, limit)
+
+    def verify(result: Any) -> None:
+        found = agreement(list(result), reference()())
+        assert found.same, f"{found.detail} from the reference, at most {limit:.1g} expected"
+
+    own, *others = (Contestant(who, prepare) for who, prepare in calls.items())
+    return Question(name, title, own, others, verify, agreement, items)
 
 
 def shortcut_sum(device: torch.device, compiled: bool) -> Question:
@@ -55,20 +66,16 @@ def shortcut_sum(device: torch.device, compiled: bool) -> Question:
 
         return call
 
-    def verify(result: Any) -> None:
-        expected = call_of(reference.er_shortcut_sum)()
-        found = agree(list(result), expected, limit)
-        assert found.same, f"{found.detail} from the reference, at most {limit:.1g} expected"
-
-    others = [Contestant("PyTorch", lambda: call_of(reference.er_shortcut_sum))]
-    if compiled:
-        others.append(
-            Contestant("torch.compile", lambda: call_of(torch.compile(reference.er_shortcut_sum, dynamic=False)))
-        )
+    calls = {
+        OWN: lambda: call_of(er_shortcut_sum),
+        "PyTorch": lambda: call_of(reference.er_shortcut_sum),
+        "torch.compile": lambda: call_of(torch.compile(reference.er_shortcut_sum, dynamic=False)),
+    }
+    if not compiled:
+        del calls["torch.compile"]
     n, c, h, w = SHAPE
     title = f"ER shortcut sum of {MAPS} maps, batch {n}, {c} x {h} x {w}, forward and backward"
-    own = Contestant(OWN, lambda: call_of(er_shortcut_sum))
-    return Question("er-shortcut", title, own, others, verify, lambda found, mine: agree(found, mine, limit), n)
+    return question_of("er-shortcut", title, calls, limit, n, calls["PyTorch"])
 
 
 def training_step(device: torch.device, side: int = 224, batch: int = 4) -> Question:
@@ -89,12 +96,6 @@ def training_step(device: torch.device, side: int = 224, batch: int = 4) -> Ques
 
         return call
 
-    def verify(result: Any) -> None:
-        found = agree(list(result), call_of(False)(), limit)
-        assert found.same, f"{found.detail} from the naive composition, at most {limit:.1g} expected"
-
-    return Question(
-        "er-resnet50", f"ER-ResNet-50, forward and backward, {batch} images of {side} x {side}",
-        Contestant(OWN, lambda: call_of(True)), [Contestant("PyTorch", lambda: call_of(False))],
-        verify, lambda found, mine: agree(found, mine, limit), batch,
-    )  # fmt: skip
+    title = f"ER-ResNet-50, forward and backward, {batch} images of {side} x {side}"
+    calls = {OWN: lambda: call_of(True), "PyTorch": lambda: call_of(False)}
+    return question_of("er-resnet50", title, calls, limit, batch, calls["PyTorch"])

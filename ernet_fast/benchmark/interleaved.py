@@ -6,6 +6,7 @@ Standard library only, and no import from the package: bench/ loads this file wh
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,20 +18,12 @@ LEAST_ROUNDS = 5
 """Fewer are no basis for a median, and none for 20th and 80th percentiles."""
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of the values lie, interpolated between neighbours."""
+def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """20th, 50th and 80th percentile of `values` times `scale`, as p20, p50 and p80; interpolated."""
     if not values:
         raise ValueError("values is empty; expected at least one number.")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """20th, 50th and 80th percentile of `values` times `scale`, as p20, p50 and p80."""
-    return {f"p{100 * share:.0f}": scale * percentile(values, share) for share in (0.2, 0.5, 0.8)}
+    tenths = statistics.quantiles([*values, *values[:1]] if len(values) == 1 else values, n=10, method="inclusive")
+    return {f"p{10 * tenth}": scale * tenths[tenth - 1] for tenth in (2, 5, 8)}
 
 
 def time_interleaved(

@@ -11,8 +11,9 @@ Imports nothing from the package: bench/ loads this file when it times another r
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +32,36 @@ class MacenkoPeer:
     Attributes:
         name: as tables show it.
         package: the distribution whose version is shown.
-        normalize: gives a call that normalises images [B, 3, H, W] uint8 towards a target [3, H, W] on their device,
-            with everything prepared; it loops where the package takes one image at a time, as its users do.
-        fit: gives a call that fits one image [3, H, W] uint8; None where the package cannot.
+        make: the normaliser, for a device of this type.
+        arguments: what one call after the other is given for images [B, 3, H, W] uint8; one batch, or each image where
+            the package takes one at a time, as its users call it.
+        apply: normalises such an argument.
+        fitted: fits the normaliser to such an argument; None where the package cannot.
         devices: where it runs.
         gpu_images: images of one call that fill a GPU, or that a loop gets through.
     """
 
     name: str
     package: str
-    normalize: Callable[[Tensor, Tensor], Call]
-    fit: Callable[[Tensor], Call] | None
+    make: Callable[[str], Any]
+    arguments: Callable[[Tensor], Sequence[Any]]
+    apply: Callable[[Any, Any], Any]
+    fitted: Callable[[Any, Any], Any] | None = lambda peer, given: peer.fit(given)
     devices: tuple[str, ...] = ("cpu",)
     gpu_images: int = 64
+
+    def normalize(self, images: Tensor, target: Tensor) -> Call:
+        """A call that normalises images [B, 3, H, W] uint8 towards a target [3, H, W] on their device, all prepared."""
+        peer, given = self.make(images.device.type), self.arguments(images)
+        if self.fitted is not None:
+            self.fitted(peer, self.arguments(target[None])[0])
+        return lambda: [self.apply(peer, one) for one in given]
+
+    def fit(self, image: Tensor) -> Call:
+        """A call that fits one image [3, H, W] uint8."""
+        if self.fitted is None:
+            raise NotImplementedError(f"{self.name} cannot fit")
+        return functools.partial(self.fitted, self.make(image.device.type), self.arguments(image[None])[0])
 
 
 def planar(image: NDArray[np.uint8]) -> Tensor:
@@ -51,71 +69,37 @@ def planar(image: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
-def _interleaved_channels(image: Tensor) -> NDArray[np.uint8]:
-    """[H, W, 3] of [3, H, W], a copy."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()).copy()
+def _arrays(images: Tensor) -> list[NDArray[np.uint8]]:
+    """Copies [H, W, 3] of images [B, 3, H, W]; some packages write to what they are given."""
+    return [np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()).copy() for image in images]
 
 
-def _torchstain(backend: str) -> MacenkoPeer:
-    def made() -> Any:
-        from torchstain import normalizers
+def _torchstain(backend: str, device: str) -> Any:
+    from torchstain import normalizers
 
-        return normalizers.MacenkoNormalizer(backend=backend)
-
-    def own(image: Tensor) -> Any:
-        return _interleaved_channels(image) if backend == "numpy" else image
-
-    def normalize(images: Tensor, target: Tensor) -> Call:
-        peer, given = made(), [own(image) for image in images]
-        peer.fit(own(target))
-        if backend == "torch":  # it makes its constants on the CPU, and torch adds no tensors of two devices
-            peer.HERef, peer.maxCRef = peer.HERef.to(images.device), peer.maxCRef.to(images.device)
-        return lambda: [peer.normalize(image, stains=False)[0] for image in given]
-
-    def fit(image: Tensor) -> Call:
-        peer, given = made(), own(image)
-        return lambda: peer.fit(given)
-
-    devices = ("cpu",) if backend == "numpy" else ("cpu", "cuda")
-    return MacenkoPeer(f"torchstain {backend}", "torchstain", normalize, fit, devices, gpu_images=4)
+    return normalizers.MacenkoNormalizer(backend=backend)
 
 
-def _stainx(device: torch.device) -> Any:
+def _torchstain_fit(peer: Any, given: Any) -> None:
+    peer.fit(given)
+    if isinstance(given, Tensor):  # it makes its constants on the CPU, and torch adds no tensors of two devices
+        peer.HERef, peer.maxCRef = peer.HERef.to(given.device), peer.maxCRef.to(given.device)
+
+
+def _stainx(device: str) -> Any:
     from stainx import Macenko
 
-    return Macenko(device=device.type, backend="torch" if device.type == "cpu" else None)
+    return Macenko(device=device, backend="torch" if device == "cpu" else None)
 
 
-def _stainx_normalize(images: Tensor, target: Tensor) -> Call:
-    peer = _stainx(images.device)
-    peer.fit(target[None])
-    return lambda: peer.transform(images)
-
-
-def _stainx_fit(image: Tensor) -> Call:
-    peer = _stainx(image.device)
-    return lambda: peer.fit(image[None])
-
-
-def _torch_staintools(device: torch.device) -> Any:
+def _torch_staintools(device: str) -> Any:
     _let_torchvision_import()
     from torch_staintools.normalizer.factory import NormalizerBuilder
 
     return NormalizerBuilder.build("macenko").to(device)
 
 
-def _torch_staintools_normalize(images: Tensor, target: Tensor) -> Call:
-    peer, scaled = _torch_staintools(images.device), images.float() / 255  # it takes images in [0, 1]
-    peer.fit(target[None].float() / 255)
-    return lambda: peer(scaled)
-
-
-def _torch_staintools_fit(image: Tensor) -> Call:
-    peer, scaled = _torch_staintools(image.device), image[None].float() / 255
-    return lambda: peer.fit(scaled)
-
-
-def _tiatoolbox() -> Any:
+def _tiatoolbox(device: str) -> Any:
     _let_torchvision_import()
     import cv2
     from tiatoolbox.tools.stainnorm import MacenkoNormalizer
@@ -124,35 +108,35 @@ def _tiatoolbox() -> Any:
     return MacenkoNormalizer()
 
 
-def _tiatoolbox_normalize(images: Tensor, target: Tensor) -> Call:
-    peer, given = _tiatoolbox(), [_interleaved_channels(image) for image in images]  # it writes to what it is given
-    peer.fit(_interleaved_channels(target))
-    return lambda: [peer.transform(image) for image in given]
-
-
-def _tiatoolbox_fit(image: Tensor) -> Call:
-    peer, given = _tiatoolbox(), _interleaved_channels(image)
-    return lambda: peer.fit(given)
-
-
-def _cucim_normalize(images: Tensor, _: Tensor) -> Call:
-    """Towards the stains that cuCIM takes by default."""
-    import cupy
+def _cucim(device: str) -> Any:
+    """Towards the stains that it takes by default."""
     from cucim.core.operations.color import normalize_colors_pca
 
-    arrays = [cupy.asarray(image) for image in images]
-    return lambda: [normalize_colors_pca(array) for array in arrays]
+    return normalize_colors_pca
+
+
+def _cupy(images: Tensor) -> list[Any]:
+    import cupy
+
+    return [cupy.asarray(image) for image in images]
 
 
 _BOTH = ("cpu", "cuda")
 PEERS = (
-    _torchstain("torch"),
-    _torchstain("numpy"),
-    MacenkoPeer("stainx", "stainx", _stainx_normalize, _stainx_fit, _BOTH),
-    MacenkoPeer("torch-staintools", "torch-staintools", _torch_staintools_normalize, _torch_staintools_fit, _BOTH),
-    MacenkoPeer("tiatoolbox", "tiatoolbox", _tiatoolbox_normalize, _tiatoolbox_fit),
-    MacenkoPeer("cuCIM", "cucim", _cucim_normalize, None, ("cuda",), gpu_images=4),
-)
+    *(
+        MacenkoPeer(
+            f"torchstain {backend}", "torchstain", functools.partial(_torchstain, backend), arguments,
+            lambda peer, image: peer.normalize(image, stains=False)[0], _torchstain_fit, devices, gpu_images=4,
+        )
+        for backend, arguments, devices in (("torch", list, _BOTH), ("numpy", _arrays, ("cpu",)))
+    ),
+    MacenkoPeer("stainx", "stainx", _stainx, lambda images: [images], lambda peer, batch: peer.transform(batch),
+                devices=_BOTH),
+    MacenkoPeer("torch-staintools", "torch-staintools", _torch_staintools, lambda images: [images.float() / 255],
+                lambda peer, batch: peer(batch), devices=_BOTH),
+    MacenkoPeer("tiatoolbox", "tiatoolbox", _tiatoolbox, _arrays, lambda peer, image: peer.transform(image)),
+    MacenkoPeer("cuCIM", "cucim", _cucim, _cupy, lambda peer, image: peer(image), None, ("cuda",), gpu_images=4),
+)  # fmt: skip
 
 
 def peers_on(device: torch.device | str) -> list[MacenkoPeer]:

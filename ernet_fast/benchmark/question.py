@@ -102,8 +102,7 @@ def ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
         RuntimeError: this library's own result is wrong; nothing is timed then.
     """
     before = torch.get_num_threads()
-    if question.threads is not None:
-        torch.set_num_threads(question.threads)
+    torch.set_num_threads(question.threads or before)
     try:
         return _ask(question, seconds, wait)
     finally:
@@ -112,33 +111,30 @@ def ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
 
 def _ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
     answer = Answer(question.name, question.title, question.items, torch.get_num_threads())
-    own = question.own.prepare()
-    result = own()
+    calls, agreements = {question.own.name: question.own.prepare()}, {question.own.name: Agreement(True, "")}
+    result = calls[question.own.name]()
     try:
         question.verify(result)
     except AssertionError as error:
-        raise RuntimeError(
-            f"{question.title}: the result of {OWN} is wrong, so no speed is reported: {error}"
-        ) from error
-    calls, agreements = {question.own.name: own}, {question.own.name: Agreement(True, "")}
-    packages = {question.own.name: question.own.package}
+        said = f"{question.title}: the result of {OWN} is wrong, so no speed is reported: {error}"
+        raise RuntimeError(said) from error
     for other in question.others:
         try:
             call = other.prepare()
             agreements[other.name] = question.agreement(call(), result)
+            calls[other.name] = call
         except Exception as error:  # whatever another package raises, the rest is measured
             answer.missing.append({"name": other.name, "reason": reason_of(error)})
-            continue
-        calls[other.name], packages[other.name] = call, other.package
     del result
     times = time_interleaved(calls, ROUNDS, budget=seconds, wait=wait)
+    packages = {one.name: one.package for one in (question.own, *question.others)}
     figures = {name: percentiles(values, 1e3) for name, values in times.items()}
-    first = figures[question.own.name]["p50"]
     for name, found in figures.items():
         answer.figures.append({
             "name": name, "version": version_of(packages[name]), "p20_ms": found["p20"],
             "p50_ms": found["p50"], "p80_ms": found["p80"], "repeats": len(times[name]),
-            "items_per_second": 1e3 * question.items / found["p50"], "times_slower": found["p50"] / first,
+            "items_per_second": 1e3 * question.items / found["p50"],
+            "times_slower": found["p50"] / figures[question.own.name]["p50"],
             "same_result": agreements[name].same, "agreement": agreements[name].detail,
         })  # fmt: skip
     return answer

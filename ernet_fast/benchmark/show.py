@@ -19,14 +19,7 @@ def duration(milliseconds: float) -> str:
 
 def rate(per_second: float) -> str:
     """Three significant digits, thousands with a k."""
-    if per_second >= 1000:
-        return f"{per_second / 1000:.3g} k"
-    return f"{per_second:.3g}"
-
-
-def said_of(figure: dict[str, Any]) -> str:
-    """Whether it computes the same."""
-    return "same" if figure["same_result"] else "another *"
+    return f"{per_second / 1000:.3g} k" if per_second >= 1000 else f"{per_second:.3g}"
 
 
 def answer_text(answer: dict[str, Any]) -> str:
@@ -38,7 +31,7 @@ def answer_text(answer: dict[str, Any]) -> str:
             f"{duration(figure['p20_ms'])} to {duration(figure['p80_ms'])}",
             rate(figure["items_per_second"]),
             "" if number == 0 else f"{figure['times_slower']:.3g}",
-            said_of(figure),
+            "same" if figure["same_result"] else "another *",
         ]
         for number, figure in enumerate(answer["figures"])
     ]

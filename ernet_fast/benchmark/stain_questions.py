@@ -27,52 +27,40 @@ def tissue(count: int, height: int, width: int, first: int = 0) -> list[Image]:
     return [np.ascontiguousarray(patch.image.transpose(1, 2, 0)) for patch in patches]
 
 
+def difference_of(result: Any, own: Any) -> tuple[int, float]:
+    """The largest difference in levels, and the share of equal values."""
+    difference = np.abs(as_levels(result) - as_levels(own))
+    return int(difference.max(initial=0)), float((difference == 0).mean())
+
+
 def same_levels(result: Any, own: Any) -> Agreement:
     """Compares two results level by level."""
-    theirs, ours = as_levels(result), as_levels(own)
-    if theirs.shape != ours.shape:
-        return Agreement(False, f"another shape: {theirs.shape}")
-    difference = np.abs(theirs - ours)
-    largest, equal = int(difference.max(initial=0)), float((difference == 0).mean())
+    if as_levels(result).shape != as_levels(own).shape:
+        return Agreement(False, f"another shape: {as_levels(result).shape}")
+    largest, equal = difference_of(result, own)
     return Agreement(largest <= SAME_WITHIN, f"{100 * equal:.2f} % of the values equal, largest difference {largest}")
 
 
 def macenko(name: str, title: str, images: list[Image], device: torch.device, threads: int | None) -> Question:
     """Images in a batch, to a target that is fitted beforehand."""
-    (target,) = tissue(1, 300, 300, first=1000)
+    target = planar(tissue(1, 300, 300, first=1000)[0])
     given = torch.stack([planar(image) for image in images])
+    batch = given.to(device)
 
     def own() -> Any:
-        fitted = macenko_fit(planar(target).to(device))
-        batch = given.to(device)
-        return lambda: macenko_normalize(batch, fitted)
+        return functools.partial(macenko_normalize, batch, macenko_fit(target.to(device)))
 
     def verify(result: Any) -> None:
-        expected = as_levels(reference.macenko_normalize(given[:1], macenko_fit(planar(target))))
-        difference = np.abs(as_levels(result[:1]) - expected)
-        largest, equal = int(difference.max()), float((difference == 0).mean())
+        largest, equal = difference_of(result[:1], reference.macenko_normalize(given[:1], macenko_fit(target)))
         assert largest <= REFERENCE_WITHIN and equal >= REFERENCE_EQUAL, (
             f"{100 * equal:.2f} % of the values equal the float64 reference, largest difference {largest}"
         )
 
     others = [
-        Contestant(
-            peer.name,
-            functools.partial(peer.normalize, given.to(device), planar(target).to(device)),
-            peer.package,
-        )
+        Contestant(peer.name, functools.partial(peer.normalize, batch, target.to(device)), peer.package)
         for peer in peers_on(device)
     ]
-    return Question(
-        name,
-        title,
-        Contestant(OWN, own),
-        others,
-        verify,
-        same_levels,
-        len(images),
-        threads,
-    )
+    return Question(name, title, Contestant(OWN, own), others, verify, same_levels, len(images), threads)
 
 
 def stain_questions(device: torch.device) -> list[Callable[[], Question]]:

@@ -90,10 +90,9 @@ def _stain(found: DemoFindings) -> report.Block:
         "Stain normalisation",
         report.paragraph(
             "Every image gets the stains of one target (Macenko's method). The target is the training image with the "
-            "most typical stains, "
-            f"{found.target}. The spread of the images' mean colours (standard deviation over {tour.measured} images, "
-            "mean of the three "
-            f"channels) goes from {tour.spread_before:.1f} to {tour.spread_after:.1f} grey levels."
+            f"most typical stains, {found.target}. The spread of the images' mean colours (standard deviation over "
+            f"{tour.measured} images, mean of the three channels) goes from {tour.spread_before:.1f} to "
+            f"{tour.spread_after:.1f} grey levels."
         ),
         report.pictures(
             [(tour.picture, "Patches of six patients before and after stain normalisation, beside the target", "")]
@@ -103,25 +102,19 @@ def _stain(found: DemoFindings) -> report.Block:
 
 def _training(found: DemoFindings) -> report.Block:
     settings, history = found.settings, found.trained.history
-    trained_on = min(found.counts["train"], settings.max_train_images or found.counts["train"])
-    chosen = (
-        "all of them"
-        if trained_on == found.counts["train"]
-        else f"{trained_on} of {found.counts['train']}, evenly chosen to save time"
-    )
+    there = found.counts["train"]
+    trained_on = min(there, settings.max_train_images or there)
+    chosen = "all of them" if trained_on == there else f"{trained_on} of {there}, evenly chosen to save time"
     seconds = sum(record["train_seconds"] for record in history)
     return report.section(
         "Training",
         report.paragraph(
             f"ER-ResNet-18 with fused shortcuts, from random weights: {trained_on} training images ({chosen}), "
-            f"{_epochs(len(history), settings.epochs)}, "
-            f"batch {settings.batch_size}, AdamW with a one-cycle schedule up to {settings.lr:g}, classes weighted by "
-            "frequency, random flips, "
-            "turns, rotations, shifts and zooms. No patient is in two of training, validation and test. "
-            f"{seconds:.0f} s of training in all, "
+            f"{_epochs(len(history), settings.epochs)}, batch {settings.batch_size}, AdamW with a one-cycle schedule "
+            f"up to {settings.lr:g}, classes weighted by frequency, random flips, turns, rotations, shifts and zooms. "
+            f"No patient is in two of training, validation and test. {seconds:.0f} s of training in all, "
             f"{1e3 * seconds / (len(history) * trained_on):.0f} ms an image. The checkpoint of epoch "
-            f"{found.trained.best['epoch']} has the lowest "
-            f"validation loss and is the one evaluated."
+            f"{found.trained.best['epoch']} has the lowest validation loss and is the one evaluated."
         ),
         report.pictures([(history_picture(history), "Loss and validation figures by epoch", "")]),
     )
@@ -156,16 +149,14 @@ def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
 
 
 def _speed(found: DemoFindings) -> report.Block:
-    groups, rows = [], []
+    groups = []
     for timing in found.timings:
         own = next(iter(timing.seconds.values()))
         entries = [
-            (name, value, format_seconds(value) + ("" if index == 0 else f"  ({value / own:.1f}x)"))
+            (name, value, format_seconds(value) + (f"  ({value / own:.1f}x)" if index else ""))
             for index, (name, value) in enumerate(timing.seconds.items())
         ]
         groups.append((timing.task, entries))
-        if timing.remark:
-            rows.append(report.paragraph(f"{timing.remark}."))
     repeats = ", ".join(str(timing.repeats) for timing in found.timings)
     return report.section(
         "Speed",
@@ -175,18 +166,16 @@ def _speed(found: DemoFindings) -> report.Block:
             "operations."
         ),
         report.bars(groups),
-        *rows,
+        *(report.paragraph(f"{timing.remark}.") for timing in found.timings if timing.remark),
     )
 
 
 def _machine(found: DemoFindings, facts: dict[str, Any]) -> report.Block:
     machine, build = facts["machine"], facts["extension"]["build"]
     versions = ", ".join(f"{p['name']} {p['version']}" for p in facts["packages"] if p["version"])
-    compiled = (
-        f"yes, {build['isa']} in use (of {', '.join(build['isa_variants'])})"
-        if build
-        else f"no: {facts['extension']['reason']}"
-    )
+    compiled = f"no: {facts['extension']['reason']}"
+    if build:
+        compiled = f"yes, {build['isa']} in use (of {', '.join(build['isa_variants'])})"
     devices = ", ".join(device["name"] for device in facts["cuda"]["devices"]) or f"none ({facts['cuda']['reason']})"
     plain = {key: value for key, value in found.settings.to_dict().items() if value is not None}
     rows = [

@@ -16,7 +16,7 @@ from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
 from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
 from ernet_fast.demo.page import DemoFindings, write_page
-from ernet_fast.demo.stain_tour import StainTour, show_normalization
+from ernet_fast.demo.stain_tour import show_normalization
 from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
@@ -28,13 +28,9 @@ from ernet_fast.train.stain_choice import most_typical
 _RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
 _TOTAL_SECONDS = 165.0  # leaves a little of the three minutes for starting Python
 _LATER_SECONDS = 55.0  # for evaluation, timing and report
-_SYNTHETIC = {
-    "patients": 24,
-    "patches_per_patient": 12,
-    "magnifications": [100, 200],
-    "size": [224, 224],
-    "staining": "shifted",
-}
+_SYNTHETIC: dict[str, Any] = {
+    "patients": 24, "patches_per_patient": 12, "magnifications": [100, 200], "size": [224, 224], "staining": "shifted"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +59,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("image_size", 16), ("max_images", 16), ("seed", 0)):
             value = getattr(self, name)
-            if name == "epochs" and value is None:
-                continue
-            if not isinstance(value, int) or value < least:
+            if (name, value) != ("epochs", None) and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}; expected an integer of at least {least}.")
 
 
@@ -102,7 +96,8 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     reporter.line(f"     spread of mean colours {tour.spread_before:.1f} -> {tour.spread_after:.1f} grey levels")
 
     reporter.line("3/6  training")
-    _clear_run(folder / "run")
+    for name in _RUN_FILES:  # of an earlier demo, and nothing else
+        (folder / "run" / name).unlink(missing_ok=True)
     settings = replace(settings, stain_target=str(target), epochs=_epochs(config, settings, len(train), start))
     reporter.line(f"     {settings.epochs} epochs")
     trained = fit(settings, reporter=reporter, on_epoch=lambda record: _out_of_time(config, record, start))
@@ -118,17 +113,10 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
 
     reporter.line("6/6  report")
     findings = DemoFindings(
-        synthetic=config.data is None,
-        data=data,
-        settings=settings,
-        counts={"train": len(train), "test": len(test)},
-        target=target.name,
-        tour=tour,
-        trained=trained,
-        evaluation=evaluation,
-        timings=timings,
+        synthetic=config.data is None, data=data, settings=settings, counts={"train": len(train), "test": len(test)},
+        target=target.name, tour=tour, trained=trained, evaluation=evaluation, timings=timings,
         seconds=time.perf_counter() - start,
-    )
+    )  # fmt: skip
     report = write_page(folder / "report.html", findings)
     seconds = time.perf_counter() - start
     figures = _figures(findings, report, seconds)
@@ -155,21 +143,11 @@ def _count(samples: list[Sample]) -> str:
 
 def _training(config: DemoConfig, data: str, out: Path) -> TrainConfig:
     return TrainConfig(
-        data=data,
-        out=str(out),
-        model="er_resnet18",
-        image_size=config.image_size,
-        batch_size=24,
-        lr=5e-4,
-        schedule="one-cycle",
-        class_weights="balanced",
-        select_by="loss",
-        cache=True,
-        max_train_images=config.max_images,
-        max_val_images=max(1, config.max_images // 4),
-        seed=config.seed,
+        data=data, out=str(out), model="er_resnet18", image_size=config.image_size, batch_size=24, lr=5e-4,
+        schedule="one-cycle", class_weights="balanced", select_by="loss", cache=True,
+        max_train_images=config.max_images, max_val_images=max(1, config.max_images // 4), seed=config.seed,
         device=config.device,
-    )
+    )  # fmt: skip
 
 
 def _synthetic_images(root: Path, seed: int, reporter: Reporter) -> Path:
@@ -181,19 +159,12 @@ def _synthetic_images(root: Path, seed: int, reporter: Reporter) -> Path:
         return root
     if (root / "histology_slides").exists():
         raise FileExistsError(f"{str(root)!r} holds other images; choose another --out, or remove that folder.")
-    settings: dict[str, Any] = dict(_SYNTHETIC)
-    settings["size"] = tuple(settings["size"])
+    settings: dict[str, Any] = {**_SYNTHETIC, "size": tuple(_SYNTHETIC["size"])}
     count = settings["patients"] * settings["patches_per_patient"] * len(settings["magnifications"])
     with reporter.task("draw synthetic images", count) as task:
         write_breakhis_like(root, seed=seed, split_seed=seed, progress=lambda done, total: task.advance(1), **settings)
     write_text(stamp, wanted)
     return root
-
-
-def _clear_run(folder: Path) -> None:
-    """Remove the training of an earlier demo, and nothing else."""
-    for name in _RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def _timings(config: DemoConfig, sample: Sample) -> list[Timing]:
@@ -202,21 +173,16 @@ def _timings(config: DemoConfig, sample: Sample) -> list[Timing]:
 
 
 def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, Any]:
+    tour = findings.tour
     return {
         "report": str(report),
         "seconds": round(seconds, 1),
         "synthetic": findings.synthetic,
-        "stain": _stain_figures(findings.tour, findings.target),
+        "stain": {
+            "target": findings.target, "spread_before": tour.spread_before, "spread_after": tour.spread_after,
+            "images": tour.measured,
+        },
         "history": findings.trained.history,
         "evaluation": findings.evaluation.figures(),
         "timings": [{"task": t.task, "median_seconds": t.seconds, "repeats": t.repeats} for t in findings.timings],
-    }
-
-
-def _stain_figures(tour: StainTour, target: str) -> dict[str, Any]:
-    return {
-        "target": target,
-        "spread_before": tour.spread_before,
-        "spread_after": tour.spread_after,
-        "images": tour.measured,
-    }
+    }  # fmt: skip

@@ -36,31 +36,19 @@ def show_normalization(samples: Sequence[Sample], target: Path, stain: StainNorm
     The spread is the standard deviation, over up to 48 images, of an image's mean colour, averaged over the three
     channels.
     """
-    patients = _one_each_patient(samples)
-    shown = [
-        sample
-        for malignant in (0, 1)
-        for sample in evenly_chosen([s for s in patients if s.malignant == malignant], _SHOWN // 2)
-    ]
-    pairs = []
-    for sample in shown:
-        image = read_image(sample.path)
-        title = f"{'malignant' if sample.malignant else 'benign'}, {sample.magnification}X\npatient {sample.patient}"
-        pairs.append((title, _thumbnail(image), _thumbnail(stain(image))))
-    png = before_after_picture(pairs, _thumbnail(read_image(target)), picture)
-    before, after = [], []
-    for sample in evenly_chosen(samples, _MEASURED):
-        image = read_image(sample.path)
-        before.append(_mean_colour(image))
-        after.append(_mean_colour(stain(image)))
-    return StainTour(png, _spread(before), _spread(after), len(before))
-
-
-def _one_each_patient(samples: Sequence[Sample]) -> list[Sample]:
-    first: dict[str, Sample] = {}
+    patients: dict[str, Sample] = {}
     for sample in evenly_chosen(samples, None):
-        first.setdefault(sample.patient, sample)
-    return list(first.values())
+        patients.setdefault(sample.patient, sample)
+    pairs = []
+    for malignant in (0, 1):
+        for sample in evenly_chosen([s for s in patients.values() if s.malignant == malignant], _SHOWN // 2):
+            image = read_image(sample.path)
+            kind = "malignant" if malignant else "benign"
+            title = f"{kind}, {sample.magnification}X\npatient {sample.patient}"
+            pairs.append((title, _thumbnail(image), _thumbnail(stain(image))))
+    png = before_after_picture(pairs, _thumbnail(read_image(target)), picture)
+    images = [read_image(sample.path) for sample in evenly_chosen(samples, _MEASURED)]
+    return StainTour(png, _spread(images), _spread([stain(image) for image in images]), len(images))
 
 
 def _thumbnail(image: Tensor) -> Tensor:
@@ -74,9 +62,7 @@ def _thumbnail(image: Tensor) -> Tensor:
     return F.interpolate(square[None], size=(_THUMBNAIL, _THUMBNAIL), mode="bilinear", antialias=True)[0]
 
 
-def _mean_colour(image: Tensor) -> Tensor:
-    return image.double().mean(dim=(1, 2))
-
-
-def _spread(colours: list[Tensor]) -> float:
-    return float(torch.stack(colours).std(dim=0, correction=0).mean())
+def _spread(images: list[Tensor]) -> float:
+    """Of the images' mean colours."""
+    colours = torch.stack([image.double().mean(dim=(1, 2)) for image in images])
+    return float(colours.std(dim=0, correction=0).mean())

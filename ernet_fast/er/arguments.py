@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -26,21 +28,29 @@ def check_norm(norm: str, num_groups: int | None, channels: int) -> None:
             raise ValueError(f"num_groups={num_groups} does not divide the {channels} channels of the maps.")
 
 
-def _check_number(name: str, value: float, expected: str, fits: Callable[[float], bool]) -> None:
-    if not isinstance(value, int | float):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a number {expected}.")
-    if not fits(value):
-        raise ValueError(f"{name} is {value}; expected a number {expected}.")
+def check_eps(eps: float) -> float:
+    """`eps` as a Python number; raises unless it is a finite one > 0."""
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps is a {type(eps).__name__}; expected a number > 0.")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}; expected a finite number > 0.")
+    return float(eps)
 
 
-def check_eps(eps: float) -> None:
-    """Raise unless `eps` is a number > 0."""
-    _check_number("eps", eps, "> 0", lambda value: value > 0)
+def check_momentum(momentum: float) -> float:
+    """`momentum` as a Python number; raises unless it is one from 0 to 1."""
+    if isinstance(momentum, bool) or not isinstance(momentum, Real):
+        raise TypeError(f"momentum is a {type(momentum).__name__}; expected a number from 0 to 1.")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; expected a number from 0 to 1.")
+    return float(momentum)
 
 
-def check_momentum(momentum: float) -> None:
-    """Raise unless `momentum` is a number from 0 to 1."""
-    _check_number("momentum", momentum, "from 0 to 1", lambda value: 0 <= value <= 1)
+def check_flags(**flags: bool) -> None:
+    """Raise TypeError unless every argument is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected True or False.")
 
 
 def check_maps(xs: Sequence[Tensor]) -> None:
@@ -86,12 +96,9 @@ def check_weight(weight: Tensor, xs: Sequence[Tensor]) -> None:
 
 
 def check_running(
-    name: str, running: Sequence[Tensor] | Tensor | None, num_maps: int, like: Tensor, moved: bool
+    name: str, running: Sequence[Tensor] | Tensor | None, num_maps: int, like: Tensor
 ) -> Sequence[Tensor] | None:
-    """The rows of running statistics, one [C] tensor for each of `num_maps` maps, or None.
-
-    With `moved` they are to be written, and must not share memory.
-    """
+    """The rows of running statistics, one [C] tensor for each of `num_maps` maps, or None."""
     if running is None:
         return None
     channels = like.shape[1]
@@ -113,14 +120,6 @@ def check_running(
             raise TypeError(f"{name}[{i}] is {row.dtype}; expected float32, float64, bfloat16 or float16.")
         if row.device != device:
             raise ValueError(f"{name}[{i}] is on {row.device} but the maps on {device}.")
-    if (
-        moved
-        and not torch.compiler.is_compiling()
-        and _share_memory([running] if isinstance(running, Tensor) else rows)
-    ):
-        raise ValueError(
-            f"entries of {name} share memory, and training moves each by itself. Call .clone() on what was expanded."
-        )
     return rows
 
 
@@ -142,6 +141,7 @@ def check_shortcut_sum(
     training: bool,
     momentum: float,
     eps: float,
+    relu: bool = False,
 ) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
     """All checks of `er_shortcut_sum`; returns the running statistics as rows.
 
@@ -154,14 +154,20 @@ def check_shortcut_sum(
     check_weight(weight, xs)
     check_eps(eps)
     check_momentum(momentum)
+    check_flags(training=training, relu=relu)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together; only one of them was given.")
     if norm == "group":
         if running_mean is not None:
             raise ValueError("norm='group' has no running statistics; leave running_mean and running_var out.")
         return None, None
-    means = check_running("running_mean", running_mean, len(xs) - 1, xs[0], training)
-    variances = check_running("running_var", running_var, len(xs) - 1, xs[0], training)
+    means = check_running("running_mean", running_mean, len(xs) - 1, xs[0])
+    variances = check_running("running_var", running_var, len(xs) - 1, xs[0])
+    if training and means and variances and not torch.compiler.is_compiling() and _share_memory([*means, *variances]):
+        raise ValueError(
+            "entries of running_mean and running_var share memory, and training updates each by itself. Call .clone() "
+            "on what was expanded or given twice."
+        )
     if not training and means is None and len(xs) > 1:
         raise ValueError("training=False with norm='batch' needs running_mean and running_var.")
     values_per_channel = xs[0].shape[0] * xs[0].shape[2] * xs[0].shape[3]

@@ -61,13 +61,15 @@ def er_shortcut_sum(
         ValueError: a shape, device, value or combination that does not fit. Nothing has been computed or changed then.
     """
     options: dict[str, Any] = {
-        "norm": norm, "num_groups": num_groups, "training": training, "momentum": momentum, "eps": eps
+        "norm": norm, "num_groups": num_groups, "training": training, "momentum": momentum, "eps": eps, "relu": relu
     }  # fmt: skip
     means, variances = check_shortcut_sum(xs, weight, running_mean=running_mean, running_var=running_var, **options)
+    options["eps"] = eps = float(eps)  # NumPy's too are numbers
+    options["momentum"] = momentum = float(momentum)
     if xs[0].numel() == 0 or operators.why_plain(xs[0]) is not None:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()
-        return reference_shortcut_sum(xs, weight, running_mean=means, running_var=variances, relu=relu, **options)
+        return reference_shortcut_sum(xs, weight, running_mean=means, running_var=variances, **options)
     mean = var = None
     if means and variances:
         mean, var = torch.stack(list(means)), torch.stack(list(variances))

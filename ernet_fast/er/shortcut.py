@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ernet_fast.er import operators
-from ernet_fast.er.arguments import check_eps, check_momentum, check_norm, check_shortcut_sum
+from ernet_fast.er.arguments import check_eps, check_flags, check_momentum, check_norm, check_shortcut_sum
 from ernet_fast.er.epilogue_arguments import ShortcutArguments
 from ernet_fast.er.functional import er_shortcut_sum
 from ernet_fast.er.plain import is_plain
@@ -111,9 +111,10 @@ class ERShortcut(nn.Module):
         if channels < 1 or num_maps < 1:
             raise ValueError(f"channels={channels} and num_maps={num_maps} must both be at least 1.")
         check_norm(norm, num_groups, channels)
-        check_eps(eps)
+        check_flags(relu=relu, fused=fused)
+        eps = check_eps(eps)
         if momentum is not None:
-            check_momentum(momentum)
+            momentum = check_momentum(momentum)
         self.channels, self.num_maps = channels, num_maps
         self.norm, self.num_groups = norm, num_groups
         if norm == "group" and process_group is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ernet_fast.er.norm_relu import batch_norm_relu
 from ernet_fast.models.pooling import global_pooling
-from ernet_fast.models.stage import ERStage, checkpoint_stage
+from ernet_fast.models.stage import ERStage, check_input, checkpoint_stage
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32
@@ -286,6 +286,7 @@ class ERResNet(nn.Module):
             self.fused = all(stage.fused for stage in self.stages)
 
     def _stem(self, x: Tensor) -> Tensor:
+        check_input(x, self.conv1)
         return batch_norm_relu(self.conv1(x), self.bn1, self.relu, fused=None if self.fused else False)
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:

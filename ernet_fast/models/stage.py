@@ -79,6 +79,8 @@ class ERStage(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if not isinstance(stride, int) or stride < 1:
+            raise ValueError(f"stride must be an int of at least 1, got {stride!r}")
         self.fused = fused
         dilations = {"dilation": dilation, "first_dilation": first_dilation}
         self.add_module("0", projection(in_channels, width, channels, stride=stride, **dilations))
@@ -114,26 +116,14 @@ class ERStage(nn.Module):
         assert isinstance(opening, blocks.ProjectionBlock)
         return opening
 
-    def _check(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x is {found}; expected a floating tensor [N, C, H, W].")
-        if torch.jit.is_tracing():  # sizes are values of the graph, and a comparison would fix them
-            return
-        conv = self._opening().conv1
-        channels = conv.in_channels if isinstance(conv, nn.Conv2d) else None
-        if x.dim() != 4 or channels not in (None, x.shape[1]):
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [N, {channels or 'C'}, H, W].")
-
     def forward(self, x: Tensor) -> Tensor:
         """y_{L-1} [N, channels, H / stride, W / stride] of x [N, in_channels, H, W].
 
         Raises:
-            TypeError: x is no floating tensor.
+            TypeError: x is no floating tensor, or of another dtype than the weights, outside autocast.
             ValueError: it has another number of dimensions or channels.
         """
-        if isinstance(x, Tensor) or not isinstance(x, torch.fx.Proxy):
-            self._check(x)
+        check_input(x, self._opening().conv1)
         opening, *er_blocks = self._blocks()
         fuses_norms = self.fused and norms_supported(x)
         x_0 = opening(x, fused=fuses_norms)
@@ -181,6 +171,30 @@ class ERStage(nn.Module):
             "torch.jit.script cannot compile an ERStage. Use torch.export.export(model.eval(), (x,)), or "
             "torch.jit.trace(model.eval(), x) where TorchScript is needed."
         )
+
+
+def check_input(x: Tensor, conv: Any) -> None:
+    """Raise unless `x` is a floating tensor [N, C, H, W] that `conv`, the first convolution on it, takes.
+
+    Raises:
+        TypeError: x is no floating tensor, or of another dtype than the weights, outside autocast.
+        ValueError: it has another number of dimensions or channels.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        return
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x is {found}; expected a floating tensor [N, C, H, W].")
+    weight = getattr(conv, "weight", None)
+    if type(weight) is nn.Parameter and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"x is {x.dtype} and the weights are {weight.dtype}: convert one of them with .to(dtype), or use autocast."
+        )
+    if torch.jit.is_tracing():  # sizes are values of the graph, and a comparison would fix them
+        return
+    channels = conv.in_channels if isinstance(conv, nn.Conv2d) else None
+    if x.dim() != 4 or channels not in (None, x.shape[1]):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [N, {channels or 'C'}, H, W].")
 
 
 def checkpoint_stage(stage: nn.Module, x: Tensor) -> Tensor:

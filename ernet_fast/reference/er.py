@@ -29,7 +29,7 @@ def er_shortcut_sum(
     of `ernet_fast.er_shortcut_sum`, for which this function is the definition.
     """
     means, variances = check_shortcut_sum(
-        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps
+        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps, relu
     )
     y = xs[-1]
     for i, x in enumerate(xs[:-1]):

@@ -23,7 +23,9 @@ def here(monkeypatch):
         call()
         return {"p20": 0.9, "p50": 1.0, "p80": 1.1}
 
-    return bench.Where("cpu", milliseconds, lambda: None)
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "milliseconds", milliseconds)
+    monkeypatch.setattr(bench, "wait", lambda: None)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -31,7 +33,7 @@ def here(monkeypatch):
     "operation", ["normalize", "fit", "augment", "normalize, stains given", "normalize to bfloat16 input"]
 )
 def test_one_operation(here, operation, channels_last):
-    row = bench.measure(operation, "24x16", 21, channels_last, CEILINGS, here)
+    row = bench.measure(operation, "24x16", 21, channels_last, CEILINGS)
     written = {"fit": 0, "normalize to bfloat16 input": 2}.get(operation, 1)
     assert row.extra_info["images_per_second"] == 21_000 and row.p50 == 1.0 and row.unit == "ms"
     assert row.extra_info["copy_time"] == pytest.approx(21 * 3 * 16 * 24 * (1 + written) / 100e6, rel=1e-3)
@@ -48,7 +50,7 @@ def test_a_wrong_result_is_not_timed(here, monkeypatch):
             lambda name, images, change=change: (change if len(images) > 8 else lambda x: x)(real(name, images)),
         )
         with pytest.raises(AssertionError):
-            bench.measure("normalize", "24x16", 13, False, CEILINGS, here)
+            bench.measure("normalize", "24x16", 13, False, CEILINGS)
 
 
 def test_repeats_must_have_the_same_bits():
@@ -61,13 +63,13 @@ def test_repeats_must_have_the_same_bits():
 
 def test_uploads(here):
     for page_locked in (False, True):
-        row = bench.upload("24x16", 10, page_locked, CEILINGS, here, batches=3)
+        row = bench.upload("24x16", 10, page_locked, CEILINGS, batches=3)
         assert row.extra_info["copy_time"] == 1.0 and row.extra_info["images_per_second"] > 0
 
 
 def test_peers_that_import_and_reasons_for_the_others(here, monkeypatch):
     monkeypatch.setattr(bench, "SIZES", {"48x40": (40, 48)})
-    rows = {row.name: row for row in bench.against_peers("48x40", CEILINGS, here, count=9)}
+    rows = {row.name: row for row in bench.against_peers("48x40", CEILINGS, count=9)}
     ours = rows.pop("peers 48x40")
     assert set(rows) == {f"peers 48x40 {peer.name}" for peer in macenko_peers.peers_on("cpu")}
     for name in (peer.name for peer in macenko_peers.peers_on("cpu")):

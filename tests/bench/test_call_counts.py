@@ -1,4 +1,4 @@
-"""bench/call_counts.py: it counts what a small package does, and a pass of a stage stays within what it once took."""
+"""call_counts.py counts what a small package does, and a pass of a stage stays within what it once took."""
 
 from __future__ import annotations
 

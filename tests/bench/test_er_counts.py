@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from er_branch import branch, give
-from er_kernel_counts import Kernels, profiled_kernels, table
+from er_kernel_counts import Kernels, profiled_kernels
 from er_stage_epilogues import LAYOUTS, EpilogueStage, StageShape, make_maps, map_accesses, train_epilogues
 from operator_times import operator_milliseconds
 from tensor_memory import held_bytes, memory_use
@@ -59,11 +59,6 @@ def test_kernels_of_single_operators(monkeypatch):
     assert profiled_kernels(lambda: bn(x), SIZE).map == 1
     assert profiled_kernels(lambda: torch.empty_like(x), SIZE) == Kernels(0, 0)
     assert profiled_kernels(lambda: torch.ops.ernet.weighted_sum([x, x], torch.ones(2, 3), c, True), SIZE).map == 1
-
-
-def test_table_of_kernels():
-    lines = table([2, 3]).splitlines()
-    assert len(lines) == 4 and lines[3].startswith("| 3 | ")
 
 
 @pytest.mark.parametrize("size", [7, 56])

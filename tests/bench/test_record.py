@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from record import Record, Row, Target, merge, read, without_figures
+from record import Record, Row, Target, read, without_figures
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -86,18 +86,17 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path):
     assert len(Record.of(machine(), tmp_path).rows()) == 20
 
 
-def test_runs_of_one_tree_merge_and_others_do_not(tmp_path):
-    first, second = tmp_path / "one", tmp_path / "two"
-    Record.of(machine(clocks=[{"clocks.sm": "1980 MHz"}]), first).add(row("a"), row("b"))
+def test_runs_of_one_tree_are_one_record_and_others_are_not(tmp_path):
+    first = Record.of(machine(clocks=[{"clocks.sm": "1980 MHz"}]), tmp_path)
+    first.add(row("a"), row("b"))
     later = machine(time="2026-11-23T13:00:00+00:00", clocks=[{"clocks.sm": "345 MHz"}])
-    Record.of(later, second).add(row("b", 5.0))
-    path = merge([*second.iterdir(), *first.iterdir()], tmp_path)
-    found, rows = read(path)
+    Record.of(later, tmp_path).add(row("b", 5.0))
+    found, rows = read(first.path)
     assert [(r.name, r.p50) for r in rows] == [("a", 2.0), ("b", 5.0)]
     assert [c["clocks.sm"] for c in found["clocks"]] == ["1980 MHz", "345 MHz"]
     with pytest.raises(ValueError, match="packages was .*2.13.0.* and is .*2.14.0"):
-        Record(path, machine(packages={"torch": "2.14.0"})).add(row("c"))
-    assert len(read(path)[1]) == 2
+        Record(first.path, machine(packages={"torch": "2.14.0"})).add(row("c"))
+    assert len(read(first.path)[1]) == 2
 
 
 def test_a_changed_tree_has_a_record_of_its_own(tmp_path):

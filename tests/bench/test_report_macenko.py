@@ -1,10 +1,13 @@
-"""The page and the picture say what the record says."""
+"""The tables and the picture say what the record says."""
 
 from __future__ import annotations
 
+import pictures
 import pytest
-import report_macenko
+from macenko_tables import TABLES
 from record import Record, Row
+from records import Records
+from target_tables import by_group
 
 MACHINE = {
     "kind": "cpu", "name": "cpu-2-cores", "cpu": "Some CPU", "cores": 2, "system": "Linux", "python": "3.11.7",
@@ -44,27 +47,25 @@ def record(tmp_path):
     return found
 
 
-def test_page_and_picture(record, tmp_path):
+def test_tables_and_picture(record, tmp_path):
     pytest.importorskip("matplotlib")
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    assert report_macenko.main([str(record.path), str(docs)]) == 0
-    page = (docs / "macenko-benchmarks.md").read_text()
-    assert "commit `012345678`: Some CPU, 2 cores" in page and "![Images per second" in page
-    assert "| ms (median; times slower) | 64x64 | 224x224 |" in page
-    assert "| torchstain torch | 0.205 (25 ×) | 2.51 (25 ×) |" in page
-    assert "| tiatoolbox | not installed | not installed |" in page
-    assert "| normalize 224x224 ernet_fast | ratio_torchstain_torch >= 30 | 25 | **no** |" in page
-    assert "| tiny, 21 images | linear: torchstain numpy | 99.987 % | 100.000 % | 1 |" in page
-    assert "The same 21 images of tiny by other packages" in page and "| tiatoolbox | 2.000 % | 205 |" in page
-    assert "| ernet_fast, ns a pixel | 2 | 2 |" in page
-    assert "unrelated" not in page and "Whole slides" not in page
-    assert (docs / "macenko_speed.png").stat().st_size > 10_000
+    records = Records(record.path.parent)
+    found = {name: made(records) for name, made in TABLES.items()}
+    assert "| torchstain torch | 0.205 ms (25x) | 2.51 ms (25x) | not recorded | not recorded |" in found["macenko-fit"]
+    assert "tiatoolbox" not in found["macenko-fit"]
+    assert "| tiny | 21 | linear | torchstain numpy | 99.987 % | 100.000 % | 1 |" in found["macenko-parity"]
+    assert found["macenko-others"].endswith("| tiatoolbox | 2.000 % | 205 |")
+    assert found["macenko-slides"] == found["macenko-threads"] == "Not measured."
+    assert "| normalize 224x224 | `ratio_torchstain_torch >= 30` | 0 of 1 |" in by_group(missed=True)(records)
+    pictures.macenko(records).savefig(tmp_path / "macenko_speed.png")
+    assert (tmp_path / "macenko_speed.png").stat().st_size > 10_000
 
 
-def test_records_of_something_else_are_refused(tmp_path, capsys):
-    other = Record.of(MACHINE, tmp_path)
-    other.add(Row("another_bench", "row", "x", {}, 1, 1, 1, "ms"))
-    assert report_macenko.main([str(other.path), str(tmp_path)]) == 1
-    assert "no rows of bench_macenko" in capsys.readouterr().err
-    assert report_macenko.main([]) == 2
+def test_pixels_and_bytes_stand_below_where_every_size_is_there(record):
+    for size, pixels in (("700x460", 322000), ("1024x1024", 1048576)):
+        record.add(one_image("fit", size, pixels, "ernet_fast", pixels / 5e5))
+    lines = TABLES["macenko-fit"](Records(record.path.parent)).splitlines()
+    assert lines[-2:] == [
+        "| bytes / copy bandwidth | 0.01 ms | 0.01 ms | 0.01 ms | 0.01 ms |",
+        "| ernet_fast, ns a pixel | 2 | 2 | 2 | 2 |"
+    ]  # fmt: skip

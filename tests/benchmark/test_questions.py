@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ernet_fast.benchmark import Agreement, BenchmarkConfig, Contestant, Question, er_questions, question, run
-from ernet_fast.benchmark.interleaved import percentile, percentiles, time_interleaved
+from ernet_fast.benchmark.interleaved import percentiles, time_interleaved
 from ernet_fast.benchmark.macenko_peers import as_levels
 from ernet_fast.benchmark.question import ask
 from ernet_fast.benchmark.show import answer_text, duration, picture, rate
@@ -114,16 +114,14 @@ def test_rounds_interleave_and_the_first_does_not_count():
 
 
 @pytest.mark.parametrize(
-    ("values", "share", "expected"), [([3, 1, 2], 0.5, 2), ([1, 2], 0.5, 1.5), ([5], 0.8, 5), (range(11), 0.2, 2)]
+    ("values", "expected"),
+    [([3, 1, 2], (1.4, 2, 2.6)), ([1, 2], (1.2, 1.5, 1.8)), ([5], (5, 5, 5)), (range(11), (2, 5, 8))],
 )
-def test_percentiles(values, share, expected):
-    assert percentile(list(values), share) == expected
+def test_percentiles(values, expected):
+    assert percentiles(values) == pytest.approx(dict(zip(("p20", "p50", "p80"), expected, strict=True)))
+    assert percentiles(values, 1e3)["p80"] == pytest.approx(1e3 * expected[2])
     with pytest.raises(ValueError, match="values is empty"):
-        percentile([], share)
-
-
-def test_percentiles_in_another_unit():
-    assert percentiles(range(11), 1e3) == {"p20": 2000, "p50": 5000, "p80": 8000}
+        percentiles([])
 
 
 def test_levels_of_every_kind_of_result():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,16 @@ RUNNING = [
         r"running_mean\[0\] is torch.int32; expected",
     ),
     ({"running_mean": MEAN, "running_var": VAR.to("meta")}, ValueError, r"running_var\[0\] is on meta but the maps on"),
-    ({"running_mean": MEAN, "running_var": VAR[:1].expand(2, 6)}, ValueError, "entries of running_var share memory"),
+    ({"running_mean": MEAN, "running_var": VAR[:1].expand(2, 6)}, ValueError, "running_var share memory"),
     (
         {"running_mean": MEAN[:, :1].expand(2, 6), "running_var": VAR},
         ValueError,
-        "entries of running_mean share",
+        "running_var share memory",
     ),
-    ({"running_mean": MEAN, "running_var": [SHARED, SHARED]}, ValueError, "entries of running_var share memory"),
+    ({"running_mean": MEAN, "running_var": [SHARED, SHARED]}, ValueError, "running_var share memory"),
+    ({"training": "no"}, TypeError, "training is .no.; expected True or False"),
+    ({"relu": "no"}, TypeError, "relu is .no.; expected True or False"),
+    ({"running_mean": [SHARED] * 2, "running_var": VAR}, ValueError, "running_var share memory"),
 ]
 OPTIONS = [
     ({"momentum": "0.1"}, TypeError, "momentum is a str; expected a number from 0 to 1"),
@@ -51,8 +55,10 @@ OPTIONS = [
     ({"momentum": 1.5}, ValueError, "momentum is 1.5; expected a number from 0 to 1"),
     ({"momentum": float("nan")}, ValueError, "momentum is nan; expected"),
     ({"eps": "small"}, TypeError, "eps is a str; expected a number > 0"),
-    ({"eps": 0.0}, ValueError, "eps is 0.0; expected a number > 0"),
-    ({"eps": float("nan")}, ValueError, "eps is nan; expected a number > 0"),
+    ({"eps": 0.0}, ValueError, "eps is 0.0; expected a finite number > 0"),
+    ({"eps": float("nan")}, ValueError, "eps is nan; expected a finite number > 0"),
+    ({"eps": float("inf")}, ValueError, "eps is inf; expected a finite number > 0"),
+    ({"eps": True}, TypeError, "eps is a bool; expected a number > 0"),
     ({"norm": "group", "num_groups": 2.0}, TypeError, "num_groups is 2.0; expected an int"),
     ({"norm": "group", "num_groups": 0}, ValueError, "num_groups=0 does not divide"),
     ({"norm": None}, ValueError, "norm is None; expected 'batch' or 'group'"),
@@ -178,3 +184,9 @@ def test_blocks_that_do_not_fit_their_stage(change: Callable[[ERStage], Any], er
     if change is not wrong_device:  # meta tensors have no values
         after = [b for part in parts for b in part.buffers()]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_numbers_of_numpy_are_numbers():
+    expected = ernet_fast.er_shortcut_sum([X, X, X], W, eps=float(np.float32(1e-3)))
+    assert torch.equal(ernet_fast.er_shortcut_sum([X, X, X], W, eps=np.float32(1e-3)), expected)
+    assert torch.equal(ERShortcut(6, 2, eps=np.float32(1e-3), relu=False)([X, X, X]), expected)

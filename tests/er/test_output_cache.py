@@ -55,6 +55,25 @@ def test_memory_is_used_again():
     assert torch.equal(second, 2 * x)
 
 
+def test_memory_serves_sizes_up_to_a_quarter_smaller():
+    """As where images of several sizes alternate: the smallest buffer that fits, and a larger one never."""
+    large = torch.randn(LARGE)
+    results = [double(large) for _ in range(2)]
+    addresses = {result.data_ptr() for result in results}
+    results.clear()
+    fits, too_small = (torch.randn(*LARGE[:3], width) for width in (16, 15))
+    results.append(double(fits))
+    assert results[0].data_ptr() in addresses and torch.equal(results[0], 2 * fits)
+    results.clear()
+    assert kept_memory().kept_bytes == 2 * SIZE  # as large as they were
+    before = kept_memory().fresh
+    for width in [20, 17, 18, 16, 19] * 4:
+        double(torch.randn(*LARGE[:3], width))
+    assert kept_memory().fresh == before
+    double(too_small)
+    assert kept_memory().fresh == before + 1
+
+
 def test_kept_and_live_exceed_what_was_live_by_a_quarter_at_most():
     small, large = torch.randn(LARGE), torch.randn(LARGER)
     results = [double(small) for _ in range(4)]  # the peak: 4 sizes, so 5 are the most from here on
@@ -228,5 +247,6 @@ def test_environment_variable():
     show = "from ernet_fast.output_cache import kept_memory; print(kept_memory().limit_bytes)"
     assert run(show, ERNET_KEEP_MB="3").stdout.strip() == str(3 << 20)
     assert run(show, ERNET_KEEP_MB="0").stdout.strip() == "0"
-    bad = run("from ernet_fast import _backend; print(_backend.why_unavailable())", ERNET_KEEP_MB="much")
-    assert "ERNET_KEEP_MB=much; expected a whole number of MiB" in bad.stdout
+    for text in ("much", "-1"):
+        bad = run("import ernet_fast", ERNET_KEEP_MB=text)
+        assert f"ValueError: environment variable ERNET_KEEP_MB={text}; expected a whole number of MiB" in bad.stderr

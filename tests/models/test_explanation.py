@@ -32,7 +32,7 @@ def other_relu(model: nn.Module) -> nn.Module:
 
 CASES = {
     "plain": (lambda: small(), "one operator a block", "compiled operators for the CPU"),
-    "group": (lambda: small(norm="group", num_groups=2), "one by one", "norm='group'"),
+    "group": (lambda: small(norm="group", num_groups=2), "a block each way", "compiled operators"),
     "unfused": (lambda: small(fused=False), "the modules", "fused=False"),
     "hook": (lambda: with_hook(small()), "the modules", "ERShortcut has hooks"),
     "relu": (lambda: other_relu(small()), "the modules", "is a LeakyReLU, not ReLU"),

@@ -370,3 +370,24 @@ def test_stage_behaves_like_a_sequence() -> None:
     assert len(stage) == 3
     assert [type(block).__name__ for block in stage] == ["ProjectionBottleneck", "ERBottleneck", "ERBottleneck"]
     assert stage[-1] is stage.get_submodule("2")
+
+
+@pytest.mark.parametrize(("x", "error", "message"), [
+    (torch.zeros(2, 1, 32, 32), ValueError, r"x has shape \(2, 1, 32, 32\); expected \[N, 3, H, W\]"),
+    (torch.zeros(3, 32, 32), ValueError, r"x has shape \(3, 32, 32\)"),
+    (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "x is torch.uint8; expected a floating tensor"),
+    (torch.zeros(2, 3, 32, 32).double(), TypeError, "x is torch.float64 and the weights are torch.float32"),
+    (None, TypeError, "x is NoneType"),
+])  # fmt: skip
+def test_images_that_do_not_fit_are_named(x, error, message):
+    network = ERResNet("basic", (1, 1, 1, 1), 3, base_channels=16)
+    for call in (network, network.forward_intermediates):
+        with pytest.raises(error, match=message):
+            call(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.zeros(2, 3, 32, 32).bfloat16())
+
+
+def test_a_stage_without_a_stride_is_refused():
+    with pytest.raises(ValueError, match="stride must be an int of at least 1, got 0"):
+        ERStage(4, 8, 2, stride=0)

@@ -163,11 +163,7 @@ void measure(const ChannelMoments& args, const ReduceItem& item) {
 
 }  // namespace
 
-const MapLoops<ChannelMoments> channel_moments_loops = {
-    {over_items<ChannelMoments, measure<float>>, over_items<ChannelMoments, measure<double>>,
-     over_items<ChannelMoments, measure<bf16>>, over_items<ChannelMoments, measure<f16>>},
-    {over_channel_tile<ChannelMoments, measure<float>>, over_channel_tile<ChannelMoments, measure<double>>,
-     over_channel_tile<ChannelMoments, measure<bf16>>, over_channel_tile<ChannelMoments, measure<f16>>},
-};
+const MapLoops<ChannelMoments> channel_moments_loops =
+    reduction_loops<ChannelMoments, measure<float>, measure<double>, measure<bf16>, measure<f16>>;
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -150,9 +150,9 @@ void gradient(const MomentsGradient<A>& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-extern const CoefficientLoops coefficient_loops;
-const CoefficientLoops coefficient_loops = {
-    {forward<float>, pair<float>, own<float>, gradient<float>, group_block<float>, group_gradient<float>},
-    {forward<double>, pair<double>, own<double>, gradient<double>, group_block<double>, group_gradient<double>}};
+extern const VectorLoops<float> vector_loops_f32;
+extern const VectorLoops<double> vector_loops_f64;
+const VectorLoops<float> vector_loops_f32 = {forward, pair, own, gradient, group_block, group_gradient};
+const VectorLoops<double> vector_loops_f64 = {forward, pair, own, gradient, group_block, group_gradient};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

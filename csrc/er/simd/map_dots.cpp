@@ -304,11 +304,6 @@ void dots(const MapDots& args, const ReduceItem& item) {
 
 }  // namespace
 
-const MapLoops<MapDots> map_dots_loops = {
-    {over_items<MapDots, dots<float>>, over_items<MapDots, dots<double>>, over_items<MapDots, dots<bf16>>,
-     over_items<MapDots, dots<f16>>},
-    {over_channel_tile<MapDots, dots<float>>, over_channel_tile<MapDots, dots<double>>,
-     over_channel_tile<MapDots, dots<bf16>>, over_channel_tile<MapDots, dots<f16>>},
-};
+const MapLoops<MapDots> map_dots_loops = reduction_loops<MapDots, dots<float>, dots<double>, dots<bf16>, dots<f16>>;
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -10,6 +10,8 @@ extern const MapLoops<WeightedSum> weighted_sum_loops;
 extern const MapLoops<MapDots> map_dots_loops;
 extern const MapLoops<SumDots> sum_dots_loops;
 extern const MapLoops<ChannelMoments> channel_moments_loops;
+extern const VectorLoops<float> vector_loops_f32;
+extern const VectorLoops<double> vector_loops_f64;
 
 template <typename T>
 inline T* at(const void* p, int64_t offset) {
@@ -58,5 +60,15 @@ void over_channel_tile(const Arguments& args, const ChannelTile& tile) {
     }
   }
 }
+
+// The table of a reduction, for each storage type.
+template <typename Arguments, void (*f32)(const Arguments&, const ReduceItem&),
+          void (*f64)(const Arguments&, const ReduceItem&), void (*b16)(const Arguments&, const ReduceItem&),
+          void (*h16)(const Arguments&, const ReduceItem&)>
+constexpr MapLoops<Arguments> reduction_loops = {
+    {over_items<Arguments, f32>, over_items<Arguments, f64>, over_items<Arguments, b16>, over_items<Arguments, h16>},
+    {over_channel_tile<Arguments, f32>, over_channel_tile<Arguments, f64>, over_channel_tile<Arguments, b16>,
+     over_channel_tile<Arguments, h16>},
+};
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

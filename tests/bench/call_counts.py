@@ -5,7 +5,7 @@ a generator. Two calls in succession that are in different files are one change 
 standard library are not counted, nor do they separate two calls. The counts do not depend on the machine, so that the
 time which Python adds to a pass can be compared between two trees without a clock:
 
-    PYTHONPATH=TREE python bench/call_counts.py [--functions 10]
+    PYTHONPATH=TREE python tests/bench/call_counts.py [--functions 10]
 """
 
 from __future__ import annotations
