@@ -122,9 +122,12 @@ class ERShortcut(nn.Module):
         self.relu, self.fused = relu, fused
         self.process_group = process_group
         self.weight = nn.Parameter(torch.ones(num_maps, channels))
+        self._keep_statistics(eps, momentum)
+
+    def _keep_statistics(self, eps: float, momentum: float | None) -> None:
         self.statistics: Any = None
-        if norm == "batch":
-            self.statistics = nn.BatchNorm2d(num_maps * channels, eps, momentum, affine=False)
+        if self.norm == "batch":
+            self.statistics = nn.BatchNorm2d(self.num_maps * self.channels, eps, momentum, affine=False)
         else:
             self._eps, self._momentum = eps, momentum
 
@@ -248,14 +251,11 @@ class ERShortcut(nn.Module):
             return
         eps, momentum = self.__dict__.pop("eps"), self.__dict__.pop("momentum")
         buffers = {name: self._buffers.pop(name) for name in _BUFFERS}
-        self.statistics = None
-        if self.norm == "group":
-            self._eps, self._momentum = eps, momentum
-            return
-        self.statistics = nn.BatchNorm2d(self.num_maps * self.channels, eps, momentum, affine=False)
-        self.statistics.train(self.training)
-        for name, value in buffers.items():
-            setattr(self, name, value)
+        self._keep_statistics(eps, momentum)
+        if self.statistics is not None:
+            self.statistics.train(self.training)
+            for name, value in buffers.items():
+                setattr(self, name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module, with the running statistics as `running_mean` and `running_var` [num_maps, channels]."""

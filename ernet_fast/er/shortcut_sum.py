@@ -30,16 +30,9 @@ def shortcut_sum(
     relu: bool,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """`xs[-1] + sum_i weight[i] * N(xs[i])`, then ReLU if asked.
+    """`xs[-1] + sum_i weight[i] * N(xs[i])`, then ReLU if asked, of arguments that have been checked.
 
-    Args:
-        xs: maps on a device that operators support; all arguments have been checked.
-        shortcut: weights, and running statistics to update or use.
-        measure: normalise with the moments of the maps.
-        num_groups: of group norm; None for batch norm.
-        eps: added to variances.
-        relu: apply the ReLU.
-        group: processes over which the statistics are taken.
+    With `measure` N takes the moments of the maps, over the processes of `group`; `num_groups` is None for batch norm.
     """
     layout = operators.layout_of(xs)
     maps = [x.contiguous(memory_format=layout) for x in xs]
@@ -98,49 +91,26 @@ class _ShortcutSum(torch.autograd.Function):
             g = dy if y is None else relu_gradient(dy, y)
             return torch.zeros_like(weight), None, None, None, *([None] * len(maps)), g
         a, vectors = state.a[-1], weight.detach().to(state.vector_dtype).contiguous()
-        if state.composed or state.num_groups:
-            gradients, dweight, g = _backward_by_map(state, dy, maps, y, vectors, mean, var, needed)
-        else:
+        gradients: list[Tensor | None] = []
+        if not (state.composed or state.num_groups):
             found, dweight, g = torch.ops.ernet.shortcut_sum_backward.default(
                 dy, maps, y, vectors, state.table, a, mean, var, state.eps, needed
             )
             dmaps = iter(found)
-            gradients = [next(dmaps) if wanted else None for wanted in needed]
-        return dweight.to(weight.dtype), None, None, None, *gradients, (dy if y is None else g) if last else None
-
-
-def _backward_by_map(
-    state: EpilogueState,
-    dy: Tensor,
-    maps: Sequence[Tensor],
-    y: Tensor | None,
-    weight: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needed: Sequence[bool],
-) -> tuple[list[Tensor | None], Tensor, Tensor]:
-    """Gradients of the earlier maps and of the weight, and g, by one pass over all maps and one more for each."""
-    state.needs_dots = True
-    da, db, g = operators.weighted_dot(dy, maps, y, state.num_groups > 0)
-    g = dy if y is None else g
-    dweight = torch.empty_like(weight)
-    none = state.none
-    block = LaterBlock(
-        g,
-        dy.new_empty((0,), dtype=torch.uint8),
-        state.a[-1],
-        db.double(),
-        weight,
-        none if mean is None else mean,
-        none if var is None else var,
-        dweight,
-    )
-    gradients: list[Tensor | None] = []
-    for index, (z, wanted) in enumerate(zip(maps, needed, strict=True)):
-        known = da[index : index + 1].double()
-        found = er_block_backward(state, index, z, BranchNorm.NONE, [block], known=known, needed=wanted)
-        gradients.append(found.dz if wanted else None)
-    return gradients, dweight, g
+            gradients += [next(dmaps) if wanted else None for wanted in needed]
+            g = dy if y is None else g
+        else:  # by map: one pass over all of them, and one more for each
+            state.needs_dots = True
+            da, db, g = operators.weighted_dot(dy, maps, y, state.num_groups > 0)
+            g, dweight = dy if y is None else g, torch.empty_like(vectors)
+            no_mask = dy.new_empty((0,), dtype=torch.uint8)
+            running = (state.none, state.none) if mean is None or var is None else (mean, var)
+            block = LaterBlock(g, no_mask, a, db.double(), vectors, *running, dweight)
+            for index, (z, wanted) in enumerate(zip(maps, needed, strict=True)):
+                known = da[index : index + 1].double()
+                own = er_block_backward(state, index, z, BranchNorm.NONE, [block], known=known, needed=wanted)
+                gradients.append(own.dz if wanted else None)
+        return dweight.to(weight.dtype), None, None, None, *gradients, g if last else None
 
 
 def _backward_fake(
