@@ -170,18 +170,3 @@ def norm_arguments(bn: nn.Module) -> NormArguments:
     if mean is not None and momentum is None and batches is None:
         raise ValueError("momentum=None (a cumulative average) needs num_batches_tracked.")
     return NormArguments(BranchNorm.BATCH, gamma, beta, mean, var, batches, momentum, eps)
-
-
-def record_updates(norm: NormArguments, shortcut: ShortcutArguments) -> None:
-    """Let autograd know which running statistics were updated, as in-place operators of PyTorch do."""
-    changed: tuple[Tensor | None, ...] = ()
-    if norm.norm == BranchNorm.BATCH:
-        changed = norm[3:6]  # mean, var, batches
-    if not shortcut.use_running:
-        changed += shortcut[1:4]
-    tracked = []
-    for t in changed:
-        if t is not None and not t.is_inference():
-            tracked.append(t)
-    if tracked:
-        torch.autograd.graph.increment_version(tracked)

@@ -77,8 +77,14 @@ def check_first_order(*gradients: Tensor | None) -> None:
     # written out here, as every node of a backward pass comes by
     batched = torch._C._functorch.peek_interpreter_stack() is not None
     for gradient in gradients:
-        if gradient is not None and torch._C._dispatch_keys(gradient).raw_repr() not in _NOT_BATCHED:
-            batched |= _is_batched(gradient)
+        if gradient is not None:
+            keys = torch._C._dispatch_keys(gradient)
+            if keys.raw_repr() not in _NOT_BATCHED:
+                # a tensor of torch.autograd's own vmap has no other mark than a dispatch key without a name
+                if "Batched" in str(keys):
+                    batched = True
+                else:
+                    _NOT_BATCHED.add(keys.raw_repr())
     if batched:
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
@@ -88,15 +94,6 @@ def check_first_order(*gradients: Tensor | None) -> None:
 
 _NOT_BATCHED: set[int] = set()
 """Sets of dispatch keys that were found not to be those of a batched tensor."""
-
-
-def _is_batched(x: Tensor) -> bool:
-    """True for a tensor of `torch.autograd`'s own vmap, which has no other mark than a dispatch key without a name."""
-    keys = torch._C._dispatch_keys(x)
-    if "Batched" in str(keys):
-        return True
-    _NOT_BATCHED.add(keys.raw_repr())
-    return False
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -125,11 +125,14 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
     shortcuts, norms = modules.shortcuts, modules.norms
     if not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group":
         return None  # statistics of samples; SyncBatchNorm runs as it is
-    named, batch_norms = False, list(norms)
+    named, synchronised = False, []
+    for bn in norms:
+        if isinstance(bn, nn.SyncBatchNorm):
+            synchronised.append(bn)
     for shortcut in shortcuts:
         named |= shortcut.process_group is not None
-        batch_norms.append(shortcut.statistics)
-    synchronised = [bn for bn in batch_norms if isinstance(bn, nn.SyncBatchNorm)]
+        if isinstance(shortcut.statistics, nn.SyncBatchNorm):
+            synchronised.append(shortcut.statistics)
     if not (synchronised or named):
         return None
     groups = [group_of(bn) for bn in synchronised]
