@@ -104,8 +104,8 @@ class _ShortcutSum(torch.autograd.Function):
             da, db, g = operators.weighted_dot(dy, maps, y, state.num_groups > 0)
             g, dweight = dy if y is None else g, torch.empty_like(vectors)
             no_mask = dy.new_empty((0,), dtype=torch.uint8)
-            running = (state.none, state.none) if mean is None or var is None else (mean, var)
-            block = LaterBlock(g, no_mask, a, db.double(), vectors, *running, dweight)
+            used = (state.none, state.none) if mean is None or var is None else (mean, var)
+            block = LaterBlock(g, no_mask, a, db.double(), vectors, used[0], used[1], dweight)
             for index, (z, wanted) in enumerate(zip(maps, needed, strict=True)):
                 known = da[index : index + 1].double()
                 own = er_block_backward(state, index, z, BranchNorm.NONE, [block], known=known, needed=wanted)
