@@ -27,7 +27,6 @@ from ernet_fast.er.epilogue_arguments import (
     MapGradients,
     NormArguments,
     ShortcutArguments,
-    record_updates,
 )
 from ernet_fast.er.process_group import ProcessGroup
 
@@ -65,7 +64,16 @@ def er_block(
         y, a = torch.ops.ernet.er_block.default(
             maps, state.table, state.filed, state.measure, measure, *norm, *shortcut, state.eps, state.num_groups, relu
         )
-    record_updates(norm, shortcut)
+    # let autograd know which running statistics were updated, as in-place operators of PyTorch do
+    changed: tuple[Tensor | None, ...] = norm[3:6] if norm.norm == BranchNorm.BATCH else ()
+    if not shortcut.use_running:
+        changed += shortcut[1:4]
+    tracked = []
+    for t in changed:
+        if t is not None and not t.is_inference():
+            tracked.append(t)
+    if tracked:
+        torch.autograd.graph.increment_version(tracked)
     for _ in range(len(state.a), len(maps) - 1):  # maps that no block made
         state.a.append(None)
         state.measured.append(state.measure)
@@ -138,13 +146,7 @@ def _forward_fake(maps: list[Tensor], table: Tensor, *rest: object) -> tuple[Ten
 
 
 def _backward_fake(
-    index: int,
-    z: Tensor,
-    dy: Tensor | None,
-    y: Tensor | None,
-    a: Tensor | None,
-    later_dy: list[Tensor],
-    *rest: object,
+    index: int, z: Tensor, dy: Tensor | None, y: Tensor | None, a: Tensor | None, later_dy: list[Tensor], *rest: object
 ) -> tuple[Tensor, ...]:
     *_, passed, before, _known, _table, norm, _eps, num_groups, dots, measured, needed = rest
     channels, dtype = z.shape[1], operators.acc_dtype(z)

@@ -45,17 +45,16 @@ class NormArguments(NamedTuple):
 class ShortcutArguments(NamedTuple):
     """A block's shortcuts, in the order in which the operators take them."""
 
-    weight: Tensor | None
+    weight: Tensor | None = None
     """[maps before, C]; None for a map that no block made."""
-    running_mean: Tensor | None
+    running_mean: Tensor | None = None
     """[maps before, C] to update; with `use_running` to normalise with."""
-    running_var: Tensor | None
-    batches: Tensor | None
-    use_running: bool
-    momentum: float | None
+    running_var: Tensor | None = None
+    batches: Tensor | None = None
+    use_running: bool = False
+    momentum: float | None = 0.0
 
 
-NO_SHORTCUT = ShortcutArguments(None, None, None, None, False, 0.0)
 NO_NORM = NormArguments(BranchNorm.NONE, None, None, None, None, None, 0.0, 0.0)
 
 
@@ -99,24 +98,6 @@ class EpilogueState:
     Per-channel vectors and never a feature map, so that saved tensors alone keep maps alive.
     """
 
-    __slots__ = (
-        "_none",
-        "a",
-        "composed",
-        "count",
-        "elements",
-        "eps",
-        "filed",
-        "group",
-        "layout",
-        "measure",
-        "measured",
-        "needs_dots",
-        "num_groups",
-        "table",
-        "vector_dtype",
-    )
-
     def __init__(
         self,
         like: Tensor,
@@ -141,8 +122,7 @@ class EpilogueState:
         """
         self.eps, self.measure, self.num_groups = eps, measure, num_groups
         self.composed, self.group = composed, group
-        contiguous = like.is_contiguous()
-        self.layout = torch.contiguous_format if contiguous else torch.channels_last
+        self.layout = torch.contiguous_format if like.is_contiguous() else torch.channels_last
         channels = like.shape[1]
         self.elements = like.numel() // channels if channels else 0
         rows = AFFINE_ROWS * (1 + like.shape[0]) if num_groups else TABLE_ROWS
@@ -167,11 +147,6 @@ class EpilogueState:
         return self._none
 
 
-def uses_batch(bn: nn.Module) -> bool:
-    """True if the BatchNorm `bn` normalises with the statistics of the batch at hand."""
-    return bn.training or bn.running_mean is None
-
-
 def norm_arguments(bn: nn.Module) -> NormArguments:
     """How the BatchNorm `bn` makes x of its input, and which running statistics it updates.
 
@@ -179,13 +154,9 @@ def norm_arguments(bn: nn.Module) -> NormArguments:
         ValueError: a cumulative average without its count, or an eps with which PyTorch does not train either.
     """
     assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    gamma: Tensor | None = bn.weight
-    beta: Tensor | None = bn.bias
+    gamma: Tensor | None = None if bn.weight is None else bn.weight.contiguous()  # parameters need not be
+    beta: Tensor | None = None if bn.bias is None else bn.bias.contiguous()
     mean, var, batches = bn.running_mean, bn.running_var, bn.num_batches_tracked
-    if not (gamma is None or gamma.is_contiguous()):  # parameters need not be
-        gamma = gamma.contiguous()
-    if not (beta is None or beta.is_contiguous()):
-        beta = beta.contiguous()
     training, eps = bn.training, bn.eps
     if not training and mean is not None:
         if not eps >= 0:
@@ -199,18 +170,3 @@ def norm_arguments(bn: nn.Module) -> NormArguments:
     if mean is not None and momentum is None and batches is None:
         raise ValueError("momentum=None (a cumulative average) needs num_batches_tracked.")
     return NormArguments(BranchNorm.BATCH, gamma, beta, mean, var, batches, momentum, eps)
-
-
-def record_updates(norm: NormArguments, shortcut: ShortcutArguments) -> None:
-    """Let autograd know which running statistics were updated, as in-place operators of PyTorch do."""
-    changed: tuple[Tensor | None, ...] = ()
-    if norm.norm == BranchNorm.BATCH:
-        changed = norm[3:6]  # mean, var, batches
-    if not shortcut.use_running:
-        changed += shortcut[1:4]
-    tracked = []
-    for t in changed:
-        if t is not None and not t.is_inference():
-            tracked.append(t)
-    if tracked:
-        torch.autograd.graph.increment_version(tracked)

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ernet_fast.er import group_coefficients, operators
 from ernet_fast.er.epilogue_arguments import (
     MEAN_ROW,
     NO_NORM,
-    NO_SHORTCUT,
     BranchNorm,
     EpilogueState,
     LaterBlock,
@@ -26,7 +25,7 @@ from ernet_fast.er.epilogue_arguments import (
     NormArguments,
     ShortcutArguments,
 )
-from ernet_fast.er.process_group import add_up, gather_moments
+from ernet_fast.er.process_group import gather_moments
 
 
 def er_block(
@@ -41,7 +40,7 @@ def er_block(
     """Y of the block of the last map, and a [maps, C] of its weighted sum."""
     last = len(maps) - 1
     for index in range(state.filed, last):
-        _file(state, index, maps[index], NO_NORM, NO_SHORTCUT, state.measure)
+        _file(state, index, maps[index], NO_NORM, ShortcutArguments(), state.measure)
     a, b = _file(state, last, maps[last], norm, shortcut, measure)
     return operators.weighted_sum(maps, a, b, relu), a
 
@@ -85,52 +84,35 @@ def er_block_backward(
     if state.needs_dots and known is None:
         sums, written = operators.map_dots(z, dy, y, [block.dy for block in later], state.num_groups > 0)
         g = dy if y is None else written
-    dz, dgamma, dbeta = _map_gradient(state, index, z, norm, later, sums, g, passed, needed=needed)
+    terms = [
+        t for t in (g, *(block.dy for block in later), z if state.measured[index] else None, passed) if t is not None
+    ]
+    rows, k0, dgamma, dbeta = _map_coefficients(state, index, norm, later, sums, g is not None, passed is not None)
+    dz = operators.weighted_sum(terms, rows, k0) if needed and terms else z.new_empty((0,))
     db = state.none if dy is None or sums is None else sums[-1]
     return MapGradients(dz, state.none if g is None else g, state.none, db, dgamma, dbeta, state.none)
 
 
-def _map_gradient(
+def _map_coefficients(
     state: EpilogueState,
     index: int,
-    z: Tensor,
     norm: BranchNorm,
     later: Sequence[LaterBlock],
     sums: Tensor | None,
-    g: Tensor | None,
-    passed: Tensor | None,
-    *,
-    needed: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dz, dgamma and dbeta of map `index`, from its inner products; a row of each dweight is written.
-
-    Args:
-        state: of the stage.
-        index: which map of the stage.
-        z: the map [N, C, H, W].
-        norm: how it became x.
-        later: the later blocks whose outputs have a gradient, in order.
-        sums: of z with the gradient of each of `later`, then with `g` those of z * g and of g; None if nothing needs
-            them.
-        g: the gradient of the map's own block's weighted sum.
-        passed: a gradient of the map from elsewhere.
-        needed: whether dz is wanted, else it is empty.
-    """
+    reached: bool,
+    passed: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """See `group_coefficients.map_rows`; `rows` and the constant are those of `dz`."""
+    if state.num_groups:
+        return group_coefficients.map_rows(state, index, norm, later, sums, reached=reached, passed=passed)
     measured = state.measured[index]
     # gradients of moments over several processes are summed up before they become rows
     count = state.count if measured else None
-    terms = [t for t in (g, *(block.dy for block in later), z if measured else None, passed) if t is not None]
-    if state.num_groups:
-        rows, k0, dgamma, dbeta = group_coefficients.map_rows(
-            state, index, norm, later, sums, reached=g is not None, passed=passed is not None
-        )
-        dz = operators.weighted_sum(terms, rows, k0) if needed and terms else z.new_empty((0,))
-        return dz, dgamma, dbeta
     rows, k0, dgamma, dbeta, dmoments = torch.ops.ernet.map_coefficients_backward.default(
         state.table,
         index,
         sums,
-        None if g is None else state.a[index],
+        state.a[index] if reached else None,
         [block.a for block in later],
         [block.db for block in later],
         [block.weight for block in later],
@@ -142,22 +124,21 @@ def _map_gradient(
         norm,
         state.eps,
         measured and count is None,
-        passed is not None and count is None,
+        passed and count is None,
     )
-    if g is None and not later:  # no coefficients that have a dtype
+    if not (reached or later):  # no coefficients that have a dtype
         rows, k0 = rows.to(state.vector_dtype), k0.to(state.vector_dtype)
     if count is not None:
-        rows, k0 = _rows_of_moments(state, index, rows, dmoments, count, passed is not None)
-    if not (needed and terms):
-        return z.new_empty((0,)), dgamma, dbeta
-    return operators.weighted_sum(terms, rows, k0 if measured else None), dgamma, dbeta
+        rows, k0 = _rows_of_moments(state, index, rows, dmoments, count, passed)
+    return rows, k0 if measured else None, dgamma, dbeta
 
 
 def _rows_of_moments(
     state: EpilogueState, index: int, rows: Tensor, dmoments: Tensor, count: Tensor, passed: bool
 ) -> tuple[Tensor, Tensor]:
     """Rows and constant of dz with the gradients of moments of all processes."""
-    dmean, dvar = add_up(dmoments, state.group)
+    distributed.all_reduce(dmoments, group=state.group)
+    dmean, dvar = dmoments
     k1 = (dvar * 2 / count).to(rows.dtype)
     k0 = dmean / count - k1 * state.table[index, MEAN_ROW]
     more = [k1, torch.ones_like(k1)] if passed else [k1]

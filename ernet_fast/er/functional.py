@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,7 @@ from ernet_fast import _backend
 from ernet_fast.er import operators
 from ernet_fast.er.arguments import check_shortcut_sum
 from ernet_fast.er.epilogue_arguments import ShortcutArguments
-from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.shortcut_sum import shortcut_sum
-from ernet_fast.er.traceable_stage import TraceableStage
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
 
@@ -61,62 +60,22 @@ def er_shortcut_sum(
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device, value or combination that does not fit. Nothing has been computed or changed then.
     """
-    means, variances = check_shortcut_sum(
-        xs, weight, norm, num_groups, running_mean, running_var, training, momentum, eps, relu
-    )
-    eps, momentum = float(eps), float(momentum)  # NumPy's too are numbers
+    options: dict[str, Any] = {
+        "norm": norm, "num_groups": num_groups, "training": training, "momentum": momentum, "eps": eps, "relu": relu
+    }  # fmt: skip
+    means, variances = check_shortcut_sum(xs, weight, running_mean=running_mean, running_var=running_var, **options)
+    options["eps"] = eps = float(eps)  # NumPy's too are numbers
+    options["momentum"] = momentum = float(momentum)
     if xs[0].numel() == 0 or operators.why_plain(xs[0]) is not None:
         if xs[0].device.type == "cpu" and not _backend.extension_available():
             _backend.warn_fallback_once()
-        return reference_shortcut_sum(
-            xs,
-            weight,
-            norm=norm,
-            num_groups=num_groups,
-            running_mean=means,
-            running_var=variances,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            relu=relu,
-        )
+        return reference_shortcut_sum(xs, weight, running_mean=means, running_var=variances, **options)
     mean = var = None
     if means and variances:
         mean, var = torch.stack(list(means)), torch.stack(list(variances))
     shortcut = ShortcutArguments(weight, mean, var, None, mean is not None and not training, momentum)
-    y = fused_shortcut_sum(xs, shortcut, measure=training or norm == "group", num_groups=num_groups, eps=eps, relu=relu)
+    y = shortcut_sum(xs, shortcut, measure=training or norm == "group", num_groups=num_groups, eps=eps, relu=relu)
     if training and means and variances and mean is not None and var is not None:
         with torch.no_grad():
             torch._foreach_copy_([*means, *variances], [*mean.unbind(0), *var.unbind(0)])
     return y
-
-
-def fused_shortcut_sum(
-    xs: Sequence[Tensor],
-    shortcut: ShortcutArguments,
-    *,
-    measure: bool,
-    num_groups: int | None,
-    eps: float,
-    relu: bool,
-    group: ProcessGroup | None = None,
-) -> Tensor:
-    """The sum by fused operators.
-
-    Args:
-        xs: maps whose arguments have been checked.
-        shortcut: weights, and running statistics to update or use.
-        measure: normalise with the moments of the maps.
-        num_groups: of group norm; None for batch norm.
-        eps: added to variances.
-        relu: apply the ReLU.
-        group: processes over which the statistics are taken.
-    """
-    layout = operators.layout_of(xs)
-    maps = [operators.in_layout(x, layout) for x in xs]
-    if torch.compiler.is_compiling():
-        traceable = TraceableStage(num_groups=num_groups, eps=eps, measure=measure)
-        for x in maps[:-1]:
-            traceable.start(x)
-        return traceable.block(maps[-1], None, shortcut, relu=relu, measure=False)
-    return shortcut_sum(maps, shortcut, measure=measure, num_groups=num_groups or 0, eps=eps, relu=relu, group=group)

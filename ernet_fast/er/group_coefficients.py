@@ -9,7 +9,6 @@ variance of z, and mean of x and 1 / deviation of x over the channel's group. On
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,20 +17,14 @@ from ernet_fast.er.epilogue_arguments import AFFINE_ROWS, BranchNorm, EpilogueSt
 from ernet_fast.er.unfused_coefficients import combine_groups, combine_samples, momentum_of, update_running
 
 
-class MapRows(NamedTuple):
-    """Views of the rows of one map, or of several along the first dimension."""
+def rows_of(state: EpilogueState, maps: int | slice) -> tuple[Tensor, Tensor]:
+    """Views of the rows of one map, or of several along the first dimension.
 
-    affine: Tensor
-    """[..., 4, C]: scale, 1 / deviation, centre, shift."""
-    samples: Tensor
-    """[..., N, 4, C]: mean and variance of z, mean and 1 / deviation of x over the group."""
-
-
-def rows_of(state: EpilogueState, maps: int | slice) -> MapRows:
-    """The rows of `maps` in the table of a stage."""
-    table = state.table[maps]
-    samples = table[..., AFFINE_ROWS:, :]
-    return MapRows(table[..., :AFFINE_ROWS, :], samples.unflatten(-2, (-1, 4)))
+    [..., 4, C]: scale, 1 / deviation, centre, shift; and [..., N, 4, C]: mean and variance of z, mean and 1 / deviation
+    of x over the group.
+    """
+    affine, samples = state.table[maps].tensor_split([AFFINE_ROWS], dim=-2)
+    return affine, samples.unflatten(-2, (-1, 4))
 
 
 def file_map(state: EpilogueState, index: int, moments: tuple[Tensor, Tensor] | None, norm: NormArguments) -> None:
@@ -64,7 +57,7 @@ def file_map(state: EpilogueState, index: int, moments: tuple[Tensor, Tensor] | 
 def block_coefficients(state: EpilogueState, index: int, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients a [index + 1, N, C] and b [N, C] of the weighted sum of block `index`."""
     dtype = state.vector_dtype
-    scale, _, centre, shift = rows_of(state, index).affine
+    scale, _, centre, shift = rows_of(state, index)[0]
     own = scale.to(dtype)
     # the constants go with the coefficients as they are stored: rounding one must not shift a large mean
     constant = shift + (scale - own) * centre
@@ -108,12 +101,12 @@ def map_rows(
         dscale, dshift, dmean, dvar = _gradients(state, index, later, sums)
         if reached:
             dscale, dshift = dscale + sums[-2].sum(0), dshift + sums[-1].sum(0)
-        scale, rstd, centre, _ = rows_of(state, index).affine
+        (scale, rstd, centre, _), samples = rows_of(state, index)
         dscale = dscale - centre * dshift
         if norm != BranchNorm.NONE:
             dgamma, dbeta = (dscale * rstd).to(dtype), dshift.to(dtype)
         if measured:
-            mean = rows_of(state, index).samples[:, 0]
+            mean = samples[:, 0]
             pixels = state.elements / mean.shape[0]
             own, constant = dvar * (2 / pixels), dmean / pixels
             batch = torch.zeros_like(centre)

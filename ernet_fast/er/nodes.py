@@ -15,6 +15,7 @@ returns them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,19 +31,16 @@ from ernet_fast.er.epilogue_arguments import (
     ShortcutArguments,
 )
 from ernet_fast.er.operators import check_first_order, dense, relu_gradient
-from ernet_fast.er.process_group import ProcessGroup
 
 
+@dataclass
 class BackwardPass:
     """State shared by a stage's autograd nodes during one backward pass."""
 
-    __slots__ = ("blocks", "known")
-
-    def __init__(self) -> None:
-        self.blocks: dict[int, LaterBlock] = {}
-        """By map, from the last to the first."""
-        self.known: Tensor | None = None
-        """Of the map whose gradient is due next, the inner products with every gradient that is known already."""
+    blocks: dict[int, LaterBlock] = field(default_factory=dict)
+    """By map, from the last to the first."""
+    known: Tensor | None = None
+    """Of the map whose gradient is due next, the inner products with every gradient that is known already."""
 
 
 class StageState(EpilogueState):
@@ -51,8 +49,6 @@ class StageState(EpilogueState):
     What nodes share is kept by the id of the running backward pass, so passes over a retained graph, at once in several
     threads or over a part of the stage, never see what belongs to another.
     """
-
-    __slots__ = ("_passes", "last_node")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -203,28 +199,9 @@ def vector_gradients(
 class FusedStage:
     """The maps of one forward pass: x_0, and one of each block, which reads all maps up to its own."""
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        eps: float,
-        *,
-        measure: bool,
-        num_groups: int = 0,
-        composed: bool = False,
-        group: ProcessGroup | None = None,
-    ) -> None:
-        """Prepare for a stage.
-
-        Args:
-            weights: of the shortcuts of the blocks to come, [maps before, C] each.
-            eps: added to the variances of maps.
-            measure: some shortcut normalises with moments, so every map is measured.
-            num_groups: see `EpilogueState`.
-            composed: likewise.
-            group: likewise.
-        """
-        self.weights, self.eps, self.measure = weights, eps, measure
-        self.num_groups, self.composed, self.group = num_groups, composed, group
+    def __init__(self, weights: Sequence[Tensor], **options: Any) -> None:
+        """Prepare for blocks whose shortcuts have `weights` [maps before, C]; `options`: of `EpilogueState`."""
+        self.weights, self._options = weights, options
         self.maps: list[Tensor] = []
         self._token: Tensor | None = None  # of the last map that has a node
         self._state: StageState
@@ -232,15 +209,7 @@ class FusedStage:
     def start(self, x0: Tensor) -> Tensor:
         """File x_0 [N, C, H, W]; returns it for use elsewhere, where its gradient joins those of the shortcuts."""
         x0 = dense(x0)
-        state = self._state = StageState(
-            x0,
-            len(self.weights) + 1,
-            self.eps,
-            measure=self.measure,
-            num_groups=self.num_groups,
-            composed=self.composed,
-            group=self.group,
-        )
+        state = self._state = StageState(x0, len(self.weights) + 1, **self._options)
         self.maps.append(x0.detach())
         if torch.is_grad_enabled():
             learning = False
@@ -266,7 +235,7 @@ class FusedStage:
         shortcut = shortcut._replace(weight=weight if weight.is_contiguous() else weight.contiguous())
         z = z.contiguous(memory_format=state.layout)
         maps.append(z.detach())
-        measure = measure and self.measure
+        measure = measure and state.measure
         if torch.is_grad_enabled():
             gamma, beta = norm.gamma, norm.beta
             learning = (gamma is not None and gamma.requires_grad) or (beta is not None and beta.requires_grad)

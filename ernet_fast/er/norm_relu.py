@@ -94,14 +94,14 @@ def projection_sum(
     use_running = last.norm == BranchNorm.RUNNING
     shortcut = ShortcutArguments(weight, mean, var, last.batches, use_running, last.momentum)
     composed = not epilogue.block_operator_supports(z, None)
-    stage = FusedStage([weight], last.eps, measure=not use_running, composed=composed)
+    stage = FusedStage([weight], eps=last.eps, measure=not use_running, composed=composed)
     stage.start(s)
     return stage.block(z, norm, shortcut, relu=True, measure=False)
 
 
 def _forward(z: Tensor, norm: NormArguments) -> tuple[Tensor, EpilogueState]:
     state = EpilogueState(z, 1, norm.eps, measure=False, composed=False)
-    no_map = ShortcutArguments(z.new_empty((0, z.shape[1]), dtype=state.vector_dtype), None, None, None, False, 0.0)
+    no_map = ShortcutArguments(z.new_empty((0, z.shape[1]), dtype=state.vector_dtype))
     return er_block(state, [z], norm, no_map, measure=False, relu=True), state
 
 

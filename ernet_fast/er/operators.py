@@ -77,8 +77,14 @@ def check_first_order(*gradients: Tensor | None) -> None:
     # written out here, as every node of a backward pass comes by
     batched = torch._C._functorch.peek_interpreter_stack() is not None
     for gradient in gradients:
-        if gradient is not None and torch._C._dispatch_keys(gradient).raw_repr() not in _NOT_BATCHED:
-            batched |= _is_batched(gradient)
+        if gradient is not None:
+            keys = torch._C._dispatch_keys(gradient)
+            if keys.raw_repr() not in _NOT_BATCHED:
+                # a tensor of torch.autograd's own vmap has no other mark than a dispatch key without a name
+                if "Batched" in str(keys):
+                    batched = True
+                else:
+                    _NOT_BATCHED.add(keys.raw_repr())
     if batched:
         raise RuntimeError(
             "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
@@ -90,40 +96,18 @@ _NOT_BATCHED: set[int] = set()
 """Sets of dispatch keys that were found not to be those of a batched tensor."""
 
 
-def _is_batched(x: Tensor) -> bool:
-    """True for a tensor of `torch.autograd`'s own vmap, which has no other mark than a dispatch key without a name."""
-    keys = torch._C._dispatch_keys(x)
-    if "Batched" in str(keys):
-        return True
-    _NOT_BATCHED.add(keys.raw_repr())
-    return False
-
-
 def acc_dtype(x: Tensor) -> torch.dtype:
     """The dtype of coefficients and sums for maps like `x`."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _is_dense(x: Tensor, memory_format: torch.memory_format) -> bool:
-    return x.is_contiguous(memory_format=memory_format)
-
-
 def layout_of(maps: Sequence[Tensor]) -> torch.memory_format:
     """The layout to compute in: one that all maps have, else that of the last dense map, else contiguous."""
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        if all(_is_dense(x, memory_format) for x in maps):
-            return memory_format
-    for x in reversed(maps):
-        if _is_dense(x, torch.contiguous_format):
-            return torch.contiguous_format
-        if _is_dense(x, torch.channels_last):
-            return torch.channels_last
+    for some in (maps, *([x] for x in reversed(maps))):
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            if all(x.is_contiguous(memory_format=memory_format) for x in some):
+                return memory_format
     return torch.contiguous_format
-
-
-def in_layout(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """`x` itself if it is dense in this layout, else a copy that is."""
-    return x.contiguous(memory_format=memory_format)
 
 
 def _autograd_if_needed() -> contextlib.AbstractContextManager[object]:
@@ -187,11 +171,11 @@ def _channels(x: Tensor, per_sample: bool, leading: tuple[int, ...] = ()) -> Ten
     return x.new_empty(sizes, dtype=acc_dtype(x))
 
 
-def _moments_fake(x: Tensor, per_sample: bool = False) -> tuple[Tensor, Tensor]:
+def _moments_fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     return _channels(x, per_sample), _channels(x, per_sample)
 
 
-def _sum_fake(maps: list[Tensor], a: Tensor, b: Tensor | None = None, relu: bool = False) -> Tensor:
+def _sum_fake(maps: list[Tensor], *_: object) -> Tensor:
     return torch.empty_like(maps[0])
 
 
@@ -230,10 +214,10 @@ def _sum_backward(ctx: Any, dy: Tensor) -> tuple[list[Tensor], Tensor, Tensor | 
     a, *maps = ctx.saved_tensors
     y = maps.pop() if ctx.relu else None
     layout = layout_of([*maps] if y is None else [*maps, y])
-    dy = in_layout(dy, layout)
+    dy = dy.contiguous(memory_format=layout)
     da, db, g = weighted_dot(dy, maps, y, a.dim() == 3)
     g = dy if y is None else g
-    dmaps = [weighted_sum([g], a[i : i + 1]) for i in range(len(maps))]
+    dmaps = [weighted_sum([g], row.unsqueeze(0)) for row in a]
     return dmaps, da, db if ctx.has_b else None, None
 
 
@@ -250,20 +234,22 @@ def _dot_backward(ctx: Any, dda: Tensor, ddb: Tensor, dg: Tensor | None) -> tupl
     layout = layout_of([dy, *maps])
     terms, a = list(maps), dda
     if y is not None and dg is not None:
-        terms.append(in_layout(dg, layout))
+        terms.append(dg)
         a = torch.cat([dda, torch.ones_like(dda[:1])])
-    ddy = weighted_sum([in_layout(term, layout) for term in terms], a.contiguous(), ddb.contiguous())
+    ddy = weighted_sum([term.contiguous(memory_format=layout) for term in terms], a.contiguous(), ddb.contiguous())
     g = dy
     if y is not None:
         off = y <= 0
         ddy = ddy.masked_fill(off, 0)
         g = dy.masked_fill(off, 0)
-    dmaps = [weighted_sum([in_layout(g, layout)], dda[i : i + 1].contiguous()) for i in range(len(maps))]
+    g = g.contiguous(memory_format=layout)
+    dmaps = [weighted_sum([g], row.unsqueeze(0).contiguous()) for row in dda]
     return ddy, dmaps, None, None
 
 
-def _register() -> None:
-    """Give the operators what torch.compile, export and autograd need."""
+if TRITON:
+    triton_operators.register(define=not COMPILED)
+if COMPILED or TRITON:
     torch.library.register_fake("ernet::channel_moments", _moments_fake)
     torch.library.register_fake("ernet::weighted_sum", _sum_fake)
     torch.library.register_fake("ernet::weighted_dot", _dot_fake)
@@ -271,9 +257,3 @@ def _register() -> None:
     torch.library.register_autograd("ernet::channel_moments", _moments_backward, setup_context=_moments_setup)
     torch.library.register_autograd("ernet::weighted_sum", _sum_backward, setup_context=_sum_setup)
     torch.library.register_autograd("ernet::weighted_dot", _dot_backward, setup_context=_dot_setup)
-
-
-if TRITON:
-    triton_operators.register(define=not COMPILED)
-if COMPILED or TRITON:
-    _register()

@@ -67,9 +67,3 @@ def gather_moments(mean: Tensor, var: Tensor, elements: int, group: ProcessGroup
     # Chan, Golub and LeVeque: squared deviations from the common mean
     deviations = squares.sum(0) + (counts * (means - total).square()).sum(0)
     return total.to(mean.dtype), (deviations / count).to(var.dtype), count
-
-
-def add_up(t: Tensor, group: ProcessGroup) -> Tensor:
-    """`t` summed over the processes, in place."""
-    distributed.all_reduce(t, group=group)
-    return t

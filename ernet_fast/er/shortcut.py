@@ -13,14 +13,47 @@ from torch._compile import _disable_dynamo
 from ernet_fast.er import operators
 from ernet_fast.er.arguments import check_eps, check_flags, check_momentum, check_norm, check_shortcut_sum
 from ernet_fast.er.epilogue_arguments import ShortcutArguments
-from ernet_fast.er.functional import er_shortcut_sum, fused_shortcut_sum
+from ernet_fast.er.functional import er_shortcut_sum
 from ernet_fast.er.plain import is_plain
 from ernet_fast.er.process_group import NO_NAIVE_GROUP, ProcessGroup, active_group, group_of
+from ernet_fast.er.shortcut_sum import shortcut_sum
 from ernet_fast.er.unfused_coefficients import momentum_of
 from ernet_fast.reference.er import er_shortcut_sum as reference_shortcut_sum
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def _own_or_of_statistics(name: str, doc: str) -> Any:
+    """A property that an `ERShortcut` has by itself, as _`name`, where it has no `statistics`."""
+
+    def get(self: ERShortcut) -> float | None:
+        return getattr(self, f"_{name}") if self.statistics is None else getattr(self.statistics, name)
+
+    def put(self: ERShortcut, value: float | None) -> None:
+        if self.statistics is None:
+            setattr(self, f"_{name}", value)
+        else:
+            setattr(self.statistics, name, value)
+
+    return property(get, put, doc=doc)
+
+
+def _running(name: str, doc: str) -> Any:
+    """A property for the buffer `name` of `statistics`, a row for each map; None where there is none."""
+
+    def get(self: ERShortcut) -> Tensor | None:
+        value = None if self.statistics is None else getattr(self.statistics, name)
+        return value if value is None or name == "num_batches_tracked" else value.view(self.num_maps, self.channels)
+
+    def put(self: ERShortcut, value: Tensor | None) -> None:
+        if self.statistics is None:
+            raise AttributeError(f"an ERShortcut with norm='group' has no {name}.")
+        if value is not None and name != "num_batches_tracked":
+            value = value.reshape(-1)
+        setattr(self.statistics, name, value)
+
+    return property(get, put, doc=doc)
 
 
 class ERShortcut(nn.Module):
@@ -89,73 +122,20 @@ class ERShortcut(nn.Module):
         self.relu, self.fused = relu, fused
         self.process_group = process_group
         self.weight = nn.Parameter(torch.ones(num_maps, channels))
+        self._keep_statistics(eps, momentum)
+
+    def _keep_statistics(self, eps: float, momentum: float | None) -> None:
         self.statistics: Any = None
-        if norm == "batch":
-            self.statistics = nn.BatchNorm2d(num_maps * channels, eps, momentum, affine=False)
+        if self.norm == "batch":
+            self.statistics = nn.BatchNorm2d(self.num_maps * self.channels, eps, momentum, affine=False)
         else:
             self._eps, self._momentum = eps, momentum
 
-    @property
-    def eps(self) -> float:
-        """Added to variances."""
-        return self._eps if self.statistics is None else self.statistics.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        if self.statistics is None:
-            self._eps = value
-        else:
-            self.statistics.eps = value
-
-    @property
-    def momentum(self) -> float | None:
-        """Of the running statistics; None for a cumulative average."""
-        return self._momentum if self.statistics is None else self.statistics.momentum
-
-    @momentum.setter
-    def momentum(self, value: float | None) -> None:
-        if self.statistics is None:
-            self._momentum = value
-        else:
-            self.statistics.momentum = value
-
-    @property
-    def running_mean(self) -> Tensor | None:
-        """[num_maps, channels], a view of the one of `statistics`."""
-        return self._running("running_mean")
-
-    @running_mean.setter
-    def running_mean(self, value: Tensor | None) -> None:
-        self._set_running("running_mean", value)
-
-    @property
-    def running_var(self) -> Tensor | None:
-        """[num_maps, channels], a view of the one of `statistics`."""
-        return self._running("running_var")
-
-    @running_var.setter
-    def running_var(self, value: Tensor | None) -> None:
-        self._set_running("running_var", value)
-
-    @property
-    def num_batches_tracked(self) -> Tensor | None:
-        """As in `nn.BatchNorm2d`."""
-        return None if self.statistics is None else self.statistics.num_batches_tracked
-
-    @num_batches_tracked.setter
-    def num_batches_tracked(self, value: Tensor | None) -> None:
-        self._set_running("num_batches_tracked", value)
-
-    def _running(self, name: str) -> Tensor | None:
-        value = None if self.statistics is None else getattr(self.statistics, name)
-        return None if value is None else value.view(self.num_maps, self.channels)
-
-    def _set_running(self, name: str, value: Tensor | None) -> None:
-        if self.statistics is None:
-            raise AttributeError(f"an ERShortcut with norm='group' has no {name}.")
-        if value is not None and name != "num_batches_tracked":
-            value = value.reshape(-1)
-        setattr(self.statistics, name, value)
+    eps = _own_or_of_statistics("eps", "Added to variances.")
+    momentum = _own_or_of_statistics("momentum", "Of the running statistics; None for a cumulative average.")
+    running_mean = _running("running_mean", "[num_maps, channels], a view of the one of `statistics`.")
+    running_var = _running("running_var", "[num_maps, channels], a view of the one of `statistics`.")
+    num_batches_tracked = _running("num_batches_tracked", "As in `nn.BatchNorm2d`.")
 
     def reset_parameters(self) -> None:
         """Set weights to 1 and running statistics to those of nothing seen."""
@@ -205,59 +185,43 @@ class ERShortcut(nn.Module):
         statistics = self.statistics
         traced = torch.jit.is_tracing() or not all(isinstance(x, Tensor) for x in xs)
         if traced or not (statistics is None or is_plain(statistics, _BATCH_NORMS)):
-            return self._by_calling(statistics, xs, relu)
+            return self._by_calling(xs, relu)
         training = self.normalises_with_batch()
-        group = self._group() if training else None
+        # a group of one's own, else that of an nn.SyncBatchNorm
+        group = active_group(self.process_group) if training else None
+        if group is None and training and isinstance(statistics, nn.SyncBatchNorm):
+            group = group_of(statistics)
         if group is not None:
             return self._forward_across_processes(xs, fused, relu, group)
-        running = self.running_mean, self.running_var
-        momentum = 0.0 if self.momentum is None else self.momentum
-        check_shortcut_sum(
-            xs, self.weight, self.norm, self.num_groups, *running, training, momentum=momentum, eps=self.eps
-        )
+        options: dict[str, Any] = {
+            "norm": self.norm,
+            "num_groups": self.num_groups,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "training": training,
+            "momentum": 0.0 if self.momentum is None else self.momentum,
+            "eps": self.eps,
+        }
+        check_shortcut_sum(xs, self.weight, **options)
         if fused and self.norm == "batch" and xs[0].numel() and operators.why_plain(xs[0]) is None:
-            return self._fused(xs, relu, None)
+            return shortcut_sum(xs, self.arguments(), measure=training, eps=self.eps, relu=relu)
         if training:
-            momentum = momentum_of(self.momentum, self.num_batches_tracked)
+            options["momentum"] = momentum_of(self.momentum, self.num_batches_tracked)
         function = er_shortcut_sum if fused else reference_shortcut_sum
-        return function(
-            xs,
-            self.weight,
-            norm=self.norm,
-            num_groups=self.num_groups,
-            running_mean=running[0],
-            running_var=running[1],
-            training=training,
-            momentum=momentum,
-            eps=self.eps,
-            relu=relu,
-        )
+        return function(xs, self.weight, relu=relu, **options)
 
-    def _by_calling(self, statistics: nn.Module | None, xs: Sequence[Tensor], relu: bool) -> Tensor:
-        """The sum for tracers, and where `statistics` has hooks or is of another class: N by its call."""
-        if statistics is None:
+    def _by_calling(self, xs: Sequence[Tensor], relu: bool) -> Tensor:
+        """The sum for tracers, and where `self.statistics` has hooks or is of another class: N by its call."""
+        if self.statistics is None:
             assert self.num_groups is not None
             # not that of nn.functional, which compares traced sizes
             normalised: Any = [torch.group_norm(x, self.num_groups, None, None, self.eps) for x in xs[:-1]]
         else:
-            normalised = statistics(torch.cat(list(xs[:-1]), 1)).chunk(self.num_maps, 1)
+            normalised = self.statistics(torch.cat(list(xs[:-1]), 1)).chunk(self.num_maps, 1)
         y = xs[-1]
         for i in range(self.num_maps):  # neither is iterated: symbolic tracing has proxies of both
             y = y + self.weight[i].view(1, -1, 1, 1) * normalised[i]
         return (y.relu() if relu else y).to(xs[-1].dtype)
-
-    def _group(self) -> ProcessGroup | None:
-        """The processes over whose batches statistics are taken: one's own, else those of an `nn.SyncBatchNorm`."""
-        group = active_group(self.process_group)
-        if group is None and isinstance(self.statistics, nn.SyncBatchNorm):
-            group = group_of(self.statistics)
-        return group
-
-    def _fused(self, xs: Sequence[Tensor], relu: bool, group: ProcessGroup | None) -> Tensor:
-        measure = self.normalises_with_batch()
-        return fused_shortcut_sum(
-            xs, self.arguments(), measure=measure, num_groups=None, eps=self.eps, relu=relu, group=group
-        )
 
     @_disable_dynamo  # torch.compiler.disable would import the compiler now
     def _forward_across_processes(self, xs: Sequence[Tensor], fused: bool, relu: bool, group: ProcessGroup) -> Tensor:
@@ -266,7 +230,7 @@ class ERShortcut(nn.Module):
         check_shortcut_sum(xs, self.weight, self.norm, None, *running, training=False, momentum=0.0, eps=self.eps)
         if not fused or operators.why_plain(xs[0]) is not None:
             raise RuntimeError(NO_NAIVE_GROUP)
-        return self._fused(xs, relu, group)
+        return shortcut_sum(xs, self.arguments(), measure=True, eps=self.eps, relu=relu, group=group)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: all but the process group, whose handle means nothing to another process."""
@@ -287,14 +251,11 @@ class ERShortcut(nn.Module):
             return
         eps, momentum = self.__dict__.pop("eps"), self.__dict__.pop("momentum")
         buffers = {name: self._buffers.pop(name) for name in _BUFFERS}
-        self.statistics = None
-        if self.norm == "group":
-            self._eps, self._momentum = eps, momentum
-            return
-        self.statistics = nn.BatchNorm2d(self.num_maps * self.channels, eps, momentum, affine=False)
-        self.statistics.train(self.training)
-        for name, value in buffers.items():
-            self._set_running(name, value)
+        self._keep_statistics(eps, momentum)
+        if self.statistics is not None:
+            self.statistics.train(self.training)
+            for name, value in buffers.items():
+                setattr(self, name, value)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of every module, with the running statistics as `running_mean` and `running_var` [num_maps, channels]."""
@@ -323,17 +284,13 @@ class ERShortcut(nn.Module):
             ValueError: a cumulative average without its count.
         """
         statistics = self.statistics
-        if statistics is None:
-            return ShortcutArguments(self.weight, None, None, None, False, 0.0)
+        if statistics is None or statistics.running_mean is None:
+            return ShortcutArguments(self.weight)
+        rows = self.num_maps, self.channels
         mean, var, batches = statistics.running_mean, statistics.running_var, statistics.num_batches_tracked
-        if mean is not None and var is not None:
-            rows = self.num_maps, self.channels
-            mean, var = mean.view(rows), var.view(rows)
-            if not (self.training and statistics.training):
-                return ShortcutArguments(self.weight, mean, var, None, True, None)
-        momentum = statistics.momentum
-        if mean is None or not (self.training and statistics.training):
-            return ShortcutArguments(self.weight, None, None, None, False, 0.0)
+        mean, var, momentum = mean.view(rows), var.view(rows), statistics.momentum
+        if not (self.training and statistics.training):
+            return ShortcutArguments(self.weight, mean, var, None, True, None)
         if momentum is None and batches is None:
             raise ValueError("momentum=None (a cumulative average) needs num_batches_tracked.")
         return ShortcutArguments(self.weight, mean, var, batches, False, momentum)
@@ -371,7 +328,7 @@ class FoldedShortcut(nn.Module):
         a, b = self.a.to(dtype), self.b.to(dtype)
         if fused and operators.why_plain(xs[-1]) is None:
             layout = operators.layout_of(xs)
-            return operators.weighted_sum([operators.in_layout(x, layout) for x in xs], a, b, relu)
+            return operators.weighted_sum([x.contiguous(memory_format=layout) for x in xs], a, b, relu)
         y = xs[-1] + b.view(1, -1, 1, 1)
         for i in range(len(xs) - 1):  # `a` is not iterated: a trace would warn
             y = y + a[i].view(1, -1, 1, 1) * xs[i]

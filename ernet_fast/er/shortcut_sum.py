@@ -17,6 +17,7 @@ from ernet_fast.er.epilogue import er_block, er_block_backward
 from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, EpilogueState, LaterBlock, ShortcutArguments
 from ernet_fast.er.operators import check_first_order, relu_gradient
 from ernet_fast.er.process_group import ProcessGroup
+from ernet_fast.er.traceable_stage import TraceableStage
 
 
 def shortcut_sum(
@@ -24,32 +25,34 @@ def shortcut_sum(
     shortcut: ShortcutArguments,
     *,
     measure: bool,
-    num_groups: int = 0,
+    num_groups: int | None = None,
     eps: float,
     relu: bool,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """`xs[-1] + sum_i weight[i] * N(xs[i])`, then ReLU if asked.
+    """`xs[-1] + sum_i weight[i] * N(xs[i])`, then ReLU if asked, of arguments that have been checked.
 
-    Args:
-        xs: maps in one layout on a device that operators support; all arguments have been checked.
-        shortcut: weights, and running statistics to update or use.
-        measure: normalise with the moments of the maps.
-        num_groups: of group norm; 0 for batch norm.
-        eps: added to variances.
-        relu: apply the ReLU.
-        group: processes over which the statistics are taken.
+    With `measure` N takes the moments of the maps, over the processes of `group`; `num_groups` is None for batch norm.
     """
-    composed = group is not None or not _one_operator_supports(xs[0], shortcut)
-    state = EpilogueState(xs[0], len(xs), eps, measure=measure, num_groups=num_groups, composed=composed, group=group)
+    layout = operators.layout_of(xs)
+    maps = [x.contiguous(memory_format=layout) for x in xs]
+    if torch.compiler.is_compiling():
+        stage = TraceableStage(num_groups=num_groups, eps=eps, measure=measure)
+        for x in maps[:-1]:
+            stage.start(x)
+        return stage.block(maps[-1], NO_NORM, shortcut, relu=relu, measure=False)
+    composed = group is not None or not _one_operator_supports(maps[0], shortcut)
+    state = EpilogueState(
+        maps[0], len(maps), eps, measure=measure, num_groups=num_groups or 0, composed=composed, group=group
+    )
     weight = shortcut.weight
     assert weight is not None
     shortcut = shortcut._replace(weight=weight.detach().to(state.vector_dtype).contiguous())
-    if torch.is_grad_enabled() and (weight.requires_grad or any(x.requires_grad for x in xs)):
-        y: Tensor = _ShortcutSum.apply(weight, state, shortcut, relu, *xs)
+    if torch.is_grad_enabled() and (weight.requires_grad or any(x.requires_grad for x in maps)):
+        y: Tensor = _ShortcutSum.apply(weight, state, shortcut, relu, *maps)
         return y
     with torch._C._AutoDispatchBelowAutograd():
-        return er_block(state, xs, NO_NORM, shortcut, measure=False, relu=relu)
+        return er_block(state, maps, NO_NORM, shortcut, measure=False, relu=relu)
 
 
 def _one_operator_supports(x: Tensor, shortcut: ShortcutArguments) -> bool:
@@ -83,54 +86,31 @@ class _ShortcutSum(torch.autograd.Function):
         mean, var = (maps.pop(0), maps.pop(0)) if ctx.use_running else (None, None)
         needed: list[bool] = list(ctx.needs_input_grad[4:])
         last = needed.pop()
-        dy = operators.in_layout(dy, state.layout)
+        dy = dy.contiguous(memory_format=state.layout)
         if not maps or not (ctx.needs_input_grad[0] or any(needed) or state.group is not None):
             g = dy if y is None else relu_gradient(dy, y)
             return torch.zeros_like(weight), None, None, None, *([None] * len(maps)), g
         a, vectors = state.a[-1], weight.detach().to(state.vector_dtype).contiguous()
-        if state.composed or state.num_groups:
-            gradients, dweight, g = _backward_by_map(state, dy, maps, y, vectors, mean, var, needed)
-        else:
+        gradients: list[Tensor | None] = []
+        if not (state.composed or state.num_groups):
             found, dweight, g = torch.ops.ernet.shortcut_sum_backward.default(
                 dy, maps, y, vectors, state.table, a, mean, var, state.eps, needed
             )
             dmaps = iter(found)
-            gradients = [next(dmaps) if wanted else None for wanted in needed]
-        return dweight.to(weight.dtype), None, None, None, *gradients, (dy if y is None else g) if last else None
-
-
-def _backward_by_map(
-    state: EpilogueState,
-    dy: Tensor,
-    maps: Sequence[Tensor],
-    y: Tensor | None,
-    weight: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    needed: Sequence[bool],
-) -> tuple[list[Tensor | None], Tensor, Tensor]:
-    """Gradients of the earlier maps and of the weight, and g, by one pass over all maps and one more for each."""
-    state.needs_dots = True
-    da, db, g = operators.weighted_dot(dy, maps, y, state.num_groups > 0)
-    g = dy if y is None else g
-    dweight = torch.empty_like(weight)
-    none = state.none
-    block = LaterBlock(
-        g,
-        dy.new_empty((0,), dtype=torch.uint8),
-        state.a[-1],
-        db.double(),
-        weight,
-        none if mean is None else mean,
-        none if var is None else var,
-        dweight,
-    )
-    gradients: list[Tensor | None] = []
-    for index, (z, wanted) in enumerate(zip(maps, needed, strict=True)):
-        known = da[index : index + 1].double()
-        found = er_block_backward(state, index, z, BranchNorm.NONE, [block], known=known, needed=wanted)
-        gradients.append(found.dz if wanted else None)
-    return gradients, dweight, g
+            gradients += [next(dmaps) if wanted else None for wanted in needed]
+            g = dy if y is None else g
+        else:  # by map: one pass over all of them, and one more for each
+            state.needs_dots = True
+            da, db, g = operators.weighted_dot(dy, maps, y, state.num_groups > 0)
+            g, dweight = dy if y is None else g, torch.empty_like(vectors)
+            no_mask = dy.new_empty((0,), dtype=torch.uint8)
+            used = (state.none, state.none) if mean is None or var is None else (mean, var)
+            block = LaterBlock(g, no_mask, a, db.double(), vectors, used[0], used[1], dweight)
+            for index, (z, wanted) in enumerate(zip(maps, needed, strict=True)):
+                known = da[index : index + 1].double()
+                own = er_block_backward(state, index, z, BranchNorm.NONE, [block], known=known, needed=wanted)
+                gradients.append(own.dz if wanted else None)
+        return dweight.to(weight.dtype), None, None, None, *gradients, g if last else None
 
 
 def _backward_fake(

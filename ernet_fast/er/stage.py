@@ -21,13 +21,11 @@ from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, norm_arguments
 from ernet_fast.er.nodes import FusedStage
 from ernet_fast.er.plain import is_plain, why_not_plain
 from ernet_fast.er.process_group import NO_NAIVE_GROUP, ProcessGroup, active_group, group_of
-from ernet_fast.er.shortcut import ERShortcut, FoldedShortcut
+from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.er.traceable_stage import TraceableStage
 
 _LOG = logging.getLogger("ernet_fast.er")
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
-Shortcut = ERShortcut | FoldedShortcut
 
 
 class Path(enum.Enum):
@@ -50,7 +48,7 @@ class Choice(NamedTuple):
 class StageModules(NamedTuple):
     """The modules of a stage's ER blocks whose arithmetic their epilogues stand for, one entry a block."""
 
-    shortcuts: list[Any]  # Shortcut, or whatever somebody has put in its place
+    shortcuts: list[Any]  # ERShortcut, FoldedShortcut, or whatever somebody has put in its place
     norms: list[nn.Module]
     relus: list[nn.Module]
 
@@ -65,9 +63,8 @@ def choose(x0: Tensor, modules: StageModules, *, fused: bool) -> Choice:
     shortcuts = modules.shortcuts
     for shortcut in shortcuts:
         if not isinstance(shortcut, ERShortcut):
-            return Choice(
-                Path.MODULES, "folded for inference: each shortcut is one weighted sum, its coefficients stored"
-            )
+            folded = "folded for inference: each shortcut is one weighted sum, its coefficients stored"
+            return Choice(Path.MODULES, folded)
     group = statistics_group(modules)
     reason = _why_modules(x0, modules, fused=fused, empty_allowed=group is not None)
     if reason is not None:
@@ -109,10 +106,8 @@ def _why_modules(x0: Tensor, modules: StageModules, *, fused: bool, empty_allowe
         pairs += (shortcut, ERShortcut)
         if shortcut.statistics is not None:
             pairs += (shortcut.statistics, _BATCH_NORMS)
-    return None if is_plain(*pairs) else _which_is_not_plain(pairs)
-
-
-def _which_is_not_plain(pairs: Sequence[Any]) -> str:
+    if is_plain(*pairs):
+        return None
     for module, kind in zip(pairs[::2], pairs[1::2], strict=True):
         why = why_not_plain(module, kind)
         if why is not None:
@@ -128,10 +123,8 @@ def statistics_group(modules: StageModules) -> ProcessGroup | None:
         ValueError: shortcuts or BatchNorms of one stage that name different groups.
     """
     shortcuts, norms = modules.shortcuts, modules.norms
-    if (
-        not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group"
-    ):  # of samples; SyncBatchNorm runs as it is
-        return None
+    if not isinstance(shortcuts[0], ERShortcut) or shortcuts[0].norm == "group":
+        return None  # statistics of samples; SyncBatchNorm runs as it is
     named, synchronised = False, []
     for bn in norms:
         if isinstance(bn, nn.SyncBatchNorm):
@@ -173,11 +166,7 @@ class StageMaps:
         self._filed = 0
 
     def start(
-        self,
-        x0: Tensor,
-        shortcuts: Sequence[Any],
-        norms: Sequence[nn.Module] = (),
-        relus: Sequence[nn.Module] = (),
+        self, x0: Tensor, shortcuts: Sequence[Any], norms: Sequence[nn.Module] = (), relus: Sequence[nn.Module] = ()
     ) -> Tensor:
         """Choose the path, and file x_0, the output of the projection block.
 
@@ -212,7 +201,7 @@ class StageMaps:
         else:
             self._stage = FusedStage(
                 [shortcut.weight for shortcut in shortcuts],
-                first.eps,
+                eps=first.eps,
                 measure=measure,
                 num_groups=first.num_groups or 0,
                 composed=choice.path is Path.COMPOSED,
@@ -244,7 +233,7 @@ class StageMaps:
         if collapses or type(bn) in _BATCH_NORMS:
             z = self._in_dtype(z)
         if collapses and isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None:
-            collapses = isinstance(stage, FusedStage) and stage.group is not None
+            collapses = self.choice.group is not None
             if not collapses and self._modules.shortcuts[0].norm == "batch":
                 raise RuntimeError("an nn.SyncBatchNorm came to a stage that was started without `norms`.")
         if isinstance(shortcut, ERShortcut):
@@ -253,16 +242,16 @@ class StageMaps:
             self._xs.append(self._in_dtype(bn(z)))
             self._filed += 1
             return self._by_modules(shortcut, relu)
-        self._check_expected(shortcut)
+        expected = self._modules.shortcuts
+        if self._filed > len(expected):
+            raise ValueError(f"the stage was started with shortcuts for {len(expected) + 1} maps; this is one more.")
+        if shortcut is not expected[self._filed - 1]:
+            raise ValueError(f"this is not the shortcut that map {self._filed} of the stage was started with.")
         if not collapses:  # any other normalisation runs as it is, and its output is the map
             z = self._in_dtype(bn(z))
         self._filed += 1
-        if isinstance(stage, TraceableStage):
-            return stage.block(z, bn if collapses else None, shortcut.arguments(), relu=shortcut.relu)
-        norm = NO_NORM
-        if collapses:
-            norm = norm_arguments(bn)
-        if stage.group is None and z.numel() == z.shape[1]:
+        norm = norm_arguments(bn) if collapses else NO_NORM
+        if isinstance(stage, FusedStage) and self.choice.group is None and z.numel() == z.shape[1]:
             if norm.norm == BranchNorm.BATCH or shortcut.normalises_with_batch():
                 raise operators.one_value(z)
         return stage.block(z, norm, shortcut.arguments(), relu=shortcut.relu)
@@ -288,13 +277,6 @@ class StageMaps:
             raise ValueError(
                 f"the block's branch gave a map on {z.device}; the maps of this stage are on {self._device}."
             )
-
-    def _check_expected(self, shortcut: Shortcut) -> None:
-        expected = self._modules.shortcuts
-        if self._filed > len(expected):
-            raise ValueError(f"the stage was started with shortcuts for {len(expected) + 1} maps; this is one more.")
-        if shortcut is not expected[self._filed - 1]:
-            raise ValueError(f"this is not the shortcut that map {self._filed} of the stage was started with.")
 
     def _in_dtype(self, x: Tensor) -> Tensor:
         """`x` in the dtype of the stage, which autocast may have left: a float32 x_0 is not cast, convolutions are."""

@@ -7,10 +7,10 @@ autograd: traceable, one gradient for each pair of maps.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ernet_fast.er import operators
-from ernet_fast.er.epilogue_arguments import ShortcutArguments, uses_batch
+from ernet_fast.er.epilogue_arguments import BranchNorm, NormArguments, ShortcutArguments
 from ernet_fast.er.unfused_coefficients import (
     MapStatistics,
     combine_samples,
@@ -25,12 +25,9 @@ class TraceableStage:
     """The maps of one forward pass, and the weighted sums over them."""
 
     def __init__(self, *, num_groups: int | None, eps: float, measure: bool) -> None:
-        """Prepare for a forward pass.
+        """Prepare for a forward pass; with `measure` shortcuts normalise with moments, so every map is measured.
 
-        Args:
-            num_groups: of group norm, with moments and coefficients per sample and channel; None for batch norm.
-            eps: added to the variances of maps.
-            measure: shortcuts normalise with moments, so every map is measured.
+        `eps` is added to variances. With `num_groups`, of group norm, moments and coefficients are per sample too.
         """
         self.num_groups, self.eps, self.measure = num_groups, eps, measure
         self._statistics: list[MapStatistics] = []
@@ -42,68 +39,59 @@ class TraceableStage:
         return x
 
     def block(
-        self, z: Tensor, bn: nn.Module | None, shortcut: ShortcutArguments, *, relu: bool, measure: bool = True
+        self, z: Tensor, norm: NormArguments, shortcut: ShortcutArguments, *, relu: bool, measure: bool = True
     ) -> Tensor:
-        """File z [N, C, H, W], the branch's raw map, or with bn=None the map x itself; returns the block's output.
-
-        A last map needs no `measure`.
-        """
+        """File z [N, C, H, W], the branch's raw map, and return the block's output. A last map needs no `measure`."""
         measure = self.measure and measure
-        moments = self._file(z, measure or (bn is not None and uses_batch(bn)))
-        scale, shift = _affine(bn, moments, z) if bn is not None else (None, None)
-        # moments that bn alone needed say nothing that a shortcut with running statistics would use
+        moments = self._file(z, measure or norm.norm == BranchNorm.BATCH)
+        scale, shift = _affine(norm, moments, z)
+        # moments that `norm` alone needed say nothing that a shortcut with running statistics would use
         last = map_statistics(moments if measure else None, scale, shift, num_groups=self.num_groups)
-        a, b = self._coefficients(shortcut, last, z)
-        self._statistics.append(last)
-        return operators.weighted_sum(self._maps, a.contiguous(), b, relu)
-
-    def _coefficients(
-        self, shortcut: ShortcutArguments, last: MapStatistics, z: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Coefficients of a block's weighted sum; updates the running statistics in training."""
         weight, mean, var, batches, use_running, momentum = shortcut
-        dtype = operators.acc_dtype(z)
+        dtype, earlier = operators.acc_dtype(z), self._statistics
         assert weight is not None
         running = None
         if mean is not None and var is not None:
             if use_running:
                 running = mean.to(dtype), var.to(dtype)
             else:
-                earlier = self._statistics
                 with torch.no_grad():
                     means = torch.stack([m.mean for m in earlier if m.mean is not None])
                     variances = torch.stack([m.var for m in earlier if m.var is not None])
                 count = z.shape[0] * z.shape[2] * z.shape[3]
                 update_running(mean, var, means, variances, count, momentum_of(momentum, batches))
-        return shortcut_coefficients(weight.to(dtype), self._statistics, last, running, self.eps, z.shape[0])
+        a, b = shortcut_coefficients(weight.to(dtype), earlier, last, running, self.eps, z.shape[0])
+        earlier.append(last)
+        return operators.weighted_sum(self._maps, a.contiguous(), b, relu)
 
     def _file(self, z: Tensor, measure: bool) -> tuple[Tensor, Tensor] | None:
         """File a map; its mean and biased variance, [C] or per sample [N, C], if they are to be measured."""
-        z = operators.in_layout(z, operators.layout_of([z, *self._maps[:1]]))  # where they differ, the last decides
+        layout = operators.layout_of([z, *self._maps[:1]])  # where they differ, the last decides
+        z = z.contiguous(memory_format=layout)
         self._maps.append(z)
         return operators.channel_moments(z, self.num_groups is not None) if measure else None
 
 
-def _affine(bn: nn.Module, moments: tuple[Tensor, Tensor] | None, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C] with which `bn(z) = scale * z + shift`; updates its running statistics as bn would."""
-    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
+def _affine(
+    norm: NormArguments, moments: tuple[Tensor, Tensor] | None, z: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift [C] of `x = scale * z + shift`; updates the running statistics of `norm`."""
+    if norm.norm == BranchNorm.NONE:
+        return None, None
     dtype = operators.acc_dtype(z)
-    if uses_batch(bn):
+    if norm.norm == BranchNorm.BATCH:
         assert moments is not None
         mean, var = moments if moments[0].dim() == 1 else combine_samples(*moments)
         count = z.shape[0] * z.shape[2] * z.shape[3]
         if count == 1:
             raise operators.one_value(z)
-        if bn.training and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
-            momentum = momentum_of(bn.momentum, bn.num_batches_tracked)
-            update_running(bn.running_mean, bn.running_var, mean, var, count, momentum)
+        if norm.mean is not None and norm.var is not None:
+            update_running(norm.mean, norm.var, mean, var, count, momentum_of(norm.momentum, norm.batches))
     else:
-        assert bn.running_mean is not None and bn.running_var is not None
-        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    scale = torch.rsqrt(var + bn.eps)
-    if bn.weight is not None:
-        scale = bn.weight.to(dtype) * scale
+        assert norm.mean is not None and norm.var is not None
+        mean, var = norm.mean.to(dtype), norm.var.to(dtype)
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.gamma is not None:
+        scale = norm.gamma.to(dtype) * scale
     shift = -mean * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
-    return scale, shift
+    return scale, shift if norm.beta is None else shift + norm.beta.to(dtype)

@@ -62,13 +62,13 @@ def map_statistics(
     mean, var = moments
     if scale is not None:
         mean, var = scale * mean, scale.square() * var
-    if num_groups is None:
-        offset = -mean
-        return MapStatistics(scale, shift, mean if shift is None else mean + shift, var, offset)
+    offset = -mean
     if shift is not None:
         mean = mean + shift
-    group_mean, group_var = combine_groups(mean, var, num_groups)
-    return MapStatistics(scale, shift, group_mean, group_var, -group_mean if shift is None else shift - group_mean)
+    if num_groups is not None:
+        mean, var = combine_groups(mean, var, num_groups)
+        offset = -mean if shift is None else shift - mean
+    return MapStatistics(scale, shift, mean, var, offset)
 
 
 def shortcut_coefficients(

@@ -26,7 +26,7 @@ def forward(changed: list[Any], dtype: torch.dtype, *arguments: Any) -> None:
     copies = [None if t is None else t.clone() for t in changed]
     mine = iter(copies)
     others = [next(mine) if any(x is t for t in changed if t is not None) else x for x in arguments]
-    found = launch.block_coefficients(launch.BlockArguments(*arguments))
+    found = launch.block_coefficients(*arguments)
     wanted = torch.ops.ernet.block_coefficients(*others)
     for x, y in zip((*found, *changed), (*wanted, *copies), strict=True):
         if y is not None and y.dtype == torch.int64:
@@ -37,7 +37,7 @@ def forward(changed: list[Any], dtype: torch.dtype, *arguments: Any) -> None:
 
 
 def backward(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-    return launch.map_coefficients_backward(launch.MapArguments(**arguments))
+    return launch.map_coefficients_backward(**arguments)
 
 
 @pytest.mark.parametrize("use_running", [False, True])
@@ -161,7 +161,7 @@ def test_operators_name_what_is_wrong():
         "norm_eps": 1e-5, "weight": None, "running_mean": None, "running_var": None, "batches": None,
         "use_running": False, "momentum": 0.1, "eps": 1e-5,
     }  # fmt: skip
-    launch.block_coefficients(launch.BlockArguments(**good))
+    launch.block_coefficients(*good.values())
     moving = {"norm_mean": ones.clone(), "norm_var": ones.clone()}
     for wrong, message in [
         ({"mean": torch.ones(4)}, r"mean must have shape \[3\]; got \[4\]"),
@@ -179,7 +179,7 @@ def test_operators_name_what_is_wrong():
         (moving | {"norm_momentum": None}, "momentum of None .* needs norm_batches"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            launch.block_coefficients(launch.BlockArguments(**(good | wrong)))
+            launch.block_coefficients(*(good | wrong).values())
 
 
 def test_gradients_name_what_is_wrong():

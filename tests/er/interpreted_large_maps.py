@@ -106,8 +106,8 @@ def test_reductions(last_programs, large, per_sample):
     channels = cut.tile.rows if large.is_contiguous() else 128
     values = torch.arange(1.0, 129.0)[-channels:]
     map_launch.weighted_dot(large, [large], large, per_sample)
-    name, programs, (_, _, g, _, partial, *_) = last_programs.launches[0]
-    assert name == "weighted_dot_kernel" and programs == cut.programs
+    name, programs, (_, _, _, g, _, partial, *_) = last_programs.launches[0]
+    assert name == "map_dots_kernel" and programs == cut.programs
     assert torch.equal(partial[-1, 0, -1, -channels:], values.square())
     assert torch.equal(partial[-1, 1, -1, -channels:], values)
     assert torch.equal(g[-1, -channels:, -1, -1].float(), values) and float(g[0, 0, 0, 0]) == 0

@@ -19,7 +19,6 @@ from triton_launches import Launch, record
 
 from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
 from ernet_fast.er.triton import coefficient_launch, map_launch
-from ernet_fast.er.triton.coefficient_launch import BlockArguments, MapArguments
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
@@ -30,7 +29,6 @@ ARCHITECTURES = [80, 90, 100, 120]
 # Registers of a thread: 65,536 of a multiprocessor hold at least 512 threads of a sum, 384 of a reduction.
 REGISTERS = {
     "weighted_sum_kernel": 128,
-    "weighted_dot_kernel": 168,
     "map_dots_kernel": 168,
     "channel_moments_kernel": 168,
     "merge_dot_kernel": 128,
@@ -68,6 +66,7 @@ def compile_for(launch: Launch, architecture: int, folder: Path) -> Machine:
     kernel = getattr(coefficient_kernels if "coefficients" in launch.kernel else map_kernels, launch.kernel)
     constants = dict(launch.constants)
     options = {"num_warps": constants.pop("num_warps", 4)}
+    constants |= {name: None for name, x in zip(kernel.arg_names, launch.arguments, strict=False) if x is None}
     signature = dict(zip(kernel.arg_names, launch.types(), strict=False)) | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants, launch.alignments())
     cubin = folder / "kernel.cubin"
@@ -147,10 +146,8 @@ def algebra(
 
     def call() -> None:
         coefficient_launch.block_coefficients(
-            BlockArguments(
-                table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum,
-                1e-5, rows, rows, rows, counted[1], running, momentum, 1e-5,
-            )
+            table, index, doubles, *measured, count, elements, norm, one, one, one, one, counted[0], momentum,
+            1e-5, rows, rows, rows, counted[1], running, momentum, 1e-5,
         )  # fmt: skip
         later = range(index + 1, num_maps)
         lists = {
@@ -162,10 +159,8 @@ def algebra(
             "later_dweight": [a.new_empty(k, 256) for k in later],
         }
         coefficient_launch.map_coefficients_backward(
-            MapArguments(
-                table, index, sums=a.new_empty(len(later) + 2, 256).double(), a=a[: index + 1], **lists, count=count,
-                elements=elements, norm=norm, eps=1e-5, measured=not running, pass_on=False,
-            )
+            table, index, sums=a.new_empty(len(later) + 2, 256).double(), a=a[: index + 1], **lists, count=count,
+            elements=elements, norm=norm, eps=1e-5, measured=not running, pass_on=False,
         )  # fmt: skip
 
     return call
@@ -244,9 +239,9 @@ def test_machine_code_of_many_maps(monkeypatch, tmp_path):
     """23 maps, the third stage of ER-ResNet-101: one sum in groups of 8 maps, three launches of each dot."""
     launches = record(monkeypatch, stage(torch.bfloat16, torch.channels_last, 23, size=14))
     names = [launch.kernel for launch in launches]
-    assert names.count("weighted_dot_kernel") == names.count("map_dots_kernel") == 3
+    assert names.count("map_dots_kernel") == 2 * 3
     further = launches[names.index("map_dots_kernel") + 1]
-    assert not further.constants["HAS_DY"]
+    assert further.arguments[1] is None  # dy
     machine = compile_for(further, 90, tmp_path)
     assert machine.registers <= REGISTERS["map_dots_kernel"] and machine.stack == 0
     check(launches[0], compile_for(launches[0], 90, tmp_path), True)
@@ -290,15 +285,14 @@ def test_maps_beyond_32_bits_compile(layout, monkeypatch, tmp_path):
 
 
 def test_few_variants(monkeypatch):
-    """Counts of maps from 1 to 40 need 6 variants of the sum, and 6 of each dot."""
+    """Counts of maps from 1 to 40: 6 variants of the sum; 9 of the dots, 3 a first launch and 3 for the others."""
     variants: dict[str, set[Any]] = {}
     for num_maps in range(1, 41):
         for launch in record(monkeypatch, stage(torch.bfloat16, torch.channels_last, num_maps)):
             variants.setdefault(launch.kernel, set()).add(launch.specialisation())
     assert {name: len(found) for name, found in variants.items()} == {
         "weighted_sum_kernel": 6,
-        "weighted_dot_kernel": 6,
-        "map_dots_kernel": 6,
+        "map_dots_kernel": 9,
         "merge_dot_kernel": 2,  # weighted_dot's sums are float32
         "channel_moments_kernel": 1,
         "merge_moments_kernel": 1,
@@ -369,8 +363,8 @@ def test_calls_reach_the_driver(monkeypatch):
     map_launch.weighted_dot(maps[0], maps, maps[1], False)
     map_launch.channel_moments(maps[0], True)
     names = [name for name, _, _ in driver.launched]
-    assert names == ["weighted_dot_kernel"] * 2 + ["merge_dot_kernel", "channel_moments_kernel", "merge_moments_kernel"]
+    assert names == ["map_dots_kernel"] * 2 + ["merge_dot_kernel", "channel_moments_kernel", "merge_moments_kernel"]
     first, second = (arguments for _, _, arguments in driver.launched[:2])
     assert pointers(first) == [x.data_ptr() for x in maps[:8]]
     assert pointers(second) == [x.data_ptr() for x in maps[8:]]
-    assert second[0].data_ptr() == first[2].data_ptr()  # g, which the first launch wrote, is what the second reads
+    assert second[0].data_ptr() == first[3].data_ptr()  # g, which the first launch wrote, is what the second reads

@@ -52,6 +52,8 @@ def _type(argument: Any) -> Any:
         return tuple(_type(part) for part in argument)
     if isinstance(argument, torch.Tensor):
         return TYPES[argument.dtype]
+    if argument is None:
+        return "constexpr"
     if isinstance(argument, float):
         return "fp32"
     return "i32" if -(2**31) <= argument < 2**31 else "i64"

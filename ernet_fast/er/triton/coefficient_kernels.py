@@ -3,8 +3,9 @@
     block_coefficients_kernel          moments, BatchNorm, weights -> a, b; the table; running statistics
     map_coefficients_backward_kernel   inner products -> gradients of weights, gamma, beta; coefficients of dz
 
-A program serves COLS channels. Everything is computed in float64, which costs nothing beside a launch. What the rows of
-the table hold is written in `epilogue_arguments`; the formulas are in docs/er-shortcuts.md.
+A program serves COLS channels. A pointer or number that is None is compiled for as such, like a constant. Everything is
+computed in float64, which costs nothing beside a launch. What the rows of the table hold is written in
+`epilogue_arguments`; the formulas are in docs/er-shortcuts.md.
 """
 
 # Triton has no starred tuples, and its tuples grow in loops that it unrolls.
@@ -40,7 +41,7 @@ def _write(vector, place, value, inside):
 
 @triton.jit
 def _read_rows(rows, channels, col, inside):
-    """Rows 0 to 3 of a matrix: of the table's for a map SCALE, RSTD, CENTRE and SHIFT, or of totals."""
+    """Rows 0 to 3 of a matrix: of the table's for a map, SCALE to SHIFT, or of totals."""
     return (
         _read(rows, col, inside),
         _read(rows + channels, col, inside),
@@ -55,14 +56,16 @@ def _inverse_sqrt(x):
 
 
 @triton.jit
-def _count_batch(batches, momentum, HAS_BATCHES: tl.constexpr, CUMULATIVE: tl.constexpr):
+def _count_batch(batches, momentum):
     """The momentum for this batch; counts the batch, which for cumulative averages has been done before."""
-    if CUMULATIVE:
-        return 1.0 / tl.load(batches).to(tl.float64)
-    if HAS_BATCHES:
-        if tl.program_id(0) == 0:
-            tl.store(batches, tl.load(batches) + 1)
-    return tl.cast(momentum, tl.float64)
+    if momentum is None:
+        step = 1.0 / tl.load(batches).to(tl.float64)
+    else:
+        if batches is not None:
+            if tl.program_id(0) == 0:
+                tl.store(batches, tl.load(batches) + 1)
+        step = tl.cast(momentum, tl.float64)
+    return step
 
 
 @triton.jit
@@ -95,32 +98,23 @@ def block_coefficients_kernel(
     momentum,
     NORM_EPS: tl.constexpr,
     EPS: tl.constexpr,
-    MEASURED: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
     BRANCH: tl.constexpr,
-    HAS_GAMMA: tl.constexpr,
-    HAS_BETA: tl.constexpr,
     UPDATE_NORM: tl.constexpr,
-    NORM_BATCHES: tl.constexpr,
-    NORM_CUMULATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
     USE_RUNNING: tl.constexpr,
     UPDATE: tl.constexpr,
-    BATCHES: tl.constexpr,
-    CUMULATIVE: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Row `index` of the table, running statistics, a [index + 1, channels] and b [channels]."""
     channels = tl.cast(channels, tl.int64)
     col = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     inside = col < channels
-    values = tl.load(count) if HAS_COUNT else tl.cast(elements, tl.float64)
+    values = tl.cast(elements, tl.float64) if count is None else tl.load(count)
     unbiased = values / tl.maximum(values - 1.0, 1.0)
     own = tl.cast(index, tl.int64) * TABLE_ROWS * channels + col
 
     z_mean = tl.zeros([COLS], tl.float64)
     z_var = tl.zeros([COLS], tl.float64)
-    if MEASURED:
+    if mean is not None:
         z_mean = _read(mean, col, inside)
         z_var = _read(var, col, inside)
     scale = tl.full([COLS], 1.0, tl.float64)
@@ -130,25 +124,20 @@ def block_coefficients_kernel(
     if BRANCH != NO_NORM:
         centre = z_mean if BRANCH == BATCH_NORM else _read(norm_mean, col, inside)
         rstd = _inverse_sqrt((z_var if BRANCH == BATCH_NORM else _read(norm_var, col, inside)) + NORM_EPS)
-        scale = _read(gamma, col, inside) * rstd if HAS_GAMMA else rstd
-        shift = (_read(beta, col, inside) if HAS_BETA else shift) - scale * centre
+        scale = rstd if gamma is None else _read(gamma, col, inside) * rstd
+        shift = (shift if beta is None else _read(beta, col, inside)) - scale * centre
     norm = _inverse_sqrt(scale * scale * z_var + EPS)
-    tl.store(table + own + SCALE * channels, scale, mask=inside)
-    tl.store(table + own + RSTD * channels, rstd, mask=inside)
-    tl.store(table + own + CENTRE * channels, centre, mask=inside)
-    tl.store(table + own + SHIFT * channels, shift, mask=inside)
-    tl.store(table + own + MEAN * channels, z_mean, mask=inside)
-    tl.store(table + own + VAR * channels, z_var, mask=inside)
-    tl.store(table + own + NORM * channels, norm, mask=inside)
+    rows = (scale, rstd, centre, shift, z_mean, z_var, norm)
+    for i in tl.static_range(TABLE_ROWS):
+        tl.store(table + own + i * channels, rows[i], mask=inside)
     if UPDATE_NORM:
-        step = _count_batch(norm_batches, norm_momentum, NORM_BATCHES, NORM_CUMULATIVE)
+        step = _count_batch(norm_batches, norm_momentum)
         _update(norm_mean, col, z_mean, step, inside)
         _update(norm_var, col, z_var * unbiased, step, inside)
 
-    if BLOCK:
-        step = tl.cast(momentum, tl.float64)
+    if weight is not None:
         if UPDATE:
-            step = _count_batch(batches, momentum, BATCHES, CUMULATIVE)
+            step = _count_batch(batches, momentum)
         # The constants go with the coefficients as they are stored: rounding one is not to move a large mean.
         stored = scale.to(a.dtype.element_ty)
         constant = shift + (scale - stored.to(tl.float64)) * centre
@@ -225,8 +214,6 @@ def map_coefficients_backward_kernel(
     channels,
     elements,
     EPS: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_COUNT: tl.constexpr,
     BRANCH: tl.constexpr,
     MEASURED: tl.constexpr,
     PASS_ON: tl.constexpr,
@@ -249,7 +236,7 @@ def map_coefficients_backward_kernel(
     row = (scale, shift, mean, _read(own + NORM * channels, col, inside))
     dscale, dshift, dmean, dvar = _read_rows(totals, channels, col, inside & (first_later > 0))
 
-    first_row = rows + ((1 if HAS_A else 0) + tl.cast(first_later, tl.int64)) * channels
+    first_row = rows + ((0 if a is None else 1) + tl.cast(first_later, tl.int64)) * channels
     dots = sums + tl.cast(first_later, tl.int64) * channels
     for first in tl.static_range(0, len(later_a), BLOCKS_TOGETHER):
         if first < num_later:
@@ -277,7 +264,7 @@ def map_coefficients_backward_kernel(
 
     if LAST:
         last = rows + tl.cast(all_later, tl.int64) * channels + col
-        if HAS_A:
+        if a is not None:
             dots = sums + tl.cast(all_later, tl.int64) * channels
             dscale += _read(dots, col, inside)
             dshift += _read(dots + channels, col, inside)
@@ -293,7 +280,7 @@ def map_coefficients_backward_kernel(
         tl.store(dmoments + col, dmean, mask=inside)
         tl.store(dmoments + channels + col, dvar, mask=inside)
         if MEASURED:
-            values = tl.load(count) if HAS_COUNT else tl.cast(elements, tl.float64)
+            values = tl.cast(elements, tl.float64) if count is None else tl.load(count)
             k1 = (dvar * 2.0 / values).to(rows.dtype.element_ty)
             tl.store(last, k1, mask=inside)
             _write(k0, col, dmean / values - k1.to(tl.float64) * mean, inside)
@@ -301,7 +288,6 @@ def map_coefficients_backward_kernel(
         if PASS_ON:
             tl.store(last, tl.full([COLS], 1.0, rows.dtype.element_ty), mask=inside)
     else:
-        tl.store(totals + col, dscale, mask=inside)
-        tl.store(totals + channels + col, dshift, mask=inside)
-        tl.store(totals + 2 * channels + col, dmean, mask=inside)
-        tl.store(totals + 3 * channels + col, dvar, mask=inside)
+        gradients = (dscale, dshift, dmean, dvar)
+        for i in tl.static_range(4):
+            tl.store(totals + i * channels + col, gradients[i], mask=inside)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm
-from ernet_fast.er.triton.map_launch import fail, on_device_of, padded
+from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm, NormArguments, ShortcutArguments
+from ernet_fast.er.triton.map_launch import check_vector, fail, on_device_of, padded
 from ernet_fast.er.triton.tiling import ceil_div
 
 _COLS = 128  # channels of a program: with 256 channels two of them, with 2048 sixteen
@@ -29,43 +29,6 @@ def kernels() -> ModuleType:
     from ernet_fast.er.triton import coefficient_kernels  # here, because it imports triton
 
     return coefficient_kernels
-
-
-class BlockArguments(NamedTuple):
-    """The arguments of `ernet::block_coefficients`, which `epilogue_arguments` describes in part."""
-
-    table: Tensor
-    index: int  # type: ignore[assignment]  # a method of tuple has the name
-    doubles: bool
-    mean: Tensor | None
-    var: Tensor | None
-    count: Tensor | None  # type: ignore[assignment]  # a method of tuple has the name
-    elements: int
-    norm: int
-    gamma: Tensor | None
-    beta: Tensor | None
-    norm_mean: Tensor | None
-    norm_var: Tensor | None
-    norm_batches: Tensor | None
-    norm_momentum: float | None
-    norm_eps: float
-    weight: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batches: Tensor | None
-    use_running: bool
-    momentum: float | None
-    eps: float
-
-    @property
-    def updates_norm(self) -> bool:
-        """True if running statistics of the branch's BatchNorm are updated."""
-        return self.norm == BranchNorm.BATCH and self.norm_mean is not None
-
-    @property
-    def updates_shortcuts(self) -> bool:
-        """True if running statistics of the shortcuts are updated."""
-        return not self.use_running and self.running_mean is not None
 
 
 class MapArguments(NamedTuple):
@@ -105,33 +68,8 @@ _LATER = ("later_a", "later_db", "later_weight", "later_running_mean", "later_ru
 
 
 def _check_vector(t: Tensor | None, name: str, sizes: list[int], table: Tensor) -> None:
-    if t is None:
-        return
-    if list(t.shape) != sizes:
-        fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
-    if t.device != table.device:
-        fail(f"{name} must be on the device of the table, {table.device}; it is on {t.device}")
-    if t.dtype not in _FLOATING:
-        fail(f"{name} must be float32, float64, bfloat16 or float16; got {t.dtype}")
-    if not (t.is_contiguous() or t.numel() == 0):
-        fail(f"{name} must be contiguous")
-
-
-def _check_table(table: Tensor, index: int) -> None:
-    if table.dim() != 3 or table.shape[1] != TABLE_ROWS or table.dtype != torch.float64 or not table.is_contiguous():
-        fail(f"table must be a contiguous float64 tensor [maps, {TABLE_ROWS}, C]")
-    if not 0 <= index < table.shape[0]:
-        fail(f"index {index} is outside the {table.shape[0]} maps of table")
-
-
-def _check_norm(norm: int) -> None:
-    if norm not in list(BranchNorm):
-        fail(f"norm must be 0 (none), 1 (batch) or 2 (running); got {norm}")
-
-
-def _check_pair(first: Tensor | None, second: Tensor | None, names: str) -> None:
-    if (first is None) != (second is None):
-        fail(f"{names} go together")
+    if t is not None:
+        check_vector(t, name, sizes, "table", table.device, _FLOATING, "float32, float64, bfloat16 or float16")
 
 
 def _check_number(t: Tensor | None, name: str, dtype: torch.dtype, table: Tensor) -> None:
@@ -139,78 +77,95 @@ def _check_number(t: Tensor | None, name: str, dtype: torch.dtype, table: Tensor
         fail(f"{name} must be one {str(dtype).removeprefix('torch.')} number on the device of the table")
 
 
-def _check_updates(batches: Tensor | None, momentum: float | None, name: str, table: Tensor) -> None:
+def _check_map_of(table: Tensor, index: int, norm: int, count: Tensor | None) -> None:
+    if table.dim() != 3 or table.shape[1] != TABLE_ROWS or table.dtype != torch.float64 or not table.is_contiguous():
+        fail(f"table must be a contiguous float64 tensor [maps, {TABLE_ROWS}, C]")
+    if not 0 <= index < table.shape[0]:
+        fail(f"index {index} is outside the {table.shape[0]} maps of table")
+    if norm not in list(BranchNorm):
+        fail(f"norm must be 0 (none), 1 (batch) or 2 (running); got {norm}")
+    _check_number(count, "count", torch.float64, table)
+
+
+def _check_pair(
+    table: Tensor, names: tuple[str, str], pair: Sequence[Tensor | None], sizes: list[int], needed_by: str | None
+) -> None:
+    for name, vector in zip(names, pair, strict=True):
+        _check_vector(vector, name, sizes, table)
+    if (pair[0] is None) != (pair[1] is None):
+        fail(f"{' and '.join(names)} go together")
+    if needed_by is not None and pair[0] is None:
+        fail(f"{needed_by} needs {' and '.join(names)}")
+
+
+def _check_updates(table: Tensor, name: str, batches: Tensor | None, momentum: float | None) -> None:
     _check_number(batches, name, torch.int64, table)
     if momentum is None and batches is None:
         fail(f"a momentum of None (a cumulative average) needs {name}")
 
 
-def _check_block(k: BlockArguments) -> None:
-    _check_table(k.table, k.index)
-    _check_norm(k.norm)
-    channels = k.table.shape[2]
-    for name in ("mean", "var", "gamma", "beta", "norm_mean", "norm_var"):
-        _check_vector(getattr(k, name), name, [channels], k.table)
-    for name in ("weight", "running_mean", "running_var"):
-        _check_vector(getattr(k, name), name, [k.index, channels], k.table)
-    _check_pair(k.mean, k.var, "mean and var")
-    _check_pair(k.norm_mean, k.norm_var, "norm_mean and norm_var")
-    _check_pair(k.running_mean, k.running_var, "running_mean and running_var")
-    _check_number(k.count, "count", torch.float64, k.table)
-    if k.norm == BranchNorm.BATCH and k.mean is None:
-        fail("norm 1 (batch) needs mean and var")
-    if k.norm == BranchNorm.RUNNING and k.norm_mean is None:
-        fail("norm 2 (running) needs norm_mean and norm_var")
-    if k.use_running and k.running_mean is None:
-        fail("use_running needs running_mean and running_var")
-    if k.updates_norm:
-        _check_updates(k.norm_batches, k.norm_momentum, "norm_batches", k.table)
-    if k.updates_shortcuts:
-        _check_updates(k.batches, k.momentum, "batches", k.table)
-
-
-def block_coefficients(k: BlockArguments) -> tuple[Tensor, Tensor]:
-    """`ernet::block_coefficients` on a CUDA device."""
-    _check_block(k)
-    channels, dtype = k.table.shape[2], torch.float64 if k.doubles else torch.float32
-    block = k.weight is not None
-    a = k.table.new_empty((k.index + 1 if block else 0, channels), dtype=dtype)
-    b = k.table.new_empty((channels if block else 0,), dtype=dtype)
+def block_coefficients(
+    table: Tensor,
+    index: int,
+    doubles: bool,
+    mean: Tensor | None,
+    var: Tensor | None,
+    count: Tensor | None,
+    elements: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """`ernet::block_coefficients` on a CUDA device; `rest`: `NormArguments`, `ShortcutArguments`, eps."""
+    norm, shortcut, eps = NormArguments(*rest[:8]), ShortcutArguments(*rest[8:-1]), rest[-1]
+    updates_norm = norm.norm == BranchNorm.BATCH and norm.mean is not None
+    updates_shortcuts = not shortcut.use_running and shortcut.running_mean is not None
+    _check_map_of(table, index, norm.norm, count)
+    channels = table.shape[2]
+    of_map, of_maps = [channels], [index, channels]
+    batch = "norm 1 (batch)" if norm.norm == BranchNorm.BATCH else None
+    running = "norm 2 (running)" if norm.norm == BranchNorm.RUNNING else None
+    use_running = "use_running" if shortcut.use_running else None
+    _check_pair(table, ("mean", "var"), (mean, var), of_map, batch)
+    _check_pair(table, ("norm_mean", "norm_var"), (norm.mean, norm.var), of_map, running)
+    _check_pair(table, ("running_mean", "running_var"), shortcut[1:3], of_maps, use_running)
+    _check_vector(norm.gamma, "gamma", of_map, table)
+    _check_vector(norm.beta, "beta", of_map, table)
+    _check_vector(shortcut.weight, "weight", of_maps, table)
+    if updates_norm:
+        _check_updates(table, "norm_batches", norm.batches, norm.momentum)
+    if updates_shortcuts:
+        _check_updates(table, "batches", shortcut.batches, shortcut.momentum)
+    dtype = torch.float64 if doubles else torch.float32
+    block = shortcut.weight is not None
+    a = table.new_empty((index + 1 if block else 0, channels), dtype=dtype)
+    b = table.new_empty((channels if block else 0,), dtype=dtype)
     if channels == 0:
         return a, b
-    with on_device_of(k.table):
+    with on_device_of(table):
         # every program of the kernel reads a count that makes a momentum: it is raised before
-        if k.updates_norm and k.norm_momentum is None and k.norm_batches is not None:
-            k.norm_batches.add_(1)
-        if k.updates_shortcuts and k.momentum is None and k.batches is not None:
-            k.batches.add_(1)
-        vectors = (k.mean, k.var, k.count, k.gamma, k.beta, k.norm_mean, k.norm_var, k.norm_batches)
-        shortcuts = (k.weight, k.running_mean, k.running_var, k.batches)
+        if updates_norm and norm.momentum is None and norm.batches is not None:
+            norm.batches.add_(1)
+        if updates_shortcuts and shortcut.momentum is None and shortcut.batches is not None:
+            shortcut.batches.add_(1)
         kernels().block_coefficients_kernel[(ceil_div(channels, _COLS),)](
-            k.table,
-            *(k.table if t is None else t for t in (*vectors, *shortcuts)),
+            table,
+            mean,
+            var,
+            count,
+            *norm[1:6],
+            *shortcut[:4],
             a,
             b,
-            k.index,
+            index,
             channels,
-            k.elements,
-            0.0 if k.norm_momentum is None else float(k.norm_momentum),
-            0.0 if k.momentum is None else float(k.momentum),
-            NORM_EPS=float(k.norm_eps),
-            EPS=float(k.eps),
-            MEASURED=k.mean is not None,
-            HAS_COUNT=k.count is not None,
-            BRANCH=int(k.norm),
-            HAS_GAMMA=k.gamma is not None,
-            HAS_BETA=k.beta is not None,
-            UPDATE_NORM=k.updates_norm,
-            NORM_BATCHES=k.norm_batches is not None,
-            NORM_CUMULATIVE=k.updates_norm and k.norm_momentum is None,
-            BLOCK=block,
-            USE_RUNNING=k.use_running,
-            UPDATE=k.updates_shortcuts,
-            BATCHES=k.batches is not None,
-            CUMULATIVE=k.updates_shortcuts and k.momentum is None,
+            elements,
+            norm.momentum,
+            shortcut.momentum,
+            NORM_EPS=float(norm.eps),
+            EPS=float(eps),
+            BRANCH=int(norm.norm),
+            UPDATE_NORM=updates_norm,
+            USE_RUNNING=shortcut.use_running,
+            UPDATE=updates_shortcuts,
             COLS=_COLS,
             num_warps=_WARPS,
         )
@@ -241,9 +196,7 @@ def _check_later(k: MapArguments, dtype: torch.dtype) -> None:
 
 def _check_map(k: MapArguments) -> torch.dtype:
     """Check all arguments; returns the dtype of sums and coefficients."""
-    _check_table(k.table, k.index)
-    _check_norm(k.norm)
-    _check_number(k.count, "count", torch.float64, k.table)
+    _check_map_of(k.table, k.index, k.norm, k.count)
     channels = k.table.shape[2]
     found = [t.dtype for t in (k.a, *k.later_a) if t is not None]
     dtype = found[0] if found else torch.float32
@@ -257,8 +210,8 @@ def _check_map(k: MapArguments) -> torch.dtype:
     return dtype
 
 
-def map_coefficients_backward(k: MapArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`ernet::map_coefficients_backward` on a CUDA device.
+def map_coefficients_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ernet::map_coefficients_backward` on a CUDA device, of `MapArguments`.
 
     Returns:
         rows: coefficients of dz as a weighted sum of the map's own g (with `a`), later g, z (`measured`) and what is
@@ -267,6 +220,7 @@ def map_coefficients_backward(k: MapArguments) -> tuple[Tensor, Tensor, Tensor, 
         dgamma, dbeta: [C]; empty without a BatchNorm or without sums.
         dmoments: gradients of mean and variance, float64 [2, C].
     """
+    k = MapArguments(*arguments, **named)
     dtype, channels, num_later = _check_map(k), k.table.shape[2], len(k.later_a)
     num_rows = num_later + (k.a is not None) + k.measured + k.pass_on
     affine = 0 if k.norm == BranchNorm.NONE or k.sums is None else channels
@@ -301,12 +255,12 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
         kernels().map_coefficients_backward_kernel[(ceil_div(channels, _COLS),)](
             k.table,
             sums,
-            rows if k.a is None else k.a,
+            k.a,
             *(
                 padded(some, some[0] if some else sums if name == "later_db" else rows)
                 for name, some in zip(_LATER, lists, strict=True)
             ),
-            k.table if k.count is None else k.count,
+            k.count,
             totals,
             rows,
             *vectors,
@@ -318,8 +272,6 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
             channels,
             k.elements,
             EPS=float(k.eps),
-            HAS_A=k.a is not None,
-            HAS_COUNT=k.count is not None,
             BRANCH=int(k.norm),
             MEASURED=k.measured,
             PASS_ON=k.pass_on,

@@ -1,16 +1,16 @@
 """The ER operators on feature maps as Triton kernels: device code only, launched by `map_launch`.
 
     weighted_sum_kernel      y = sum_l a_l * maps_l + b, then ReLU if asked
-    weighted_dot_kernel      g = dy where y > 0;  of each slab: sum g * maps_l and sum g
-    map_dots_kernel          g = dy where y > 0;  of each slab: sum z * later_g_l, sum z * g and sum g
-    merge_dot_kernel         the sums over all slabs, for both
+    map_dots_kernel          g = dy where y > 0;  of each slab: inner products of one map, x or g, with several; sum g
+    merge_dot_kernel         the sums over all slabs
     channel_moments_kernel   of each slab: mean and sum of squared deviations
     merge_moments_kernel     mean and biased variance of all slabs
 
 A map is seen as a matrix whose rows are contiguous. Channels-last: a row is a pixel, its columns are channels. Planar
 (contiguous [N, C, H, W]): a row is a plane, its columns are pixels. Programs work on tiles of ROWS x COLS elements.
-Maps come as a tuple of pointers, padded to a few lengths; `num_maps` of them are real and the loads of the others are
-masked off. So no table of addresses is copied to the device, and no kernel is compiled for every count.
+A pointer that is None is compiled for as such, like a constant. Maps come as a tuple of pointers, padded to a few
+lengths; `num_maps` of them are real and the loads of the others are masked off. So no table of addresses is copied to
+the device, and no kernel is compiled for every count.
 
 The place of a tile is a 64-bit scalar; offsets in it are 32-bit, or 64-bit with WIDE. ALIGN divides the length of a
 row: with it the compiler proves that loads and stores of 16 bytes are aligned. Values are converted to float32
@@ -58,7 +58,6 @@ def weighted_sum_kernel(
     row_length,
     coefficients,
     CHANNELS_LAST: tl.constexpr,
-    HAS_B: tl.constexpr,
     RELU: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -98,7 +97,7 @@ def weighted_sum_kernel(
         known = row_mask
 
     total = tl.zeros([ROWS, COLS], a.dtype.element_ty)
-    if HAS_B:
+    if b is not None:
         total += tl.load(b + coefficient, mask=known, other=0.0)
     for first in tl.static_range(0, len(maps), MAPS_TOGETHER):
         if first < num_maps:
@@ -185,160 +184,82 @@ def _next_tile(run, tile, tiles):
 
 
 @triton.jit
-def _load_gradient(dy, y, g, place, inside, dtype: tl.constexpr, HAS_Y: tl.constexpr):
-    """A tile of dy as `dtype`; with HAS_Y a tile of `g = dy where y > 0 or y is NaN`, which is written too."""
+def _load_gradient(dy, y, g, place, inside, dtype: tl.constexpr):
+    """A tile of dy as `dtype`; with y a tile of `g = dy where y > 0 or y is NaN`, which is written too."""
     gradient = tl.load(dy + place, mask=inside, other=0.0)
-    if HAS_Y:
+    if y is not None:
         off = tl.load(y + place, mask=inside, other=0.0).to(dtype) <= 0.0  # false for NaN
         gradient = tl.where(off, tl.zeros_like(gradient), gradient)
         tl.store(g + place, gradient, mask=inside)
     return gradient.to(dtype)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_maps",
-        "first_map",
-        "all_maps",
-        "groups",
-        "channels",
-        "runs",
-        "run_length",
-        "units_per_slab",
-    ]
-)
-def weighted_dot_kernel(
-    dy,
-    y,
-    g,
-    maps,
-    partial,
-    num_maps,
-    first_map,
-    all_maps,
-    groups,
-    channels,
-    runs,
-    run_length,
-    units_per_slab,
-    HAS_Y: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """`g = dy where y > 0`; partial[slab] = (sum g * maps_l for each l, sum g) of a slab.
-
-    partial is [slabs, all_maps + 1, groups, channels]; `maps` are those from `first_map` on. More maps than have
-    accumulators in registers take further launches, which read g instead of dy and y.
-
-    Bytes: dy, y and L maps are read once and g is written once, (L + 3) * elements * itemsize, without y (L + 1); one
-    map more for each further launch. partial adds 4 bytes a slab, channel and map.
-    """
-    axis: tl.constexpr = 0 if CHANNELS_LAST else 1
-    channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, tile = _start(
-        channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
-    )
-
-    zeros = tl.zeros([ROWS, COLS], partial.dtype.element_ty)
-    sums = (zeros,)
-    for _ in tl.static_range(len(maps)):
-        sums = sums + (zeros,)
-    for _ in range(begin, end):
-        place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
-        run, tile = _next_tile(run, tile, tiles)
-        gradient = _load_gradient(dy, y, g, place + offsets, inside, zeros.dtype, HAS_Y)
-        added = (sums[0] + gradient,)
-        for i in tl.static_range(len(maps)):
-            x = tl.load(maps[i] + place + offsets, mask=inside & (i < num_maps), other=0.0)
-            added = added + (sums[i + 1] + gradient * x.to(zeros.dtype),)
-        sums = added
-
-    kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
-    here = kept < channels - channel0
-    first_row = tl.cast(slab, tl.int64) * (all_maps + 1)
-    for i in tl.static_range(len(maps)):
-        result = ((first_row + first_map + i) * groups + group) * channels + channel0 + kept
-        tl.store(partial + result, tl.sum(sums[i + 1], axis), mask=here & (i < num_maps))
-    result = ((first_row + all_maps) * groups + group) * channels + channel0 + kept
-    tl.store(partial + result, tl.sum(sums[0], axis), mask=here & (first_map == 0))
-
-
-@triton.jit(
-    do_not_specialize=[
-        "num_later",
-        "num_rows",
-        "groups",
-        "channels",
-        "runs",
-        "run_length",
-        "units_per_slab",
-    ]
-)
+@triton.jit(do_not_specialize=["num_others", "num_rows", "groups", "channels", "runs", "run_length", "units_per_slab"])
 def map_dots_kernel(
-    z,
+    x,
     dy,
     y,
     g,
-    later_g,
+    others,
     partial,
-    num_later,
+    num_others,
     num_rows,
     groups,
     channels,
     runs,
     run_length,
     units_per_slab,
-    HAS_DY: tl.constexpr,
-    HAS_Y: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """`g = dy where y > 0`; partial[slab] = (sum z * later_g_l for each l, then with dy: sum z * g, sum g) of a slab.
+    """`g = dy where y > 0`; partial[slab] = (sum x * others_l for each l, then with dy: sum x * g, sum g) of a slab.
 
-    partial is [slabs, num_rows, groups, channels], from the row of the first of `later_g` on; the sums of g, which is
-    made by the launch that starts at row 0, are the last two rows. More later g than have accumulators in registers
-    take further launches, without dy.
+    Without x: (sum g * others_l for each l, then sum g). partial is [slabs, num_rows, groups, channels], from the row
+    of the first of `others` on; the sums of g, which is made by the launch that starts at row 0, are the last rows.
+    More others than have accumulators in registers take further launches, without dy.
 
-    Bytes: z, dy, y and n later g are read once and g is written once, (n + 4) * elements * itemsize; without y (n + 2),
-    without dy (n + 1). Each further launch reads z once more. partial adds 4 bytes a slab, channel and row.
+    Bytes: x, dy, y and n others are read once and g is written once, (n + 4) * elements * itemsize; without y (n + 2),
+    without dy (n + 1), without x one less. Each further launch reads x, or g, once more. partial adds 4 bytes a slab,
+    channel and row.
     """
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
-    own: tl.constexpr = 2 if HAS_DY else 0
+    own: tl.constexpr = 0 if dy is None else 1 if x is None else 2
     channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, tile = _start(
         channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
     )
     zeros = tl.zeros([ROWS, COLS], partial.dtype.element_ty)
-    sums = (zeros, zeros) if HAS_DY else ()  # of z * g and of g
-    for _ in tl.static_range(len(later_g)):
+    sums = ()  # of g, and with x of x * g; then of the others
+    for _ in tl.static_range(own + len(others)):
         sums = sums + (zeros,)
     for _ in range(begin, end):
         place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
         run, tile = _next_tile(run, tile, tiles)
-        x = tl.load(z + place + offsets, mask=inside, other=0.0).to(zeros.dtype)
         added = ()
-        if HAS_DY:
-            gradient = _load_gradient(dy, y, g, place + offsets, inside, zeros.dtype, HAS_Y)
-            added = (sums[0] + x * gradient, sums[1] + gradient)
-        for i in tl.static_range(len(later_g)):
-            gradient = tl.load(later_g[i] + place + offsets, mask=inside & (i < num_later), other=0.0)
-            added = added + (sums[i + own] + x * gradient.to(zeros.dtype),)
+        if dy is not None:
+            factor = _load_gradient(dy, y, g, place + offsets, inside, zeros.dtype)
+            added = (sums[0] + factor,)
+        if x is not None:
+            value = tl.load(x + place + offsets, mask=inside, other=0.0).to(zeros.dtype)
+            if dy is not None:
+                added = added + (sums[1] + value * factor,)
+            factor = value
+        for i in tl.static_range(len(others)):
+            other = tl.load(others[i] + place + offsets, mask=inside & (i < num_others), other=0.0)
+            added = added + (sums[i + own] + factor * other.to(zeros.dtype),)
         sums = added
 
     kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
     here = kept < channels - channel0
     first_row = tl.cast(slab, tl.int64) * num_rows
-    for i in tl.static_range(len(later_g)):
+    for i in tl.static_range(len(others)):
         result = ((first_row + i) * groups + group) * channels + channel0 + kept
-        tl.store(partial + result, tl.sum(sums[i + own], axis), mask=here & (i < num_later))
-    if HAS_DY:
-        for i in tl.static_range(2):
-            result = ((first_row + num_rows - 2 + i) * groups + group) * channels + channel0 + kept
-            tl.store(partial + result, tl.sum(sums[i], axis), mask=here)
+        tl.store(partial + result, tl.sum(sums[i + own], axis), mask=here & (i < num_others))
+    for i in tl.static_range(own):
+        result = ((first_row + num_rows - 1 - i) * groups + group) * channels + channel0 + kept
+        tl.store(partial + result, tl.sum(sums[i], axis), mask=here)
 
 
 @triton.jit(do_not_specialize=["slabs", "columns", "split"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -50,12 +50,12 @@ def fail(message: str) -> NoReturn:
     raise RuntimeError(f"ernet: {message}")
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
+def _check_maps(maps: Sequence[Tensor], names: Sequence[str], rest: str, per_sample: bool) -> Shape:
+    """One shape, dtype, device and dense layout; returns the shape. Maps after those of `names` are `rest[i]`."""
 
+    def name_of(i: int) -> str:
+        return names[i] if i < len(names) else f"{rest}[{i - len(names)}]"
 
-def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sample: bool) -> Shape:
-    """One shape, dtype, device and dense layout; returns the shape. `name_of` names a map in an error."""
     first = maps[0]
     if first.dim() != 4:
         fail(f"{name_of(0)} must have 4 dimensions [N, C, H, W]; got {list(first.shape)}")
@@ -72,7 +72,7 @@ def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sampl
         if x.device != first.device:
             fail(f"all maps must be on one device; {name_of(i)} is on {x.device}, expected {first.device}")
         planar = planar and x.is_contiguous()
-        channels_last = channels_last and _is_channels_last(x)
+        channels_last = channels_last and x.is_contiguous(memory_format=torch.channels_last)
     if not (planar or channels_last or first.numel() == 0):
         fail(
             "all maps must be dense in one layout, contiguous or channels-last. Call .contiguous() or "
@@ -84,23 +84,24 @@ def _check_maps(maps: Sequence[Tensor], name_of: Callable[[int], str], per_sampl
     return Shape(samples, channels, pixels, not planar or (channels_last and pixels == 1), per_sample)
 
 
-def _check_coefficients(t: Tensor, name: str, sizes: list[int], like: Tensor) -> None:
+def check_vector(
+    t: Tensor, name: str, sizes: list[int], of: str, device: torch.device, dtypes: Sequence[torch.dtype], kinds: str
+) -> None:
+    """Contiguous, of these sizes, on the device of what `of` names, and of one of `dtypes`, which `kinds` says."""
     if list(t.shape) != sizes:
         fail(f"{name} must have shape {sizes}; got {list(t.shape)}")
-    if t.device != like.device:
-        fail(f"{name} must be on the device of the maps, {like.device}; it is on {t.device}")
-    if t.dtype != _ACCUMULATE[like.dtype]:
-        fail(
-            f"{name} must be "
-            + (
-                "float64 for float64 maps"
-                if like.dtype == torch.float64
-                else "float32 for float32, bfloat16 and float16 maps"
-            )
-            + f"; got {t.dtype}"
-        )
+    if t.device != device:
+        fail(f"{name} must be on the device of the {of}, {device}; it is on {t.device}")
+    if t.dtype not in dtypes:
+        fail(f"{name} must be {kinds}; got {t.dtype}")
     if not (t.is_contiguous() or t.numel() == 0):
         fail(f"{name} must be contiguous")
+
+
+def _check_coefficients(t: Tensor, name: str, sizes: list[int], like: Tensor) -> None:
+    doubles = like.dtype == torch.float64
+    kinds = "float64 for float64 maps" if doubles else "float32 for float32, bfloat16 and float16 maps"
+    check_vector(t, name, sizes, "maps", like.device, (_ACCUMULATE[like.dtype],), kinds)
 
 
 def _channel_sizes(shape: Shape) -> list[int]:
@@ -117,42 +118,40 @@ def padded(maps: Sequence[Tensor], fill: Tensor) -> tuple[Tensor, ...]:
     return (*maps, *([fill] * (padded_count(len(maps)) - len(maps))))
 
 
-def _reduction_constants(shape: Shape, cut: tiling.Reduction) -> dict[str, Any]:
-    tile = cut.tile
+def _constants(shape: Shape, tile: tiling.Tile, num_warps: int) -> dict[str, Any]:
     return {
         "CHANNELS_LAST": shape.channels_last,
         "ROWS": tile.rows,
         "COLS": tile.cols,
         "ALIGN": tile.align,
         "WIDE": tile.wide,
-        "num_warps": REDUCTION_WARPS,
+        "num_warps": num_warps,
     }
 
 
-def _merge_dots(partial: Tensor, products: Tensor, sums: Tensor) -> None:
-    """Add up the slabs of `partial`: its first columns to `products`, the others to `sums`."""
+def _merge_dots(partial: Tensor | None, products: Tensor, sums: Tensor) -> None:
+    """Add up the slabs of `partial`: its first columns to `products`, the others to `sums`. None: of no pixels."""
+    if partial is None:
+        products.zero_()
+        sums.zero_()
+        return
     slabs, columns = partial.shape[0], partial[0].numel()
     slabs_together, columns_together = merge_tile(slabs)
-    kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
-        partial,
-        products,
-        sums,
-        slabs,
-        columns,
-        products.numel(),
-        SLABS=slabs_together,
-        COLS=columns_together,
-    )
+    with on_device_of(partial):
+        kernels().merge_dot_kernel[(ceil_div(columns, columns_together),)](
+            partial, products, sums, slabs, columns, products.numel(), SLABS=slabs_together, COLS=columns_together
+        )
 
 
 def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     """`ernet::channel_moments` on a CUDA device: mean and biased variance, [C] or [N, C]."""
-    shape = _check_maps([x], lambda _: "x", per_sample)
+    shape = _check_maps([x], ["x"], "", per_sample)
     mean, var = (x.new_empty(_channel_sizes(shape), dtype=_ACCUMULATE[x.dtype]) for _ in range(2))
     if x.numel() == 0:
         return mean.zero_(), var.fill_(float("nan"))
     cut = tiling.reduction(shape, x.element_size())
     partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=_ACCUMULATE[x.dtype])
+    work = cut.runs, cut.run_length, cut.units_per_slab
     columns = shape.groups * shape.C
     slabs_together, columns_together = merge_tile(cut.slabs)
     with on_device_of(x):
@@ -161,12 +160,10 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             partial,
             shape.groups,
             shape.C,
-            cut.runs,
-            cut.run_length,
-            cut.units_per_slab,
+            *work,
             DOUBLE=x.dtype == torch.float64,
             UNITS=_MOMENT_UNITS,
-            **_reduction_constants(shape, cut),
+            **_constants(shape, cut.tile, REDUCTION_WARPS),
         )
         kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
             partial,
@@ -174,9 +171,7 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             var,
             cut.slabs,
             columns,
-            cut.runs,
-            cut.run_length,
-            cut.units_per_slab,
+            *work,
             STEP=cut.step,
             SLABS=slabs_together,
             COLS=columns_together,
@@ -190,7 +185,7 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
         fail("maps must hold at least one map")
     if len(maps) > MAX_SUM_MAPS:
         fail(f"maps must hold at most {MAX_SUM_MAPS} maps on a CUDA device; got {len(maps)}")
-    shape = _check_maps(maps, lambda i: f"maps[{i}]", a.dim() == 3)
+    shape = _check_maps(maps, [], "maps", a.dim() == 3)
     sizes = _channel_sizes(shape)
     if b is not None:
         _check_coefficients(b, "b", sizes, maps[0])
@@ -204,23 +199,52 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
         kernels().weighted_sum_kernel[(tiles,)](
             padded(maps, maps[0]),
             a,
-            a if b is None else b,
+            b,
             y,
             len(maps),
             shape.groups,
             shape.N * shape.P // shape.groups if channels_last else shape.N * shape.C,
             shape.C if channels_last else shape.P,
             shape.groups * shape.C,
-            CHANNELS_LAST=channels_last,
-            HAS_B=b is not None,
             RELU=relu,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            ALIGN=tile.align,
-            WIDE=tile.wide,
-            num_warps=SUM_WARPS,
+            **_constants(shape, tile, SUM_WARPS),
         )
     return y
+
+
+def _partial_dots(
+    z: Tensor | None, dy: Tensor | None, y: Tensor | None, others: Sequence[Tensor], others_name: str, per_sample: bool
+) -> tuple[Shape, Tensor | None, Tensor]:
+    """Inner products of each slab, see `map_dots_kernel`, or None where maps or rows are empty; and g."""
+    own = {name: x for name, x in (("z", z), ("dy", dy), ("y", y)) if x is not None}
+    shape = _check_maps([*own.values(), *others], list(own), others_name, per_sample)
+    like = next(iter(own.values()))
+    g = like.new_empty((0,)) if y is None else torch.empty_like(like)
+    num_rows = len(others) + (0 if dy is None else 1 if z is None else 2)
+    if like.numel() == 0 or num_rows == 0:
+        return shape, None, g
+    cut = tiling.reduction(shape, like.element_size())
+    partial = like.new_empty((cut.slabs, num_rows, shape.groups, shape.C), dtype=_ACCUMULATE[like.dtype])
+    with on_device_of(like):
+        for first in range(0, max(1, len(others)), _DOT_MAPS):
+            some = others[first : first + _DOT_MAPS]
+            read: tuple[Tensor | None, ...] = (z, dy, y, g if y is not None else None)
+            if first > 0:  # z or g is multiplied with the other maps alone
+                read = (g if z is None and y is not None else like, None, None, None)
+            kernels().map_dots_kernel[(cut.programs,)](
+                *read,
+                padded(some, like),
+                partial[:, first:],
+                len(some),
+                num_rows,
+                shape.groups,
+                shape.C,
+                cut.runs,
+                cut.run_length,
+                cut.units_per_slab,
+                **_constants(shape, cut.tile, REDUCTION_WARPS),
+            )
+    return shape, partial, g
 
 
 def weighted_dot(
@@ -229,37 +253,10 @@ def weighted_dot(
     """`ernet::weighted_dot` on a CUDA device: da, db and g (empty without `y`)."""
     if not maps:
         fail("maps must hold at least one map")
-    everything = [dy, *maps] if y is None else [dy, *maps, y]
-    shape = _check_maps(everything, lambda i: ["dy", *(f"maps[{k}]" for k in range(len(maps))), "y"][i], per_sample)
+    shape, partial, g = _partial_dots(None, dy, y, maps, "maps", per_sample)
     sizes, dtype = _channel_sizes(shape), _ACCUMULATE[dy.dtype]
     da, db = dy.new_empty((len(maps), *sizes), dtype=dtype), dy.new_empty(sizes, dtype=dtype)
-    g = dy.new_empty((0,)) if y is None else torch.empty_like(dy)
-    if dy.numel() == 0:
-        return da.zero_(), db.zero_(), g
-    cut = tiling.reduction(shape, dy.element_size())
-    partial = dy.new_empty((cut.slabs, len(maps) + 1, shape.groups, shape.C), dtype=dtype)
-    with on_device_of(dy):
-        for first in range(0, len(maps), _DOT_MAPS):
-            masks = y is not None and first == 0  # the first launch makes g; the others read it
-            some = maps[first : first + _DOT_MAPS]
-            kernels().weighted_dot_kernel[(cut.programs,)](
-                dy if masks or y is None else g,
-                y if masks else dy,
-                g if masks else dy,
-                padded(some, some[0]),
-                partial,
-                len(some),
-                first,
-                len(maps),
-                shape.groups,
-                shape.C,
-                cut.runs,
-                cut.run_length,
-                cut.units_per_slab,
-                HAS_Y=masks,
-                **_reduction_constants(shape, cut),
-            )
-        _merge_dots(partial, da, db)
+    _merge_dots(partial, da, db)
     return da, db, g
 
 
@@ -281,40 +278,8 @@ def map_dots(
     """
     if y is not None and dy is None:
         fail("y needs dy, the gradient of y")
-    own = {name: x for name, x in (("z", z), ("dy", dy), ("y", y)) if x is not None}
-    names = list(own)
-    shape = _check_maps(
-        [*own.values(), *later_g], lambda i: names[i] if i < len(names) else f"later_g[{i - len(names)}]", per_sample
-    )
+    shape, partial, g = _partial_dots(z, dy, y, later_g, "later_g", per_sample)
     num_rows = len(later_g) + (0 if dy is None else 2)
     sums = z.new_empty((num_rows, *_channel_sizes(shape)), dtype=torch.float64)
-    g = z.new_empty((0,)) if y is None else torch.empty_like(z)
-    if z.numel() == 0 or num_rows == 0:
-        return sums.zero_(), g
-    cut = tiling.reduction(shape, z.element_size())
-    partial = z.new_empty((cut.slabs, num_rows, shape.groups, shape.C), dtype=_ACCUMULATE[z.dtype])
-    with on_device_of(z):
-        for first in range(0, max(1, len(later_g)), _DOT_MAPS):
-            with_dy = dy is not None and first == 0  # further launches add later g alone
-            masks = with_dy and y is not None
-            some = later_g[first : first + _DOT_MAPS]
-            kernels().map_dots_kernel[(cut.programs,)](
-                z,
-                dy if with_dy else z,
-                y if masks else z,
-                g if masks else z,
-                padded(some, z),
-                partial[:, first:],
-                len(some),
-                num_rows,
-                shape.groups,
-                shape.C,
-                cut.runs,
-                cut.run_length,
-                cut.units_per_slab,
-                HAS_DY=with_dy,
-                HAS_Y=masks,
-                **_reduction_constants(shape, cut),
-            )
-        _merge_dots(partial, sums, sums)
+    _merge_dots(partial, sums, sums)
     return sums, g

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 
-from ernet_fast.er.triton import coefficient_launch as algebra
-from ernet_fast.er.triton import map_launch
+from ernet_fast.er.triton import coefficient_launch, map_launch
 
 # For builds without the C++ extension, which defines the same ones.
 _SCHEMAS = (
@@ -43,15 +41,12 @@ def register(*, define: bool) -> None:
     if define:
         for schema in _SCHEMAS:
             _LIBRARY.define(schema)
-    implementations: dict[str, Callable[..., object]] = {
-        "channel_moments": map_launch.channel_moments,
-        "weighted_sum": map_launch.weighted_sum,
-        "weighted_dot": map_launch.weighted_dot,
-        "map_dots": map_launch.map_dots,
-        "block_coefficients": lambda *arguments: algebra.block_coefficients(algebra.BlockArguments(*arguments)),
-        "map_coefficients_backward": lambda *arguments: algebra.map_coefficients_backward(
-            algebra.MapArguments(*arguments)
-        ),
-    }
-    for name, implementation in implementations.items():
-        _LIBRARY.impl(name, implementation, "CUDA")
+    for implementation in (
+        map_launch.channel_moments,
+        map_launch.weighted_sum,
+        map_launch.weighted_dot,
+        map_launch.map_dots,
+        coefficient_launch.block_coefficients,
+        coefficient_launch.map_coefficients_backward,
+    ):
+        _LIBRARY.impl(implementation.__name__, implementation, "CUDA")
