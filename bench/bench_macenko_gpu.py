@@ -43,11 +43,7 @@ REPEATS = 30
 MODULE = "bench_macenko_gpu"
 DEVICE = "cuda"
 # Plans that are compared with the library's choice, by size
-PLANS = {
-    "224x224": ("streaming", "cluster2"),
-    "700x460": ("streaming", "cluster16"),
-    "1024x1024": ("streaming",),
-}
+PLANS = {"224x224": ("streaming", "cluster2"), "700x460": ("streaming", "cluster16"), "1024x1024": ("streaming",)}
 LEAST = {"224x224": 1_000_000, "700x460": 160_000}  # images a second, at the largest batch
 # Fixed-point ODs are off by at most 1.5 units of 2^-24, eigenvectors by up to 30 times that
 STAIN_TOLERANCE = 30 * 1.5 * 2.0**-24

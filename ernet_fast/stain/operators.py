@@ -162,11 +162,7 @@ def fits_inside(images: torch.Tensor) -> bool:
 
 
 def reconstruct(
-    images: torch.Tensor,
-    source: MacenkoFit,
-    target: MacenkoFit,
-    options: Options,
-    network: NetworkOutput | None = None,
+    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, options: Options, network: NetworkOutput | None = None
 ) -> torch.Tensor:
     """Replace the stains of `source` by those of `target`; differentiable for floating-point images.
 

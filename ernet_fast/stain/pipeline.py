@@ -14,14 +14,7 @@ import torch
 from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.options import Options
-from ernet_fast.stain.result import (
-    OK,
-    RANK_TOLERANCE,
-    MacenkoFit,
-    check_fit,
-    describe_failures,
-    expand_fit,
-)
+from ernet_fast.stain.result import OK, RANK_TOLERANCE, MacenkoFit, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_inside
 from ernet_fast.stain.upload import is_readable, to_device
 

@@ -21,13 +21,7 @@ from ernet_fast.stain.result import OK, MacenkoStatus
 from ernet_fast.stain.target_module import TargetModule
 from ernet_fast.stain.tissue_mask import pixels_of_masks
 from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
-from ernet_fast.stain.torchstain_form import (
-    BACKENDS,
-    as_torchstain,
-    check_compat,
-    compat_of_backend,
-    read_torchstain,
-)
+from ernet_fast.stain.torchstain_form import BACKENDS, as_torchstain, check_compat, compat_of_backend, read_torchstain
 from ernet_fast.stain.upload import is_readable
 
 METHODS = (None, "modified")

@@ -168,13 +168,7 @@ def macenko_fit(
 
 
 def _fit_group(
-    images: torch.Tensor,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    range: float,
-    inside: torch.Tensor | None,
+    images: torch.Tensor, Io: float, alpha: float, beta: float, nearest: bool, range: float, inside: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     moments = macenko_moments(images, Io, beta, range, inside)
     count = moments[:, 0].nan_to_num(0.0)
