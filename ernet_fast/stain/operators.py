@@ -6,7 +6,7 @@ All images here are [B, 3, H, W], all stains [1 or B, 3, 2] and [1 or B, 2] floa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -162,34 +162,49 @@ def fits_inside(images: torch.Tensor) -> bool:
 
 
 def reconstruct(
-    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, options: Options, network: NetworkOutput | None = None
+    images: torch.Tensor,
+    source: MacenkoFit,
+    target: MacenkoFit,
+    options: Options,
+    network: NetworkOutput | None = None,
 ) -> torch.Tensor:
     """Replace the stains of `source` by those of `target`; differentiable for floating-point images.
 
     For a network (I' / range - mean) / std as [B, 3, H, W] in channels-last memory.
     """
     stains = _arguments(images, *source[:2], *target[:2])
-    kernel = partial(_reconstructed, options=options)
-    if is_differentiated(images, *stains):
-        matrix = torch_backend.reconstruction_matrix(*stains)
-        out = _transform()(images, matrix, None, options.Io, options.range, kernel, *stains)
-    elif network is not None and images.dtype not in HALF and _is_compiled_for(images):
-        # half-precision images are reconstructed in float32, but rounded before they are scaled
+    # half-precision images are reconstructed in float32, but rounded before they are scaled
+    if network is not None and images.dtype not in HALF and is_one_operator(images, *stains):
         pixels, plain = supported(images.detach()), [part.detach() for part in stains]
         named = network._asdict()
         out = torch.ops.ernet.macenko_reconstruct(pixels, *plain, options.Io, options.range, **named)
         return out.permute(0, 3, 1, 2)
-    else:
-        out = kernel(images.detach(), *(part.detach() for part in stains))
+    out = _transformed("macenko_reconstruct", images, stains, options)
     return out if network is None else scale(out, network, options.range)
 
 
-def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
+def _transformed(name: str, images: torch.Tensor, stains: list[torch.Tensor], options: Options) -> torch.Tensor:
+    """What the operator `name` computes, in the dtype of `images`; differentiable."""
+    kernel = partial(_by_kernel, name, options)
+    if not is_differentiated(images, *stains):
+        return kernel(images.detach(), *(part.detach() for part in stains))
+    matrix, tint = _exponent(name, stains)
+    shift = None if tint is None else -tint
+    apply = _Transform.apply if torch.compiler.is_compiling() else _TransformForward.apply
+    return apply(images, matrix, shift, options.Io, options.range, kernel, *stains)
+
+
+def _by_kernel(name: str, options: Options, images: torch.Tensor, *stains: torch.Tensor) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
-        return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    source, source_max, target, target_max = stains
-    return torch_backend.macenko_reconstruct(images, source, source_max, target, target_max, options.Io, options.range)
+        return getattr(torch.ops.ernet, name)(pixels, *stains, options.Io, options.range).to(images.dtype)
+    return torch_backend.transform(images, *_exponent(name, stains), options.Io, options.range)
+
+
+def _exponent(name: str, stains: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if name == "macenko_reconstruct":
+        return torch_backend.reconstruction_matrix(*stains), None
+    return torch_backend.change_matrix(*stains)
 
 
 def reconstruct_stains(
@@ -222,22 +237,7 @@ def change(
     images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, options: Options
 ) -> torch.Tensor:
     """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; differentiable as `reconstruct`."""
-    stains = _arguments(images, *source[:2], gain, shift)
-    kernel = partial(_changed, options=options)
-    if is_differentiated(images, *stains):
-        stain = stains[0]
-        matrix = (stain * stains[2][:, None, :]) @ torch_backend.concentration_rows(stain)
-        tint = -(stain @ stains[3][:, :, None])[:, :, 0]
-        return _transform()(images, matrix, tint, options.Io, options.range, kernel, *stains)
-    return kernel(images.detach(), *(part.detach() for part in stains))
-
-
-def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
-    if _is_compiled_for(images):
-        pixels = supported(images, like_result=True)
-        return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
-    source_stain, source_max, gain, shift = stains
-    return torch_backend.macenko_change(images, source_stain, source_max, gain, shift, options.Io, options.range)
+    return _transformed("macenko_change", images, _arguments(images, *source[:2], gain, shift), options)
 
 
 class _Transform(torch.autograd.Function):
@@ -305,10 +305,6 @@ class _TransformForward(_Transform):
         if dshift is not None:
             exponent = exponent + dshift.to(work)[:, :, None, None]
         return (out.to(work) * exponent).masked_fill(out >= ctx.range, 0).to(images.dtype)
-
-
-def _transform() -> Callable[..., torch.Tensor]:
-    return _Transform.apply if torch.compiler.is_compiling() else _TransformForward.apply
 
 
 def normalize(
