@@ -63,13 +63,9 @@ def _register() -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"ernet::macenko_{name}", fake)
 
-    compositions: dict[str, Callable[..., Any]] = {
-        "macenko_fit": torch_backend.macenko_fit,
-        "macenko_normalize": torch_backend.macenko_normalize,
-    }
-    for name, composition in compositions.items():
+    for name in ("macenko_fit", "macenko_normalize"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA"):
-            torch.library.impl(f"ernet::{name}", "CUDA", composition)
+            torch.library.impl(f"ernet::{name}", "CUDA", getattr(torch_backend, name))
             COMPOSED.add(name)
 
 
@@ -91,7 +87,7 @@ def _is_compiled_for(images: torch.Tensor) -> bool:
 
 
 def is_composed(images: torch.Tensor) -> bool:
-    """True if batched torch operations fit images of this device where no compiled code does."""
+    """True if batched torch operations fit images of this device, also inside masks, where no compiled code does."""
     return images.device.type != "cpu"
 
 
@@ -140,10 +136,7 @@ def _arguments(images: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tenso
 
 
 def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = None) -> MacenkoFit:
-    """Fit every image, by the best backend there is; with `inside` [B, H W], which the CPU does not take, those pixels.
-
-    No gradient flows through a fit.
-    """
+    """Fit every image, or its pixels `inside` [B, H W], which the CPU does not take; no gradient flows."""
     images = images.detach()
     numbers = options.Io, options.alpha, options.beta, options.nearest, options.range
     if inside is None and _is_compiled_for(images):
@@ -154,11 +147,6 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
     from ernet_fast.reference.macenko import fit_images
 
     return fit_images(images, options)
-
-
-def fits_inside(images: torch.Tensor) -> bool:
-    """True if `fit` takes `inside` for these images."""
-    return is_composed(images)
 
 
 def reconstruct(

@@ -34,16 +34,8 @@ SQRT_HALF = 0.70710678
 FIXED_SHIFT = 8388608.0
 FIXED_LN2 = 11629080
 LOG_POLYNOMIAL = (
-    1466990.625,
-    -2412115.75,
-    2508042.0,
-    -2778423.75,
-    3348225.25,
-    -4194665.5,
-    5592548.0,
-    -8388606.0,
-    16777216.0,
-)
+    1466990.625, -2412115.75, 2508042.0, -2778423.75, 3348225.25, -4194665.5, 5592548.0, -8388606.0, 16777216.0,
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,10 +105,9 @@ def _fixed_od_of_levels(device: torch.device, Io: float) -> torch.Tensor:
 def macenko_moments(
     images: torch.Tensor, Io: float, beta: float, range: float = 255.0, inside: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Count, sums and products of the tissue OD, [B, 10] float64; the count is NaN where a value is no grey level.
+    """Count, sums and products of the tissue OD (`inside` [B, H W]), [B, 10] float64; count NaN for invalid levels.
 
-    `inside` [B, H W] says which pixels count, all by default. Integer sums, as in the compiled operators: the same bits
-    for any batch.
+    Integer sums, as in the compiled operators: the same bits for any batch.
     """
     od = optical_density(images, Io, range)
     tissue = _tissue(od, beta, inside)
@@ -152,10 +143,7 @@ def macenko_fit(
     range: float = 255.0,
     inside: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stain matrices [B, 3, 2], maximal concentrations [B, 2] and status [B].
-
-    `inside` [B, H W] says which pixels the images have, all by default.
-    """
+    """Stain matrices [B, 3, 2], maximal concentrations [B, 2] and status [B], of the pixels `inside` [B, H W]."""
     group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))
     if images.shape[0] > group:
         groups = images.split(group)
@@ -194,10 +182,7 @@ def macenko_fit(
 
 
 def _along(vector: torch.Tensor, od: torch.Tensor) -> torch.Tensor:
-    """Scalar products [B, H W] of vectors [B, 3] and od [B, 3, H W].
-
-    Written out, as a matrix product may round otherwise for another number of images.
-    """
+    """Scalar products [B, H W] of [B, 3] and [B, 3, H W]; a matrix product may round otherwise for another B."""
     x, y, z = vector[:, :, None].unbind(dim=1)
     return x * od[:, 0] + y * od[:, 1] + z * od[:, 2]
 
