@@ -135,7 +135,7 @@ def test_opcheck_of_the_operators():
     torch.library.opcheck(torch.ops.ernet.macenko_count_colours, (images, torch.zeros_like(counts)))
     for wrong in (counts[:-1], counts.int(), counts[None]):
         with pytest.raises(RuntimeError, match=r"counts must be \[16777216\] int64"):
-            torch.ops.ernet.macenko_fit_pixels(wrong, 240.0, 1.0, 0.15, False)
+            torch.ops.ernet.macenko_fit_colours(wrong, 240.0, 1.0, 0.15, False)
     with pytest.raises(RuntimeError, match="must be uint8"):
         torch.ops.ernet.macenko_count_colours(images.float(), counts)
 
