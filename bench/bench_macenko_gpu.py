@@ -27,14 +27,7 @@ from this_tree import macenko_peers, percentiles, time_interleaved
 from tissue import tissue
 from torch import Tensor
 
-SIZES = {
-    "224x224": (224, 224),
-    "256x256": (256, 256),
-    "512x512": (512, 512),
-    "700x460": (460, 700),
-    "1024x1024": (1024, 1024),
-    "4096x4096": (4096, 4096),
-}
+SIZES = {f"{w}x{h}": (h, w) for w, h in ((224, 224), (256, 256), (512, 512), (700, 460), (1024, 1024), (4096, 4096))}
 """Height and width by the name of a size, which is width x height."""
 BATCHES = (1, 16, 256, 1024, 4096)
 MOST_PIXELS = 1_400_000_000  # of a batch: 4 GB of images, and as much for the result
@@ -43,11 +36,7 @@ REPEATS = 30
 MODULE = "bench_macenko_gpu"
 DEVICE = "cuda"
 # Plans that are compared with the library's choice, by size
-PLANS = {
-    "224x224": ("streaming", "cluster2"),
-    "700x460": ("streaming", "cluster16"),
-    "1024x1024": ("streaming",),
-}
+PLANS = {"224x224": ("streaming", "cluster2"), "700x460": ("streaming", "cluster16"), "1024x1024": ("streaming",)}
 LEAST = {"224x224": 1_000_000, "700x460": 160_000}  # images a second, at the largest batch
 # Fixed-point ODs are off by at most 1.5 units of 2^-24, eigenvectors by up to 30 times that
 STAIN_TOLERANCE = 30 * 1.5 * 2.0**-24
@@ -75,19 +64,18 @@ def call_of(operation: str, images: Tensor) -> Callable[[], Any]:
     from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, macenko_augment, macenko_fit, macenko_normalize
 
     target = MacenkoNormalizer().to(images.device).target
-    if operation == "normalize":
-        return lambda: macenko_normalize(images, target)
-    if operation == "fit":
-        return lambda: macenko_fit(images)
-    if operation == "augment":
-        return lambda: macenko_augment(images, generator=torch.Generator().manual_seed(0))
     if operation == "normalize, stains given":
         source = MacenkoFit(*(part.clone() for part in macenko_fit(images)))
         return lambda: macenko_normalize(images, target, source)
-    if operation == "normalize to bfloat16 input":
-        options: dict[str, Any] = {"output": torch.bfloat16, "mean": MEAN, "std": STD}
-        return lambda: macenko_normalize(images, target, **options)
-    raise ValueError(f"operation {operation!r}")
+    calls: dict[str, Callable[[], Any]] = {
+        "normalize": lambda: macenko_normalize(images, target),
+        "fit": lambda: macenko_fit(images),
+        "augment": lambda: macenko_augment(images, generator=torch.Generator().manual_seed(0)),
+        "normalize to bfloat16 input": lambda: macenko_normalize(
+            images, target, output=torch.bfloat16, mean=MEAN, std=STD
+        ),
+    }
+    return calls[operation]
 
 
 def errors(operation: str, base: Tensor, call: Callable[[], Any]) -> Iterator[Error]:

@@ -47,22 +47,18 @@ class Check:
         self.rows: list[Row] = []
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Write rows to disk and say so."""
+        """Write rows to disk, with a copy of the record in --out, and say so."""
         for row in rows:
             self.rows.append(row)
             try:
                 self.record.add(row)
-                self.copy_record()
+                if self.out is not None and self.out.resolve() != self.record.path.parent.resolve():
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self.record.path, self.out / self.record.path.name)
             except (OSError, ValueError) as error:  # a full disk, a record of another tree: the table still tells
                 print(f"not written: {error}"[:300], flush=True)
             detail = row.extra_info.get("detail") or f"{row.p50:.4g} {row.unit}"
             print(f"[{row.status}] {row.name}: {detail}"[:200], flush=True)
-
-    def copy_record(self) -> None:
-        """Keep the copy in --out, where that is another folder than the record's, up to date."""
-        if self.out is not None and self.out.resolve() != self.record.path.parent.resolve():
-            self.out.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.record.path, self.out / self.record.path.name)
 
     def guarded(self, name: str, step: Callable[..., Row | Iterable[Row]], *arguments: object) -> None:
         """Run a step and add its rows; an exception becomes a row."""
@@ -135,9 +131,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="the commit of this tree, where it came without its git history")
     parser.add_argument("--only", metavar="TEXT", help="of the benches, those with this in their name or module")
     parser.add_argument("--simulate", action="store_true", help="the flow alone, with the kernels run on the CPU")
-    parser.add_argument(
-        "--cases", type=Path, default=gpu_steps.SIMULATED, help=argparse.SUPPRESS
-    )  # for the tests of the flow
+    # for the tests of the flow
+    parser.add_argument("--cases", type=Path, default=gpu_steps.SIMULATED, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.results is None:  # what is simulated is no record of a GPU
         options.results = ROOT / "build" / "simulated" if options.simulate else RESULTS

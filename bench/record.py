@@ -32,7 +32,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -160,7 +159,10 @@ class Record:
 
     def add(self, *rows: Row) -> None:
         """Write rows to disk, beside those that are there."""
-        with self._locked():
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until it is closed
             machine, kept = self.machine, {}
             if self.path.exists():
                 before, there = read(self.path)
@@ -168,19 +170,11 @@ class Record:
                 kept = {row.key: row for row in there}
             kept |= {row.key: row for row in rows}
             _write(self.path, machine, list(kept.values()))
+        finally:
+            os.close(folder)
 
     def rows(self) -> list[Row]:
         return read(self.path)[1] if self.path.exists() else []
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:

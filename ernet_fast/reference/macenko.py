@@ -25,19 +25,9 @@ from ernet_fast.stain.result import (
 )
 
 
-def macenko_fit(
-    images: Any,
-    *,
-    Io: float = 240,
-    alpha: float = 1,
-    beta: float = 0.15,
-    percentile: str = "linear",
-    range: float = 255,
-    layout: str | None = None,
-) -> MacenkoFit:
+def macenko_fit(images: Any, *, layout: str | None = None, **options: Any) -> MacenkoFit:
     """As `ernet_fast.stain.macenko_fit`, without its lists and masks."""
-    options = Options(Io, alpha, beta, percentile, range=range, layout=layout)
-    return fit_images(read_images(images, layout).pixels, options)
+    return fit_images(read_images(images, layout).pixels, Options(layout=layout, **options))
 
 
 def fit_images(images: torch.Tensor, options: Options) -> MacenkoFit:
@@ -66,39 +56,34 @@ def macenko_normalize(
     target: MacenkoFit,
     source: MacenkoFit | None = None,
     *,
-    Io: float = 240,
-    alpha: float = 1,
-    beta: float = 0.15,
-    percentile: str = "linear",
-    on_degenerate: str = "reference",
-    range: float = 255,
     layout: str | None = None,
     return_status: bool = False,
+    **options: Any,
 ) -> Any:
     """As `ernet_fast.stain.macenko_normalize`, without its lists, masks and network output."""
-    options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
+    o = Options(layout=layout, **options)
     batch = read_images(images, layout)
-    source = fit_images(batch.pixels, options) if source is None else source
+    source = fit_images(batch.pixels, o) if source is None else source
     count = len(batch.pixels)
     source, target = expand_fit(source, count, "source"), expand_fit(target, count, "target")
     failures = describe_failures(source.status)
-    if failures and on_degenerate == "raise":
+    if failures and o.on_degenerate == "raise":
         raise ValueError(f"these images cannot be normalised: {failures}")
     out = torch.empty_like(batch.pixels)
     for i, image in enumerate(batch.pixels):
         target_stain, target_max = target.stain_matrix[i].numpy(), target.max_concentration[i].numpy()
         stain, maximum = source.stain_matrix[i].numpy(), source.max_concentration[i].numpy()
         if source.status[i] != MacenkoStatus.OK:
-            if on_degenerate == "identity":
+            if o.identity:
                 out[i] = image
                 continue
             stain, maximum = target_stain, target_max
-        levels = reconstruct_pixels(grey_levels(image, range), stain, maximum, target_stain, target_max, Io=Io)
+        levels = reconstruct_pixels(grey_levels(image, o.range), stain, maximum, target_stain, target_max, Io=o.Io)
         levels = levels.reshape(image.shape)
         if image.dtype == torch.uint8:
             out[i] = torch.from_numpy(levels.astype(np.uint8))
         else:
-            out[i] = torch.from_numpy(levels * (range / 255)).to(image.dtype)
+            out[i] = torch.from_numpy(levels * (o.range / 255)).to(image.dtype)
     result = batch.restore(out)
     return (result, source.status) if return_status else result
 
@@ -110,30 +95,33 @@ def grey_levels(image: torch.Tensor, range: float) -> np.ndarray:
 
 
 def fit_pixels(
-    pixels: np.ndarray, *, Io: float, alpha: float, beta: float, percentile: str
+    pixels: np.ndarray, counts: np.ndarray | None = None, *, Io: float, alpha: float, beta: float, percentile: str
 ) -> tuple[np.ndarray, np.ndarray, MacenkoStatus]:
-    """Stain matrix [3, 2], maximal concentrations [2] and status of the grey levels [n, 3] of one image."""
+    """Stain matrix [3, 2], maximal concentrations [2] and status of the grey levels [n, 3] of one image.
+
+    With `counts` pixel i occurs counts[i] > 0 times, else once.
+    """
     nothing = np.full((3, 2), np.nan), np.full(2, np.nan)
     # Half a level of overshoot is rounding; the comparison is false for NaN.
     if not np.all((pixels >= -0.5) & (pixels <= 255.5)):
         return *nothing, MacenkoStatus.NON_FINITE
     od = -np.log((pixels + 1) / Io)
-    tissue = od[~np.any(od < beta, axis=1)]
-    if len(tissue) < MIN_TISSUE_PIXELS:
+    is_tissue = ~np.any(od < beta, axis=1)
+    tissue, weights = od[is_tissue], None if counts is None else counts[is_tissue]
+    if (len(tissue) if weights is None else weights.sum()) < MIN_TISSUE_PIXELS:
         return *nothing, MacenkoStatus.TOO_FEW_TISSUE_PIXELS
-    eigenvalues, eigenvectors = np.linalg.eigh(np.cov(tissue.T))
-    if eigenvalues[1] <= RANK_TOLERANCE * np.mean(np.sum(tissue**2, axis=1)):
+    eigenvalues, eigenvectors = np.linalg.eigh(np.cov(tissue.T, fweights=weights))
+    if eigenvalues[1] <= RANK_TOLERANCE * np.average(np.sum(tissue**2, axis=1), weights=weights):
         return *nothing, MacenkoStatus.RANK_DEFICIENT
-    plane = canonical_signs(eigenvectors[:, 1:3], tissue.mean(axis=0))
+    plane = canonical_signs(eigenvectors[:, 1:3], np.average(tissue, axis=0, weights=weights))
     projected = tissue @ plane
     phi = np.arctan2(projected[:, 1], projected[:, 0])
-    extremes = [plane @ [np.cos(angle), np.sin(angle)] for angle in quantiles(phi, (alpha, 100 - alpha), percentile)]
-    stain = in_order(extremes)
-    sine = np.linalg.det(stain.T @ stain)
-    if not sine > RANK_TOLERANCE:
+    angles = quantiles(phi, (alpha, 100 - alpha), percentile, weights)
+    stain = in_order([plane @ [np.cos(angle), np.sin(angle)] for angle in angles])
+    if not np.linalg.det(stain.T @ stain) > RANK_TOLERANCE:
         return *nothing, MacenkoStatus.RANK_DEFICIENT
     concentration = np.linalg.lstsq(stain, od.T, rcond=None)[0]
-    maximum = np.array([quantiles(row, (99,), percentile)[0] for row in concentration])
+    maximum = np.array([quantiles(row, (99,), percentile, counts)[0] for row in concentration])
     if not np.all(maximum > MIN_CONCENTRATION):
         return *nothing, MacenkoStatus.ZERO_CONCENTRATION
     return stain, maximum, MacenkoStatus.OK
@@ -161,13 +149,36 @@ def canonical_signs(plane: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return plane * np.array([first, second])
 
 
-def quantiles(values: np.ndarray, percents: tuple[float, ...], percentile: str) -> list[float]:
-    """Percentiles, interpolated as NumPy does ("linear") or by the rule k = 1 + round(0.01 q (n - 1)) ("nearest")."""
+def quantiles(
+    values: np.ndarray, percents: tuple[float, ...], percentile: str, counts: np.ndarray | None = None
+) -> list[float]:
+    """Percentiles, interpolated as NumPy does ("linear") or by the rule k = 1 + round(0.01 q (n - 1)) ("nearest").
+
+    With `counts` of the numbers in which values[i] occurs counts[i] times.
+    """
+    if counts is not None:
+        return [_counted_quantile(values, counts, q, percentile) for q in percents]
     if percentile == "linear":
         return [float(np.percentile(values, q)) for q in percents]
     ranks = [round(0.01 * float(q) * (len(values) - 1)) for q in percents]
     ordered = np.partition(values, ranks)
     return [float(ordered[rank]) for rank in ranks]
+
+
+def _counted_quantile(values: np.ndarray, counts: np.ndarray, percent: float, percentile: str) -> float:
+    order = np.argsort(values)
+    ends = np.cumsum(counts[order])  # the value at rank k is the first whose end is beyond k
+    last = int(ends[-1]) - 1
+    if percentile == "nearest":
+        rank = round(0.01 * float(percent) * last)
+        return float(values[order[np.searchsorted(ends, rank, side="right")]])
+    position = last * (percent / 100)
+    lower = min(int(position), last)
+    below, above = (
+        float(values[order[np.searchsorted(ends, rank, side="right")]]) for rank in (lower, min(lower + 1, last))
+    )
+    weight = position - lower
+    return below + (above - below) * weight if weight < 0.5 else above - (above - below) * (1 - weight)
 
 
 def reconstruct_pixels(

@@ -14,21 +14,7 @@ from ernet_fast.stain.slide import macenko_normalize_slide
 from ernet_fast.stain.transforms import StainAugment, StainNormalize, as_v2
 
 __all__ = [
-    "ColourCounts",
-    "MacenkoFit",
-    "MacenkoNormalizer",
-    "MacenkoStatus",
-    "ReinhardFit",
-    "ReinhardNormalizer",
-    "Separation",
-    "StainAugment",
-    "StainNormalize",
-    "as_v2",
-    "macenko_augment",
-    "macenko_fit",
-    "macenko_normalize",
-    "macenko_normalize_slide",
-    "reinhard_fit",
-    "reinhard_normalize",
-    "separate",
-]
+    "ColourCounts", "MacenkoFit", "MacenkoNormalizer", "MacenkoStatus", "ReinhardFit", "ReinhardNormalizer",
+    "Separation", "StainAugment", "StainNormalize", "as_v2", "macenko_augment", "macenko_fit", "macenko_normalize",
+    "macenko_normalize_slide", "reinhard_fit", "reinhard_normalize", "separate",
+]  # fmt: skip

@@ -77,19 +77,13 @@ def macenko_augment(
     drawn = draw_changes(collection.count, gain, shift, generator)
     gains, shifts = (to_device(values, collection.device) for values in drawn)
 
-    def run(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:
+    def fused(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:
         return operators.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), options)
 
-    done = pipeline.by_one_operator(collection, source, mask, options, run)
-    if done is not None:
-        results, status = done
-    else:
-        found = pipeline.sources(collection, source, mask, published_stains(), options)
-        results, status = [], found.known.status
-        for part in collection.parts:
-            ours = part.take_fit(found.usable)
-            out = operators.change(part.pixels, ours, part.take(gains), part.take(shifts), options)
-            results.append(pipeline.keep_degenerate(out, part.pixels, part.take(status)) if options.identity else out)
+    def apart(part: Part, ours: MacenkoFit, _: MacenkoFit) -> torch.Tensor:
+        return operators.change(part.pixels, ours, part.take(gains), part.take(shifts), options)
+
+    results, status = pipeline.changed(collection, source, mask, published_stains(), options, fused, apart)
     restored = collection.restore(results)
     return (restored, status) if return_status else restored
 

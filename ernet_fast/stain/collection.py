@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ernet_fast.stain.layout import ImageBatch, read_images
-from ernet_fast.stain.result import MacenkoFit
+from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, no_fit
 from ernet_fast.stain.upload import index_on
 
 STACKED_PIXELS = 1 << 18
@@ -19,15 +19,10 @@ shared by the threads one after the other and need no copy."""
 
 @dataclass(slots=True)
 class Part:
-    """Images of one shape.
+    """Images of one shape."""
 
-    Attributes:
-        pixels: [b, 3, H, W], never written to.
-        index: where these images stand in the collection; None for all of them, in order.
-    """
-
-    pixels: torch.Tensor
-    index: list[int] | None
+    pixels: torch.Tensor  # [b, 3, H, W], never written to
+    index: list[int] | None  # where these images stand in the collection; None for all of them, in order
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows of these images, of one row for all or of one row each."""
@@ -42,22 +37,11 @@ class Part:
 
 @dataclass(slots=True)
 class Collection:
-    """Images as the caller gave them, in parts.
-
-    Attributes:
-        parts: what to work on.
-        count: number of images.
-        forms: how to give results back: one ImageBatch, or one for each image of a list.
-    """
+    """Images as the caller gave them, in parts."""
 
     parts: list[Part]
-    count: int
-    forms: ImageBatch | list[ImageBatch]
-
-    @property
-    def ragged(self) -> bool:
-        """True if the caller gave a list of images."""
-        return isinstance(self.forms, list)
+    count: int  # of images
+    forms: ImageBatch | list[ImageBatch]  # how to give results back; a list for a list of images
 
     @property
     def device(self) -> torch.device:
@@ -77,11 +61,7 @@ class Collection:
     def gather_fit(self, fits: Sequence[MacenkoFit]) -> MacenkoFit:
         """Stains of every part as those of the collection."""
         if not self.parts:
-            return MacenkoFit(
-                torch.empty((0, 3, 2), dtype=torch.float64, device="cpu"),
-                torch.empty((0, 2), dtype=torch.float64, device="cpu"),
-                torch.empty((0,), dtype=torch.int32, device="cpu"),
-            )
+            return no_fit(0, MacenkoStatus.OK, "cpu")
         if self.parts[0].index is None:
             return fits[0]
         return MacenkoFit(*map(self.gather, zip(*fits, strict=True)))
@@ -106,18 +86,15 @@ class Collection:
         images = self.in_order(results)
         return [form.restore(image.unsqueeze(0)) for form, image in zip(self.forms, images, strict=True)]
 
+    def restore_each(self, results: Sequence[tuple[torch.Tensor, ...]], number: int) -> list[Any]:
+        """The same for each of `number` results of every part."""
+        return [self.restore([result[i] for result in results]) for i in range(number)]
+
 
 def read_collection(images: Any, layout: str | None = None, name: str = "images") -> Collection:
-    """See images as parts.
+    """See a batch, or a list or tuple of single images of any sizes, dtypes and layouts on one device, as parts.
 
-    Args:
-        images: as `read_images`, or a list or tuple of single images of any sizes, dtypes and layouts on one device.
-        layout: "CHW" or "HWC"; needed only where a shape fits both.
-        name: what to call the argument in errors.
-
-    Raises:
-        TypeError: no array, or a dtype that holds no RGB image.
-        ValueError: a shape that is no RGB image, or fits both layouts; a batch in a list; several devices.
+    Raises as `read_images`, and ValueError for a batch in a list or several devices.
     """
     if not isinstance(images, (list, tuple)):
         batch = read_images(images, layout, name)

@@ -64,9 +64,13 @@ class ColourCounts:
                     "images only. Use macenko_fit for floating-point images."
                 )
         images = [part.pixels for part in collection.parts] if mask is None else pixels_of_masks(collection, mask)
-        for pixels in images:
-            if pixels.shape[3]:
-                self._count(pixels.cpu())
+        for pixels in (image.cpu() for image in images if image.shape[3]):
+            if _backend.extension_available():
+                torch.ops.ernet.macenko_count_colours(operators.supported(pixels), self.counts)
+            else:
+                _backend.warn_fallback_once()
+                red, green, blue = pixels.long().unbind(dim=1)
+                self.counts += torch.bincount((red | green << 8 | blue << 16).flatten(), minlength=COLOURS)
         return self
 
     def merge(self, other: ColourCounts) -> ColourCounts:
@@ -79,22 +83,12 @@ class ColourCounts:
         o = Options(Io, alpha, beta, percentile)
         if _backend.extension_available():
             return MacenkoFit(*torch.ops.ernet.macenko_fit_colours(self.counts, o.Io, o.alpha, o.beta, o.nearest))
-        from ernet_fast.reference.macenko import as_fit
-        from ernet_fast.reference.macenko_colours import fit_colours
+        from ernet_fast.reference.macenko import as_fit, fit_pixels
 
         colours = self.counts.nonzero()[:, 0]
-        rgb = torch.stack([colours >> shift & 255 for shift in (0, 8, 16)], dim=1).numpy()
+        rgb = torch.stack([colours >> shift & 255 for shift in (0, 8, 16)], dim=1).double().numpy()
         weights = self.counts[colours].numpy()
-        return as_fit([fit_colours(rgb, weights, Io=Io, alpha=alpha, beta=beta, percentile=percentile)])
-
-    def _count(self, images: torch.Tensor) -> None:
-        """Count the pixels of uint8 images [B, 3, H, W]."""
-        if _backend.extension_available():
-            torch.ops.ernet.macenko_count_colours(operators.supported(images), self.counts)
-            return
-        _backend.warn_fallback_once()
-        red, green, blue = images.long().unbind(dim=1)
-        self.counts += torch.bincount((red | green << 8 | blue << 16).flatten(), minlength=COLOURS)
+        return as_fit([fit_pixels(rgb, weights, Io=Io, alpha=alpha, beta=beta, percentile=percentile)])
 
     def __repr__(self) -> str:
         """Numbers of pixels and colours."""

@@ -53,12 +53,8 @@ def _normalize_scaled(images: torch.Tensor, *arguments: Any, range: float = 255.
     )
 
 
-def _register() -> None:
+if _backend.extension_available():
     functions = _moments, _reconstruct_scaled, _normalize_scaled
     for name, schema, function in zip(NAMES, _SCHEMAS, functions, strict=True):
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
-
-
-if _backend.extension_available():
-    _register()

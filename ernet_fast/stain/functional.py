@@ -134,36 +134,22 @@ def normalize_collection(
     options: Options,
     network: NetworkOutput | None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Results of every part, and the status of all images."""
+    """Normalised images of every part, and the status of all."""
     target = check_fit(target, collection.count, "target")
     if collection.device.type != "cpu":
         pipeline.check_target(target)  # before it is on the device, where its values are not looked at
 
-    def run(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:
-        return operators.normalize(part.pixels, part.take_fit(target), options, network)
+    def fused(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:
+        try:
+            return operators.normalize(part.pixels, part.take_fit(target), options, network)
+        except RuntimeError:
+            pipeline.check_target(target)  # the operator looks before it starts, at less cost, but knows no reason
+            raise
 
-    try:
-        done = pipeline.by_one_operator(collection, source, mask, options, run)
-    except RuntimeError:
-        pipeline.check_target(target)  # the operator looks before it starts, at less cost, but knows no reason
-        raise
-    if done is not None:
-        return done
-    pipeline.check_target(target)
-    found = pipeline.sources(collection, source, mask, target, options)
-    return reconstruct_collection(collection, found, options, network), found.known.status
+    def apart(part: Part, ours: MacenkoFit, theirs: MacenkoFit) -> torch.Tensor:
+        return operators.reconstruct(part.pixels, ours, theirs, options, network)
 
+    def kept(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels if network is None else scale(pixels, network, options.range)
 
-def reconstruct_collection(
-    collection: Collection, found: pipeline.Sources, options: Options, network: NetworkOutput | None
-) -> list[torch.Tensor]:
-    """Every part with the reference's stains."""
-    results = []
-    for part in collection.parts:
-        ours, theirs = part.take_fit(found.usable), part.take_fit(found.reference)
-        out = operators.reconstruct(part.pixels, ours, theirs, options, network)
-        if options.identity:
-            unchanged = part.pixels if network is None else scale(part.pixels, network, options.range)
-            out = pipeline.keep_degenerate(out, unchanged, part.take(found.known.status))
-        results.append(out)
-    return results
+    return pipeline.changed(collection, source, mask, target, options, fused, apart, kept)

@@ -12,27 +12,16 @@ LAYOUTS = ("CHW", "HWC")
 
 
 class ImageBatch(NamedTuple):
-    """Images as [B, 3, H, W] and what is needed to give results the caller's form.
+    """Images as [B, 3, H, W] and what is needed to give results the caller's form."""
 
-    Attributes:
-        pixels: a view of the caller's memory, never written to.
-        channels_last: the caller's arrays are [..., H, W, 3].
-        single: the caller gave one image without a batch dimension.
-        is_numpy: the caller gave NumPy arrays.
-        subclassed: what the caller gave, where it is of a subclass of torch.Tensor.
-    """
-
-    pixels: torch.Tensor
-    channels_last: bool = False
-    single: bool = False
+    pixels: torch.Tensor  # a view of the caller's memory, never written to
+    channels_last: bool = False  # the caller's arrays are [..., H, W, 3]
+    single: bool = False  # without a batch dimension
     is_numpy: bool = False
-    subclassed: torch.Tensor | None = None
+    subclassed: torch.Tensor | None = None  # what the caller gave, where it is of a subclass of torch.Tensor
 
     def restore(self, images: torch.Tensor) -> Any:
-        """Give `images` [B, 3, H, W] the layout and the kind of array of the input.
-
-        A subclass of torch.Tensor decides itself what the result of an operation on it is.
-        """
+        """Give `images` [B, 3, H, W] the layout and the kind of array of the input; a subclass decides on its own."""
         if self.channels_last:
             images = images.permute(0, 2, 3, 1)
         if self.single:
@@ -57,12 +46,7 @@ def _is_subclassed(tensor: torch.Tensor) -> bool:
 
 
 def read_images(images: Any, layout: str | None = None, name: str = "images") -> ImageBatch:
-    """See `images` as [B, 3, H, W], without copying.
-
-    Args:
-        images: torch tensor or NumPy array, uint8 or floating point, [3, H, W], [H, W, 3] or a batch of either.
-        layout: "CHW" or "HWC"; needed only where the shape fits both.
-        name: what to call the argument in errors.
+    """See uint8 or floating-point [3, H, W], [H, W, 3] or a batch of either as [B, 3, H, W], without copying.
 
     Raises:
         TypeError: no array, or a dtype that holds no RGB image.
@@ -82,7 +66,11 @@ def read_images(images: Any, layout: str | None = None, name: str = "images") ->
     else:
         hint = "; numpy.asarray of it is one." if hasattr(images, "__array_interface__") else "."
         raise TypeError(f"{name} is a {type(images).__name__}; expected a torch tensor or a NumPy array{hint}")
-    _check_dtype(tensor, name)
+    if tensor.dtype not in (torch.uint8, *FLOAT_DTYPES):
+        raise TypeError(
+            f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected uint8 or a floating-point type. "
+            "Convert 8-bit values held in wider integers with .to(torch.uint8) or .astype('uint8')."
+        )
     if tensor.ndim not in (3, 4):
         hint = " A grey image has no stains to separate." if tensor.ndim == 2 else ""
         raise ValueError(
@@ -121,21 +109,8 @@ class _WritableView:
         self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
 
 
-def _check_dtype(tensor: torch.Tensor, name: str) -> None:
-    if tensor.dtype == torch.uint8 or tensor.dtype in FLOAT_DTYPES:
-        return
-    raise TypeError(
-        f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected uint8 or a floating-point type. "
-        "Convert 8-bit values held in wider integers with .to(torch.uint8) or .astype('uint8')."
-    )
-
-
 def is_channels_last(shape: tuple[int, ...], layout: str | None, name: str) -> bool:
-    """True if `shape` is [..., H, W, 3], False if it is [..., 3, H, W].
-
-    Raises:
-        ValueError: it fits neither, or both and `layout` does not say which, or not `layout`.
-    """
+    """True if `shape` is [..., H, W, 3], False if it is [..., 3, H, W]; ValueError if that is not known."""
     first, last = shape[-3], shape[-1]
     if layout is not None:
         found = last if layout == "HWC" else first

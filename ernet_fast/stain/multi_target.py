@@ -25,12 +25,7 @@ TARGETS = ("concat", "avg")
 
 
 def fit_targets(images: Any, targets: str | None, mask: Any, options: Options) -> MacenkoFit:
-    """Stains [1, 3, 2] and maxima [1, 2] of one target image, or of several together.
-
-    Raises:
-        ValueError: several images without `targets`, an unknown way, no image, or stains that cannot be estimated; the
-            message says of which image and why.
-    """
+    """Stains [1, 3, 2] and maxima [1, 2] of one target image, or of several together; ValueError if none."""
     if targets is not None and targets not in TARGETS:
         raise ValueError(f"targets={targets!r}; expected 'concat', 'avg' or None for one target image.")
     collection = read_collection(images, options.layout, "I")

@@ -14,27 +14,17 @@ OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NetworkOutput(NamedTuple):
-    """The scale of a network's input.
+    """The scale of a network's input."""
 
-    Attributes:
-        dtype: torch.float32, torch.bfloat16 or torch.float16.
-        mean: [3] float64 on the CPU, of values in [0, 1].
-        std: [3] float64 on the CPU.
-    """
-
-    dtype: torch.dtype
-    mean: torch.Tensor
-    std: torch.Tensor
+    dtype: torch.dtype  # one of OUTPUT_DTYPES
+    mean: torch.Tensor  # [3] float64 on the CPU, of values in [0, 1]
+    std: torch.Tensor  # the same
 
 
 def read_output(
     output: str | torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> NetworkOutput | None:
-    """What `output`, `mean` and `std` ask for; None for images.
-
-    Raises:
-        ValueError: an unknown output, a mean or std of not three finite (std: positive) numbers, or beside images.
-    """
+    """What `output`, `mean` and `std` ask for; None for images. ValueError where they make no sense."""
     if isinstance(output, str) and output == "image":
         if mean is not None or std is not None:
             raise ValueError(

@@ -211,18 +211,16 @@ class MacenkoNormalizer(TargetModule):
         if not stains:
             results, _ = normalize_collection(collection, self.target, source, mask, options, None)
             return collection.restore(results), None, None
-        pipeline.check_target(self.target)
         found = pipeline.sources(collection, source, mask, self.target, options)
-        images, haematoxylin, eosin = [], [], []
+        threes = []
         for part in collection.parts:
             ours, theirs = part.take_fit(found.usable), part.take_fit(found.reference)
             out, h, e = operators.reconstruct_stains(part.pixels, ours, theirs, options)
             if options.identity:
                 out = pipeline.keep_degenerate(out, part.pixels, part.take(found.known.status))
-            images.append(out)
-            haematoxylin.append(h)
-            eosin.append(e)
-        return collection.restore(images), collection.restore(haematoxylin), collection.restore(eosin)
+            threes.append((out, h, e))
+        images, haematoxylin, eosin = collection.restore_each(threes, 3)
+        return images, haematoxylin, eosin
 
     def transform(self, I: Any, *numbers: Any, **options: Any) -> Any:  # noqa: E741
         """The normalised image(s) of `normalize` alone; its arguments but for `stains`."""
@@ -273,11 +271,7 @@ class MacenkoNormalizer(TargetModule):
 
 
 def _named(call: str, values: tuple[Any, ...], **found: Any) -> dict[str, Any]:
-    """Arguments by name, of which `values` came by position.
-
-    Raises:
-        TypeError: too many of them, or one given twice.
-    """
+    """Arguments by name, of which `values` came by position; TypeError for too many, or one given twice."""
     if len(values) > len(found):
         raise TypeError(f"{call} takes at most {len(found)} numbers after the image ({', '.join(found)}).")
     for name, value in zip(list(found), values, strict=False):

@@ -6,7 +6,7 @@ All images here are [B, 3, H, W], all stains [1 or B, 3, 2] and [1 or B, 2] floa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,13 +63,9 @@ def _register() -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"ernet::macenko_{name}", fake)
 
-    compositions: dict[str, Callable[..., Any]] = {
-        "macenko_fit": torch_backend.macenko_fit,
-        "macenko_normalize": torch_backend.macenko_normalize,
-    }
-    for name, composition in compositions.items():
+    for name in ("macenko_fit", "macenko_normalize"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"ernet::{name}", "CUDA"):
-            torch.library.impl(f"ernet::{name}", "CUDA", composition)
+            torch.library.impl(f"ernet::{name}", "CUDA", getattr(torch_backend, name))
             COMPOSED.add(name)
 
 
@@ -91,7 +87,7 @@ def _is_compiled_for(images: torch.Tensor) -> bool:
 
 
 def is_composed(images: torch.Tensor) -> bool:
-    """True if batched torch operations fit images of this device where no compiled code does."""
+    """True if batched torch operations fit images of this device, also inside masks, where no compiled code does."""
     return images.device.type != "cpu"
 
 
@@ -140,10 +136,7 @@ def _arguments(images: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tenso
 
 
 def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = None) -> MacenkoFit:
-    """Fit every image, by the best backend there is; with `inside` [B, H W], which the CPU does not take, those pixels.
-
-    No gradient flows through a fit.
-    """
+    """Fit every image, or its pixels `inside` [B, H W], which the CPU does not take; no gradient flows."""
     images = images.detach()
     numbers = options.Io, options.alpha, options.beta, options.nearest, options.range
     if inside is None and _is_compiled_for(images):
@@ -154,11 +147,6 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
     from ernet_fast.reference.macenko import fit_images
 
     return fit_images(images, options)
-
-
-def fits_inside(images: torch.Tensor) -> bool:
-    """True if `fit` takes `inside` for these images."""
-    return is_composed(images)
 
 
 def reconstruct(
@@ -173,27 +161,38 @@ def reconstruct(
     For a network (I' / range - mean) / std as [B, 3, H, W] in channels-last memory.
     """
     stains = _arguments(images, *source[:2], *target[:2])
-    kernel = partial(_reconstructed, options=options)
-    if is_differentiated(images, *stains):
-        matrix = torch_backend.reconstruction_matrix(*stains)
-        out = _transform()(images, matrix, None, options.Io, options.range, kernel, *stains)
-    elif network is not None and images.dtype not in HALF and _is_compiled_for(images):
-        # half-precision images are reconstructed in float32, but rounded before they are scaled
+    # half-precision images are reconstructed in float32, but rounded before they are scaled
+    if network is not None and images.dtype not in HALF and is_one_operator(images, *stains):
         pixels, plain = supported(images.detach()), [part.detach() for part in stains]
         named = network._asdict()
         out = torch.ops.ernet.macenko_reconstruct(pixels, *plain, options.Io, options.range, **named)
         return out.permute(0, 3, 1, 2)
-    else:
-        out = kernel(images.detach(), *(part.detach() for part in stains))
+    out = _transformed("macenko_reconstruct", images, stains, options)
     return out if network is None else scale(out, network, options.range)
 
 
-def _reconstructed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
+def _transformed(name: str, images: torch.Tensor, stains: list[torch.Tensor], options: Options) -> torch.Tensor:
+    """What the operator `name` computes, in the dtype of `images`; differentiable."""
+    kernel = partial(_by_kernel, name, options)
+    if not is_differentiated(images, *stains):
+        return kernel(images.detach(), *(part.detach() for part in stains))
+    matrix, tint = _exponent(name, stains)
+    shift = None if tint is None else -tint
+    apply = _Transform.apply if torch.compiler.is_compiling() else _TransformForward.apply
+    return apply(images, matrix, shift, options.Io, options.range, kernel, *stains)
+
+
+def _by_kernel(name: str, options: Options, images: torch.Tensor, *stains: torch.Tensor) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
-        return torch.ops.ernet.macenko_reconstruct(pixels, *stains, options.Io, options.range).to(images.dtype)
-    source, source_max, target, target_max = stains
-    return torch_backend.macenko_reconstruct(images, source, source_max, target, target_max, options.Io, options.range)
+        return getattr(torch.ops.ernet, name)(pixels, *stains, options.Io, options.range).to(images.dtype)
+    return torch_backend.transform(images, *_exponent(name, stains), options.Io, options.range)
+
+
+def _exponent(name: str, stains: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if name == "macenko_reconstruct":
+        return torch_backend.reconstruction_matrix(*stains), None
+    return torch_backend.change_matrix(*stains)
 
 
 def reconstruct_stains(
@@ -226,22 +225,7 @@ def change(
     images: torch.Tensor, source: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, options: Options
 ) -> torch.Tensor:
     """I' = Io exp(-HE (gain C + shift)), with `gain` and `shift` [B, 2] float64; differentiable as `reconstruct`."""
-    stains = _arguments(images, *source[:2], gain, shift)
-    kernel = partial(_changed, options=options)
-    if is_differentiated(images, *stains):
-        stain = stains[0]
-        matrix = (stain * stains[2][:, None, :]) @ torch_backend.concentration_rows(stain)
-        tint = -(stain @ stains[3][:, :, None])[:, :, 0]
-        return _transform()(images, matrix, tint, options.Io, options.range, kernel, *stains)
-    return kernel(images.detach(), *(part.detach() for part in stains))
-
-
-def _changed(images: torch.Tensor, *stains: Any, options: Options) -> torch.Tensor:
-    if _is_compiled_for(images):
-        pixels = supported(images, like_result=True)
-        return torch.ops.ernet.macenko_change(pixels, *stains, options.Io, options.range).to(images.dtype)
-    source_stain, source_max, gain, shift = stains
-    return torch_backend.macenko_change(images, source_stain, source_max, gain, shift, options.Io, options.range)
+    return _transformed("macenko_change", images, _arguments(images, *source[:2], gain, shift), options)
 
 
 class _Transform(torch.autograd.Function):
@@ -309,10 +293,6 @@ class _TransformForward(_Transform):
         if dshift is not None:
             exponent = exponent + dshift.to(work)[:, :, None, None]
         return (out.to(work) * exponent).masked_fill(out >= ctx.range, 0).to(images.dtype)
-
-
-def _transform() -> Callable[..., torch.Tensor]:
-    return _Transform.apply if torch.compiler.is_compiling() else _TransformForward.apply
 
 
 def normalize(

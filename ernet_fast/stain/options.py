@@ -20,12 +20,7 @@ def is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """How to fit and reconstruct: see `macenko_fit` and `macenko_normalize` for each.
-
-    Raises:
-        TypeError: a number that is none.
-        ValueError: a number outside of its interval, or an unknown name.
-    """
+    """How to fit and reconstruct, see `macenko_fit` and `macenko_normalize`; TypeError or ValueError for nonsense."""
 
     Io: float = 240.0
     alpha: float = 1.0
@@ -43,7 +38,18 @@ class Options:
             if not math.isfinite(value) and name != "range":
                 raise ValueError(f"{name} is {value!r}; expected a finite number.")
             object.__setattr__(self, name, float(value))
-        _check_fit_numbers(self.Io, self.alpha, self.beta)
+        if not 1 < self.Io <= 1024:
+            raise ValueError(
+                f"Io={self.Io:g}: the transmitted intensity is a grey level in (1, 1024]; "
+                "240 is usual for 8-bit images."
+            )
+        if not 0 <= self.alpha < 50:
+            raise ValueError(f"alpha={self.alpha:g}: the angular percentile is in [0, 50) percent; 1 is usual.")
+        if not 0 <= self.beta < math.log(self.Io):
+            raise ValueError(
+                f"beta={self.beta:g}: the tissue threshold is an optical density in [0, ln(Io)) = "
+                f"[0, {math.log(self.Io):.3f}); 0.15 is usual."
+            )
         if self.percentile not in PERCENTILES:
             raise ValueError(f"percentile={self.percentile!r}; expected one of {', '.join(map(repr, PERCENTILES))}.")
         check_policy(self.on_degenerate)
@@ -61,20 +67,6 @@ class Options:
     def identity(self) -> bool:
         """True if images without a fit stay as they are."""
         return self.on_degenerate == "identity"
-
-
-def _check_fit_numbers(Io: float, alpha: float, beta: float) -> None:
-    if not 1 < Io <= 1024:
-        raise ValueError(
-            f"Io={Io:g}: the transmitted intensity is a grey level in (1, 1024]; 240 is usual for 8-bit images."
-        )
-    if not 0 <= alpha < 50:
-        raise ValueError(f"alpha={alpha:g}: the angular percentile is in [0, 50) percent; 1 is usual.")
-    if not 0 <= beta < math.log(Io):
-        raise ValueError(
-            f"beta={beta:g}: the tissue threshold is an optical density in [0, ln(Io)) = [0, {math.log(Io):.3f}); "
-            "0.15 is usual."
-        )
 
 
 def check_policy(on_degenerate: str) -> None:

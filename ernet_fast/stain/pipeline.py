@@ -14,21 +14,14 @@ import torch
 from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection, Part, read_collection
 from ernet_fast.stain.options import Options
-from ernet_fast.stain.result import (
-    OK,
-    RANK_TOLERANCE,
-    MacenkoFit,
-    check_fit,
-    describe_failures,
-    expand_fit,
-)
+from ernet_fast.stain.result import OK, RANK_TOLERANCE, MacenkoFit, check_fit, describe_failures, expand_fit
 from ernet_fast.stain.tissue_mask import fit_inside
 from ernet_fast.stain.upload import is_readable, to_device
 
 
-def read(images: Any, options: Options, name: str = "images") -> Collection:
+def read(images: Any, options: Options) -> Collection:
     """See images as parts, of values that `options.range` can stand for."""
-    collection = read_collection(images, options.layout, name)
+    collection = read_collection(images, options.layout)
     check_range(collection, options.range)
     return collection
 
@@ -41,28 +34,19 @@ def fit(collection: Collection, options: Options, mask: Any = None) -> MacenkoFi
 
 
 class Sources(NamedTuple):
-    """Stains of every image of a collection, on its device.
+    """Stains of every image of a collection, on its device."""
 
-    Attributes:
-        known: as given or estimated.
-        usable: the same, with the stains of `reference` where the status is not OK.
-        reference: stains for images without a fit.
-    """
-
-    known: MacenkoFit
-    usable: MacenkoFit
+    known: MacenkoFit  # as given or estimated
+    usable: MacenkoFit  # the same, with the stains of `reference` where the status is not OK
     reference: MacenkoFit
 
 
 def sources(
     collection: Collection, source: MacenkoFit | None, mask: Any, reference: MacenkoFit, options: Options
 ) -> Sources:
-    """The stains that images have, or are taken to have.
-
-    Raises:
-        ValueError: a mask beside a given source, a source that no image has, or, under the policy "raise", an image
-            without a fit.
-    """
+    """The stains that images have, or are taken to have: ValueError where they cannot, or the policy is "raise"."""
+    reference = check_fit(reference, collection.count, "target")
+    check_target(reference)
     if source is None:
         known = fit(collection, options, mask)
     else:
@@ -75,28 +59,39 @@ def sources(
     return Sources(known, usable_source(known, reference), reference)
 
 
-def by_one_operator(
+def changed(
     collection: Collection,
     source: MacenkoFit | None,
     mask: Any,
+    reference: MacenkoFit,
     options: Options,
-    run: Callable[[Part], tuple[torch.Tensor, MacenkoFit] | None],
-) -> tuple[list[torch.Tensor], torch.Tensor] | None:
-    """Results of every part and the status of all where `run` fits and reconstructs a part in one operator.
+    fused: Callable[[Part], tuple[torch.Tensor, MacenkoFit] | None],
+    apart: Callable[[Part, MacenkoFit, MacenkoFit], torch.Tensor],
+    kept: Callable[[torch.Tensor], torch.Tensor] = lambda pixels: pixels,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Results of every part, and the status of all images.
 
-    None where that does not apply: `run` says so, or the stains of the images are given or looked for in a mask, or the
-    policy has to see the status first.
+    `fused(part)` fits and reconstructs in one operator; it is not asked where stains are given or looked for in a mask,
+    or the policy has to see the status first. There, and where it gives None, it is `apart(part, its stains, the
+    reference's)`, and under the policy "identity" `kept(pixels)` for images without a fit.
     """
-    if source is not None or mask is not None or options.on_degenerate == "raise":
-        return None
-    results, fits = [], []
+    if source is None and mask is None and options.on_degenerate != "raise":
+        done = []
+        for part in collection.parts:
+            result = fused(part)
+            if result is None:
+                break
+            done.append(result)
+        else:
+            return [out for out, _ in done], collection.gather_fit([fit for _, fit in done]).status
+    found = sources(collection, source, mask, reference, options)
+    results = []
     for part in collection.parts:
-        done = run(part)
-        if done is None:
-            return None
-        results.append(done[0])
-        fits.append(done[1])
-    return results, collection.gather_fit(fits).status
+        out = apart(part, part.take_fit(found.usable), part.take_fit(found.reference))
+        if options.identity:
+            out = keep_degenerate(out, kept(part.pixels), part.take(found.known.status))
+        results.append(out)
+    return results, found.known.status
 
 
 def check_no_mask(mask: Any) -> None:
@@ -163,10 +158,9 @@ def check_source(source: MacenkoFit) -> None:
 
 
 def check_range(collection: Collection, range: float) -> None:
-    """Raise ValueError if `range` cannot be what was meant for floating-point images.
+    """Raise ValueError if readable floating-point values contradict `range`.
 
-    Only readable values are looked at. Beyond the range they give images the status NON_FINITE, on every device. Dark
-    images among brighter ones are dark images, in a list as in a batch.
+    Dark images among brighter ones are dark images, in a list as in a batch.
     """
     largest = 0.0
     for part in collection.parts:

@@ -18,17 +18,11 @@ Symmetric = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 
 class PrincipalPlane(NamedTuple):
-    """The two largest principal directions of B matrices.
+    """The two largest principal directions of B matrices."""
 
-    Attributes:
-        middle: [B], the eigenvalue in the middle.
-        first: [B, 3], unit eigenvectors of the eigenvalue in the middle.
-        second: [B, 3], of the largest.
-    """
-
-    middle: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
+    middle: torch.Tensor  # [B], the eigenvalue in the middle
+    first: torch.Tensor  # [B, 3], its unit eigenvectors
+    second: torch.Tensor  # [B, 3], those of the largest
 
 
 def principal_plane(matrix: Symmetric) -> PrincipalPlane:

@@ -21,13 +21,7 @@ from ernet_fast.stain.result import OK, MacenkoStatus
 from ernet_fast.stain.target_module import TargetModule
 from ernet_fast.stain.tissue_mask import pixels_of_masks
 from ernet_fast.stain.torch_backend import PIXELS_AT_A_TIME
-from ernet_fast.stain.torchstain_form import (
-    BACKENDS,
-    as_torchstain,
-    check_compat,
-    compat_of_backend,
-    read_torchstain,
-)
+from ernet_fast.stain.torchstain_form import BACKENDS, as_torchstain, check_compat, compat_of_backend, read_torchstain
 from ernet_fast.stain.upload import is_readable
 
 METHODS = (None, "modified")
@@ -90,7 +84,11 @@ def _fit_pixels(images: torch.Tensor, range: float) -> ReinhardFit:
         return ReinhardFit(nothing, nothing, status)
     results = []
     for part in _groups(images):
-        valid = _levels_are_valid(part, range)
+        if part.dtype == torch.uint8:
+            valid = torch.ones(len(part), dtype=torch.bool, device=part.device)
+        else:  # half a grey level outside the range is rounding; the comparison is false for NaN
+            levels, half = part.double(), range * 0.5 / 255
+            valid = ((levels >= -half) & (levels <= range + half)).flatten(1).all(dim=1)
         lab = _in_blocks(part, lambda pixels: _lab(pixels, range))
         mean = lab.mean(dim=2)
         std = (lab - mean[:, :, None]).square().mean(dim=2).sqrt()
@@ -114,15 +112,6 @@ def _in_blocks(images: torch.Tensor, function: Callable[[torch.Tensor], torch.Te
     if images.device.type != "cpu" or pixels.shape[2] <= BLOCK_PIXELS:
         return function(pixels)
     return torch.cat([function(block) for block in pixels.split(BLOCK_PIXELS, dim=2)], dim=2)
-
-
-def _levels_are_valid(images: torch.Tensor, range: float) -> torch.Tensor:
-    """[b]: no value is NaN, infinite or more than half a grey level outside the range."""
-    if images.dtype == torch.uint8:
-        return torch.ones(len(images), dtype=torch.bool, device=images.device)
-    half = range * 0.5 / 255
-    levels = images.double()
-    return ((levels >= -half) & (levels <= range + half)).flatten(1).all(dim=1)
 
 
 def _lab(pixels: torch.Tensor, range: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -69,13 +70,16 @@ class MacenkoFit(NamedTuple):
     status: torch.Tensor
 
 
-def check_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
-    """`fit` with a batch dimension, for one or `count` images.
+def no_fit(count: int, status: MacenkoStatus, device: torch.device | str) -> MacenkoFit:
+    """`count` images of this status."""
+    stain, maximum = (
+        torch.full((count, *size), math.nan, dtype=torch.float64, device=device) for size in ((3, 2), (2,))
+    )
+    return MacenkoFit(stain, maximum, torch.full((count,), int(status), dtype=torch.int32, device=device))
 
-    Raises:
-        TypeError: no MacenkoFit.
-        ValueError: a shape that is neither one image's nor `count` images'.
-    """
+
+def check_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
+    """`fit` with a batch dimension; TypeError or ValueError if it is not that of one or `count` images."""
     if not isinstance(fit, tuple) or len(fit) != 3 or not all(isinstance(part, torch.Tensor) for part in fit):
         raise TypeError(f"{name} is a {type(fit).__name__}; expected the MacenkoFit that macenko_fit returns.")
     stain, maximum, status = fit

@@ -10,7 +10,7 @@ import torch
 from ernet_fast.stain import operators, pipeline
 from ernet_fast.stain.collection import Part
 from ernet_fast.stain.options import Options
-from ernet_fast.stain.result import MacenkoFit, check_fit, published_stains
+from ernet_fast.stain.result import MacenkoFit, published_stains
 from ernet_fast.stain.torch_backend import concentration_rows
 from ernet_fast.stain.upload import is_readable
 
@@ -77,21 +77,14 @@ def separate(
             "stains."
         )
     collection = pipeline.read(images, options)
-    if target is not None:
-        pipeline.check_target(check_fit(target, collection.count, "target"))
     found = pipeline.sources(collection, source, mask, published_stains() if target is None else target, options)
     drawn = found.usable if target is None else found.reference
     whole = [
         _separate(part, part.take_fit(found.usable), part.take_fit(drawn), target is not None, options)
         for part in collection.parts
     ]
-    haematoxylin, eosin, concentrations = zip(*whole, strict=True) if whole else ((), (), ())
-    return Separation(
-        collection.restore(haematoxylin),
-        collection.restore(eosin),
-        collection.restore(concentrations),
-        found.known.status,
-    )
+    haematoxylin, eosin, concentrations = collection.restore_each(whole, 3)
+    return Separation(haematoxylin, eosin, concentrations, found.known.status)
 
 
 def _separate(

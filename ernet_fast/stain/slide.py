@@ -70,7 +70,7 @@ def macenko_normalize_slide(
         TypeError, ValueError: as in `macenko_normalize`, and for an `out` of another shape or dtype.
     """
     options = Options(Io, alpha, beta, percentile, on_degenerate, layout=layout)
-    slide, out, mask = _as_array(slide), _as_array(out), _as_array(mask)
+    slide, out, mask = (array.numpy() if isinstance(array, torch.Tensor) else array for array in (slide, out, mask))
     row_axis, height, width = _read_shape(slide, layout)
     _check_like(out, "out", tuple(slide.shape), np.dtype(np.uint8))
     _check_writable(slide, out)
@@ -80,11 +80,24 @@ def macenko_normalize_slide(
         pipeline.check_no_mask(None if source is None else mask)
         _check_like(mask, "mask", (height, width), np.dtype(bool))
     rows = max(1, STRIP_PIXELS // width) if rows is None else rows
-    strips = _Strips(slide, row_axis, height, rows, progress, 2 if source is None else 1)
+    if isinstance(rows, bool) or not isinstance(rows, (int, np.integer)) or rows < 1:
+        raise ValueError(f"rows={rows!r}; expected a whole number of at least 1.")
+    spans = [slice(begin, min(begin + int(rows), height)) for begin in range(0, height, int(rows))]
+    before, done, work = (slice(None),) * row_axis, 0, (2 if source is None else 1) * height
+    strip_layout = "CHW" if row_axis == 1 else "HWC"
+
+    def strips() -> Iterator[tuple[slice, np.ndarray]]:
+        nonlocal done
+        for span in spans:
+            yield span, np.asarray(slide[(*before, span)])
+            done += span.stop - span.start
+            if progress is not None:
+                progress(done, work)
+
     if source is None:
         counts = ColourCounts()
-        for span, strip in strips.read():
-            counts.add(strip, layout=strips.layout, mask=None if mask is None else np.asarray(mask[span]))
+        for span, strip in strips():
+            counts.add(strip, layout=strip_layout, mask=None if mask is None else np.asarray(mask[span]))
             _let_go(slide, mask)
         source = counts.fit(Io=Io, alpha=alpha, beta=beta, percentile=percentile)
         del counts
@@ -94,49 +107,13 @@ def macenko_normalize_slide(
     unchanged = options.identity and int(source.status[0]) != MacenkoStatus.OK
     wanted = expand_fit(target, 1, "target")
     usable = pipeline.usable_source(source, wanted)
-    for span, strip in strips.read():
-        result = strip if unchanged else _reconstructed(strip, strips.layout, usable, wanted, options)
-        out[(slice(None),) * row_axis + (span,)] = result
+    for span, strip in strips():
+        if not unchanged:
+            form = read_images(strip, strip_layout, "slide")
+            strip = np.asarray(form.restore(operators.reconstruct(form.pixels, usable, wanted, options)))
+        out[(*before, span)] = strip
         _let_go(slide, out)
     return source
-
-
-class _Strips:
-    """Rows of a slide, one strip after the other.
-
-    Attributes:
-        layout: of the strips.
-    """
-
-    def __init__(
-        self, slide: Any, row_axis: int, height: int, rows: int, progress: Progress | None, readings: int
-    ) -> None:
-        if isinstance(rows, bool) or not isinstance(rows, (int, np.integer)) or rows < 1:
-            raise ValueError(f"rows={rows!r}; expected a whole number of at least 1.")
-        self.slide, self.row_axis, self.height, self.rows = slide, row_axis, height, int(rows)
-        self.layout = "CHW" if row_axis == 1 else "HWC"
-        self.progress, self.done, self.work = progress, 0, readings * height
-
-    def read(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Each strip and its rows; progress is reported when the strip was worked on."""
-        for begin in range(0, self.height, self.rows):
-            span = slice(begin, min(begin + self.rows, self.height))
-            yield span, np.asarray(self.slide[(slice(None),) * self.row_axis + (span,)])
-            self.done += span.stop - span.start
-            if self.progress is not None:
-                self.progress(self.done, self.work)
-
-
-def _reconstructed(
-    strip: np.ndarray, layout: str, source: MacenkoFit, target: MacenkoFit, options: Options
-) -> np.ndarray:
-    form = read_images(strip, layout, "slide")
-    return np.asarray(form.restore(operators.reconstruct(form.pixels, source, target, options)))
-
-
-def _as_array(array: Any) -> Any:
-    """A tensor as an array of the same memory; anything else as it is."""
-    return array.numpy() if isinstance(array, torch.Tensor) else array
 
 
 def _read_shape(slide: Any, layout: str | None) -> tuple[int, int, int]:

@@ -33,12 +33,7 @@ class TargetModule(torch.nn.Module):
 
     @staticmethod
     def _as_target(name: str, value: Any, buffer: torch.Tensor) -> torch.Tensor:
-        """`value` as a plain tensor of the buffer's kind.
-
-        Raises:
-            TypeError: no numbers.
-            ValueError: another shape.
-        """
+        """`value` as a plain tensor of the buffer's kind; TypeError for no numbers, ValueError for another shape."""
         if isinstance(value, torch.Tensor):
             plain = type(value).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
             tensor = value.detach().as_subclass(torch.Tensor) if plain else value

@@ -1,13 +1,7 @@
-"""Fits that look at some pixels of an image only.
-
-A pixel outside the mask counts as if the image did not have it: neither as tissue for the stain directions, nor for the
-99th percentile of the concentrations, nor for the check of the values. The fit of a masked image is that of an image
-made of its masked pixels.
-"""
+"""Fits that look at some pixels of an image only: the fit of an image made of its masked pixels."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,20 +10,14 @@ import torch
 from ernet_fast.stain import operators
 from ernet_fast.stain.collection import Collection
 from ernet_fast.stain.options import Options
-from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
+from ernet_fast.stain.result import MacenkoFit, MacenkoStatus, no_fit
 from ernet_fast.stain.upload import to_device
 
 
 def read_masks(mask: Any, collection: Collection) -> list[torch.Tensor]:
-    """One boolean mask [H, W] an image, on the images' device.
+    """One boolean mask [H, W] an image, on the images' device, of [B, H, W], [H, W] or a list of [H, W].
 
-    Args:
-        mask: boolean array or tensor [B, H, W], [H, W] for a single image, or a list of [H, W] for a list of images.
-        collection: the images.
-
-    Raises:
-        TypeError: no array, or not boolean.
-        ValueError: the shapes differ from those of the images.
+    Raises TypeError for what is no boolean array, ValueError for shapes that differ from those of the images.
     """
     sizes = [image.shape[1:] for image in collection.in_order([part.pixels for part in collection.parts])]
     if isinstance(mask, (list, tuple)):
@@ -63,25 +51,18 @@ def pixels_of_masks(collection: Collection, mask: Any) -> list[torch.Tensor]:
 
 def fit_inside(collection: Collection, mask: Any, options: Options) -> MacenkoFit:
     """Stains of the masked pixels of every image: together where the device takes masks, else copied out."""
-    if collection.parts and operators.fits_inside(collection.parts[0].pixels):
+    if collection.parts and operators.is_composed(collection.parts[0].pixels):
         masks, fits = read_masks(mask, collection), []
         for part in collection.parts:
             inside = torch.stack([masks[i] for i in part.index or range(len(masks))])
             fits.append(operators.fit(part.pixels, options, inside.flatten(1)))
         return collection.gather_fit(fits)
     fits = [
-        operators.fit(inside, options) if inside.shape[3] else _nothing_to_fit(inside)
+        operators.fit(inside, options)
+        if inside.shape[3]
+        else no_fit(1, MacenkoStatus.TOO_FEW_TISSUE_PIXELS, inside.device)
         for inside in pixels_of_masks(collection, mask)
     ]
     if not fits:
         return collection.gather_fit([operators.fit(part.pixels, options) for part in collection.parts])
     return MacenkoFit(*map(torch.cat, zip(*fits, strict=True)))
-
-
-def _nothing_to_fit(pixels: torch.Tensor) -> MacenkoFit:
-    """The fit of an image whose mask is empty."""
-    return MacenkoFit(
-        pixels.new_full((1, 3, 2), math.nan, dtype=torch.float64),
-        pixels.new_full((1, 2), math.nan, dtype=torch.float64),
-        pixels.new_full((1,), int(MacenkoStatus.TOO_FEW_TISSUE_PIXELS), dtype=torch.int32),
-    )

@@ -34,16 +34,8 @@ SQRT_HALF = 0.70710678
 FIXED_SHIFT = 8388608.0
 FIXED_LN2 = 11629080
 LOG_POLYNOMIAL = (
-    1466990.625,
-    -2412115.75,
-    2508042.0,
-    -2778423.75,
-    3348225.25,
-    -4194665.5,
-    5592548.0,
-    -8388606.0,
-    16777216.0,
-)
+    1466990.625, -2412115.75, 2508042.0, -2778423.75, 3348225.25, -4194665.5, 5592548.0, -8388606.0, 16777216.0,
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
@@ -113,10 +105,9 @@ def _fixed_od_of_levels(device: torch.device, Io: float) -> torch.Tensor:
 def macenko_moments(
     images: torch.Tensor, Io: float, beta: float, range: float = 255.0, inside: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Count, sums and products of the tissue OD, [B, 10] float64; the count is NaN where a value is no grey level.
+    """Count, sums and products of the tissue OD (`inside` [B, H W]), [B, 10] float64; count NaN for invalid levels.
 
-    `inside` [B, H W] says which pixels count, all by default. Integer sums, as in the compiled operators: the same bits
-    for any batch.
+    Integer sums, as in the compiled operators: the same bits for any batch.
     """
     od = optical_density(images, Io, range)
     tissue = _tissue(od, beta, inside)
@@ -152,30 +143,14 @@ def macenko_fit(
     range: float = 255.0,
     inside: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stain matrices [B, 3, 2], maximal concentrations [B, 2] and status [B].
-
-    `inside` [B, H W] says which pixels the images have, all by default.
-    """
-    pixels = images.shape[2] * images.shape[3]
-    group = max(1, PIXELS_AT_A_TIME // max(1, pixels))
-    if images.shape[0] <= group:
-        return _fit_group(images, Io, alpha, beta, nearest, range, inside)
-    groups = images.split(group)
-    masks = [None] * len(groups) if inside is None else inside.split(group)
-    parts = [_fit_group(part, Io, alpha, beta, nearest, range, mask) for part, mask in zip(groups, masks, strict=True)]
-    stain, maximum, status = zip(*parts, strict=True)
-    return torch.cat(stain), torch.cat(maximum), torch.cat(status)
-
-
-def _fit_group(
-    images: torch.Tensor,
-    Io: float,
-    alpha: float,
-    beta: float,
-    nearest: bool,
-    range: float,
-    inside: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stain matrices [B, 3, 2], maximal concentrations [B, 2] and status [B], of the pixels `inside` [B, H W]."""
+    group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))
+    if images.shape[0] > group:
+        groups = images.split(group)
+        masks = [None] * len(groups) if inside is None else inside.split(group)
+        fits = [macenko_fit(x, Io, alpha, beta, nearest, range, m) for x, m in zip(groups, masks, strict=True)]
+        stain, maximum, status = map(torch.cat, zip(*fits, strict=True))
+        return stain, maximum, status
     moments = macenko_moments(images, Io, beta, range, inside)
     count = moments[:, 0].nan_to_num(0.0)
     status = torch.full(count.shape, MacenkoStatus.OK, dtype=torch.int32, device=images.device)
@@ -207,10 +182,7 @@ def _fit_group(
 
 
 def _along(vector: torch.Tensor, od: torch.Tensor) -> torch.Tensor:
-    """Scalar products [B, H W] of vectors [B, 3] and od [B, 3, H W].
-
-    Written out, as a matrix product may round otherwise for another number of images.
-    """
+    """Scalar products [B, H W] of [B, 3] and [B, 3, H W]; a matrix product may round otherwise for another B."""
     x, y, z = vector[:, :, None].unbind(dim=1)
     return x * od[:, 0] + y * od[:, 1] + z * od[:, 2]
 
@@ -254,20 +226,15 @@ def percentile(ordered: torch.Tensor, count: torch.Tensor, percent: float, neare
 def _stain(
     plane: PrincipalPlane, low_angle: torch.Tensor, high_angle: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stain matrix [B, 3, 2] of the extreme angles [B], and the squared sine of the angle between its columns."""
+    """Stain matrix [B, 3, 2] of the extreme angles [B], ordered by the rule of `MacenkoFit`, and its squared sine."""
     low, high = (
         plane.first * angle.cos()[:, None] + plane.second * angle.sin()[:, None] for angle in (low_angle, high_angle)
     )
-    low_first = _is_haematoxylin(low, high)[:, None]
+    red, green, blue = (low - high).unbind(dim=1)
+    without_red = torch.where(green.abs() > EQUAL_COMPONENTS, green < 0, blue > 0)
+    low_first = torch.where(red.abs() > EQUAL_COMPONENTS, red > 0, without_red)[:, None]
     stain = torch.stack([low.where(low_first, high), high.where(low_first, low)], dim=2)
     return stain, gram_determinant(stain)
-
-
-def _is_haematoxylin(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[B]: directions a are haematoxylin, and b eosin, by the rule of `MacenkoFit`."""
-    red, green, blue = (a - b).unbind(dim=1)
-    without_red = torch.where(green.abs() > EQUAL_COMPONENTS, green < 0, blue > 0)
-    return torch.where(red.abs() > EQUAL_COMPONENTS, red > 0, without_red)
 
 
 def gram_determinant(stain: torch.Tensor) -> torch.Tensor:
@@ -292,39 +259,21 @@ def reconstruction_matrix(
     return (target_stain * gain) @ concentration_rows(source_stain)
 
 
-def macenko_reconstruct(
-    images: torch.Tensor,
-    source_stain: torch.Tensor,
-    source_max: torch.Tensor,
-    target_stain: torch.Tensor,
-    target_max: torch.Tensor,
-    Io: float,
-    range: float = 255.0,
-) -> torch.Tensor:
-    """I' = min(Io exp(-M OD), 255), truncated for uint8; a pixel without a finite OD comes out as NaN."""
-    return _transform(
-        images, reconstruction_matrix(source_stain, source_max, target_stain, target_max), None, Io, range
-    )
-
-
-def macenko_change(
-    images: torch.Tensor,
-    source_stain: torch.Tensor,
-    source_max: torch.Tensor,
-    gain: torch.Tensor,
-    shift: torch.Tensor,
-    Io: float,
-    range: float = 255.0,
-) -> torch.Tensor:
-    """I' = min(Io exp(-HE (gain C + shift)), 255) otherwise as `macenko_reconstruct`."""
+def change_matrix(
+    source_stain: torch.Tensor, source_max: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """M = HE diag(gain) pinv(HE) and the tint HE shift [B, 3]; differentiable."""
     matrix = (source_stain * gain[:, None, :]) @ concentration_rows(source_stain)
-    return _transform(images, matrix, (source_stain @ shift[:, :, None])[:, :, 0], Io, range)
+    return matrix, (source_stain @ shift[:, :, None])[:, :, 0]
 
 
-def _transform(
+def transform(
     images: torch.Tensor, matrix: torch.Tensor, tint: torch.Tensor | None, Io: float, range: float
 ) -> torch.Tensor:
-    """min(Io exp(-(M OD + tint)), 255) with M [1 or B, 3, 3] and tint [B, 3]."""
+    """I' = min(Io exp(-(M OD + tint)), 255) with M [1 or B, 3, 3] and tint [B, 3], truncated for uint8.
+
+    A pixel without a finite OD comes out as NaN.
+    """
     group = max(1, PIXELS_AT_A_TIME // max(1, images.shape[2] * images.shape[3]))
     count = images.shape[0]
     tints = matrix.new_zeros((1, 3)) if tint is None else tint
@@ -362,7 +311,7 @@ def macenko_normalize(
     stain, maximum, status = macenko_fit(images, Io, alpha, beta, nearest, range)
     ok = status == OK
     source = stain.where(ok[:, None, None], target_stain), maximum.where(ok[:, None], target_max)
-    out = macenko_reconstruct(images, *source, target_stain, target_max, Io, range)
+    out = transform(images, reconstruction_matrix(*source, target_stain, target_max), None, Io, range)
     if identity:
         out = out.where(ok[:, None, None, None], images)
     if dtype is not None:

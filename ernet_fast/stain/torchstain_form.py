@@ -14,11 +14,7 @@ BACKENDS = ("torch", "numpy")
 
 
 def compat_of_backend(compat: str | None, backend: str | None) -> str | None:
-    """`compat`, or that of torchstain where one of its backends is named.
-
-    Raises:
-        ValueError: an unknown backend.
-    """
+    """`compat`, or that of torchstain where one of its backends is named; ValueError for an unknown backend."""
     if backend is None:
         return compat
     if backend not in BACKENDS:
@@ -48,11 +44,7 @@ def check_compat(compat: str | None, percentile: str, range: float, layout: str 
 def read_torchstain(image: Any) -> torch.Tensor:
     """[3, H, W] of an image that torchstain takes: one torch tensor [3, H, W], or one NumPy array [H, W, 3].
 
-    Integers of any width are levels. An array [3, H, W] is taken for what it is.
-
-    Raises:
-        TypeError: no array, or a dtype that holds no RGB image.
-        ValueError: another shape.
+    Integers of any width are levels. An array [3, H, W] is taken for what it is. Raises as `read_images`.
     """
     layout = "CHW" if isinstance(image, torch.Tensor) else "HWC"
     if isinstance(image, (torch.Tensor, np.ndarray)):
@@ -84,10 +76,11 @@ def _levels(image: Any) -> Any:
 
 def as_torchstain(image: Any, results: tuple[Any, ...], tensor_dtype: torch.dtype = torch.int32) -> tuple[Any, ...]:
     """Results [3, H, W] of `image`: int32 [H, W, 3], or for an array uint8; truncated, NaN as 0."""
-    return tuple(None if result is None else _converted(image, result, tensor_dtype) for result in results)
-
-
-def _converted(image: Any, result: torch.Tensor, tensor_dtype: torch.dtype) -> Any:
-    result = result.nan_to_num(0.0) if result.is_floating_point() else result
-    result = result.permute(1, 2, 0)
-    return result.to(tensor_dtype) if isinstance(image, torch.Tensor) else result.to(torch.uint8).numpy()
+    converted = []
+    for result in results:
+        if result is not None:
+            result = (result.nan_to_num(0.0) if result.is_floating_point() else result).permute(1, 2, 0)
+            is_tensor = isinstance(image, torch.Tensor)
+            result = result.to(tensor_dtype) if is_tensor else result.to(torch.uint8).numpy()
+        converted.append(result)
+    return tuple(converted)
