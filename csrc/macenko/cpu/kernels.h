@@ -9,6 +9,23 @@
 #include "macenko/steps/reconstruct.h"
 #include "simd/isa.h"
 
+#ifdef ERNET_ISA
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define ERNET_AVX512 1
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of the undefined vectors inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#define ERNET_VBMI 1
+#endif
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+#endif
+
 namespace ernet::cpu {
 
 enum class Pixel : int { u8 = 0, f32 = 1, f64 = 2 };
@@ -116,14 +133,6 @@ struct MacenkoLoops {
   // Among `count` finite or infinite keys, which are overwritten, as is scratch[0 .. count - 1].
   Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
 };
-
-// The instruction sets avx512 and avx512vbmi.
-#if defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define ERNET_AVX512 1
-#endif
-#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
-#define ERNET_VBMI 1
-#endif
 
 // Each in the file of its name in simd/; the suffix avx512 or vbmi: for instruction sets that have it, faster again.
 #ifdef ERNET_ISA

@@ -230,15 +230,7 @@ struct Counters {
 using Kept = unsigned long long[kKeptKeys];
 
 __device__ __forceinline__ void reset_counters(Counters& counters) {
-  for (int t = 0; t < 2; ++t) {
-    counters.below[t] = 0;
-    counters.largest[t] = 0;
-    counters.smallest[t] = ~0ull;
-    counters.inside[t] = 0;
-    counters.within[t] = 0;
-  }
-  counters.listed = 0;
-  counters.overflown = 0;
+  counters = {{0, 0}, {0, 0}, {~0ull, ~0ull}, {0, 0}, {0, 0}, 0, 0};
 }
 
 __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned long long edge, int t,

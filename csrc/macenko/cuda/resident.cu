@@ -136,18 +136,13 @@ __device__ __forceinline__ void begin_fit(const ResidentJob& t, const Memory& m)
 }
 
 // Counts of all blocks of the cluster, in the first of them.
-struct SharedCounts {
-  const BlockShared* s;
-  __device__ __forceinline__ uint64_t count(int t, int bin) const { return s->bins[t][bin]; }
-  __device__ __forceinline__ unsigned long long key(int t, int i) const { return s->kept[t][i]; }
-  __device__ __forceinline__ int64_t below(int t) const { return int64_t(s->counters.below[t]); }
-  __device__ __forceinline__ uint64_t largest(int t) const { return s->counters.largest[t]; }
-  __device__ __forceinline__ uint64_t smallest(int t) const { return s->counters.smallest[t]; }
-  __device__ __forceinline__ unsigned inside(int t) const { return s->counters.inside[t]; }
-  __device__ __forceinline__ int64_t within(int t) const { return int64_t(s->counters.within[t]); }
-  __device__ __forceinline__ int64_t listed() const { return int64_t(s->counters.listed); }
-  __device__ __forceinline__ bool overflown() const { return s->counters.overflown != 0; }
+struct LoadPlain {
+  template <class T>
+  __device__ __forceinline__ const T& operator()(const T& value) const {
+    return value;
+  }
 };
+using SharedCounts = Counts<BlockShared, LoadPlain>;
 
 __device__ __forceinline__ void clear_bins(BlockShared& s) {
   for (int i = int(threadIdx.x); i < 2 * kBins; i += int(blockDim.x)) s.bins[i / kBins][i % kBins] = 0;
