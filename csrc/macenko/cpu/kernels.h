@@ -1,7 +1,5 @@
-// The loops over pixels behind the Macenko operators, free of torch. One table of functions per instruction set.
-//
-// Every function works on a range of pixels of one image, and its results add up: the caller may cut an image into any
-// ranges and gets the same bits. Temporary memory is a few blocks on the stack.
+// The loops over pixels behind the Macenko operators, free of torch, a table of functions per instruction set. Results
+// of ranges of an image add up to the same bits, however it is cut.
 #pragma once
 
 #include <stdint.h>
@@ -68,9 +66,8 @@ struct Keys {
   const macenko::OdTable* table;
 };
 
-// Counts keys below `low`, and collects those in [low, high]. The loops for 8-bit images compare in float32: a key
-// within `margin` of an end may count as either side of it, so what was collected is right if the keys sought are at
-// least that far inside. A margin of infinity says that these loops cannot order this image's keys.
+// Counts keys below `low`, and collects those in [low, high]. A key within `margin` of an end may count as either side
+// of it (8-bit loops compare in float32): what was collected is right if the keys sought are that far inside.
 struct Bracket {
   double low;
   double high;

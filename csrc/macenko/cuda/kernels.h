@@ -46,9 +46,8 @@ struct Output {
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
                                 cudaStream_t stream, int64_t first = 0);
 
-// Images drawn with haematoxylin of `drawn` alone, with eosin alone, and (without data: not) with both; and, if not
-// null, the concentrations of both, [count][2][pixels], in units of the stains `source`; under `scaled` times the ratio
-// of the maxima, as normalisation has it.
+// Images drawn with haematoxylin of `drawn` alone, eosin alone, and (with data) both; and, if not null, the
+// concentrations [count][2][pixels] in units of `source`, under `scaled` times the ratio of the maxima.
 struct Separation {
   Stains source;
   Stains drawn;
@@ -59,9 +58,9 @@ struct Separation {
 
 cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream);
 
-// The streaming plan: a fit by kernels that read the images again and again, in groups of images that stay in a cache
-// of `cache_bytes`, and, if `recipe` and `out` are not null, the reconstruction of each group from the stains found;
-// `recipe->source` and `recipe->status` are not looked at. The workspace is at a multiple of 16.
+// The streaming plan: the fit, in groups of images that stay in a cache of `cache_bytes`, and, if `recipe` and `out`
+// are not null, the reconstruction of each group from the stains found, not those of `recipe->source`. The workspace is
+// at a multiple of 16.
 int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes);
 cudaError_t macenko_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
                               const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);

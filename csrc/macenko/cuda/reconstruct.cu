@@ -1,5 +1,5 @@
-// Reconstruction in one streaming pass: each pixel is read once and written once; and drawings of the stains, for which
-// a block goes over its pixels once a result, from the second time on in the first-level cache.
+// Reconstruction in one streaming pass; and drawings of the stains, for which a block goes over its pixels once a
+// result.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/kernels.h"

@@ -1,5 +1,5 @@
-// The streaming plan of a fit: every kernel reads the images once and moves each on by one phase. Blocks of an image
-// count in shared memory, add their counts to those of the image, and the last of them decides what comes next.
+// The streaming plan of a fit: every kernel reads the images once and moves each on by one phase, which the last of an
+// image's blocks decides.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/fit_job.h"
@@ -21,8 +21,7 @@ constexpr int64_t kMostBlockPixels = int64_t(kThreads) * macenko::kMaxFixedProdu
 constexpr int64_t kSmallPixels = 1 << 16;
 constexpr int64_t kMediumPixels = 1 << 24;
 
-// Blocks that a multiprocessor is to hold side by side while they count the keys of 8-bit images: as many as there are
-// registers for.
+// Blocks that a multiprocessor holds while they count keys: as many as there are registers for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kByteBlocks = 2;
 #else
@@ -230,8 +229,7 @@ int64_t blocks_an_image(int64_t pixels, int64_t images) {
   return blocks > least ? blocks : least;
 }
 
-// Passes that all images take together. Coarse and exact, for the angles and for the concentrations; larger images hold
-// too many keys in an interval and take more rounds.
+// Passes that all images take together: coarse and exact ones, of which larger images need more.
 int passes(int64_t pixels) {
   if (pixels <= kSmallPixels) return 4;
   return pixels <= kMediumPixels ? 6 : 2 + 2 * macenko::kMaxRounds;
