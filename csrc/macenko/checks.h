@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "macenko/steps/od.h"
+#include "macenko/steps/reconstruct.h"
 
 namespace ernet {
 
@@ -73,9 +74,23 @@ inline void check_fit_parameters(double io, double alpha, double beta, double ra
   STD_TORCH_CHECK(range > 0 && std::isfinite(range), "ernet: range must be positive and finite; got ", range);
 }
 
-// `name`_stain [1 or count, 3, 2] and `name`_max [1 or count, 2], float64 and contiguous.
-inline void check_stains(const torch::stable::Tensor& stain, const torch::stable::Tensor& maximum, int64_t count,
-                         const char* name) {
+inline bool on_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline const double* finite_on_cpu(const torch::stable::Tensor& t, const char* name, const char* part) {
+  const auto* values = static_cast<const double*>(t.const_data_ptr());
+  for (int64_t i = 0; t.is_cpu() && i < t.numel(); ++i) {
+    STD_TORCH_CHECK(std::isfinite(values[i]), "ernet: ", name, part, " of image ", i * t.size(0) / t.numel(),
+                    " is not finite. Images whose fit has a status need another source");
+  }
+  return values;
+}
+
+// `name`_stain [1 or B, 3, 2] and `name`_max [1 or B, 2] for images [B, 3, H, W], float64 and contiguous.
+inline macenko::Stains checked_stains(const torch::stable::Tensor& stain, const torch::stable::Tensor& maximum,
+                                      const torch::stable::Tensor& images, const char* name) {
+  const int64_t count = images.size(0);
   const bool shapes = stain.dim() == 3 && maximum.dim() == 2 && stain.size(1) == 3 && stain.size(2) == 2 &&
                       maximum.size(1) == 2 && stain.size(0) == maximum.size(0) &&
                       (stain.size(0) == 1 || stain.size(0) == count);
@@ -86,6 +101,20 @@ inline void check_stains(const torch::stable::Tensor& stain, const torch::stable
                   "ernet: ", name, "_stain and ", name, "_max must be float64");
   STD_TORCH_CHECK(stain.is_contiguous() && maximum.is_contiguous(), "ernet: ", name, "_stain and ", name,
                   "_max must be contiguous");
+  STD_TORCH_CHECK(on_same_device(stain, images) && on_same_device(maximum, images), "ernet: ", name,
+                  " stains must be on the device of the images");
+  return {finite_on_cpu(stain, name, "_stain"), finite_on_cpu(maximum, name, "_max"), stain.size(0) == 1};
+}
+
+// Gain or shift of the two stains of every image, [B, 2] float64.
+inline const double* checked_change(const torch::stable::Tensor& change, const torch::stable::Tensor& images,
+                                    const char* name) {
+  STD_TORCH_CHECK(on_same_device(change, images) && change.dim() == 2 && change.size(0) == images.size(0) &&
+                      change.size(1) == 2 && change.is_contiguous() &&
+                      change.scalar_type() == torch::headeronly::ScalarType::Double,
+                  "ernet: ", name, " must be [", images.size(0),
+                  ", 2] float64, contiguous, on the device of the images; got ", shape_of(change));
+  return static_cast<const double*>(change.const_data_ptr());
 }
 
 // How levels become the input of a network: (value / range - mean) / std.

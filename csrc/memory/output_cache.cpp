@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -18,6 +19,8 @@ constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMostKept = 256;      // buffers; the oldest makes room
 constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it
 constexpr size_t kSlackShare = 4;   // a buffer may exceed what is asked for by this share
+
+using Entry = std::unique_lock<std::mutex>;  // only ever tried
 
 struct Kept {
   void* buffer;
@@ -40,7 +43,7 @@ size_t first_limit() {
 // Never destroyed: tensors may be freed after static objects are. A thread that finds it busy does without, so neither
 // contention nor a fork while another thread was inside can block anyone.
 struct Buffers {
-  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  std::mutex busy;
   std::atomic<size_t> limit{first_limit()};
   std::atomic<size_t> kept_bytes{0}, reused{0}, fresh{0};
   std::atomic<size_t> live_bytes{0}, most_live_bytes{0};
@@ -58,22 +61,6 @@ Buffers& buffers() {
   static Buffers* const instance = new Buffers;
   return *instance;
 }
-
-class Entry {
- public:
-  explicit Entry(Buffers& buffers)
-      : buffers_(buffers), inside_(!buffers.busy.test_and_set(std::memory_order_acquire)) {}
-  ~Entry() {
-    if (inside_) buffers_.busy.clear(std::memory_order_release);
-  }
-  Entry(const Entry&) = delete;
-  Entry& operator=(const Entry&) = delete;
-  explicit operator bool() const { return inside_; }
-
- private:
-  Buffers& buffers_;
-  const bool inside_;
-};
 
 size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
@@ -138,7 +125,7 @@ void* take_map_buffer(size_t* bytes) {
   if (*bytes < kLeastMapBuffer || all.limit == 0) return nullptr;
   *bytes = whole_pages(*bytes);
   void* buffer = nullptr;
-  if (const Entry entry(all); entry) {
+  if (const Entry entry(all.busy, std::try_to_lock); entry) {
     buffer = find_kept(all, bytes);
     add_live(all, *bytes);
     const size_t most = all.most_live_bytes, all_bytes = all.live_bytes + all.kept_bytes;
@@ -162,7 +149,7 @@ void give_map_buffer(void* buffer, size_t bytes) {
   all.live_bytes -= bytes;
   const size_t limit = all.limit;
   if (bytes <= limit) {
-    if (const Entry entry(all); entry) {
+    if (const Entry entry(all.busy, std::try_to_lock); entry) {
       if (all.kept_bytes + bytes > limit) drop_oldest(all, all.kept_bytes + bytes - limit);
       if (all.count == kMostKept) drop_oldest(all, 1);
       all.kept[all.count++] = {buffer, bytes};
@@ -181,7 +168,8 @@ void set_map_buffer_limit(size_t bytes) {
   Buffers& all = buffers();
   all.limit = bytes;
   all.most_live_bytes = all.live_bytes.load();
-  if (const Entry entry(all); entry && all.kept_bytes > bytes) drop_oldest(all, all.kept_bytes - bytes);
+  if (const Entry entry(all.busy, std::try_to_lock); entry && all.kept_bytes > bytes)
+    drop_oldest(all, all.kept_bytes - bytes);
 }
 
 MapBufferCounts map_buffer_counts() { return {buffers().reused, buffers().fresh}; }

@@ -1,14 +1,10 @@
 // Memory for the large outputs of the CPU operators, used again instead of asked of the system anew.
 //
-// The first touch of fresh memory costs a page fault every 4 KiB, three to four times the time of the pass that writes
-// a map. So the memory of a freed output is kept for the next output that fits: of the same size, or else at most a
-// quarter smaller, as where images of several sizes alternate. New memory comes in huge pages where the system has
-// them.
+// Page faults of fresh memory cost three to four times the pass that writes a map. So the memory of a freed output is
+// kept for the next that fits: of the same size, or at most a quarter smaller. New memory comes in huge pages.
 //
-// Bounds: no more than limit bytes are kept; and what is kept and in use together never exceeds the most that was in
-// use since the limit was set by more than a quarter: before new memory is asked for, other sizes, oldest first, go
-// back to the system. Without that quarter a training step, whose forward and backward pass want different sizes, would
-// find some of its memory gone every time.
+// Bounds: no more than limit bytes are kept; and what is kept and in use never exceeds the most that was in use since
+// the limit was set by more than a quarter (forward and backward passes want different sizes): the oldest goes first.
 #pragma once
 
 #include <stddef.h>
@@ -18,16 +14,14 @@ namespace ernet::cpu {
 constexpr size_t kLeastMapBuffer = size_t{256} << 10;          // bytes; the allocator serves smaller outputs as well
 constexpr size_t kDefaultMapBufferLimit = size_t{2048} << 20;  // bytes
 
-// `bytes` of memory, aligned to a page, its content undefined; null if they are too few for this, if nothing may be
-// kept (limit 0) or if the system has none: the caller then uses its allocator. `*bytes` becomes the buffer's own size,
-// with which it must be given back. Any thread may call these functions.
+// `bytes` of undefined memory, aligned to a page; null if they are too few, the limit is 0 or the system has none: the
+// caller then uses its allocator. `*bytes` becomes the size to give back. Any thread may call these functions.
 void* take_map_buffer(size_t* bytes);
 void give_map_buffer(void* buffer, size_t bytes);
 
 // Bytes kept at this moment for outputs to come.
 size_t kept_map_bytes();
-// How many may be kept. What exceeds a new limit goes back to the system at once; 0 switches all of this off. The first
-// limit is that of the environment variable ERNET_KEEP_MB (in MiB), else kDefaultMapBufferLimit.
+// How many may be kept; 0 switches all of this off. At first ERNET_KEEP_MB (in MiB), else kDefaultMapBufferLimit.
 size_t map_buffer_limit();
 void set_map_buffer_limit(size_t bytes);
 // Buffers taken so far: those that were kept ones, and those newly asked of the system.

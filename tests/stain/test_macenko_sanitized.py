@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -17,7 +18,17 @@ ISAS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-
 ISAS["avx512vbmi"] = [*ISAS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
 MACENKO = CSRC / "macenko" / "cpu"
 DRIVERS = [MACENKO / f"{name}.cpp" for name in ("colour_counts", "image", "network_input", "percentiles")]
-COMPILE = ["g++", "-O1", "-std=c++17", f"-I{CSRC}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+TORCH = Path(torch.__file__).parent / "include"  # its types of 16 bits
+COMPILE = [
+    "g++",
+    "-O1",
+    "-std=c++17",
+    f"-I{CSRC}",
+    "-isystem",
+    str(TORCH),
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+]
 
 
 @pytest.fixture(scope="module")

@@ -47,64 +47,46 @@ struct CountedKey {
   int64_t count;
 };
 
-// Both order statistics of a percentile over the pixels that have keys.
-struct OrderStatistics {
-  double lower;
-  double upper;
-  double weight;
-};
-
-OrderStatistics select(std::vector<CountedKey>& keys, double percent, bool nearest) {
+double percentile(std::vector<CountedKey>& keys, double percent, bool nearest, bool angles) {
   std::sort(keys.begin(), keys.end(), [](const CountedKey& a, const CountedKey& b) { return a.key < b.key; });
   int64_t pixels = 0;
   for (const CountedKey& key : keys) pixels += key.count;
   const Ranks ranks = macenko::percentile_ranks(pixels, percent, nearest);
-  OrderStatistics found = {keys.back().key, keys.back().key, ranks.weight};
   int64_t below = 0;
   auto key = keys.begin();
   while (below + key->count <= ranks.lower) below += (key++)->count;
-  found.lower = key->key;
-  found.upper = below + key->count > ranks.upper ? key->key : (key + 1)->key;
-  return found;
+  double lower = key->key;
+  double upper = below + key->count > ranks.upper ? lower : (key + 1)->key;
+  if (angles) {
+    lower = macenko::angle_of_key(lower);
+    upper = macenko::angle_of_key(upper);
+  }
+  return macenko::interpolate(lower, upper, ranks.weight);
 }
 
-// Gives every colour, or every tissue colour, its keys, by the loops that give them to pixels: instruction sets may
-// round differently, and the result is to be that of the image.
-class ColourKeys {
- public:
-  ColourKeys(const int64_t* counts, const Keys& keys) : counts_(counts), keys_(keys) {}
-
-  // Key a (0) or b (1).
-  void find(int which, std::vector<CountedKey>& found) {
-    found.clear();
-    const bool tissue_only = keys_.kind == KeyKind::angle;
-    for_each_colour(counts_, [&](int red, int green, int blue, int64_t count) {
-      if (tissue_only && !is_tissue(red, green, blue, *keys_.table)) return;
-      const int level[3] = {red, green, blue};
-      for (int k = 0; k < 3; ++k) levels_[3 * staged_ + k] = uint8_t(level[k]);
-      found.push_back({0, count});
-      if (++staged_ == kStaged) flush(which, found);
-    });
-    flush(which, found);
-  }
-
- private:
-  static constexpr int kStaged = 512;
-
-  void flush(int which, std::vector<CountedKey>& found) {
+// Key a (0) or b (1) of every colour, or every tissue colour, by the loops that give them to pixels: instruction sets
+// may round differently, and the result is to be that of the image.
+void find_keys(const int64_t* counts, const Keys& keys, int which, std::vector<CountedKey>& found) {
+  constexpr int kStaged = 512;
+  uint8_t levels[3 * kStaged];
+  int staged = 0;
+  const auto flush = [&] {
     double key[2][kStaged];
-    const ImageView image = {levels_, 3, 1, staged_, 1.0};
-    macenko_loops(Pixel::u8).keys(image, keys_, key[0], key[1]);
-    CountedKey* last = found.data() + found.size() - staged_;
-    for (int i = 0; i < staged_; ++i) last[i].key = key[which][i];
-    staged_ = 0;
-  }
-
-  const int64_t* counts_;
-  const Keys& keys_;
-  uint8_t levels_[3 * kStaged];
-  int staged_ = 0;
-};
+    macenko_loops(Pixel::u8).keys({levels, 3, 1, staged, 1.0}, keys, key[0], key[1]);
+    CountedKey* last = found.data() + found.size() - staged;
+    for (int i = 0; i < staged; ++i) last[i].key = key[which][i];
+    staged = 0;
+  };
+  found.clear();
+  for_each_colour(counts, [&](int red, int green, int blue, int64_t count) {
+    if (keys.kind == KeyKind::angle && !is_tissue(red, green, blue, *keys.table)) return;
+    const int level[3] = {red, green, blue};
+    for (int k = 0; k < 3; ++k) levels[3 * staged + k] = uint8_t(level[k]);
+    found.push_back({0, count});
+    if (++staged == kStaged) flush();
+  });
+  flush();
+}
 
 }  // namespace
 
@@ -125,11 +107,8 @@ MacenkoImageFit macenko_fit_colours(const int64_t* counts, const MacenkoParamete
   return fit_of_moments(moments, p, table, [&](const Keys& keys, const double percent[2], double result[2]) {
     const bool angles = keys.kind == KeyKind::angle;
     for (int i = 0; i < 2; ++i) {
-      if (i == 0 || !angles) ColourKeys(counts, keys).find(i, found);
-      const OrderStatistics at = select(found, percent[i], p.nearest);
-      result[i] =
-          angles ? macenko::interpolate(macenko::angle_of_key(at.lower), macenko::angle_of_key(at.upper), at.weight)
-                 : macenko::interpolate(at.lower, at.upper, at.weight);
+      if (i == 0 || !angles) find_keys(counts, keys, i, found);
+      result[i] = percentile(found, percent[i], p.nearest, angles);
     }
   });
 }

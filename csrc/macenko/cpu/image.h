@@ -1,5 +1,5 @@
-// Macenko fit and reconstruction of one image on the CPU, free of torch: the steps of csrc/macenko over the loops of
-// one instruction set. Results do not depend on how many threads share an image.
+// Macenko fit and reconstruction of one image on the CPU, free of torch but for its 16-bit types: the steps of
+// csrc/macenko over the loops of one instruction set. Results do not depend on how many threads share an image.
 #pragma once
 
 #include <cmath>
@@ -10,12 +10,7 @@
 
 namespace ernet::cpu {
 
-struct MacenkoParameters {
-  double io;
-  double alpha;  // percent
-  double beta;
-  bool nearest;
-};
+using MacenkoParameters = macenko::Parameters;
 
 struct MacenkoImageFit {
   macenko::Stain stain;

@@ -1,13 +1,28 @@
-// The loops over pixels behind the Macenko operators, free of torch. One table of functions per instruction set.
-//
-// Every function works on a range of pixels of one image, and its results add up: the caller may cut an image into any
-// ranges and gets the same bits. Temporary memory is a few blocks on the stack.
+// The loops over pixels behind the Macenko operators, free of torch, a table of functions per instruction set. Results
+// of ranges of an image add up to the same bits, however it is cut.
 #pragma once
 
 #include <stdint.h>
 
 #include "macenko/steps/reconstruct.h"
 #include "simd/isa.h"
+
+#ifdef ERNET_ISA
+#if defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define ERNET_AVX512 1
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns of the undefined vectors inside its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+#define ERNET_VBMI 1
+#endif
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+#endif
 
 namespace ernet::cpu {
 
@@ -51,9 +66,8 @@ struct Keys {
   const macenko::OdTable* table;
 };
 
-// Counts keys below `low`, and collects those in [low, high]. The loops for 8-bit images compare in float32: a key
-// within `margin` of an end may count as either side of it, so what was collected is right if the keys sought are at
-// least that far inside. A margin of infinity says that these loops cannot order this image's keys.
+// Counts keys below `low`, and collects those in [low, high]. A key within `margin` of an end may count as either side
+// of it (8-bit loops compare in float32): what was collected is right if the keys sought are that far inside.
 struct Bracket {
   double low;
   double high;
@@ -116,14 +130,6 @@ struct MacenkoLoops {
   // Among `count` finite or infinite keys, which are overwritten, as is scratch[0 .. count - 1].
   Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
 };
-
-// The instruction sets avx512 and avx512vbmi.
-#if defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define ERNET_AVX512 1
-#endif
-#if defined(__AVX512VBMI__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
-#define ERNET_VBMI 1
-#endif
 
 // Each in the file of its name in simd/; the suffix avx512 or vbmi: for instruction sets that have it, faster again.
 #ifdef ERNET_ISA

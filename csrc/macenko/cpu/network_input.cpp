@@ -1,6 +1,8 @@
 #include "macenko/cpu/image.h"
 
-#include <cmath>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstring>
 
 namespace ernet::cpu {
@@ -9,44 +11,6 @@ namespace {
 
 // A block's pixels stay in the first-level cache between its reconstruction and its scaling.
 constexpr int64_t kScaledBlock = 1024;
-
-// 16-bit floats are handled as their bits.
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-// All round to nearest, ties to even.
-void convert(float value, float& out) { out = value; }
-
-void convert(float value, Bfloat16& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  out.bits = std::isnan(value) ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-void convert(float value, Half& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t sign = bits >> 31 << 15;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  uint32_t half;
-  if (magnitude > 0x7f800000) {
-    half = 0x7e00;  // NaN
-  } else if (magnitude >= 0x477ff000) {
-    half = 0x7c00;  // rounds to 65536 or beyond
-  } else if (magnitude >= 0x38800000) {
-    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  } else {
-    // Subnormal: multiples of 2^-24, to which the sum with 1/2 rounds.
-    const float sum = std::fabs(value) + 0.5f;
-    std::memcpy(&half, &sum, 4);
-    half -= 0x3f000000;
-  }
-  out.bits = uint16_t(sign | half);
-}
 
 float scaled(double value, const NetworkInput& out, int channel) {
   return float((value / out.range - out.mean[channel]) / out.std[channel]);
@@ -59,7 +23,7 @@ struct LevelTable {
 
   explicit LevelTable(const NetworkInput& out) {
     for (int c = 0; c < 3; ++c) {
-      for (int level = 0; level < 256; ++level) convert(scaled(level, out, c), value[c][level]);
+      for (int level = 0; level < 256; ++level) value[c][level] = Out(scaled(level, out, c));
     }
   }
 };
@@ -73,7 +37,7 @@ void scale_block(const T* level, const ImageView& block, const NetworkInput& out
       if constexpr (sizeof(T) == 1) {
         result[3 * i + c] = table->value[c][value];
       } else {
-        convert(scaled(double(value), out, c), result[3 * i + c]);
+        result[3 * i + c] = Out(scaled(double(value), out, c));
       }
     }
   }
@@ -126,14 +90,10 @@ void write_strips(Pixel type, const ImageView& image, const Reconstruction* r, c
 template <class Out>
 void write_as(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
               const NetworkInput& out) {
-  switch (type) {
-    case Pixel::u8:
-      return write_strips<uint8_t, Out>(type, image, r, strips, out);
-    case Pixel::f32:
-      return write_strips<float, Out>(type, image, r, strips, out);
-    case Pixel::f64:
-      return write_strips<double, Out>(type, image, r, strips, out);
-  }
+  const auto write = type == Pixel::u8    ? write_strips<uint8_t, Out>
+                     : type == Pixel::f32 ? write_strips<float, Out>
+                                          : write_strips<double, Out>;
+  write(type, image, r, strips, out);
 }
 
 }  // namespace
@@ -144,9 +104,9 @@ void macenko_scaled(Pixel type, const ImageView& image, const Reconstruction* r,
     case NetworkType::f32:
       return write_as<float>(type, image, r, strips, out);
     case NetworkType::bf16:
-      return write_as<Bfloat16>(type, image, r, strips, out);
+      return write_as<c10::BFloat16>(type, image, r, strips, out);
     case NetworkType::f16:
-      return write_as<Half>(type, image, r, strips, out);
+      return write_as<c10::Half>(type, image, r, strips, out);
   }
 }
 

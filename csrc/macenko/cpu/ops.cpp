@@ -1,30 +1,34 @@
-// The Macenko operators: schemas, argument checks and the CPU implementation. Autograd and fake kernels are in
-// ernet_fast/stain/operators.py; the CUDA implementations are registered in macenko/cuda/ops.cpp.
+// The schemas of the Macenko operators, and the operators on the CPU. Autograd and fake kernels are in
+// ernet_fast/stain/operators.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cmath>
 #include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "macenko/checks.h"
 #include "macenko/cpu/image.h"
+#include "macenko/operators.h"
 #include "memory/outputs.h"
 
 namespace {
 
 using ernet::DenseImages;
+using ernet::FitTensors;
+using ernet::NetworkScale;
 using ernet::cpu::ImageView;
 using ernet::cpu::MacenkoImageFit;
-using ernet::cpu::MacenkoParameters;
 using ernet::cpu::Pixel;
 using ernet::cpu::Reconstruction;
 using ernet::cpu::Strips;
 using ernet::macenko::OdTable;
+using ernet::macenko::Parameters;
+using ernet::macenko::Recipe;
+using ernet::macenko::Replacement;
+using ernet::macenko::Stains;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -57,16 +61,6 @@ void for_each_image(const DenseImages& images, const F& body) {
   for (int64_t i = 0; i < images.count; ++i) body(i, shared);
 }
 
-ImageView view_of(const DenseImages& images, int64_t index, size_t element_size, double range) {
-  const auto* base = static_cast<const unsigned char*>(images.data);
-  return {base + size_t(index * images.image_stride) * element_size, images.pixel_stride, images.channel_stride,
-          images.pixels, element_size == 1 ? 1.0 : 255.0 / range};
-}
-
-void* output_of(const DenseImages& images, int64_t index, size_t element_size) {
-  return static_cast<unsigned char*>(images.data) + size_t(index * images.image_stride) * element_size;
-}
-
 // The table of the last call on this thread: nearly all calls have the same Io, and its logarithms would take a third
 // of the time of a small image. A reference holds until the next call on this thread.
 const OdTable& od_table(double io, double beta) {
@@ -94,297 +88,171 @@ Tensor result_like(const Tensor& images, const DenseImages& in) {
   return ernet::cpu_output(sizes, strides, images.scalar_type(), images.element_size());
 }
 
-struct FitTensors {
-  Tensor stain, maximum, status;
-
-  explicit FitTensors(int64_t count)
-      : stain(ernet::cpu_output({count, 3, 2}, ScalarType::Double, 8)),
-        maximum(ernet::cpu_output({count, 2}, ScalarType::Double, 8)),
-        status(ernet::cpu_output({count}, ScalarType::Int, 4)) {}
-
-  void set(int64_t index, const MacenkoImageFit& fit) const {
-    auto* s = static_cast<double*>(stain.mutable_data_ptr()) + 6 * index;
-    for (int k = 0; k < 3; ++k) {
-      s[2 * k] = fit.stain.h[k];
-      s[2 * k + 1] = fit.stain.e[k];
-    }
-    auto* m = static_cast<double*>(maximum.mutable_data_ptr()) + 2 * index;
-    m[0] = fit.max_concentration[0];
-    m[1] = fit.max_concentration[1];
-    static_cast<int32_t*>(status.mutable_data_ptr())[index] = fit.status;
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor> macenko_fit(const Tensor& images, double io, double alpha, double beta, bool nearest,
-                                               double range) {
-  ernet::check_fit_parameters(io, alpha, beta, range);
-  const Pixel type = pixel_type(images);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const FitTensors fits(in.count);
-  const OdTable& table = od_table(io, beta);
-  const MacenkoParameters p = {io, alpha, beta, nearest};
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    fits.set(i, ernet::cpu::macenko_fit(type, view_of(in, i, images.element_size(), range), p, table, strips));
-  });
-  return {fits.stain, fits.maximum, fits.status};
-}
-
-// The stains of `count` images: [1 or count, 3, 2] and [1 or count, 2].
-struct StainsOfImages {
-  const double* stain;
-  const double* maximum;
-  bool shared;
-
-  StainsOfImages(const Tensor& s, const Tensor& m, int64_t count, const char* name) {
-    ernet::check_stains(s, m, count, name);
-    STD_TORCH_CHECK(s.is_cpu() && m.is_cpu(), "ernet: ", name, " stains must be on the device of the images");
-    stain = finite(s, 6, name, "_stain");
-    maximum = finite(m, 2, name, "_max");
-    shared = s.size(0) == 1;
-  }
-
-  MacenkoImageFit get(int64_t index) const {
-    const int64_t i = shared ? 0 : index;
-    const double* s = stain + 6 * i;
-    return {{{s[0], s[2], s[4]}, {s[1], s[3], s[5]}}, {maximum[2 * i], maximum[2 * i + 1]}, ernet::macenko::kOk};
-  }
-
-  static const double* finite(const Tensor& t, int64_t numbers, const char* name, const char* part) {
-    const auto* values = static_cast<const double*>(t.const_data_ptr());
-    for (int64_t i = 0; i < t.numel(); ++i) {
-      STD_TORCH_CHECK(std::isfinite(values[i]), "ernet: ", name, part, " of image ", i / numbers,
-                      " is not finite. Images whose fit has a status need another source");
-    }
-    return values;
-  }
-};
-
-void copy_image(const DenseImages& in, const DenseImages& out, int64_t index, size_t element_size) {
-  const auto* from = static_cast<const unsigned char*>(in.data) + size_t(index * in.image_stride) * element_size;
-  auto* to = static_cast<unsigned char*>(output_of(out, index, element_size));
-  if (in.pixel_stride == 3) {
-    std::memcpy(to, from, size_t(3 * in.pixels) * element_size);
-    return;
-  }
-  for (int k = 0; k < 3; ++k) {
-    std::memcpy(to + size_t(k * out.channel_stride) * element_size, from + size_t(k * in.channel_stride) * element_size,
-                size_t(in.pixels) * element_size);
-  }
-}
-
 ernet::cpu::NetworkType network_type(ScalarType dtype) {
   using ernet::cpu::NetworkType;
   if (dtype == ScalarType::Float) return NetworkType::f32;
   return dtype == ScalarType::BFloat16 ? NetworkType::bf16 : NetworkType::f16;
 }
 
-// Where the results of a call go: to images laid out as the input, or to a network's input [B, H, W, 3].
-class Results {
+FitTensors new_fits(int64_t count) {
+  return {ernet::cpu_output({count, 3, 2}, ScalarType::Double, 8), ernet::cpu_output({count, 2}, ScalarType::Double, 8),
+          ernet::cpu_output({count}, ScalarType::Int, 4)};
+}
+
+void write_fit(const FitTensors& fits, int64_t index, const MacenkoImageFit& fit) {
+  ernet::macenko::write_fit(fits.pointers(), index, fit.stain, fit.max_concentration, fit.status);
+}
+
+// Fits and reconstructs each image one after the other, while it is in the cache.
+class CpuImages {
  public:
-  Results(const Tensor& images, const DenseImages& in, double range, const std::optional<ernet::NetworkScale>& scale)
-      : tensor(scale ? network_tensor(images, scale->dtype) : result_like(images, in)),
-        in_(in),
-        type_(pixel_type(images)),
+  CpuImages(const Tensor& images, double range)
+      : type_(pixel_type(images)),
+        in_(ernet::dense_images(images, "images")),
+        images_(images),
         element_size_(images.element_size()),
-        range_(range),
-        network_(scale.has_value()) {
-    if (!scale) {
-      out_ = ernet::output_images(tensor, in);
-      ernet::check_same_planes(in, out_);
-      return;
-    }
-    first_ = {tensor.mutable_data_ptr(), network_type(scale->dtype), scale->range, {}, {}};
-    std::memcpy(first_.mean, scale->mean, sizeof first_.mean);
-    std::memcpy(first_.std, scale->std, sizeof first_.std);
-    image_bytes_ = 3 * in.pixels * (scale->dtype == ScalarType::Float ? 4 : 2);
+        level_scale_(element_size_ == 1 ? 1.0 : 255.0 / range) {}
+
+  FitTensors new_fits() const { return ::new_fits(in_.count); }
+
+  void fit(const Parameters& p, const FitTensors& fits) const {
+    const OdTable& table = od_table(p.io, p.beta);
+    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+      write_fit(fits, i, ernet::cpu::macenko_fit(type_, view(i), p, table, strips));
+    });
   }
 
-  ImageView view(int64_t index) const { return view_of(in_, index, element_size_, range_); }
-  Pixel type() const { return type_; }
-
-  // Image `index` with other stains, whose exponents are increased by `shift`.
-  Reconstruction reconstruction(int64_t index, const MacenkoImageFit& from, const MacenkoImageFit& to,
-                                const double shift[3], const OdTable& table, double io) const {
-    double matrix[3][3];
-    ernet::macenko::reconstruction_matrix(from.stain, from.max_concentration, to.stain, to.max_concentration, matrix);
-    Reconstruction r = ernet::cpu::make_reconstruction(type_, matrix, shift, table, io);
-    if (!network_) r.out = output_of(out_, index, element_size_);
-    return r;
+  Tensor reconstruct(const Recipe& recipe, double io, const std::optional<NetworkScale>& scale) const {
+    const Results results(*this, scale);
+    const OdTable& table = od_table(io, 0.0);
+    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+      MacenkoImageFit own;
+      ernet::macenko::read_stain(recipe.source, i, own.stain, own.max_concentration);
+      results.reconstruct(i, recipe, true, own, table, io, strips);
+    });
+    return results.tensor;
   }
 
-  void reconstruct(int64_t index, const MacenkoImageFit& from, const MacenkoImageFit& to, const double shift[3],
-                   const OdTable& table, double io, const Strips& strips) const {
-    const Reconstruction r = reconstruction(index, from, to, shift, table, io);
-    if (network_) {
-      ernet::cpu::macenko_scaled(type_, view(index), &r, strips, network_input(index));
-    } else {
-      ernet::cpu::macenko_reconstruct(type_, view(index), &r, 1, strips);
-    }
+  Tensor fit_and_reconstruct(const Recipe& recipe, const Parameters& p, const std::optional<NetworkScale>& scale,
+                             const FitTensors& fits) const {
+    const Results results(*this, scale);
+    const OdTable& table = od_table(p.io, p.beta);
+    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+      const MacenkoImageFit own = ernet::cpu::macenko_fit(type_, view(i), p, table, strips);
+      write_fit(fits, i, own);
+      const bool fitted = own.status == ernet::macenko::kOk;
+      if (!fitted && recipe.identity) return results.write(i, nullptr, strips);
+      results.reconstruct(i, recipe, fitted, own, table, p.io, strips);
+    });
+    return results.tensor;
   }
 
-  // Image `index` as it is.
-  void keep(int64_t index, const Strips& strips) const {
-    if (network_) {
-      ernet::cpu::macenko_scaled(type_, view(index), nullptr, strips, network_input(index));
-    } else {
-      copy_image(in_, out_, index, element_size_);
-    }
+  std::tuple<Tensor, Tensor, Tensor> reconstruct_stains(const Stains& source, const Stains& target, double io) const {
+    const Results both(*this, {}), haematoxylin(*this, {}), eosin(*this, {});
+    const OdTable& table = od_table(io, 0.0);
+    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+      Replacement r = {};
+      ernet::macenko::read_stain(source, i, r.from, r.from_max);
+      ernet::macenko::read_stain(target, i, r.to, r.to_max);
+      Replacement h = r, e = r;
+      h.to_max[1] = e.to_max[0] = 0;
+      const Reconstruction results[] = {both.reconstruction(i, r, table, io),
+                                        haematoxylin.reconstruction(i, h, table, io),
+                                        eosin.reconstruction(i, e, table, io)};
+      ernet::cpu::macenko_reconstruct(type_, view(i), results, 3, strips);
+    });
+    return {both.tensor, haematoxylin.tensor, eosin.tensor};
   }
-
-  Tensor tensor;
 
  private:
-  static Tensor network_tensor(const Tensor& images, ScalarType dtype) {
-    const size_t element_size = dtype == ScalarType::Float ? 4 : 2;
-    return ernet::cpu_output({images.size(0), images.size(2), images.size(3), 3}, dtype, element_size);
-  }
+  // Where the results of a call go: to images laid out as the input, or to a network's input [B, H, W, 3].
+  class Results {
+   public:
+    Results(const CpuImages& images, const std::optional<NetworkScale>& scale)
+        : tensor(scale ? network_tensor(images.images_, scale->dtype) : result_like(images.images_, images.in_)),
+          images_(images),
+          network_(scale.has_value()) {
+      if (!scale) {
+        out_ = ernet::output_images(tensor, images.in_);
+        ernet::check_same_planes(images.in_, out_);
+        return;
+      }
+      first_ = {tensor.mutable_data_ptr(), network_type(scale->dtype), scale->range, {}, {}};
+      std::memcpy(first_.mean, scale->mean, sizeof first_.mean);
+      std::memcpy(first_.std, scale->std, sizeof first_.std);
+    }
 
-  ernet::cpu::NetworkInput network_input(int64_t index) const {
-    ernet::cpu::NetworkInput out = first_;
-    out.data = static_cast<unsigned char*>(first_.data) + index * image_bytes_;
-    return out;
-  }
+    Reconstruction reconstruction(int64_t index, const Replacement& replacement, const OdTable& table,
+                                  double io) const {
+      double matrix[3][3], shift[3];
+      ernet::macenko::reconstruction_of(replacement, matrix, shift);
+      Reconstruction r = ernet::cpu::make_reconstruction(images_.type_, matrix, shift, table, io);
+      if (!network_) r.out = images_.at(out_, index);
+      return r;
+    }
 
-  DenseImages in_;
-  DenseImages out_ = {};
-  ernet::cpu::NetworkInput first_ = {};
-  int64_t image_bytes_ = 0;
-  Pixel type_;
-  size_t element_size_;
-  double range_;
-  bool network_;
-};
+    void reconstruct(int64_t index, const Recipe& recipe, bool fitted, const MacenkoImageFit& own, const OdTable& table,
+                     double io, const Strips& strips) const {
+      const Replacement replacement =
+          ernet::macenko::replacement_of(recipe, index, fitted, own.stain, own.max_concentration);
+      const Reconstruction r = reconstruction(index, replacement, table, io);
+      write(index, &r, strips);
+    }
 
-constexpr double kNoShift[3] = {0, 0, 0};
-
-// How stains are replaced: those of `source`, or if it is null those that a fit estimates, by the stains of `target`;
-// with `gain` and `shift`, [count][2], the stains of an image stay, and its concentrations C become gain C + shift.
-// Images without a fit are taken to have the stains of `target`, or stay as they are under `identity`.
-struct Recipe {
-  const StainsOfImages* source;
-  const StainsOfImages& target;
-  bool identity = false;
-  const double* gain = nullptr;
-  const double* shift = nullptr;
-};
-
-// Fit, unless stains are known, and result of each image one after the other, while it is in the cache.
-Tensor replace_stains(const Tensor& images, const DenseImages& in, const Recipe& recipe, const MacenkoParameters& p,
-                      double range, const std::optional<ernet::NetworkScale>& scale, const FitTensors* fits) {
-  const Results results(images, in, range, scale);
-  const OdTable& table = od_table(p.io, p.beta);
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    MacenkoImageFit own;
-    if (recipe.source != nullptr) {
-      own = recipe.source->get(i);
-    } else {
-      own = ernet::cpu::macenko_fit(results.type(), results.view(i), p, table, strips);
-      fits->set(i, own);
-      if (own.status != ernet::macenko::kOk) {
-        if (recipe.identity) return results.keep(i, strips);
-        own = recipe.target.get(i);
+    // Image `index`, without `r` as it is.
+    void write(int64_t index, const Reconstruction* r, const Strips& strips) const {
+      const ImageView view = images_.view(index);
+      if (network_) {
+        ernet::cpu::NetworkInput out = first_;
+        out.data = static_cast<unsigned char*>(first_.data) + index * 3 * view.pixels * int64_t(tensor.element_size());
+        ernet::cpu::macenko_scaled(images_.type_, view, r, strips, out);
+      } else if (r != nullptr) {
+        ernet::cpu::macenko_reconstruct(images_.type_, view, r, 1, strips);
+      } else {
+        copy(view, static_cast<unsigned char*>(images_.at(out_, index)));
       }
     }
-    if (recipe.gain == nullptr) {
-      return results.reconstruct(i, own, recipe.target.get(i), kNoShift, table, p.io, strips);
+
+    Tensor tensor;
+
+   private:
+    static Tensor network_tensor(const Tensor& images, ScalarType dtype) {
+      const size_t element_size = dtype == ScalarType::Float ? 4 : 2;
+      return ernet::cpu_output({images.size(0), images.size(2), images.size(3), 3}, dtype, element_size);
     }
-    const double *gain = recipe.gain + 2 * i, *shift = recipe.shift + 2 * i;
-    MacenkoImageFit changed = own;
-    for (int t = 0; t < 2; ++t) changed.max_concentration[t] *= gain[t];
-    double tint[3];
-    for (int c = 0; c < 3; ++c) tint[c] = -(own.stain.h[c] * shift[0] + own.stain.e[c] * shift[1]);
-    results.reconstruct(i, own, changed, tint, table, p.io, strips);
-  });
-  return results.tensor;
-}
 
-// Of a reconstruction with known stains.
-MacenkoParameters without_fit(double io, double range) {
-  ernet::check_fit_parameters(io, 1.0, 0.0, range);
-  return {io, 1.0, 0.0, false};
-}
+    void copy(const ImageView& view, unsigned char* to) const {
+      const auto* from = static_cast<const unsigned char*>(view.data);
+      const size_t size = images_.element_size_, plane = size_t(view.pixels) * size;
+      if (view.pixel_stride == 3) {
+        std::memcpy(to, from, 3 * plane);
+        return;
+      }
+      for (int k = 0; k < 3; ++k) {
+        std::memcpy(to + size_t(k * out_.channel_stride) * size, from + size_t(k * view.channel_stride) * size, plane);
+      }
+    }
 
-Tensor macenko_reconstruct(const Tensor& images, const Tensor& source_stain, const Tensor& source_max,
-                           const Tensor& target_stain, const Tensor& target_max, double io, double range,
-                           std::optional<ScalarType> dtype, std::optional<Tensor> mean, std::optional<Tensor> std) {
-  const MacenkoParameters p = without_fit(io, range);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const auto scale = ernet::network_scale(images, dtype, mean, std, range);
-  return replace_stains(images, in, {&sources, targets}, p, range, scale, nullptr);
-}
+    const CpuImages& images_;
+    DenseImages out_ = {};
+    ernet::cpu::NetworkInput first_ = {};
+    bool network_;
+  };
 
-std::tuple<Tensor, Tensor, Tensor> macenko_reconstruct_stains(const Tensor& images, const Tensor& source_stain,
-                                                              const Tensor& source_max, const Tensor& target_stain,
-                                                              const Tensor& target_max, double io, double range) {
-  const MacenkoParameters p = without_fit(io, range);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const Results both(images, in, range, std::nullopt);
-  const Results haematoxylin(images, in, range, std::nullopt);
-  const Results eosin(images, in, range, std::nullopt);
-  const OdTable& table = od_table(io, p.beta);
-  for_each_image(in, [&](int64_t i, const Strips& strips) {
-    const MacenkoImageFit source = sources.get(i), target = targets.get(i);
-    MacenkoImageFit h = target, e = target;
-    h.max_concentration[1] = e.max_concentration[0] = 0;
-    const Reconstruction results[] = {both.reconstruction(i, source, target, kNoShift, table, io),
-                                      haematoxylin.reconstruction(i, source, h, kNoShift, table, io),
-                                      eosin.reconstruction(i, source, e, kNoShift, table, io)};
-    ernet::cpu::macenko_reconstruct(both.type(), both.view(i), results, 3, strips);
-  });
-  return {both.tensor, haematoxylin.tensor, eosin.tensor};
-}
+  void* at(const DenseImages& images, int64_t index) const {
+    return static_cast<unsigned char*>(images.data) + size_t(index * images.image_stride) * element_size_;
+  }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_normalize(const Tensor& images, const Tensor& target_stain,
-                                                             const Tensor& target_max, double io, double alpha,
-                                                             double beta, bool nearest, bool identity, double range,
-                                                             std::optional<ScalarType> dtype,
-                                                             std::optional<Tensor> mean, std::optional<Tensor> std) {
-  ernet::check_fit_parameters(io, alpha, beta, range);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages targets(target_stain, target_max, in.count, "target");
-  const auto scale = ernet::network_scale(images, dtype, mean, std, range);
-  const FitTensors fits(in.count);
-  const Tensor result =
-      replace_stains(images, in, {nullptr, targets, identity}, {io, alpha, beta, nearest}, range, scale, &fits);
-  return {result, fits.stain, fits.maximum, fits.status};
-}
+  ImageView view(int64_t index) const {
+    return {at(in_, index), in_.pixel_stride, in_.channel_stride, in_.pixels, level_scale_};
+  }
 
-// Gain or shift of the two stains of every image, [B, 2] float64.
-const double* change_of(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == count && t.size(1) == 2 && t.is_contiguous() &&
-                      t.scalar_type() == ScalarType::Double,
-                  "ernet: ", name, " must be [", count, ", 2] float64, contiguous, on the device of the images; got ",
-                  ernet::shape_of(t));
-  return static_cast<const double*>(t.const_data_ptr());
-}
-
-Tensor macenko_change(const Tensor& images, const Tensor& source_stain, const Tensor& source_max, const Tensor& gain,
-                      const Tensor& shift, double io, double range) {
-  const MacenkoParameters p = without_fit(io, range);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages sources(source_stain, source_max, in.count, "source");
-  const Recipe recipe = {&sources, sources, false, change_of(gain, in.count, "gain"),
-                         change_of(shift, in.count, "shift")};
-  return replace_stains(images, in, recipe, p, range, std::nullopt, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> macenko_augment(const Tensor& images, const Tensor& reference_stain,
-                                                           const Tensor& reference_max, const Tensor& gain,
-                                                           const Tensor& shift, double io, double alpha, double beta,
-                                                           bool nearest, bool identity, double range) {
-  ernet::check_fit_parameters(io, alpha, beta, range);
-  const DenseImages in = ernet::dense_images(images, "images");
-  const StainsOfImages reference(reference_stain, reference_max, in.count, "reference");
-  const Recipe recipe = {nullptr, reference, identity, change_of(gain, in.count, "gain"),
-                         change_of(shift, in.count, "shift")};
-  const FitTensors fits(in.count);
-  const Tensor result = replace_stains(images, in, recipe, {io, alpha, beta, nearest}, range, std::nullopt, &fits);
-  return {result, fits.stain, fits.maximum, fits.status};
-}
+  Pixel type_;
+  DenseImages in_;
+  const Tensor& images_;
+  size_t element_size_;
+  double level_scale_;
+};
 
 int64_t* counts_of(const Tensor& counts) {
   STD_TORCH_CHECK(counts.is_cpu() && counts.scalar_type() == ScalarType::Long && counts.is_contiguous() &&
@@ -406,8 +274,9 @@ void macenko_count_colours(const Tensor& images, const Tensor& counts) {
 std::tuple<Tensor, Tensor, Tensor> macenko_fit_colours(const Tensor& counts, double io, double alpha, double beta,
                                                        bool nearest) {
   ernet::check_fit_parameters(io, alpha, beta, 255.0);
-  const FitTensors fits(1);
-  fits.set(0, ernet::cpu::macenko_fit_colours(counts_of(counts), {io, alpha, beta, nearest}, od_table(io, beta)));
+  const FitTensors fits = new_fits(1);
+  write_fit(fits, 0,
+            ernet::cpu::macenko_fit_colours(counts_of(counts), {io, alpha, beta, nearest}, od_table(io, beta)));
   return {fits.stain, fits.maximum, fits.status};
 }
 
@@ -450,12 +319,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ernet, CPU, m) {
-  m.impl("macenko_fit", TORCH_BOX(&macenko_fit));
-  m.impl("macenko_reconstruct", TORCH_BOX(&macenko_reconstruct));
-  m.impl("macenko_reconstruct_stains", TORCH_BOX(&macenko_reconstruct_stains));
-  m.impl("macenko_normalize", TORCH_BOX(&macenko_normalize));
-  m.impl("macenko_change", TORCH_BOX(&macenko_change));
-  m.impl("macenko_augment", TORCH_BOX(&macenko_augment));
+  ernet::MacenkoOperators<CpuImages>::register_in(m);
   m.impl("macenko_count_colours", TORCH_BOX(&macenko_count_colours));
   m.impl("macenko_fit_colours", TORCH_BOX(&macenko_fit_colours));
 }

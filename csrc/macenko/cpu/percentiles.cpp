@@ -35,54 +35,31 @@ void guess_bracket(const MacenkoLoops& loops, const double* keys, int64_t count,
   if (high < double(count)) bracket.high = at_rank(high);
 }
 
-// Both order statistics by counting digits of the keys' bits, from the highest: exact for any distribution, in constant
-// memory.
-class RadixSelect {
- public:
-  RadixSelect(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, int which, const Strips& strips)
-      : loops_(loops), image_(image), keys_(keys), which_(which), strips_(strips) {}
-
-  Neighbours find(const Ranks& ranks) {
-    const double lower = at_rank(ranks.lower);
-    return {lower, ranks.upper == ranks.lower ? lower : at_rank(ranks.upper)};
-  }
-
- private:
-  double at_rank(int64_t rank) {
-    uint64_t prefix = 0;
-    uint64_t mask = 0;
-    for (int top = 64; top > 0;) {
-      const int shift = std::max(0, top - kRadixBits);
-      const std::vector<int64_t> counts = digits(shift, prefix, mask);
-      const uint64_t bins = uint64_t(1) << (top - shift);
-      uint64_t digit = 0;
-      while (digit + 1 < bins && rank >= counts[digit]) rank -= counts[digit++];
-      prefix |= digit << shift;
-      mask |= (bins - 1) << shift;
-      top = shift;
-    }
-    return macenko::value_of_ordered_bits(prefix);
-  }
-
-  // The last pass has fewer than kRadixBits fresh bits; the mask keeps the others equal to those of the prefix.
-  std::vector<int64_t> digits(int shift, uint64_t prefix, uint64_t mask) {
-    std::vector<int64_t> partial(size_t(strips_.tasks) * kRadixBins, 0);
-    strips_.run(strips_.tasks, [&](int64_t strip) {
-      const RadixPass pass = {which_, shift, prefix, mask, partial.data() + strip * kRadixBins};
-      loops_.radix(image_, span_of_strip(image_.pixels, strip, strips_.tasks), keys_, pass);
+// The order statistic of key a (0) or b (1) by counting digits of the keys' bits, from the highest: exact for any
+// distribution, in constant memory.
+double radix_select(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, int which,
+                    const Strips& strips, int64_t rank) {
+  uint64_t prefix = 0;
+  uint64_t mask = 0;
+  for (int top = 64; top > 0;) {
+    const int shift = std::max(0, top - kRadixBits);
+    const uint64_t bins = uint64_t(1) << (top - shift);
+    std::vector<int64_t> partial(size_t(strips.tasks) * kRadixBins, 0);
+    strips.run(strips.tasks, [&](int64_t strip) {
+      const RadixPass pass = {which, shift, prefix, mask, partial.data() + strip * kRadixBins};
+      loops.radix(image, span_of_strip(image.pixels, strip, strips.tasks), keys, pass);
     });
-    const uint64_t fresh = ~mask >> shift & (kRadixBins - 1);
-    std::vector<int64_t> counts(kRadixBins, 0);
-    for (size_t i = 0; i < partial.size(); ++i) counts[(i % kRadixBins) & fresh] += partial[i];
-    return counts;
+    // The last pass has fewer fresh bits: the others of a digit are the prefix's.
+    std::vector<int64_t> counts(bins, 0);
+    for (size_t i = 0; i < partial.size(); ++i) counts[i & (bins - 1)] += partial[i];
+    uint64_t digit = 0;
+    while (digit + 1 < bins && rank >= counts[digit]) rank -= counts[digit++];
+    prefix |= digit << shift;
+    mask |= (bins - 1) << shift;
+    top = shift;
   }
-
-  const MacenkoLoops& loops_;
-  const ImageView& image_;
-  const Keys& keys_;
-  int which_;
-  const Strips& strips_;
-};
+  return macenko::value_of_ordered_bits(prefix);
+}
 
 // A bracket of an image, and what was collected in it: as many keys as there was room for.
 struct Collected {
@@ -209,7 +186,10 @@ void macenko_percentiles(const MacenkoLoops& loops, const ImageView& image, cons
     }
   }
   for (int i = 0; i < 2; ++i) {
-    if (!done[i]) found[i] = RadixSelect(loops, image, keys, i, strips).find(ranks[i]);
+    if (!done[i]) {
+      found[i].lower = found[i].upper = radix_select(loops, image, keys, i, strips, ranks[i].lower);
+      if (ranks[i].upper > ranks[i].lower) found[i].upper = radix_select(loops, image, keys, i, strips, ranks[i].upper);
+    }
     if (interpolate_angles) found[i] = {macenko::angle_of_key(found[i].lower), macenko::angle_of_key(found[i].upper)};
     result[i] = macenko::interpolate(found[i].lower, found[i].upper, ranks[i].weight);
   }

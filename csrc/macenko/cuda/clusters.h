@@ -1,5 +1,4 @@
-// Launch of a persistent grid of clusters: as many blocks as the device holds at a time, in clusters where an
-// image takes more than one.
+// Clusters, and the launch of a persistent grid of them: as many as the device holds at a time.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,8 +8,8 @@
 
 namespace ernet::cuda {
 
-// The blocks that share an image: one alone, or those of a thread-block cluster, which read and write each other's
-// shared memory. In the CPU emulator the cluster functions are those of tests/simt/simt.h.
+// The blocks that share an image: one alone, or those of a cluster, which share memory. In the CPU emulator the cluster
+// functions are those of tests/simt/simt.h.
 struct OneBlock {
   static constexpr bool kExists = true;
   static __device__ __forceinline__ unsigned rank() { return 0; }

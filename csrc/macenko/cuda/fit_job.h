@@ -35,14 +35,7 @@ inline FitJob make_fit_job(const Images& images, const Parameters& parameters, c
 
 // One thread, once the state is finished.
 __device__ __forceinline__ void write_fit(const FitResult& fit, int64_t image, const macenko::FitState& state) {
-  const bool ok = state.status == macenko::kOk;
-  const double nan = __longlong_as_double(0x7ff8000000000000LL);
-  for (int k = 0; k < 3; ++k) {
-    fit.stain[6 * image + 2 * k] = ok ? state.stain.h[k] : nan;
-    fit.stain[6 * image + 2 * k + 1] = ok ? state.stain.e[k] : nan;
-  }
-  for (int t = 0; t < 2; ++t) fit.maximum[2 * image + t] = ok ? state.maximum[t] : nan;
-  fit.status[image] = state.status;
+  macenko::write_fit(fit, image, state.stain, state.maximum, state.status);
 }
 
 }  // namespace ernet::cuda

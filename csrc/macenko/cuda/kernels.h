@@ -5,7 +5,14 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
+#include "macenko/steps/reconstruct.h"
+
 namespace ernet::cuda {
+
+using macenko::FitResult;
+using macenko::Parameters;
+using macenko::Recipe;
+using macenko::Stains;
 
 enum class Pixel : int { u8 = 0, f32 = 1 };
 
@@ -22,27 +29,6 @@ struct Images {
   double scale;  // grey level of the value 1
 };
 
-// Stains as [1 or count][3][2] and [1 or count][2] float64; `shared` says that one serves all images.
-struct Stains {
-  const double* stain;
-  const double* maximum;
-  bool shared;
-};
-
-struct Parameters {
-  double io;
-  double alpha;  // percent
-  double beta;
-  bool nearest;
-};
-
-// [count][3][2], [count][2] and [count]; NaN where the status is not 0.
-struct FitResult {
-  double* stain;
-  double* maximum;
-  int32_t* status;
-};
-
 // Where reconstructed images go: in the images' own type and layout, with strides in elements as in `images`, or as the
 // input of a network, [count][pixels][3] of (value / range - mean) / std.
 enum class OutputType : int { image = 0, f32 = 1, bf16 = 2, f16 = 3 };
@@ -56,24 +42,12 @@ struct Output {
   double std[3];
 };
 
-// How stains are replaced. Images with a status other than 0 (null: none) have the stains `target` in place of those of
-// `source`, or stay as they are under `identity`. With `gain` and `shift`, [count][2], the stains of an image stay, and
-// its concentrations C become gain C + shift.
-struct Recipe {
-  Stains source;
-  const int32_t* status;
-  Stains target;
-  bool identity;
-  const double* gain;
-  const double* shift;
-};
-
+// The images from `first` on.
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
-                                cudaStream_t stream);
+                                cudaStream_t stream, int64_t first = 0);
 
-// Images drawn with haematoxylin of `drawn` alone, with eosin alone, and (without data: not) with both; and, if not
-// null, the concentrations of both, [count][2][pixels], in units of the stains `source`; under `scaled` times the ratio
-// of the maxima, as normalisation has it.
+// Images drawn with haematoxylin of `drawn` alone, eosin alone, and (with data) both; and, if not null, the
+// concentrations [count][2][pixels] in units of `source`, under `scaled` times the ratio of the maxima.
 struct Separation {
   Stains source;
   Stains drawn;
@@ -84,9 +58,9 @@ struct Separation {
 
 cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream);
 
-// The streaming plan: a fit by kernels that read the images again and again, in groups of images that stay in a cache
-// of `cache_bytes`, and, if `recipe` and `out` are not null, the reconstruction of each group from the stains found;
-// `recipe->source` and `recipe->status` are not looked at. The workspace is at a multiple of 16.
+// The streaming plan: the fit, in groups of images that stay in a cache of `cache_bytes`, and, if `recipe` and `out`
+// are not null, the reconstruction of each group from the stains found, not those of `recipe->source`. The workspace is
+// at a multiple of 16.
 int64_t macenko_streaming_workspace(const Images& images, int64_t cache_bytes);
 cudaError_t macenko_streaming(const Images& images, const Parameters& parameters, int64_t cache_bytes, void* workspace,
                               const FitResult& fit, const Recipe* recipe, const Output* out, cudaStream_t stream);

@@ -1,5 +1,5 @@
-// The passes over pixels that a fit consists of, whoever shares the pixels: moments, and counts of keys. Pixels that
-// float32 cannot place are evaluated again in double precision, one by one: they are few.
+// The passes of a fit over pixels: moments, and counts of keys. The few pixels that float32 cannot place are evaluated
+// again in double precision.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -51,8 +51,8 @@ __device__ __forceinline__ Share share_of(int pixels, int rank, int blocks) {
   return {rank, blocks, mine * kRun - (has_last ? runs * kRun - pixels : 0)};
 }
 
-// The pixels of a block, by their position in its shared memory; `kLocal`: read from there, planes at multiples of 16
-// bytes with memory for a whole last group, and otherwise from the image's own memory.
+// The pixels of a block by their position in its shared memory; `kLocal`: read from there, aligned to 16 bytes and
+// padded to whole groups, else from the image's own memory.
 template <bool kLocal_>
 struct BlockPixels {
   static constexpr bool kLocal = kLocal_;
@@ -217,7 +217,7 @@ __device__ __forceinline__ void coarse_pass(const Pixels& shared, const Reader& 
   });
 }
 
-// What a pass finds, for the two selections of an image; shared by all threads of the image.
+// What a pass finds, for the two selections of an image.
 struct Counters {
   unsigned long long below[2];     // keys below the interval
   unsigned long long largest[2];   // key below the edge, and
@@ -230,15 +230,7 @@ struct Counters {
 using Kept = unsigned long long[kKeptKeys];
 
 __device__ __forceinline__ void reset_counters(Counters& counters) {
-  for (int t = 0; t < 2; ++t) {
-    counters.below[t] = 0;
-    counters.largest[t] = 0;
-    counters.smallest[t] = ~0ull;
-    counters.inside[t] = 0;
-    counters.within[t] = 0;
-  }
-  counters.listed = 0;
-  counters.overflown = 0;
+  counters = {{0, 0}, {0, 0}, {~0ull, ~0ull}, {0, 0}, {0, 0}, 0, 0};
 }
 
 __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned long long edge, int t,
@@ -275,7 +267,6 @@ __device__ __forceinline__ void take_key(double key, int t, const Selection& s, 
   }
 }
 
-// Adds up the counts of a warp's threads.
 __device__ __forceinline__ void add_of_warp(int count, unsigned long long* total) {
   const int sum = sum_of_warp(count);
   if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(total, static_cast<unsigned long long>(sum));

@@ -61,8 +61,7 @@ struct PixelGroup {
   }
 };
 
-// True if groups of the image can be accessed by 16 bytes: groups start at multiples of 16 bytes behind these
-// addresses.
+// True if groups of the image can be accessed by 16 bytes.
 template <class T, bool kInterleaved>
 __device__ __forceinline__ bool is_aligned(const Planes<T>& p) {
   if (kInterleaved) return (reinterpret_cast<uintptr_t>(p.plane[0]) & 15) == 0;
@@ -95,8 +94,7 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
   }
 }
 
-// To device memory. Compilers join a plain store with the ones by elements that stand beside it, into those by
-// elements.
+// To device memory. Compilers would join a plain store with those by elements beside it.
 template <class Word>
 __device__ __forceinline__ void store_wide(Word* to, Word value) {
   __stcg(to, value);

@@ -40,8 +40,7 @@ constexpr int kListedOfThread = 6;  // pixels of a list, whose keys are in regis
 // Bytes of shared memory that a block needs beside the pixels, the repeated table of logarithms left out.
 int64_t resident_shared_bytes(bool network);
 
-// Pixels in a row that one block of several holds before the next one's turn comes: a cache line of every plane. So
-// each has its part of whatever is in one region of an image.
+// Pixels in a row that one block of several holds, a cache line of every plane: each has its part of every region.
 constexpr int kRun = 128;
 
 // Pixels of an image that each of `blocks` blocks holds at most: a multiple of 16.

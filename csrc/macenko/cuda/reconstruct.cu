@@ -1,5 +1,5 @@
-// Reconstruction in one streaming pass: each pixel is read once and written once; and drawings of the stains, for which
-// a block goes over its pixels once a result, from the second time on in the first-level cache.
+// Reconstruction in one streaming pass; and drawings of the stains, for which a block goes over its pixels once a
+// result.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/kernels.h"
@@ -20,10 +20,11 @@ struct PixelJob {
   What what;
   double io;
   double od_magnitude;
+  int64_t first_image;
   int64_t blocks_an_image;
   double od[256];
 
-  __device__ __forceinline__ int64_t image() const { return blockIdx.x / blocks_an_image; }
+  __device__ __forceinline__ int64_t image() const { return first_image + blockIdx.x / blocks_an_image; }
 
   template <class T>
   __device__ __forceinline__ SharedPixels<T> pixels_of_thread() const {
@@ -86,13 +87,11 @@ __device__ __forceinline__ SeparateShared& separate_shared() {
 // Drawing t: haematoxylin, eosin, both. One thread.
 __device__ __forceinline__ void prepare_drawing(const Separation& what, int64_t image, double od_magnitude, unsigned t,
                                                 Transform& transform) {
-  macenko::Stain from, to;
-  double from_max[2], to_max[2];
-  read_stain(what.source, image, from, from_max);
-  read_stain(what.drawn, image, to, to_max);
-  const double drawn_max[2] = {t == 1 ? 0 : to_max[0], t == 0 ? 0 : to_max[1]};
-  const double no_shift[2] = {0, 0};
-  set_transform(from, from_max, to, drawn_max, no_shift, od_magnitude, transform);
+  macenko::Replacement r = {};
+  macenko::read_stain(what.source, image, r.from, r.from_max);
+  macenko::read_stain(what.drawn, image, r.to, r.to_max);
+  if (t < 2) r.to_max[1 - t] = 0;
+  set_transform(r, od_magnitude, transform);
   transform.unchanged = false;
 }
 
@@ -100,8 +99,8 @@ __device__ __forceinline__ void prepare_drawing(const Separation& what, int64_t 
 __device__ __forceinline__ void prepare_rows(const Separation& what, int64_t image, float (&row)[2][3]) {
   macenko::Stain from, to;
   double from_max[2], to_max[2], rows[2][3];
-  read_stain(what.source, image, from, from_max);
-  read_stain(what.drawn, image, to, to_max);
+  macenko::read_stain(what.source, image, from, from_max);
+  macenko::read_stain(what.drawn, image, to, to_max);
   macenko::concentration_rows(from, rows);
   const double minus_ln2 = -0.693147180559945309417;
 #pragma unroll
@@ -184,27 +183,22 @@ __global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_cons
   }
 }
 
+template <class What, class T, bool kInterleaved>
+constexpr auto pixel_kernel = separate_kernel<T, kInterleaved>;
 template <class T, bool kInterleaved>
-void (*kernel_of(const PixelJob<Reconstruct>&))(PixelJob<Reconstruct>) {
-  return reconstruct_kernel<T, kInterleaved>;
-}
-
-template <class T, bool kInterleaved>
-void (*kernel_of(const PixelJob<Separation>&))(PixelJob<Separation>) {
-  return separate_kernel<T, kInterleaved>;
-}
+constexpr auto pixel_kernel<Reconstruct, T, kInterleaved> = reconstruct_kernel<T, kInterleaved>;
 
 template <class What>
-cudaError_t launch(const Images& images, const What& what, double io, cudaStream_t stream) {
-  if (images.count == 0) return cudaSuccess;
-  PixelJob<What> job = {images, what, io, 0, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
-  const int64_t blocks = images.count * job.blocks_an_image;
+cudaError_t launch(const Images& images, const What& what, double io, int64_t first, cudaStream_t stream) {
+  if (images.count == first) return cudaSuccess;
+  PixelJob<What> job = {images, what, io, 0, first, (images.pixels + kBlockPixels - 1) / kBlockPixels, {}};
+  const int64_t blocks = (images.count - first) * job.blocks_an_image;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   for (int level = 0; level < 256; ++level) job.od[level] = macenko::od_of_level(level, io);
   job.od_magnitude = fmax(fabs(job.od[0]), fabs(job.od[255]));
   const bool bytes = images.type == Pixel::u8, interleaved = images.pixel_stride == 3;
-  const auto kernel = bytes ? (interleaved ? kernel_of<uint8_t, true>(job) : kernel_of<uint8_t, false>(job))
-                            : (interleaved ? kernel_of<float, true>(job) : kernel_of<float, false>(job));
+  const auto kernel = bytes ? (interleaved ? pixel_kernel<What, uint8_t, true> : pixel_kernel<What, uint8_t, false>)
+                            : (interleaved ? pixel_kernel<What, float, true> : pixel_kernel<What, float, false>);
   ERNET_LAUNCH(kernel, unsigned(blocks), kThreads, stream, job);
   return cudaGetLastError();
 }
@@ -212,12 +206,12 @@ cudaError_t launch(const Images& images, const What& what, double io, cudaStream
 }  // namespace
 
 cudaError_t macenko_reconstruct(const Images& images, const Recipe& recipe, double io, const Output& out,
-                                cudaStream_t stream) {
-  return launch(images, Reconstruct{recipe, out}, io, stream);
+                                cudaStream_t stream, int64_t first) {
+  return launch(images, Reconstruct{recipe, out}, io, first, stream);
 }
 
 cudaError_t macenko_separate(const Images& images, const Separation& what, double io, cudaStream_t stream) {
-  return launch(images, what, io, stream);
+  return launch(images, what, io, 0, stream);
 }
 
 }  // namespace ernet::cuda

@@ -21,35 +21,17 @@ struct Transform {
   bool unchanged;  // the image stays as it is
 };
 
-__device__ __forceinline__ void read_stain(const Stains& stains, int64_t image, macenko::Stain& stain,
-                                           double maximum[2]) {
-  const int64_t i = stains.shared ? 0 : image;
-  for (int k = 0; k < 3; ++k) {
-    stain.h[k] = stains.stain[6 * i + 2 * k];
-    stain.e[k] = stains.stain[6 * i + 2 * k + 1];
-  }
-  maximum[0] = stains.maximum[2 * i];
-  maximum[1] = stains.maximum[2 * i + 1];
-}
-
 // Largest exponent of one input channel: with three, and log2 Io, 2^z stays within float32.
 constexpr double kSingleExponent = 25.0;
 
-// From the stains `from` to the stains `to`, whose concentrations are increased by `shift`.
-__device__ __forceinline__ void set_transform(const macenko::Stain& from, const double from_max[2],
-                                              const macenko::Stain& to, const double to_max[2], const double shift[2],
-                                              double od_magnitude, Transform& t) {
-  double m[3][3];
-  macenko::reconstruction_matrix(from, from_max, to, to_max, m);
+__device__ __forceinline__ void set_transform(const macenko::Replacement& r, double od_magnitude, Transform& t) {
+  macenko::reconstruction_of(r, t.matrix, t.exponent_shift);
   t.single = true;
   for (int c = 0; c < 3; ++c) {
-    const double tint = -(to.h[c] * shift[0] + to.e[c] * shift[1]);
-    t.exponent_shift[c] = tint;
-    t.log2_shift[c] = float(tint * 1.44269504088896340736);
+    t.log2_shift[c] = float(t.exponent_shift[c] * 1.44269504088896340736);
     for (int k = 0; k < 3; ++k) {
-      t.matrix[c][k] = m[c][k];
-      t.m[3 * c + k] = float(m[c][k]);
-      t.single = t.single && fabs(m[c][k]) * od_magnitude < kSingleExponent;
+      t.m[3 * c + k] = float(t.matrix[c][k]);
+      t.single = t.single && fabs(t.matrix[c][k]) * od_magnitude < kSingleExponent;
     }
   }
 }
@@ -57,21 +39,8 @@ __device__ __forceinline__ void set_transform(const macenko::Stain& from, const 
 __device__ __forceinline__ void make_transform(const Recipe& recipe, bool fitted, const macenko::Stain& own,
                                                const double own_max[2], double od_magnitude, int64_t image,
                                                Transform& t) {
-  macenko::Stain to;
-  double to_max[2];
-  read_stain(recipe.target, image, to, to_max);
+  set_transform(macenko::replacement_of(recipe, image, fitted, own, own_max), od_magnitude, t);
   t.unchanged = !fitted && recipe.identity;
-  const macenko::Stain from = fitted ? own : to;
-  const double from_max[2] = {fitted ? own_max[0] : to_max[0], fitted ? own_max[1] : to_max[1]};
-  double shift[2] = {0, 0};
-  if (recipe.gain != nullptr) {
-    to = from;
-    for (int k = 0; k < 2; ++k) {
-      to_max[k] = from_max[k] * recipe.gain[2 * image + k];
-      shift[k] = recipe.shift[2 * image + k];
-    }
-  }
-  set_transform(from, from_max, to, to_max, shift, od_magnitude, t);
 }
 
 // The transform of an image whose source stains are in memory. One thread.
@@ -79,7 +48,7 @@ __device__ __forceinline__ void transform_of_image(const Recipe& recipe, double 
                                                    Transform& t) {
   macenko::Stain own;
   double own_max[2];
-  read_stain(recipe.source, image, own, own_max);
+  macenko::read_stain(recipe.source, image, own, own_max);
   const bool fitted = recipe.status == nullptr || recipe.status[image] == macenko::kOk;
   make_transform(recipe, fitted, own, own_max, od_magnitude, image, t);
 }

@@ -1,5 +1,5 @@
-// The resident and the cluster plan: an image's pixels are read once into the shared memory of a block, or of the
-// blocks of a cluster, and everything from the moments to the reconstruction happens there.
+// The resident and the cluster plan: an image is read once into the shared memory of a block, or of a cluster, and all
+// happens there.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/clusters.h"
@@ -52,8 +52,7 @@ struct ResidentJob {
   unsigned sample_step;  // pixels from one sampled pixel to the next
 };
 
-// Pointers into a block's shared memory. The table of levels holds fixed-point ODs while an image is loaded, and
-// logarithms from then on.
+// Pointers into a block's shared memory; `levels` has fixed-point ODs while an image is loaded, then logarithms.
 struct Memory {
   BlockShared* shared;
   unsigned char* levels;
@@ -77,7 +76,7 @@ __device__ __forceinline__ Planes<const uint8_t> image_planes(const Images& imag
   return planes_of(static_cast<const uint8_t*>(images.data) + image * images.image_stride, images.channel_stride);
 }
 
-// Asks for an image's pixels ahead of their use, so that they come from the cache when its turn comes.
+// Has an image's pixels in the cache when its turn comes.
 template <bool kInterleaved>
 __device__ __forceinline__ void prefetch(const Images& images, int64_t image, const Share& share) {
 #ifdef __CUDA_ARCH__
@@ -136,18 +135,13 @@ __device__ __forceinline__ void begin_fit(const ResidentJob& t, const Memory& m)
 }
 
 // Counts of all blocks of the cluster, in the first of them.
-struct SharedCounts {
-  const BlockShared* s;
-  __device__ __forceinline__ uint64_t count(int t, int bin) const { return s->bins[t][bin]; }
-  __device__ __forceinline__ unsigned long long key(int t, int i) const { return s->kept[t][i]; }
-  __device__ __forceinline__ int64_t below(int t) const { return int64_t(s->counters.below[t]); }
-  __device__ __forceinline__ uint64_t largest(int t) const { return s->counters.largest[t]; }
-  __device__ __forceinline__ uint64_t smallest(int t) const { return s->counters.smallest[t]; }
-  __device__ __forceinline__ unsigned inside(int t) const { return s->counters.inside[t]; }
-  __device__ __forceinline__ int64_t within(int t) const { return int64_t(s->counters.within[t]); }
-  __device__ __forceinline__ int64_t listed() const { return int64_t(s->counters.listed); }
-  __device__ __forceinline__ bool overflown() const { return s->counters.overflown != 0; }
+struct LoadPlain {
+  template <class T>
+  __device__ __forceinline__ const T& operator()(const T& value) const {
+    return value;
+  }
 };
+using SharedCounts = Counts<BlockShared, LoadPlain>;
 
 __device__ __forceinline__ void clear_bins(BlockShared& s) {
   for (int i = int(threadIdx.x); i < 2 * kBins; i += int(blockDim.x)) s.bins[i / kBins][i % kBins] = 0;
@@ -170,8 +164,7 @@ __device__ __forceinline__ void add_bins(BlockShared& s) {
   __syncthreads();
 }
 
-// The first block takes what a pass has counted into its state, which the others copy. Begins and ends with a barrier
-// of the cluster.
+// The first block resolves a pass, the others copy its state. Begins and ends with a barrier of the cluster.
 template <class Cluster, class Resolve>
 __device__ __forceinline__ void move_on(BlockShared& s, const Resolve& resolve_counts) {
   Cluster::sync();

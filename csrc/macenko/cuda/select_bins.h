@@ -17,6 +17,21 @@ __device__ __forceinline__ void copy_state(const FitState& from, FitState& to) {
   for (unsigned i = threadIdx.x; i < sizeof(FitState) / 8; i += blockDim.x) target[i] = source[i];
 }
 
+// What a pass has counted, in `source`'s bins, kept keys and counters.
+template <class Source, class Load>
+struct Counts {
+  const Source* source;
+  __device__ __forceinline__ unsigned long long count(int t, int bin) const { return Load()(source->bins[t][bin]); }
+  __device__ __forceinline__ unsigned long long key(int t, int i) const { return Load()(source->kept[t][i]); }
+  __device__ __forceinline__ int64_t below(int t) const { return int64_t(Load()(source->counters.below[t])); }
+  __device__ __forceinline__ uint64_t largest(int t) const { return Load()(source->counters.largest[t]); }
+  __device__ __forceinline__ uint64_t smallest(int t) const { return Load()(source->counters.smallest[t]); }
+  __device__ __forceinline__ unsigned inside(int t) const { return Load()(source->counters.inside[t]); }
+  __device__ __forceinline__ int64_t within(int t) const { return int64_t(Load()(source->counters.within[t])); }
+  __device__ __forceinline__ int64_t listed() const { return int64_t(Load()(source->counters.listed)); }
+  __device__ __forceinline__ bool overflown() const { return Load()(source->counters.overflown) != 0; }
+};
+
 struct ResolveScratch {
   long long of_warp[kMaxWarps];
   macenko::RankBins found;

@@ -1,5 +1,5 @@
-// The streaming plan of a fit: every kernel reads the images once and moves each on by one phase. Blocks of an image
-// count in shared memory, add their counts to those of the image, and the last of them decides what comes next.
+// The streaming plan of a fit: every kernel reads the images once and moves each on by one phase, which the last of an
+// image's blocks decides.
 #include <cuda_runtime.h>
 
 #include "macenko/cuda/fit_job.h"
@@ -21,8 +21,7 @@ constexpr int64_t kMostBlockPixels = int64_t(kThreads) * macenko::kMaxFixedProdu
 constexpr int64_t kSmallPixels = 1 << 16;
 constexpr int64_t kMediumPixels = 1 << 24;
 
-// Blocks that a multiprocessor is to hold side by side while they count the keys of 8-bit images: as many as there are
-// registers for.
+// Blocks that a multiprocessor holds while they count keys: as many as there are registers for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kByteBlocks = 2;
 #else
@@ -48,22 +47,14 @@ struct StreamingJob {
   bool until_finished;
 };
 
-__device__ __forceinline__ unsigned long long load_fresh(const unsigned long long* p) {
-  return *const_cast<const volatile unsigned long long*>(p);
-}
-
 // Counts of all blocks of an image, read past the first-level cache.
-struct GlobalCounts {
-  const ImageWork* work;
-  __device__ __forceinline__ unsigned long long count(int t, int bin) const { return load_fresh(&work->bins[t][bin]); }
-  __device__ __forceinline__ unsigned long long key(int t, int i) const { return load_fresh(&work->kept[t][i]); }
-  __device__ __forceinline__ int64_t below(int t) const { return int64_t(load_fresh(&work->counters.below[t])); }
-  __device__ __forceinline__ uint64_t largest(int t) const { return load_fresh(&work->counters.largest[t]); }
-  __device__ __forceinline__ uint64_t smallest(int t) const { return load_fresh(&work->counters.smallest[t]); }
-  __device__ __forceinline__ unsigned inside(int t) const {
-    return *const_cast<const volatile unsigned*>(&work->counters.inside[t]);
+struct LoadFresh {
+  template <class T>
+  __device__ __forceinline__ T operator()(const T& value) const {
+    return const_cast<const volatile T&>(value);
   }
 };
+using GlobalCounts = Counts<ImageWork, LoadFresh>;
 
 // True in the block of an image that arrives last, for all its threads; the others' writes are visible then.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks) {
@@ -133,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__
   if (!is_last_block(&work.arrived, s.blocks_an_image)) return;
   if (threadIdx.x != 0) return;
   int64_t totals[kPartials];
-  for (int k = 0; k < kPartials; ++k) totals[k] = int64_t(load_fresh(&work.totals[k]));
+  for (int k = 0; k < kPartials; ++k) totals[k] = int64_t(LoadFresh{}(work.totals[k]));
   double moments[macenko::kMomentCount];
   moments_of_totals(totals, moments);
   reset_counters(work.counters);
@@ -202,28 +193,24 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloa
   } while (s.until_finished && block.state.phase != Phase::finished);
 }
 
-enum class Kernel { begin, advance };
+using Kernel = void (*)(StreamingJob);
+
+struct Kernels {
+  Kernel begin, advance;
+};
 
 template <class T, bool kInterleaved>
-cudaError_t launch(Kernel which, const StreamingJob& s, int64_t images, cudaStream_t stream) {
-  const unsigned grid = unsigned(images * s.blocks_an_image);
-  if (which == Kernel::begin) {
-    const auto kernel = begin_kernel<T, kInterleaved>;
-    ERNET_LAUNCH(kernel, grid, kThreads, stream, s);
-  } else {
-    const auto kernel = advance_kernel<T, kInterleaved>;
-    ERNET_LAUNCH(kernel, grid, kThreads, stream, s);
-  }
-  return cudaGetLastError();
+constexpr Kernels kernels = {begin_kernel<T, kInterleaved>, advance_kernel<T, kInterleaved>};
+
+Kernels kernels_of(const Images& images) {
+  const bool interleaved = images.pixel_stride == 3;
+  if (images.type == Pixel::u8) return interleaved ? kernels<uint8_t, true> : kernels<uint8_t, false>;
+  return interleaved ? kernels<float, true> : kernels<float, false>;
 }
 
-cudaError_t launch(Kernel which, const StreamingJob& s, int64_t images, cudaStream_t stream) {
-  const bool interleaved = s.job.images.pixel_stride == 3;
-  if (s.job.images.type == Pixel::u8) {
-    return interleaved ? launch<uint8_t, true>(which, s, images, stream)
-                       : launch<uint8_t, false>(which, s, images, stream);
-  }
-  return interleaved ? launch<float, true>(which, s, images, stream) : launch<float, false>(which, s, images, stream);
+cudaError_t launch(Kernel kernel, const StreamingJob& s, int64_t images, cudaStream_t stream) {
+  ERNET_LAUNCH(kernel, unsigned(images * s.blocks_an_image), kThreads, stream, s);
+  return cudaGetLastError();
 }
 
 // Images whose pixels fit in the cache together, and half of it for what else there is.
@@ -242,8 +229,7 @@ int64_t blocks_an_image(int64_t pixels, int64_t images) {
   return blocks > least ? blocks : least;
 }
 
-// Passes that all images take together. Coarse and exact, for the angles and for the concentrations; larger images hold
-// too many keys in an interval and take more rounds.
+// Passes that all images take together: coarse and exact ones, of which larger images need more.
 int passes(int64_t pixels) {
   if (pixels <= kSmallPixels) return 4;
   return pixels <= kMediumPixels ? 6 : 2 + 2 * macenko::kMaxRounds;
@@ -254,43 +240,14 @@ cudaError_t fit_group(StreamingJob s, int64_t images, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   s.blocks_an_image = blocks_an_image(s.job.images.pixels, images);
   if (images * s.blocks_an_image > 0x7fffffff) return cudaErrorInvalidValue;
-  error = launch(Kernel::begin, s, images, stream);
+  const Kernels kernels = kernels_of(s.job.images);
+  error = launch(kernels.begin, s, images, stream);
   const int count = passes(s.job.images.pixels);
-  for (int pass = 0; pass < count && error == cudaSuccess; ++pass) error = launch(Kernel::advance, s, images, stream);
+  for (int pass = 0; pass < count && error == cudaSuccess; ++pass) error = launch(kernels.advance, s, images, stream);
   if (error != cudaSuccess) return error;
   s.blocks_an_image = 1;
   s.until_finished = true;
-  return launch(Kernel::advance, s, images, stream);
-}
-
-// The images from `first` on of all that is there.
-Images part_of(Images images, int64_t first, int64_t count) {
-  const int64_t size = images.type == Pixel::u8 ? 1 : 4;
-  images.data = static_cast<const unsigned char*>(images.data) + first * images.image_stride * size;
-  images.count = count;
-  return images;
-}
-
-Stains part_of(Stains stains, int64_t first) {
-  if (stains.shared) return stains;
-  return {stains.stain + 6 * first, stains.maximum + 2 * first, false};
-}
-
-Recipe part_of(Recipe recipe, int64_t first) {
-  recipe.source = part_of(recipe.source, first);
-  recipe.target = part_of(recipe.target, first);
-  if (recipe.status != nullptr) recipe.status += first;
-  if (recipe.gain != nullptr) recipe.gain += 2 * first;
-  if (recipe.shift != nullptr) recipe.shift += 2 * first;
-  return recipe;
-}
-
-Output part_of(Output out, const Images& images, int64_t first) {
-  const int64_t network = 3 * images.pixels;
-  const int64_t image = out.image_stride * (images.type == Pixel::u8 ? 1 : 4);
-  const int64_t bytes = out.type == OutputType::image ? image : network * (out.type == OutputType::f32 ? 4 : 2);
-  out.data = static_cast<unsigned char*>(out.data) + first * bytes;
-  return out;
+  return launch(kernels.advance, s, images, stream);
 }
 
 }  // namespace
@@ -312,8 +269,9 @@ cudaError_t macenko_streaming(const Images& images, const Parameters& parameters
       Recipe fitted = *recipe;
       fitted.source = {fit.stain, fit.maximum, false};
       fitted.status = fit.status;
-      error = macenko_reconstruct(part_of(images, first, count), part_of(fitted, first), parameters.io,
-                                  part_of(*out, images, first), stream);
+      Images part = images;
+      part.count = first + count;
+      error = macenko_reconstruct(part, fitted, parameters.io, *out, stream, first);
     }
     if (error != cudaSuccess) return error;
   }

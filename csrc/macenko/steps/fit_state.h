@@ -1,7 +1,6 @@
 // A Macenko fit as a machine: passes over the pixels count keys, and between two passes one thread decides here what
-// the next one counts. The GPU's plans differ only in how they count. Order statistics are found in either of two ways:
-// in a list of the pixels beyond a border that a sample tells (macenko/steps/tails.h), or by counts of all keys,
-// approximate ones and then exact ones, which serve any distribution and any percentile.
+// the next one counts. Order statistics are found in a list of the pixels beyond a border that a sample tells
+// (macenko/steps/tails.h), or by counts of all keys, approximate and then exact, for any distribution and percentile.
 #pragma once
 
 #include "macenko/steps/stains.h"

@@ -21,6 +21,13 @@ constexpr double kMinConcentration = 1e-6;
 // Components of two stain vectors that are at most this far apart are equal: they differ by rounding.
 constexpr double kEqualComponents = 1e-6;
 
+struct Parameters {
+  double io;
+  double alpha;  // percent
+  double beta;
+  bool nearest;
+};
+
 // Orthonormal directions in OD space: `first` of the middle eigenvalue, `second` of the largest.
 struct Plane {
   double first[3];
@@ -84,6 +91,25 @@ ERNET_HOST_DEVICE Status stain_of_angles(const Plane& plane, double min_angle, d
   const double he = dot3(stain.h, stain.e);
   const double determinant = dot3(stain.h, stain.h) * dot3(stain.e, stain.e) - he * he;
   return determinant > kRankTolerance ? kOk : kRankDeficient;
+}
+
+// [count][3][2], [count][2] and [count]; NaN where the status is not 0.
+struct FitResult {
+  double* stain;
+  double* maximum;
+  int32_t* status;
+};
+
+ERNET_HOST_DEVICE void write_fit(const FitResult& fit, int64_t image, const Stain& stain, const double maximum[2],
+                                 int32_t status) {
+  const bool ok = status == kOk;
+  const double nan = bits_as<double>(uint64_t(0x7ff8000000000000));
+  for (int k = 0; k < 3; ++k) {
+    fit.stain[6 * image + 2 * k] = ok ? stain.h[k] : nan;
+    fit.stain[6 * image + 2 * k + 1] = ok ? stain.e[k] : nan;
+  }
+  for (int t = 0; t < 2; ++t) fit.maximum[2 * image + t] = ok ? maximum[t] : nan;
+  fit.status[image] = status;
 }
 
 // Pseudo-inverse: concentrations are rows[0] . OD and rows[1] . OD.

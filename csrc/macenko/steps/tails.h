@@ -1,7 +1,6 @@
-// Order statistics near the ends of a distribution, from a list of the few pixels that may matter. A sample tells where
-// the statistics lie; every pixel beyond a border a little further in is listed; the statistics of all keys are then
-// those of the listed ones, ranks shifted by the number of the others. The sample decides how much work there is, never
-// the result: whether the list holds a statistic is counted, not assumed.
+// Order statistics near the ends of a distribution, from a list of the pixels beyond a border that a sample tells, with
+// ranks shifted by the number of the others. The sample decides how much work there is, never the result: whether the
+// list holds a statistic is counted, not assumed.
 #pragma once
 
 #include "macenko/steps/selection.h"

@@ -2,7 +2,7 @@
 // Included by the loops, once per instruction set, and therefore static throughout.
 #pragma once
 
-#include "macenko/cpu/kernels.h"
+#include "macenko/cpu/simd/planes.h"
 #include "macenko/steps/elementary.h"
 #include "macenko/steps/order_statistic.h"
 
@@ -10,9 +10,6 @@ namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
 using macenko::OdTable;
 
-// Pixels staged at a time: ODs and keys of a block stay in the first-level cache, and products of a block fit in int64.
-constexpr int kBlock = 512;
-static_assert(kBlock <= macenko::kMaxFixedProducts, "products of one block are summed in int64");
 static_assert(kBlock % 8 == 0, "flags are read eight at a time");
 
 template <class T>

@@ -6,10 +6,8 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// log2(intensity) - kCoarseConstant in float32: with intensity = 2^k m, k + a polynomial of degree 5 in m. A constant
-// term would be one more operation; whoever uses the result has a constant anyway. It is off by at most
-// kCoarseErrorOfLevels for intensity of 1 to 256, and by kCoarseError for any other up to 512 (every m in float32 was
-// tried, fused and not).
+// log2(intensity) - kCoarseConstant in float32: with intensity = 2^k m, k + a polynomial of degree 5 in m. Off by at
+// most kCoarseErrorOfLevels for 1 to 256, by kCoarseError for others up to 512 (every m was tried, fused and not).
 constexpr double kCoarseErrorOfLevels = 1.5e-5;
 constexpr double kCoarseError = 1.6e-5;
 constexpr double kCoarseConstant = -2.79415369;

@@ -34,8 +34,6 @@ static void add_products(FixedBlock& fixed, int count, MomentSums& sums) {
       fixed.od[k][i] = i < count ? q : 0;
     }
   }
-  int64_t sum[3] = {0, 0, 0};
-  int64_t product[6] = {0, 0, 0, 0, 0, 0};
 #ifdef ERNET_AVX512
   // Products of the even and of the odd lanes: one instruction each, where int64 multiplication takes three.
   __m512i s[3], p[6];
@@ -61,30 +59,15 @@ static void add_products(FixedBlock& fixed, int count, MomentSums& sums) {
       for (int k = 0; k < 3; ++k) {
         const __m512i wide =
             _mm512_add_epi64(_mm512_and_si512(s[k], _mm512_set1_epi64(0xffffffff)), _mm512_srli_epi64(s[k], 32));
-        sum[k] += _mm512_reduce_add_epi64(wide);
+        sums.sum[k] += _mm512_reduce_add_epi64(wide);
         s[k] = _mm512_setzero_si512();
       }
     }
   }
-  for (int j = 0; j < 6; ++j) product[j] = _mm512_reduce_add_epi64(p[j]);
+  for (int j = 0; j < 6; ++j) sums.product[j] += uint64_t(_mm512_reduce_add_epi64(p[j]));
 #else
-  for (int i = 0; i < n; ++i) {
-    const int64_t r = fixed.od[0][i];
-    const int64_t g = fixed.od[1][i];
-    const int64_t b = fixed.od[2][i];
-    sum[0] += r;
-    sum[1] += g;
-    sum[2] += b;
-    product[0] += r * r;
-    product[1] += r * g;
-    product[2] += r * b;
-    product[3] += g * g;
-    product[4] += g * b;
-    product[5] += b * b;
-  }
+  add_fixed(fixed.od, n, sums);
 #endif
-  for (int k = 0; k < 3; ++k) sums.sum[k] += sum[k];
-  for (int k = 0; k < 6; ++k) sums.product[k] += uint64_t(product[k]);
 }
 
 void moments_of_bytes(const ImageView& image, PixelSpan span, const OdTable& table, double, double, MomentSums& sums) {

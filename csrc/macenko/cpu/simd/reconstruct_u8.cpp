@@ -22,19 +22,6 @@ static void levels_of_exponents(const float* z, int n, float io, uint8_t* out) {
   }
 }
 
-static void store(const ImageView& image, int64_t begin, int count, void* out, const uint8_t (*level)[kBlock]) {
-  uint8_t* data = static_cast<uint8_t*>(out) + begin * image.pixel_stride;
-  if (image.pixel_stride == 1) {
-    for (int c = 0; c < 3; ++c) __builtin_memcpy(data + c * image.channel_stride, level[c], size_t(count));
-  } else {
-    for (int i = 0; i < count; ++i) {
-      data[3 * i] = level[0][i];
-      data[3 * i + 1] = level[1][i];
-      data[3 * i + 2] = level[2][i];
-    }
-  }
-}
-
 // log2((I + 1) / 2^origin) of a block.
 static void fine_logs(const ImageView& image, int64_t begin, int count, float origin, LogBlock& logs) {
   if (image.pixel_stride == 1) {

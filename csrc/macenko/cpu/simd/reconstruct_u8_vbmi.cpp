@@ -11,17 +11,17 @@ namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 // A table of float32 entries. Results come in four vectors: pixels 4 j to 4 j + 3 of each group of sixteen.
 struct FloatTable {
   BytePlane byte[4];
+
+  void set(int level, float value) {
+    const uint32_t bits = macenko::bits_as<uint32_t>(value);
+    for (int k = 0; k < 4; ++k) byte[k].entry[level] = uint8_t(bits >> (8 * k));
+  }
 };
 
 static void make_log2(const Reconstruction& r, FloatTable& table) {
   Affine exponent[3];
   const float origin = log2_exponents(r, exponent);
-  for (int level = 0; level < 256; ++level) {
-    const float value = fine_log2(level, origin);
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    for (int k = 0; k < 4; ++k) table.byte[k].entry[level] = uint8_t(bits >> (8 * k));
-  }
+  for (int level = 0; level < 256; ++level) table.set(level, fine_log2(level, origin));
 }
 
 // Logarithms of 64 pixels.
@@ -151,11 +151,8 @@ static void scale_to_floats(const ImageView& image, PixelSpan span, const Recons
                             const ScaledLevels& scaled) {
   FloatTable table[3];
   for (int c = 0; c < 3; ++c) {
-    for (int level = 0; level < 256; ++level) {
-      uint32_t bits;
-      __builtin_memcpy(&bits, static_cast<const float*>(scaled.value) + 256 * c + level, 4);
-      for (int k = 0; k < 4; ++k) table[c].byte[k].entry[level] = uint8_t(bits >> (8 * k));
-    }
+    const float* value = static_cast<const float*>(scaled.value) + 256 * c;
+    for (int level = 0; level < 256; ++level) table[c].set(level, value[level]);
   }
   float* const out = static_cast<float*>(scaled.out);
   const __m512i order = _mm512_load_si512(kPixelOrder.of_floats);

@@ -47,7 +47,7 @@ static Edge linear_edge(double key, bool is_low) {
 static unsigned negative_mask(const float* value) {
 #ifdef ERNET_AVX512
   return _mm512_movepi32_mask(_mm512_castps_si512(_mm512_loadu_ps(value)));
-#elif defined(ERNET_SSE)
+#elif defined(__SSE2__)
   unsigned mask = 0;
   for (int i = 0; i < kLanes; i += 4) mask |= unsigned(_mm_movemask_ps(_mm_loadu_ps(value + i))) << i;
   return mask;

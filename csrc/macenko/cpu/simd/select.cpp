@@ -1,15 +1,6 @@
 // Order statistics of an array by partition around pivots: the part without the wanted rank is dropped each time.
 #include "macenko/cpu/kernels.h"
 
-#ifdef ERNET_AVX512
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of the undefined vectors inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
-
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
 constexpr double kInfinity = __builtin_inf();

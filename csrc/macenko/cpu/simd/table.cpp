@@ -26,27 +26,6 @@ static void fixed_densities(const Block<T>&, const Keys&, const double (*od)[kBl
   }
 }
 
-static void add_products(const int32_t q[3][kBlock], MomentSums& sums) {
-  int64_t sum[3] = {0, 0, 0};
-  int64_t product[6] = {0, 0, 0, 0, 0, 0};
-  for (int i = 0; i < kBlock; ++i) {
-    const int64_t r = q[0][i];
-    const int64_t g = q[1][i];
-    const int64_t b = q[2][i];
-    sum[0] += r;
-    sum[1] += g;
-    sum[2] += b;
-    product[0] += r * r;
-    product[1] += r * g;
-    product[2] += r * b;
-    product[3] += g * g;
-    product[4] += g * b;
-    product[5] += b * b;
-  }
-  for (int k = 0; k < 3; ++k) sums.sum[k] += sum[k];
-  for (int k = 0; k < 6; ++k) sums.product[k] += uint64_t(product[k]);
-}
-
 template <class T>
 static void moments(const ImageView& image, PixelSpan span, const OdTable& table, double io, double beta,
                     MomentSums& sums) {
@@ -70,7 +49,7 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
     if (tissue == 0) continue;
     sums.count += tissue;
     fixed_densities(block, keys, od, flags, q);
-    add_products(q, sums);
+    add_fixed(q, kBlock, sums);
   }
 }
 
@@ -107,23 +86,6 @@ static void radix(const ImageView& image, PixelSpan span, const Keys& keys, cons
     for (int i = 0; i < count; ++i) {
       const uint64_t bits = macenko::ordered_bits(key[pass.which][i]);
       if (live[i] && (bits & pass.prefix_mask) == pass.prefix) ++pass.counts[(bits >> pass.shift) & (kRadixBins - 1)];
-    }
-  }
-}
-
-template <class T>
-static void store(const ImageView& image, int64_t begin, int count, void* out, const T value[3][kBlock]) {
-  T* data = static_cast<T*>(out) + begin * image.pixel_stride;
-  if (image.pixel_stride == 1) {
-    for (int c = 0; c < 3; ++c) {
-      T* plane = data + c * image.channel_stride;
-      for (int i = 0; i < count; ++i) plane[i] = value[c][i];
-    }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      data[3 * i] = value[0][i];
-      data[3 * i + 1] = value[1][i];
-      data[3 * i + 2] = value[2][i];
     }
   }
 }
@@ -216,7 +178,7 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
     for (int j = 0; j < results; ++j) {
       levels_by_exp(od, r[j], level);
       finish(block, image.scale, level, out);
-      store<T>(image, begin, count, r[j].out, out);
+      store(image, begin, count, r[j].out, out);
     }
   }
 }

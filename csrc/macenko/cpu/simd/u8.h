@@ -2,25 +2,11 @@
 // over bytes, once per instruction set, and therefore static throughout.
 #pragma once
 
-#include "macenko/cpu/kernels.h"
-
-#ifdef ERNET_AVX512
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of the undefined vectors inside its own intrinsics.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#define ERNET_SSE 1
-#include <immintrin.h>
-#endif
+#include "macenko/cpu/simd/planes.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
-// Pixels at a time. Everything about a block stays in the first-level cache.
-constexpr int kBlock = 512;
+
 constexpr int kLanes = 16;
-static_assert(kBlock <= macenko::kMaxFixedProducts, "products of one block are summed in int64");
 static_assert(kBlock % kLanes == 0, "blocks are whole vectors");
 
 struct PackedBlock {
