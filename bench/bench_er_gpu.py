@@ -21,11 +21,7 @@ from gpu_timing import milliseconds
 from record import Row
 
 # Streams of 16-byte loads lose little to a copy, more where each block reads many maps
-OPERATORS = {
-    "weighted_sum": ["share_of_copy >= 0.9"],
-    "weighted_dot": ["share_of_copy >= 0.85"],
-    "channel_moments": [],
-}
+OPERATORS = {"weighted_sum": ["share_of_copy >= 0.9"], "weighted_dot": ["share_of_copy >= 0.85"], "channel_moments": []}
 BATCH, REPEATS = 256, 30
 
 

@@ -48,11 +48,7 @@ def training_of(
 
 
 def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    half: torch.dtype | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, half: torch.dtype | None = None
 ) -> None:
     """One step of training: forward (under autocast to `half` if given), loss, backward, update."""
     optimizer.zero_grad(set_to_none=True)

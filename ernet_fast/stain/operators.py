@@ -150,11 +150,7 @@ def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = No
 
 
 def reconstruct(
-    images: torch.Tensor,
-    source: MacenkoFit,
-    target: MacenkoFit,
-    options: Options,
-    network: NetworkOutput | None = None,
+    images: torch.Tensor, source: MacenkoFit, target: MacenkoFit, options: Options, network: NetworkOutput | None = None
 ) -> torch.Tensor:
     """Replace the stains of `source` by those of `target`; differentiable for floating-point images.
 

@@ -20,30 +20,14 @@ MEAN, VAR = torch.zeros(2, 6), torch.ones(2, 6)
 SHARED = torch.ones(6)
 
 RUNNING = [
-    (
-        {"running_mean": 3.0, "running_var": VAR},
-        TypeError,
-        r"running_mean is a float; expected 2 tensors of",
-    ),
+    ({"running_mean": 3.0, "running_var": VAR}, TypeError, r"running_mean is a float; expected 2 tensors of"),
     ({"running_mean": MEAN, "running_var": iter(VAR)}, TypeError, "running_var is a .*iterator; expected 2 tensors"),
-    (
-        {"running_mean": [[0.0] * 6] * 2, "running_var": VAR},
-        TypeError,
-        r"running_mean\[0\] is a list; expected",
-    ),
+    ({"running_mean": [[0.0] * 6] * 2, "running_var": VAR}, TypeError, r"running_mean\[0\] is a list; expected"),
     ({"running_mean": MEAN, "running_var": [VAR[0], None]}, TypeError, r"running_var\[1\] is a NoneType; expected a"),
-    (
-        {"running_mean": MEAN.int(), "running_var": VAR},
-        TypeError,
-        r"running_mean\[0\] is torch.int32; expected",
-    ),
+    ({"running_mean": MEAN.int(), "running_var": VAR}, TypeError, r"running_mean\[0\] is torch.int32; expected"),
     ({"running_mean": MEAN, "running_var": VAR.to("meta")}, ValueError, r"running_var\[0\] is on meta but the maps on"),
     ({"running_mean": MEAN, "running_var": VAR[:1].expand(2, 6)}, ValueError, "running_var share memory"),
-    (
-        {"running_mean": MEAN[:, :1].expand(2, 6), "running_var": VAR},
-        ValueError,
-        "running_var share memory",
-    ),
+    ({"running_mean": MEAN[:, :1].expand(2, 6), "running_var": VAR}, ValueError, "running_var share memory"),
     ({"running_mean": MEAN, "running_var": [SHARED, SHARED]}, ValueError, "running_var share memory"),
     ({"training": "no"}, TypeError, "training is .no.; expected True or False"),
     ({"relu": "no"}, TypeError, "relu is .no.; expected True or False"),
@@ -162,11 +146,7 @@ def too_many_weights(stage: ERStage) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (
-            wrong_size,
-            ValueError,
-            r"a map of shape \(2, 8, 1, 1\); the maps of this stage have \(2, 8, 3, 3\)",
-        ),
+        (wrong_size, ValueError, r"a map of shape \(2, 8, 1, 1\); the maps of this stage have \(2, 8, 3, 3\)"),
         (wrong_channels, ValueError, r"branch gave a map of shape \(2, 4, 3, 3\); the maps of this stage have"),
         (wrong_dtype, TypeError, "branch gave a map of torch.float64; the maps of this stage are torch.float32"),
         (wrong_device, ValueError, "branch gave a map on meta; the maps of this stage are on cpu"),

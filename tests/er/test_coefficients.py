@@ -343,10 +343,7 @@ def test_errors_come_before_any_change():
     ]:
         with pytest.raises(RuntimeError, match=message):
             forward(table, 1, v1, False, **(moving | other))
-        assert torch.equal(
-            table,
-            before,
-        ) or bool(table.isnan().any())
+        assert torch.equal(table, before) or bool(table.isnan().any())
         assert not mean.any() and int(batches) == 0, message
     with pytest.raises(RuntimeError, match="use_running needs"):
         forward(table, 1, v1, True, running_mean=None, running_var=None)

@@ -7,17 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from stage_cases import (
-    CHANNELS,
-    NORMS,
-    Stage,
-    assert_same,
-    loss_of_all,
-    loss_of_last,
-    loss_of_middle,
-    pair,
-    picture,
-)
+from stage_cases import CHANNELS, NORMS, Stage, assert_same, loss_of_all, loss_of_last, loss_of_middle, pair, picture
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -131,10 +131,7 @@ def test_small_image_stem_and_dilation_are_kept(plain_resnet: Plain) -> None:
 
 @pytest.mark.parametrize(
     ("fc", "num_classes"),
-    [
-        (nn.Identity(), 0),
-        (nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)), 3),
-    ],
+    [(nn.Identity(), 0), (nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3)), 3)],
 )
 def test_other_heads(plain_resnet: Plain, fc: nn.Module, num_classes: int) -> None:
     model = plain_resnet()

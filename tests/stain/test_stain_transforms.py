@@ -12,14 +12,7 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
-from ernet_fast.stain import (
-    MacenkoNormalizer,
-    ReinhardNormalizer,
-    StainAugment,
-    StainNormalize,
-    as_v2,
-    macenko_augment,
-)
+from ernet_fast.stain import MacenkoNormalizer, ReinhardNormalizer, StainAugment, StainNormalize, as_v2, macenko_augment
 
 IMAGES = batch(*(synthetic_tissue(40, 56, seed) for seed in range(6)))
 

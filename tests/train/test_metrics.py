@@ -10,12 +10,7 @@ import pytest
 import torch
 
 from ernet_fast.data import Sample
-from ernet_fast.train import (
-    Predictions,
-    compute_metrics,
-    metrics_by_magnification,
-    patient_recognition_rate,
-)
+from ernet_fast.train import Predictions, compute_metrics, metrics_by_magnification, patient_recognition_rate
 from ernet_fast.train.metrics import confusion_matrix, patient_scores
 
 FLOAT32_ROUNDING = 1e-6  # torchmetrics divides counts in float32

@@ -203,11 +203,7 @@ def test_an_image_damaged_since_is_not_left_out_silently(make_config, quiet, tin
         ("optimizer", lambda optimizer: optimizer | {"param_groups": []}, "parameter group"),
         ("optimizer", "moments", r"exp_avg is \[3\]"),
         ("rng", lambda rng: {}, "torch"),
-        (
-            "model",
-            lambda model: {name: model[name] for name in model if name != "fc.bias"},
-            "fc.bias is missing",
-        ),
+        ("model", lambda model: {name: model[name] for name in model if name != "fc.bias"}, "fc.bias is missing"),
     ],
 )
 def test_a_field_that_does_not_fit_is_named(make_config, quiet, field, change, reason):

@@ -166,15 +166,7 @@ def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
             **_constants(shape, cut.tile, REDUCTION_WARPS),
         )
         kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
-            partial,
-            mean,
-            var,
-            cut.slabs,
-            columns,
-            *work,
-            STEP=cut.step,
-            SLABS=slabs_together,
-            COLS=columns_together,
+            partial, mean, var, cut.slabs, columns, *work, STEP=cut.step, SLABS=slabs_together, COLS=columns_together
         )
     return mean, var
 
