@@ -129,10 +129,9 @@ static inline Vec<float> load(const f16* p) {
 #endif
 }
 
-template <typename A>
-static inline void store(A* p, Vec<A> v) {
-  memcpy(p, &v, sizeof v);
-}
+// Lanes as they are stored in elements of the first argument's type.
+static inline Vec<float> narrow(float, Vec<float> v) { return v; }
+static inline Vec<double> narrow(double, Vec<double> v) { return v; }
 
 static inline Lanes<float>::half_bits narrow(bf16, Vec<float> v) {  // round to nearest, ties to even; NaN stays NaN
   const Lanes<float>::bits bits = reinterpret_cast<Lanes<float>::bits>(v);
@@ -155,13 +154,9 @@ static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {
 #endif
 }
 
-static inline void store(bf16* p, Vec<float> v) {
-  const Lanes<float>::half_bits bits = narrow(bf16{}, v);
-  memcpy(p, &bits, sizeof bits);
-}
-
-static inline void store(f16* p, Vec<float> v) {
-  const Lanes<float>::half_bits bits = narrow(f16{}, v);
+template <typename T, typename V>
+static inline void store(T* p, V v) {
+  const auto bits = narrow(T{}, v);
   memcpy(p, &bits, sizeof bits);
 }
 
@@ -193,10 +188,10 @@ static inline void stream_bytes(void* p, const V& v) {
   memcpy(p, &v, sizeof v);
 }
 
-static inline void stream(float* p, Vec<float> v) { stream_bytes(p, v); }
-static inline void stream(double* p, Vec<double> v) { stream_bytes(p, v); }
-static inline void stream(bf16* p, Vec<float> v) { stream_bytes(p, narrow(bf16{}, v)); }
-static inline void stream(f16* p, Vec<float> v) { stream_bytes(p, narrow(f16{}, v)); }
+template <typename T, typename V>
+static inline void stream(T* p, V v) {
+  stream_bytes(p, narrow(T{}, v));
+}
 
 template <typename T>
 static inline bool stream_aligned(const T* p) {
@@ -234,19 +229,20 @@ template <>
 inline Vec<double> load_part<double, double>(const double* p, int64_t count) {
   return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p));
 }
-template <>
-inline Vec<float> load_part<float, bf16>(const bf16* p, int64_t count) {
-  bf16 buffer[kLanes<float>];
+template <typename T>
+static inline Vec<float> load_half_part(const T* p, int64_t count) {
+  T buffer[kLanes<float>];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
                       _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
   return load<float>(buffer);
 }
 template <>
+inline Vec<float> load_part<float, bf16>(const bf16* p, int64_t count) {
+  return load_half_part(p, count);
+}
+template <>
 inline Vec<float> load_part<float, f16>(const f16* p, int64_t count) {
-  f16 buffer[kLanes<float>];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
-                      _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
-  return load<float>(buffer);
+  return load_half_part(p, count);
 }
 template <>
 inline void store_part<float, float>(float* p, Vec<float> v, int64_t count) {
@@ -287,17 +283,9 @@ static inline LaneMask<A> first_lanes(int64_t count) {
 
 // v in the first `count` lanes, zero in the others.
 static inline Vec<float> keep(Vec<float> v, int64_t count) {
-  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
-  index lane;
-  for (int i = 0; i < kLanes<float>; ++i) lane[i] = i;
-  return lane < static_cast<int32_t>(count < kLanes<float> ? count : kLanes<float>) ? v : Vec<float>{};
+  return first_lanes<float>(count < kLanes<float> ? count : kLanes<float>) ? v : Vec<float>{};
 }
-static inline Vec<double> keep(Vec<double> v, int64_t count) {
-  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
-  index lane;
-  for (int i = 0; i < kLanes<double>; ++i) lane[i] = i;
-  return lane < count ? v : Vec<double>{};
-}
+static inline Vec<double> keep(Vec<double> v, int64_t count) { return first_lanes<double>(count) ? v : Vec<double>{}; }
 
 template <typename A>
 static inline Vec<A> relu(Vec<A> v) {  // NaN stays NaN, as in torch.relu
