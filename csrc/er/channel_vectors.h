@@ -47,32 +47,24 @@ inline void check_vector(const Tensor& t, const char* name, const std::vector<in
   STD_TORCH_CHECK(t.is_contiguous() || t.numel() == 0, "ernet: ", name, " must be contiguous");
 }
 
-template <typename From, typename To>
-void convert(const From* from, To* to, int64_t count) {
+template <typename From, typename To> void convert(const From* from, To* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
 }
 
 // work(a number of the tensor's type)
-template <typename Work>
-void with_type(const Tensor& t, const char* name, const Work& work) {
+template <typename Work> void with_type(const Tensor& t, const char* name, const Work& work) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return work(float{});
-    case ScalarType::Double:
-      return work(double{});
-    case ScalarType::BFloat16:
-      return work(torch::headeronly::BFloat16{});
-    case ScalarType::Half:
-      return work(torch::headeronly::Half{});
-    default:
-      STD_TORCH_CHECK(false, "ernet: ", name, " must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float: return work(float{});
+    case ScalarType::Double: return work(double{});
+    case ScalarType::BFloat16: return work(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return work(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "ernet: ", name, " must be float32, float64, bfloat16 or float16");
   }
 }
 
 // Per-channel vectors as arrays of A: the tensors' own memory, or, where their dtype is another one, copies of it;
 // those of tensors to be changed are written back in the end.
-template <typename A>
-class Vectors {
+template <typename A> class Vectors {
  public:
   const A* read(const std::optional<Tensor>& t, const char* name, const std::vector<int64_t>& sizes) {
     if (!t.has_value()) return nullptr;
@@ -153,8 +145,7 @@ inline double next_momentum(const std::optional<Tensor>& batches, const std::opt
   return momentum.has_value() ? *momentum : 1.0 / static_cast<double>(seen);
 }
 
-template <typename A>
-const cpu::VectorLoops<A>& vector_loops() {
+template <typename A> const cpu::VectorLoops<A>& vector_loops() {
   if constexpr (std::is_same_v<A, double>) {
     return cpu::er_loops().vectors_f64;
   } else {
@@ -165,8 +156,7 @@ const cpu::VectorLoops<A>& vector_loops() {
 inline ScalarType vector_type(bool doubles) { return doubles ? ScalarType::Double : ScalarType::Float; }
 
 // All channels, by several threads where that pays; `rows` values a channel are read.
-template <typename Work>
-void over_channels(int64_t channels, int64_t rows, const Work& work) {
+template <typename Work> void over_channels(int64_t channels, int64_t rows, const Work& work) {
   torch::stable::parallel_for(0, channels, kGrainValues / rows + 1, work);
 }
 

@@ -37,8 +37,7 @@ constexpr int64_t group_table_rows(int64_t samples) { return kShift + 1 + kSampl
 enum TotalRow : int { kDScale, kDShift, kDMean, kDVar, kTotalRows };
 
 // Vectors are [C] arrays of A, float or double. Null: absent.
-template <typename A>
-struct BlockCoefficients {
+template <typename A> struct BlockCoefficients {
   int64_t index;  // which map of the stage, l
   int64_t C;
   double* table;  // [> l][rows][C]: that of map l is written
@@ -69,8 +68,7 @@ struct BlockCoefficients {
 };
 
 // What block l owes its weights of an earlier map i, and that map: from the gradients of a_i and b of its sum.
-template <typename A>
-struct PairGradient {
+template <typename A> struct PairGradient {
   int64_t C;
   const double* row;  // of map i in the table
   double* totals;     // of map i, [kTotalRows][C]: added to
@@ -84,8 +82,7 @@ struct PairGradient {
 };
 
 // The gradients of a map's scale and shift become those of gamma, beta, mean and variance.
-template <typename A>
-struct OwnGradient {
+template <typename A> struct OwnGradient {
   int64_t C;
   const double* row;     // of the map in the table
   const double* totals;  // of the map: what all later blocks owe to it
@@ -98,8 +95,7 @@ struct OwnGradient {
 };
 
 // dz = k1 z + k0 for the gradients of mean and variance: k1 = 2 dvar / count, k0 = dmean / count - k1 mean.
-template <typename A>
-struct MomentsGradient {
+template <typename A> struct MomentsGradient {
   int64_t C;
   const double* mean;
   const double* dmoments;  // [2][C]
@@ -110,15 +106,13 @@ struct MomentsGradient {
 
 // Group norm: from the inner products of a map with all gradients that depend on it to those of its per-channel
 // vectors, and k1 and k0 of dz. `readers` are the later blocks that read the map.
-template <typename A>
-struct GroupReader {
+template <typename A> struct GroupReader {
   const double* da;  // [N][C] each
   const double* db;
   const A* weight;  // [C] each
   A* dweight;
 };
-template <typename A>
-struct GroupGradient {
+template <typename A> struct GroupGradient {
   int64_t C, samples, num_groups;
   const double* table;  // of the map, [group_table_rows(N)][C]
   BranchNorm norm;
@@ -136,8 +130,7 @@ struct GroupGradient {
 constexpr int64_t group_scratch_rows(int64_t samples) { return 5 + 2 * samples; }
 
 // Channels [begin, end) of each; of the last two whole groups.
-template <typename A>
-struct VectorLoops {
+template <typename A> struct VectorLoops {
   void (*block)(const BlockCoefficients<A>&, int64_t begin, int64_t end);
   void (*pair)(const PairGradient<A>&, int64_t begin, int64_t end);
   void (*own)(const OwnGradient<A>&, int64_t begin, int64_t end);

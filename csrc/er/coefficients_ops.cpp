@@ -22,8 +22,7 @@ struct ForwardParameters {
   EpilogueParameters epilogue{in};
 };
 
-template <typename A>
-std::tuple<Tensor, Tensor> forward(const ForwardParameters& k) {
+template <typename A> std::tuple<Tensor, Tensor> forward(const ForwardParameters& k) {
   const int64_t channels = k.table.dim() == 3 ? k.table.size(2) : 0;
   STD_TORCH_CHECK(k.mean.has_value() == k.var.has_value(), "ernet: mean and var go together");
   Vectors<A> vectors;
@@ -52,12 +51,7 @@ struct BackwardParameters {
   int64_t index = in.integer();
   OptionalTensor sums = in.optional_tensor();
   OptionalTensor a = in.optional_tensor();
-  std::vector<Tensor> later_a = in.tensors();
-  std::vector<Tensor> later_db = in.tensors();
-  std::vector<Tensor> later_weight = in.tensors();
-  std::vector<Tensor> later_running_mean = in.tensors();
-  std::vector<Tensor> later_running_var = in.tensors();
-  std::vector<Tensor> later_dweight = in.tensors();
+  LaterVectors later{in};
   OptionalTensor count = in.optional_tensor();
   int64_t elements = in.integer();
   int64_t norm = in.integer();
@@ -68,13 +62,11 @@ struct BackwardParameters {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <typename A>
-Gradients backward(const BackwardParameters& k) {
-  const int64_t C = k.table.dim() == 3 ? k.table.size(2) : 0, num_later = static_cast<int64_t>(k.later_a.size());
+template <typename A> Gradients backward(const BackwardParameters& k) {
+  const int64_t C = k.table.dim() == 3 ? k.table.size(2) : 0, num_later = static_cast<int64_t>(k.later.a.size());
   const bool dots = k.sums.has_value(), affine = dots && k.norm != 0;
-  const LaterVectors later{k.later_a,           k.later_db,     k.later_weight, k.later_running_mean,
-                           k.later_running_var, k.later_dweight};
-  later.check(k.later_a.size());
+  const LaterVectors& later = k.later;
+  later.check(later.a.size());
   Vectors<A> vectors;
   MapVectors<A> v{};
   v.C = C;
@@ -106,7 +98,7 @@ Gradients backward(const BackwardParameters& k) {
 
 // Coefficients are of one dtype, that of whichever are there.
 Gradients map_coefficients_backward(const BackwardParameters& k) {
-  const Tensor* const any = k.a.has_value() ? &*k.a : k.later_a.empty() ? nullptr : &k.later_a[0];
+  const Tensor* const any = k.a.has_value() ? &*k.a : k.later.a.empty() ? nullptr : &k.later.a[0];
   const bool doubles = any != nullptr && any->scalar_type() == ScalarType::Double;
   return doubles ? backward<double>(k) : backward<float>(k);
 }

@@ -131,12 +131,7 @@ struct BackwardParameters {
   OptionalTensor a = in.optional_tensor();
   std::vector<Tensor> later_dy = in.tensors();
   std::vector<Tensor> later_bits = in.tensors();
-  std::vector<Tensor> later_a = in.tensors();
-  std::vector<Tensor> later_db = in.tensors();
-  std::vector<Tensor> later_weight = in.tensors();
-  std::vector<Tensor> later_running_mean = in.tensors();
-  std::vector<Tensor> later_running_var = in.tensors();
-  std::vector<Tensor> later_dweight = in.tensors();
+  LaterVectors later{in};
   OptionalTensor passed = in.optional_tensor();
   OptionalTensor before = in.optional_tensor();
   OptionalTensor known = in.optional_tensor();
@@ -165,8 +160,7 @@ const uint8_t* checked_bits(const Tensor& bits, const MapShape& shape) {
 
 // Backward of one map. What the passes and the algebra need is laid out first; then all of it runs, channel tile by
 // tile or over whole maps.
-template <typename A>
-class MapGradient {
+template <typename A> class MapGradient {
  public:
   MapGradient(const BackwardParameters& k, const MapShape& shape, Storage storage)
       : k_(k),
@@ -200,8 +194,7 @@ class MapGradient {
   }
 
  private:
-  template <typename T>
-  static std::unique_ptr<T[]> array(int64_t size) {
+  template <typename T> static std::unique_ptr<T[]> array(int64_t size) {
     return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);
   }
   Tensor vector(bool there) const {
@@ -280,20 +273,17 @@ class MapGradient {
   }
 
   // What is returned of per-channel vectors.
-  LaterVectors prepare_vectors() {
+  void prepare_vectors() {
     const bool affine = k_.norm != 0;
     db_ = cpu_output(reached_ ? sizes() : std::vector<int64_t>{0}, ScalarType::Double, sizeof(double));
     dgamma_ = vector(affine);
     dbeta_ = vector(affine);
-    const LaterVectors later{k_.later_a,           k_.later_db,     k_.later_weight, k_.later_running_mean,
-                             k_.later_running_var, k_.later_dweight};
-    later.check(k_.later_dy.size());
-    return later;
+    k_.later.check(k_.later_dy.size());
   }
 
   // What the inner products say of the per-channel vectors, and the coefficients of dz.
   void prepare_algebra() {
-    const LaterVectors later = prepare_vectors();
+    prepare_vectors();
     dmoments_ = array<double>(2 * C_);
     MapVectors<A> v{};
     v.C = C_;
@@ -302,7 +292,7 @@ class MapGradient {
     v.eps = k_.eps;
     v.count = static_cast<double>(shape_.N * shape_.P);
     v.a = reached_ ? row_of<A>(*k_.a, "a", k_.index, C_) : nullptr;
-    v.later = later_rows<A>(vectors_, later, k_.index, C_, k_.dots);
+    v.later = later_rows<A>(vectors_, k_.later, k_.index, C_, k_.dots);
     v.sums = k_.dots ? sums_.get() : nullptr;
     v.own_sums = own_sums_;
     v.measured = k_.measured;
@@ -317,7 +307,8 @@ class MapGradient {
 
   // The same with group norm. Coefficients with which blocks read the map, and ones, are rows as they are.
   void prepare_group_algebra() {
-    const LaterVectors later = prepare_vectors();
+    prepare_vectors();
+    const LaterVectors& later = k_.later;
     const Grouping grouping = grouping_of(k_.num_groups, k_.z);
     const double* const table = table_of(k_.table, k_.index, C_, grouping.table_rows());
     A* row = rows_.get();

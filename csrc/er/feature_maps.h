@@ -24,16 +24,11 @@ constexpr int64_t kGrainElements = 32768;  // below this, a second thread costs 
 
 inline Storage storage_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::f32;
-    case ScalarType::Double:
-      return Storage::f64;
-    case ScalarType::BFloat16:
-      return Storage::bf16;
-    case ScalarType::Half:
-      return Storage::f16;
-    default:
-      STD_TORCH_CHECK(false, "ernet: ", name, " must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float: return Storage::f32;
+    case ScalarType::Double: return Storage::f64;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Half: return Storage::f16;
+    default: STD_TORCH_CHECK(false, "ernet: ", name, " must be float32, float64, bfloat16 or float16");
   }
   return Storage::f32;
 }

@@ -158,13 +158,11 @@ template <typename A>
 void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var);  // [groups][C] each
 template <typename A>
 void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* last);  // [rows()][groups][C]; last: the last row
-template <typename A>
-void merge(const SumDots& args, const ChannelTile& tile, A* sums, A* none);  // [num_g][groups][C]
+template <typename A> void merge(const SumDots& args, const ChannelTile& tile, A* sums, A* none);  // [num_g][groups][C]
 
 // The loops of one operator, by storage type: over work items [begin, end), of which any partition gives the same bits;
 // and all that those items do to the channels of a tile, with the same bits.
-template <typename Arguments>
-struct MapLoops {
+template <typename Arguments> struct MapLoops {
   void (*items[kNumStorage])(const Arguments&, int64_t begin, int64_t end);
   void (*channel_tile[kNumStorage])(const Arguments&, const ChannelTile&);
 };

@@ -11,8 +11,7 @@
 namespace ernet {
 
 // A later block that reads the map and whose sum has a gradient g: rows [C] of this map. Null: absent.
-template <typename A>
-struct LaterRows {
+template <typename A> struct LaterRows {
   const A* a;  // with which it reads the map
   const double* db = nullptr;
   const A* weight = nullptr;
@@ -21,8 +20,7 @@ struct LaterRows {
   A* dweight = nullptr;
 };
 
-template <typename A>
-struct MapVectors {
+template <typename A> struct MapVectors {
   int64_t C;
   const double* row;  // of the map in the stage's table
   BranchNorm norm;
@@ -42,8 +40,7 @@ struct MapVectors {
   int64_t terms() const { return (a != nullptr) + static_cast<int64_t>(later.size()) + measured + pass_on; }
 };
 
-template <typename A>
-class MapAlgebra {
+template <typename A> class MapAlgebra {
  public:
   explicit MapAlgebra(MapVectors<A> vectors)
       : v_(std::move(vectors)), totals_(new double[static_cast<size_t>(kTotalRows * v_.C)]) {}
@@ -101,9 +98,11 @@ class MapAlgebra {
   std::unique_ptr<double[]> totals_;  // [kTotalRows][C]
 };
 
-// What later blocks have left for the map, as tensors, one entry each.
+// What later blocks have left for the map, one entry each, in the order of the schemas.
 struct LaterVectors {
-  const std::vector<Tensor>&a, &db, &weight, &running_mean, &running_var, &dweight;
+  StackArguments& in;
+  std::vector<Tensor> a = in.tensors(), db = in.tensors(), weight = in.tensors(), running_mean = in.tensors(),
+                      running_var = in.tensors(), dweight = in.tensors();
 
   void check(size_t n) const {
     STD_TORCH_CHECK(a.size() == n && db.size() == n && weight.size() == n && running_mean.size() == n &&
@@ -114,8 +113,7 @@ struct LaterVectors {
 };
 
 // The row of map `index` of a tensor of A [> index, ...], with `width` values a row.
-template <typename A>
-const A* row_of(const Tensor& t, const char* name, int64_t index, int64_t width) {
+template <typename A> const A* row_of(const Tensor& t, const char* name, int64_t index, int64_t width) {
   STD_TORCH_CHECK(t.dim() >= 2 && t.size(0) > index && t.numel() == t.size(0) * width && t.is_cpu() &&
                       t.is_contiguous() && t.scalar_type() == vector_type(std::is_same_v<A, double>),
                   "ernet: ", name, " must be contiguous tensors [> ", index, ", ", width, "] of ",
@@ -123,8 +121,7 @@ const A* row_of(const Tensor& t, const char* name, int64_t index, int64_t width)
   return static_cast<const A*>(t.const_data_ptr()) + index * width;
 }
 
-template <typename A>
-const A* vector_of(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
+template <typename A> const A* vector_of(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
   check_vector(t, name, sizes);
   STD_TORCH_CHECK(t.scalar_type() == vector_type(std::is_same_v<A, double>), "ernet: ", name, " must be ",
                   std::is_same_v<A, double> ? "float64" : "float32");

@@ -97,8 +97,7 @@ int64_t item_elements(const MapShape& s, bool reduction) {
 
 // Chan's update: two sets of count, mean and sum of squared deviations become one. Slabs are merged into the first one,
 // all channels at a time.
-template <typename A>
-void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var) {
+template <typename A> void merge(const ChannelMoments& args, const ChannelTile& tile, A* mean, A* var) {
   const MapShape& s = args.shape;
   const int64_t slabs = slabs_per_group(s);
   for (int64_t group = 0; group < s.groups(); ++group) {
@@ -146,13 +145,11 @@ void merge_sums(double* partial, const MapShape& s, int64_t rows, const ChannelT
 
 }  // namespace
 
-template <typename A>
-void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* last) {
+template <typename A> void merge(const MapDots& args, const ChannelTile& tile, A* sums, A* last) {
   merge_sums(args.partial, args.shape, args.rows(), tile, sums, last);
 }
 
-template <typename A>
-void merge(const SumDots& args, const ChannelTile& tile, A* sums, A*) {
+template <typename A> void merge(const SumDots& args, const ChannelTile& tile, A* sums, A*) {
   merge_sums<A>(args.partial, args.shape, args.rows(), tile, sums, nullptr);
 }
 

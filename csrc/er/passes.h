@@ -20,8 +20,7 @@ inline const auto& loops_of(const cpu::ChannelMoments&) { return cpu::er_loops()
 
 // A pass that reduces maps to sums a channel, in the arrays `out` and `last` as cpu::merge() has them. `args.partial`
 // is set here.
-template <typename Arguments, typename A>
-class Reduction {
+template <typename Arguments, typename A> class Reduction {
  public:
   Reduction(Storage storage, const Arguments& args, A* out, A* last = nullptr)
       : args_(args), storage_(static_cast<int>(storage)), out_(out), last_(last) {
@@ -121,15 +120,13 @@ void over_channel_tiles(const MapShape& shape, int64_t num_maps, int64_t element
                               });
 }
 
-template <typename Pass>
-void over(const ChannelTile* tile, const Pass& pass) {
+template <typename Pass> void over(const ChannelTile* tile, const Pass& pass) {
   tile == nullptr ? pass.whole() : pass.channel_tile(*tile);
 }
 
 // work(begin, end) on the per-channel vectors of the tile; on all of them by several threads where `rows` values a
 // channel pay.
-template <typename Work>
-void over_vectors(const ChannelTile* tile, int64_t channels, int64_t rows, const Work& work) {
+template <typename Work> void over_vectors(const ChannelTile* tile, int64_t channels, int64_t rows, const Work& work) {
   tile == nullptr ? over_channels(channels, rows, work) : work(tile->begin, tile->end);
 }
 

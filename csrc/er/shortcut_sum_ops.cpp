@@ -55,8 +55,7 @@ struct BackwardParameters {
 };
 
 // What da and db say of every earlier map: dweight, and coefficients of dx_i = a_i g + k1_i x_i + k0_i.
-template <typename A>
-class Algebra {
+template <typename A> class Algebra {
  public:
   Algebra(const BackwardParameters& k, Storage storage, int64_t C, double count, A* dweight)
       : C_(C),
@@ -115,8 +114,7 @@ class Algebra {
 
 using Gradients = std::tuple<std::vector<Tensor>, Tensor, Tensor>;
 
-template <typename A>
-Gradients backward(const BackwardParameters& k, const MapShape& shape, Storage storage) {
+template <typename A> Gradients backward(const BackwardParameters& k, const MapShape& shape, Storage storage) {
   const int64_t last = static_cast<int64_t>(k.maps.size()), C = shape.C;
   const std::vector<const void*> data = pointers(k.maps);
   const Tensor g = k.y.has_value() ? empty_map_like(k.dy) : k.dy;

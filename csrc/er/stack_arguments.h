@@ -31,8 +31,7 @@ class StackArguments {
   bool all_taken() const { return next_ == end_; }
 
  private:
-  template <typename T>
-  T take() {
+  template <typename T> T take() {
     STD_TORCH_CHECK(next_ != end_, "ernet: the schema has fewer parameters than the kernel");
     return torch::stable::detail::to<T>(*next_++);
   }

@@ -15,8 +15,7 @@ struct FitTensors {
   }
 };
 
-template <class Images>
-struct MacenkoOperators {
+template <class Images> struct MacenkoOperators {
   using Tensor = torch::stable::Tensor;
   using ScalarType = torch::headeronly::ScalarType;
   using OptionalTensor = std::optional<Tensor>;
@@ -88,8 +87,7 @@ struct MacenkoOperators {
     return {result, fits.stain, fits.maximum, fits.status};
   }
 
-  template <class Library>
-  static void register_in(Library& m) {
+  template <class Library> static void register_in(Library& m) {
     m.impl("macenko_fit", TORCH_BOX(&fit));
     m.impl("macenko_reconstruct", TORCH_BOX(&reconstruct));
     m.impl("macenko_reconstruct_stains", TORCH_BOX(&reconstruct_stains));

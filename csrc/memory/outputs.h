@@ -52,9 +52,6 @@ inline torch::stable::Tensor cpu_output(const std::vector<int64_t>& sizes, torch
   return cpu_output(sizes, strides, type, element_size);
 }
 
-template <typename A>
-A* data_of(const torch::stable::Tensor& t) {
-  return static_cast<A*>(t.mutable_data_ptr());
-}
+template <typename A> A* data_of(const torch::stable::Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
 
 }  // namespace ernet

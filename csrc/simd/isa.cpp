@@ -39,8 +39,7 @@ const char* isa_name(Isa isa) {
 
 bool isa_available(Isa isa) {
   switch (isa) {
-    case Isa::portable:
-      return true;
+    case Isa::portable: return true;
 #ifdef ERNET_HAS_AVX2
     case Isa::avx2:  // x86-64-v3
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -54,8 +53,7 @@ bool isa_available(Isa isa) {
       return cpu_has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
              __builtin_cpu_supports("avx512vnni");
 #endif
-    default:
-      return false;
+    default: return false;
   }
 }
 

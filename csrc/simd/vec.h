@@ -28,38 +28,28 @@ struct f16 {
   uint16_t bits;
 };
 
-template <typename A>
-struct Lanes;
-template <>
-struct Lanes<float> {
+template <typename A> struct Lanes;
+template <> struct Lanes<float> {
   static constexpr int count = kVectorBytes / 4;
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2)));
 };
-template <>
-struct Lanes<double> {
+template <> struct Lanes<double> {
   static constexpr int count = kVectorBytes / 8;
   typedef double type __attribute__((vector_size(kVectorBytes)));
 };
 
-template <typename A>
-using Vec = typename Lanes<A>::type;
-template <typename A>
-inline constexpr int kLanes = Lanes<A>::count;
+template <typename A> using Vec = typename Lanes<A>::type;
+template <typename A> inline constexpr int kLanes = Lanes<A>::count;
 
-template <typename A>
-static inline Vec<A> broadcast(A value) {
-  return value - Vec<A>{};
-}
+template <typename A> static inline Vec<A> broadcast(A value) { return value - Vec<A>{}; }
 
 // Accumulation type of a storage type.
-template <typename T>
-struct Accumulate {
+template <typename T> struct Accumulate {
   using type = float;
 };
-template <>
-struct Accumulate<double> {
+template <> struct Accumulate<double> {
   using type = double;
 };
 
@@ -101,22 +91,19 @@ static inline uint16_t float_to_half(float value) {  // round to nearest, ties t
 }
 
 // load<A>(p): kLanes<A> elements of storage type T as accumulation type A.
-template <typename A>
-static inline Vec<A> load(const A* p) {
+template <typename A> static inline Vec<A> load(const A* p) {
   Vec<A> v;
   memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <typename A>
-static inline Vec<float> load(const bf16* p) {
+template <typename A> static inline Vec<float> load(const bf16* p) {
   Lanes<float>::half_bits narrow;
   memcpy(&narrow, p, sizeof narrow);
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(narrow, Lanes<float>::bits) << 16);
 }
 
-template <typename A>
-static inline Vec<float> load(const f16* p) {
+template <typename A> static inline Vec<float> load(const f16* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(  // maskz: GCC 12 takes the plain form for a use of an uninitialised value
       _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
@@ -154,16 +141,14 @@ static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {
 #endif
 }
 
-template <typename T, typename V>
-static inline void store(T* p, V v) {
+template <typename T, typename V> static inline void store(T* p, V v) {
   const auto bits = narrow(T{}, v);
   memcpy(p, &bits, sizeof bits);
 }
 
 // Non-temporal stores, for outputs that would only evict what is still needed; `p` must be a multiple of the bytes
 // stored (stream_aligned). Before another thread may read them: stream_fence.
-template <typename V>
-static inline void stream_bytes(void* p, const V& v) {
+template <typename V> static inline void stream_bytes(void* p, const V& v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) {
     __m512i bits;
@@ -188,13 +173,9 @@ static inline void stream_bytes(void* p, const V& v) {
   memcpy(p, &v, sizeof v);
 }
 
-template <typename T, typename V>
-static inline void stream(T* p, V v) {
-  stream_bytes(p, narrow(T{}, v));
-}
+template <typename T, typename V> static inline void stream(T* p, V v) { stream_bytes(p, narrow(T{}, v)); }
 
-template <typename T>
-static inline bool stream_aligned(const T* p) {
+template <typename T> static inline bool stream_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (sizeof(T) == 2 ? kVectorBytes / 2 : kVectorBytes) == 0;
 }
 
@@ -206,62 +187,47 @@ static inline void stream_fence() {
 
 // The first `count` < kLanes elements; the other lanes are zero. memcpy of a variable size is a call: where the
 // instruction set has masks, float, double and half-width types use them.
-template <typename A, typename T>
-static inline Vec<A> load_part(const T* p, int64_t count) {
+template <typename A, typename T> static inline Vec<A> load_part(const T* p, int64_t count) {
   T buffer[kLanes<A>] = {};
   memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
   return load<A>(buffer);
 }
 
-template <typename A, typename T>
-static inline void store_part(T* p, Vec<A> v, int64_t count) {
+template <typename A, typename T> static inline void store_part(T* p, Vec<A> v, int64_t count) {
   T buffer[kLanes<A>];
   store(buffer, v);
   memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
 }
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-template <>
-inline Vec<float> load_part<float, float>(const float* p, int64_t count) {
+template <> inline Vec<float> load_part<float, float>(const float* p, int64_t count) {
   return reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p));
 }
-template <>
-inline Vec<double> load_part<double, double>(const double* p, int64_t count) {
+template <> inline Vec<double> load_part<double, double>(const double* p, int64_t count) {
   return reinterpret_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p));
 }
-template <typename T>
-static inline Vec<float> load_half_part(const T* p, int64_t count) {
+template <typename T> static inline Vec<float> load_half_part(const T* p, int64_t count) {
   T buffer[kLanes<float>];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer),
                       _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
   return load<float>(buffer);
 }
-template <>
-inline Vec<float> load_part<float, bf16>(const bf16* p, int64_t count) {
-  return load_half_part(p, count);
-}
-template <>
-inline Vec<float> load_part<float, f16>(const f16* p, int64_t count) {
-  return load_half_part(p, count);
-}
-template <>
-inline void store_part<float, float>(float* p, Vec<float> v, int64_t count) {
+template <> inline Vec<float> load_part<float, bf16>(const bf16* p, int64_t count) { return load_half_part(p, count); }
+template <> inline Vec<float> load_part<float, f16>(const f16* p, int64_t count) { return load_half_part(p, count); }
+template <> inline void store_part<float, float>(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
 }
-template <>
-inline void store_part<double, double>(double* p, Vec<double> v, int64_t count) {
+template <> inline void store_part<double, double>(double* p, Vec<double> v, int64_t count) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), reinterpret_cast<__m512d>(v));
 }
 #endif
 
 // load and load_part in one: `count` may be anything >= 1.
-template <typename A, typename T>
-static inline Vec<A> load_upto(const T* p, int64_t count) {
+template <typename A, typename T> static inline Vec<A> load_upto(const T* p, int64_t count) {
   return count >= kLanes<A> ? load<A>(p) : load_part<A, T>(p, count);
 }
 
-template <typename A, typename T>
-static inline void store_upto(T* p, Vec<A> v, int64_t count) {
+template <typename A, typename T> static inline void store_upto(T* p, Vec<A> v, int64_t count) {
   if (count >= kLanes<A>) {
     store(p, v);
   } else {
@@ -270,12 +236,10 @@ static inline void store_upto(T* p, Vec<A> v, int64_t count) {
 }
 
 // Lanes as a condition: `lanes ? a : b`.
-template <typename A>
-using LaneMask = decltype(Vec<A>{} < Vec<A>{});
+template <typename A> using LaneMask = decltype(Vec<A>{} < Vec<A>{});
 
 // The first `count` lanes.
-template <typename A>
-static inline LaneMask<A> first_lanes(int64_t count) {
+template <typename A> static inline LaneMask<A> first_lanes(int64_t count) {
   LaneMask<A> lane;
   for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
   return lane < static_cast<decltype(lane[0] + 0)>(count);
@@ -287,8 +251,7 @@ static inline Vec<float> keep(Vec<float> v, int64_t count) {
 }
 static inline Vec<double> keep(Vec<double> v, int64_t count) { return first_lanes<double>(count) ? v : Vec<double>{}; }
 
-template <typename A>
-static inline Vec<A> relu(Vec<A> v) {  // NaN stays NaN, as in torch.relu
+template <typename A> static inline Vec<A> relu(Vec<A> v) {  // NaN stays NaN, as in torch.relu
   const Vec<A> zero = {};
   return v < zero ? zero : v;
 }

@@ -47,13 +47,11 @@ extern int clusters_at_a_time;  // what the device says that it holds
 
 inline Index as_index(dim3 d) { return {d.x, d.y, d.z}; }
 
-template <class F>
-void launch_kernel(dim3 grid, dim3 block, F kernel) {
+template <class F> void launch_kernel(dim3 grid, dim3 block, F kernel) {
   launch({as_index(grid), as_index(block), 1, 0}, [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
 }
 
-template <class F>
-cudaError_t launch_configured(const cudaLaunchConfig_t& config, F kernel) {
+template <class F> cudaError_t launch_configured(const cudaLaunchConfig_t& config, F kernel) {
   const unsigned cluster = config.numAttrs > 0 ? config.attrs[0].val.clusterDim.x : 1;
   const Shape shape = {as_index(config.gridDim), as_index(config.blockDim), cluster, config.dynamicSmemBytes};
   launch(shape, [](void* f) { (*static_cast<F*>(f))(); }, &kernel);
@@ -61,8 +59,7 @@ cudaError_t launch_configured(const cudaLaunchConfig_t& config, F kernel) {
 }
 
 // The value of lane `from` if there is one, else the lane's own.
-template <class T>
-T shuffle(T value, unsigned from) {
+template <class T> T shuffle(T value, unsigned from) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "one slot a lane");
   __builtin_memcpy(exchange_slot(thread_index.x % 32), &value, sizeof(T));
   warp_barrier();
@@ -88,8 +85,7 @@ inline void record_list(bool first, int64_t keys, int64_t listed, bool missed) {
 float fused_towards_zero(float a, float b, float c);  // a b + c
 
 // Fibers never switch inside these, and kernels run on one thread of the host.
-template <class T>
-T exchange_with(T* address, T value) {
+template <class T> T exchange_with(T* address, T value) {
   const T old = *address;
   *address = value;
   return old;
@@ -138,18 +134,13 @@ T exchange_with(T* address, T value) {
 #define ERNET_LAUNCH_CONFIGURED(config, kernel, ...) simt::launch_configured(config, [=] { kernel(__VA_ARGS__); })
 #define ERNET_LAUNCH(kernel, grid, block, stream, ...) simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
 
-template <class T>
-T atomicAdd(T* address, T value) {
-  return simt::exchange_with(address, T(*address + value));
-}
+template <class T> T atomicAdd(T* address, T value) { return simt::exchange_with(address, T(*address + value)); }
 
-template <class T>
-T atomicMin(T* address, T value) {
+template <class T> T atomicMin(T* address, T value) {
   return simt::exchange_with(address, value < *address ? value : *address);
 }
 
-template <class T>
-T atomicMax(T* address, T value) {
+template <class T> T atomicMax(T* address, T value) {
   return simt::exchange_with(address, value > *address ? value : *address);
 }
 

@@ -135,8 +135,7 @@ int check_scan(const MacenkoLoops& loops, const Views& image, int kind, KeyKind 
 }
 
 // Floating-point pixels near those of an image, a third of them as near to the edge of tissue as the type allows.
-template <class T>
-int check_float_scans(Pixel type, const Image& image, int kind, double io, double beta) {
+template <class T> int check_float_scans(Pixel type, const Image& image, int kind, double io, double beta) {
   const int n = image.pixels;
   std::vector<T> planar(3 * n), interleaved(3 * n);
   const double edge = io * std::exp(-beta) - 1;

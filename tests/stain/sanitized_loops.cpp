@@ -53,8 +53,7 @@ double level(int kind, unsigned random, int i, Pixel type) {
   return i % 7 ? 255 : 90 + (random >> 30);
 }
 
-template <class T>
-void fill(void* data, int count, int kind, Pixel type) {
+template <class T> void fill(void* data, int count, int kind, Pixel type) {
   static unsigned random = 1;
   for (int i = 0; i < count; ++i) {
     random = random * 1664525u + 1013904223u;

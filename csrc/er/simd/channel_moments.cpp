@@ -24,8 +24,7 @@ inline void merge(double shift, double d, double d2, double n, double count, dou
 }
 
 // Sums of one channel that wait for more rows.
-template <typename A>
-struct Sums {
+template <typename A> struct Sums {
   Sums() {}  // an array of them is filled as far as it is needed
   explicit Sums(A shift) : deviations{}, squares{}, shift(shift) {}
 
@@ -33,15 +32,13 @@ struct Sums {
   A shift;
 };
 
-template <typename T, typename A>
-inline A mean_of(const T* x, int64_t count) {
+template <typename T, typename A> inline A mean_of(const T* x, int64_t count) {
   Vec<A> sum = {};
   for (int64_t j = 0; j < count; j += kLanes<A>) sum += load_upto<A>(x + j, count - j);
   return static_cast<A>(sum_lanes(sum) / static_cast<double>(count));
 }
 
-template <typename T, typename A>
-inline void add_row(const T* x, int64_t count, Sums<A>* sums) {
+template <typename T, typename A> inline void add_row(const T* x, int64_t count, Sums<A>* sums) {
   const A shift = sums->shift;
   Vec<A> d[2] = {sums->deviations, {}}, d2[2] = {sums->squares, {}};
   int64_t j = 0;
@@ -79,8 +76,7 @@ inline void plane_tiles(const T* x, const MapShape& s, const ReduceItem& item, d
   }
 }
 
-template <typename T, typename A>
-void planar(const ChannelMoments& args, const ReduceItem& item) {
+template <typename T, typename A> void planar(const ChannelMoments& args, const ReduceItem& item) {
   const MapShape& s = args.shape;
   const T* x = static_cast<const T*>(args.x) + (item.begin * s.C + item.channel) * s.P;
   double* mean = args.partial + item.slab * 2 * s.C + item.channel;
@@ -142,8 +138,7 @@ inline void pixel_tile(const T* x, int64_t stride, int64_t pixels, int64_t chann
   }
 }
 
-template <typename T, typename A>
-void channels_last(const ChannelMoments& args, const ReduceItem& item) {
+template <typename T, typename A> void channels_last(const ChannelMoments& args, const ReduceItem& item) {
   const MapShape& s = args.shape;
   double* mean = args.partial + item.slab * 2 * s.C + item.channel;
   double* m2 = mean + s.C;
@@ -155,8 +150,7 @@ void channels_last(const ChannelMoments& args, const ReduceItem& item) {
   }
 }
 
-template <typename T>
-void measure(const ChannelMoments& args, const ReduceItem& item) {
+template <typename T> void measure(const ChannelMoments& args, const ReduceItem& item) {
   using A = typename Accumulate<T>::type;
   args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
 }

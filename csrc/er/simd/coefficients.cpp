@@ -6,8 +6,7 @@ namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
 
 // Row l of the table, and running statistics of the branch's BatchNorm.
-template <typename A>
-void file_map(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
+template <typename A> void file_map(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   double* row = args.table + args.index * kTableRows * args.C + c0;
   const double* __restrict scale = row + kScale * args.C;
   double* __restrict mean = row + kMean * args.C;
@@ -20,8 +19,7 @@ void file_map(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
 }
 
 // Updates the shortcut's running statistics of map i with mean and unbiased variance of x_i.
-template <typename A>
-void update_running(const BlockCoefficients<A>& args, int64_t i, int64_t c0, int64_t n) {
+template <typename A> void update_running(const BlockCoefficients<A>& args, int64_t i, int64_t c0, int64_t n) {
   const double* row = args.table + i * kTableRows * args.C + c0;
   double mean[kChunk], var[kChunk];
   for (int64_t c = 0; c < n; ++c) {
@@ -33,8 +31,7 @@ void update_running(const BlockCoefficients<A>& args, int64_t i, int64_t c0, int
   move_towards(args.running_var + i * args.C + c0, var, args.count / (args.count - 1.0), args.momentum, n);
 }
 
-template <typename A>
-void forward_chunk(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
+template <typename A> void forward_chunk(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   file_map(args, c0, n);
   if (args.a == nullptr) return;
   const double* own = args.table + args.index * kTableRows * args.C + c0;
@@ -66,8 +63,7 @@ void forward_chunk(const BlockCoefficients<A>& args, int64_t c0, int64_t n) {
   for (int64_t c = 0; c < n; ++c) b[c] = static_cast<A>(constant[c]);
 }
 
-template <typename A>
-void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
+template <typename A> void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
   const double* __restrict row = args.row;
   double* __restrict total = args.totals;
   const A* __restrict weight = args.weight;
@@ -104,8 +100,7 @@ void pair(const PairGradient<A>& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename A>
-void own_chunk(const OwnGradient<A>& args, int64_t c0, int64_t n) {
+template <typename A> void own_chunk(const OwnGradient<A>& args, int64_t c0, int64_t n) {
   const double* __restrict total = args.totals + c0;
   double* __restrict dmean = args.dmoments + c0;
   double* __restrict dvar = args.dmoments + args.C + c0;
@@ -123,18 +118,15 @@ void own_chunk(const OwnGradient<A>& args, int64_t c0, int64_t n) {
               n);
 }
 
-template <typename A>
-void forward(const BlockCoefficients<A>& args, int64_t begin, int64_t end) {
+template <typename A> void forward(const BlockCoefficients<A>& args, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; c += kChunk) forward_chunk(args, c, end - c < kChunk ? end - c : kChunk);
 }
 
-template <typename A>
-void own(const OwnGradient<A>& args, int64_t begin, int64_t end) {
+template <typename A> void own(const OwnGradient<A>& args, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; c += kChunk) own_chunk(args, c, end - c < kChunk ? end - c : kChunk);
 }
 
-template <typename A>
-void gradient(const MomentsGradient<A>& args, int64_t begin, int64_t end) {
+template <typename A> void gradient(const MomentsGradient<A>& args, int64_t begin, int64_t end) {
   const double* __restrict dmean = args.dmoments;
   const double* __restrict dvar = args.dmoments + args.C;
   const double* __restrict mean = args.mean;

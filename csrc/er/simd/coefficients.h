@@ -10,8 +10,7 @@ constexpr int64_t kChunk = 256;  // channels at a time: partial sums of a chunk 
 inline double inverse_sqrt(double x) { return 1.0 / __builtin_sqrt(x); }
 
 // value, or `otherwise` for a null vector
-template <typename A>
-inline void read(double* out, const A* v, double otherwise, int64_t n) {
+template <typename A> inline void read(double* out, const A* v, double otherwise, int64_t n) {
   for (int64_t c = 0; c < n; ++c) out[c] = v == nullptr ? otherwise : static_cast<double>(v[c]);
 }
 
@@ -89,9 +88,7 @@ void own_vectors(const double* row, int64_t C, BranchNorm norm, double* __restri
   }
 }
 
-template <typename A>
-void group_block(const BlockCoefficients<A>& args, int64_t begin, int64_t end);
-template <typename A>
-void group_gradient(const GroupGradient<A>& args, int64_t begin, int64_t end);
+template <typename A> void group_block(const BlockCoefficients<A>& args, int64_t begin, int64_t end);
+template <typename A> void group_gradient(const GroupGradient<A>& args, int64_t begin, int64_t end);
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -9,8 +9,7 @@ namespace {
 int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Row `row` of sample n in the table of a map.
-template <typename T>
-inline T* sample_row(T* table, int64_t C, int64_t n, SampleRow row) {
+template <typename T> inline T* sample_row(T* table, int64_t C, int64_t n, SampleRow row) {
   return table + (kShift + 1 + kSampleRows * n + row) * C;
 }
 
@@ -57,8 +56,7 @@ void combine_samples(const BlockCoefficients<A>& args, int64_t c0, int64_t n, do
   }
 }
 
-template <typename A>
-void file_map(const BlockCoefficients<A>& args, double* table, int64_t begin, int64_t end) {
+template <typename A> void file_map(const BlockCoefficients<A>& args, double* table, int64_t begin, int64_t end) {
   const int64_t C = args.C;
   for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
     const int64_t n = at_most(kChunk, end - c0);
@@ -77,8 +75,7 @@ void file_map(const BlockCoefficients<A>& args, double* table, int64_t begin, in
 
 }  // namespace
 
-template <typename A>
-void group_block(const BlockCoefficients<A>& args, int64_t begin, int64_t end) {
+template <typename A> void group_block(const BlockCoefficients<A>& args, int64_t begin, int64_t end) {
   const int64_t C = args.C, map_rows = group_table_rows(args.samples);
   double* const own = args.table + args.index * map_rows * C;
   file_map(args, own, begin, end);
@@ -114,8 +111,7 @@ namespace {
 enum ScratchRow : int { kScaleSum, kShiftSum, kBatchMean, kBatchVar, kWeightSum, kMoments };
 
 // Gradients of scale, shift and the moments of sample n, from those of the group's s and mean.
-template <typename A>
-void sample_gradient(const GroupGradient<A>& args, int64_t n, int64_t begin, int64_t end) {
+template <typename A> void sample_gradient(const GroupGradient<A>& args, int64_t n, int64_t begin, int64_t end) {
   const int64_t C = args.C, width = C / args.num_groups;
   const double *scale = args.table + kScale * C, *shift = args.table + kShift * C;
   const double* const mean = sample_row(args.table, C, n, kSampleMean);
@@ -173,8 +169,7 @@ void weight_gradient(const GroupGradient<A>& args, const GroupReader<A>& reader,
 
 }  // namespace
 
-template <typename A>
-void group_gradient(const GroupGradient<A>& args, int64_t begin, int64_t end) {
+template <typename A> void group_gradient(const GroupGradient<A>& args, int64_t begin, int64_t end) {
   const int64_t C = args.C, count = end - begin;
   double *dscale = args.scratch + kScaleSum * C, *dshift = args.scratch + kShiftSum * C;
   double *batch_dmean = args.scratch + kBatchMean * C, *batch_dvar = args.scratch + kBatchVar * C;

@@ -22,8 +22,7 @@ constexpr int own_sums(Own own) { return own == Own::map ? 2 : own == Own::gradi
 static_assert(kPlaneChunk <= kAllLanes && kPixelChannels <= kAllLanes);
 
 // A row of x and some g: a plane or a chunk of one, or a pixel.
-template <typename T>
-struct Row {
+template <typename T> struct Row {
   const T* x;
   const T* dy;  // of the block's own g
   const T* y;   // null: g = dy
@@ -57,8 +56,7 @@ inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, in
 }
 
 // The row `stride` elements and `bit_stride` bytes on.
-template <int kLater, Own kOwn, typename T>
-inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
+template <int kLater, Own kOwn, typename T> inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
   if constexpr (kOwn != Own::gradient) row.x += stride;
   if constexpr (kOwn != Own::none) {
     row.dy += stride;
@@ -74,15 +72,13 @@ inline Row<T> next_row(Row<T> row, int64_t stride, int64_t bit_stride) {
   return row;
 }
 
-template <Own kOwn, typename T, typename A>
-inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
+template <Own kOwn, typename T, typename A> inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
   if constexpr (kOwn == Own::gradient) return load_upto<A>(row.later[l] + j, left);  // a map as it is
   __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 3);
   return keep_lanes(load_upto<A>(row.later[l] + j, left), load_bits<A>(row.later_bits[l], j));
 }
 
-template <Own kOwn, typename T, typename A>
-inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
+template <Own kOwn, typename T, typename A> inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
   const Vec<A> dy = load_upto<A>(row.dy + j, left);
   if constexpr (kOwn == Own::map) {
     __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
@@ -120,15 +116,13 @@ inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sum
 }
 
 // Channels of one sample: planes, or a chunk of each, `stride` elements and `bit_stride` bytes apart.
-template <typename T>
-struct Planes {
+template <typename T> struct Planes {
   Row<T> row;
   int64_t channels, count, stride, bit_stride;
 };
 
 // Adds each channel's sums to its `sums`: of the later g, then those of its own.
-template <int kLater, Own kOwn, typename T, typename A>
-struct PlaneRows {
+template <int kLater, Own kOwn, typename T, typename A> struct PlaneRows {
   static void run(const Planes<T>& p, Vec<A> (*sums)[kSums]) {
     constexpr int kOwnSums = kLater + own_sums(kOwn);
     Row<T> row = p.row;
@@ -147,8 +141,7 @@ struct PlaneRows {
 };
 
 // Channels-last: pixels that lie `stride` elements and `bit_stride` bytes apart, and where their sums wait.
-template <typename T, typename A>
-struct Pixels {
+template <typename T, typename A> struct Pixels {
   Row<T> row;
   int64_t stride, bit_stride, channels;
   A (*sums)[kPixelChannels];
@@ -193,8 +186,7 @@ inline void pixel_rows(const Pixels<T, A>& p, int64_t r) {
 
 // One pixel at a time over all channels, so that memory is read in long runs; two where the sums of so many channels
 // would leave the L1 cache between them.
-template <int kLater, Own kOwn, typename T, typename A>
-struct PixelTile {
+template <int kLater, Own kOwn, typename T, typename A> struct PixelTile {
   static void run(const Pixels<T, A>& p, int64_t pixels) {
     int64_t r = 0;
     for (; p.channels > kPairChannels && r + 2 <= pixels; r += 2) pixel_rows<2, kLater, kOwn>(p, r);
@@ -212,8 +204,7 @@ struct Group {
   int64_t row(const MapDots& args, int64_t l) const { return l < later ? first + l : args.num_later + l - later; }
 };
 
-template <typename Work>
-inline void over_groups(const MapDots& args, const Work& work) {
+template <typename Work> inline void over_groups(const MapDots& args, const Work& work) {
   int64_t first = 0;
   do {
     const int64_t left = args.num_later - first;
@@ -256,8 +247,7 @@ void planes(const MapDots& args, const ReduceItem& item, const Group& group, int
   }
 }
 
-template <typename T, typename A>
-void planar(const MapDots& args, const ReduceItem& item) {
+template <typename T, typename A> void planar(const MapDots& args, const ReduceItem& item) {
   const MapShape& s = args.shape;
   double* partial = args.partial + item.slab * args.rows() * s.C + item.channel;
   for (int64_t row = 0; row < args.rows(); ++row) {
@@ -268,8 +258,7 @@ void planar(const MapDots& args, const ReduceItem& item) {
   });
 }
 
-template <typename T, typename A>
-void channels_last(const MapDots& args, const ReduceItem& item) {
+template <typename T, typename A> void channels_last(const MapDots& args, const ReduceItem& item) {
   const MapShape& s = args.shape;
   const int64_t row_bytes = bit_row_bytes(s);
   double* partial = args.partial + item.slab * args.rows() * s.C + item.channel;
@@ -295,8 +284,7 @@ void channels_last(const MapDots& args, const ReduceItem& item) {
   }
 }
 
-template <typename T>
-void dots(const MapDots& args, const ReduceItem& item) {
+template <typename T> void dots(const MapDots& args, const ReduceItem& item) {
   using A = typename Accumulate<T>::type;
   args.shape.channels_last ? channels_last<T, A>(args, item) : planar<T, A>(args, item);
   if (args.stream) stream_fence();

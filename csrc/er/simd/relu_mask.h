@@ -47,8 +47,7 @@ static inline Vec<double> keep_lanes(Vec<double> v, uint32_t bits) {
 
 // The bits of kLanes<A> elements from element j of a row on, a multiple of kLanes<A>. Rows are written from their
 // start.
-template <typename A>
-static inline void store_bits(uint8_t* row, int64_t j, uint32_t bits) {
+template <typename A> static inline void store_bits(uint8_t* row, int64_t j, uint32_t bits) {
   if constexpr (kLanes<A> == 16) {
     const uint16_t both = static_cast<uint16_t>(bits);
     memcpy(row + j / 8, &both, sizeof both);
@@ -57,8 +56,7 @@ static inline void store_bits(uint8_t* row, int64_t j, uint32_t bits) {
     byte = static_cast<uint8_t>(j % 8 == 0 ? bits : byte | bits << (j % 8));
   }
 }
-template <typename A>
-static inline uint32_t load_bits(const uint8_t* row, int64_t j) {
+template <typename A> static inline uint32_t load_bits(const uint8_t* row, int64_t j) {
   if constexpr (kLanes<A> == 16) {
     uint16_t both;
     memcpy(&both, row + j / 8, sizeof both);
@@ -69,8 +67,7 @@ static inline uint32_t load_bits(const uint8_t* row, int64_t j) {
 }
 
 // Those from any element j on. Four bytes are read, so some past the row.
-template <typename A>
-static inline uint32_t load_bits_from(const uint8_t* row, int64_t j) {
+template <typename A> static inline uint32_t load_bits_from(const uint8_t* row, int64_t j) {
   uint32_t bits;
   memcpy(&bits, row + j / 8, sizeof bits);
   return bits >> (j % 8);

@@ -13,8 +13,7 @@ constexpr int64_t kAtOnce = 4;            // more streams at once than that slow
 static_assert(kPixelChannels <= kAllLanes && kPixelChannels <= kTileElements);
 
 // Some g and what goes with them, from one pixel on; all per-channel vectors from the same channel on.
-template <typename T, typename A>
-struct Pixels {
+template <typename T, typename A> struct Pixels {
   const T* g[kAtOnce];
   const uint8_t* bits[kAtOnce];
   const A* a[kAtOnce];
@@ -55,8 +54,7 @@ inline void pixel_vector(const Pixels<T, A>& p, int64_t c, int64_t left) {
   }
 }
 
-template <int kG, bool kFirst, bool kLast, typename T, typename A>
-void pixel(const Pixels<T, A>& p) {
+template <int kG, bool kFirst, bool kLast, typename T, typename A> void pixel(const Pixels<T, A>& p) {
   int64_t c = 0;
   for (; c + kLanes<A> <= p.channels; c += kLanes<A>) {
     pixel_vector<kG, kFirst, kLast>(p, c, static_cast<int64_t>(kLanes<A>));
@@ -64,8 +62,7 @@ void pixel(const Pixels<T, A>& p) {
   if (c < p.channels) pixel_vector<kG, kFirst, kLast>(p, c, p.channels - c);
 }
 
-template <bool kFirst, typename T, typename A>
-inline void pixel_group(int64_t left, const Pixels<T, A>& p) {
+template <bool kFirst, typename T, typename A> inline void pixel_group(int64_t left, const Pixels<T, A>& p) {
   if (left > kAtOnce) return pixel<kAtOnce, kFirst, false>(p);
   with_number<1, kAtOnce>(left, [&](auto n) { pixel<decltype(n)::value, kFirst, true>(p); });
 }
@@ -115,8 +112,7 @@ void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t co
   }
 }
 
-template <typename T>
-void sum_dots(const SumDots& args, int64_t begin, int64_t end) {
+template <typename T> void sum_dots(const SumDots& args, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   A acc[kTileElements];
   for (int64_t i = begin; i < end; ++i) {

@@ -13,18 +13,15 @@ extern const MapLoops<ChannelMoments> channel_moments_loops;
 extern const VectorLoops<float> vector_loops_f32;
 extern const VectorLoops<double> vector_loops_f64;
 
-template <typename T>
-inline T* at(const void* p, int64_t offset) {
+template <typename T> inline T* at(const void* p, int64_t offset) {
   return p == nullptr ? nullptr : static_cast<T*>(const_cast<void*>(p)) + offset;
 }
 
 // work(Number<count>), for loops that are unrolled: kLeast <= count <= kMost.
-template <int kValue>
-struct Number {
+template <int kValue> struct Number {
   static constexpr int value = kValue;
 };
-template <int kLeast, int kMost, typename Work>
-inline void with_number(int64_t count, const Work& work) {
+template <int kLeast, int kMost, typename Work> inline void with_number(int64_t count, const Work& work) {
   if constexpr (kLeast < kMost) {
     if (count < kMost) return with_number<kLeast, kMost - 1>(count, work);
   }
@@ -33,13 +30,11 @@ inline void with_number(int64_t count, const Work& work) {
 
 // How far ahead, in elements, a map that streams past is fetched. The hardware's own prefetching ends with each page of
 // 4 KiB, which most maps that others have made consist of.
-template <typename T>
-constexpr int64_t kFetchAhead = 2048 / sizeof(T);
+template <typename T> constexpr int64_t kFetchAhead = 2048 / sizeof(T);
 
 // work(first element, count) for what a planar reduction takes of its planes at once: all of them, of several channels
 // and samples where they are small, or chunks of the one plane of the item.
-template <typename Work>
-inline void over_plane_chunks(const MapShape& s, const Work& work) {
+template <typename Work> inline void over_plane_chunks(const MapShape& s, const Work& work) {
   const int64_t chunk = s.P < kPlaneChunk ? s.P : kPlaneChunk;
   for (int64_t j = 0; j < s.P; j += chunk) work(j, s.P - j < chunk ? s.P - j : chunk);
 }

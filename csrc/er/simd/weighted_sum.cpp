@@ -19,8 +19,7 @@ static_assert(kChunk <= kAllLanes && kLanes<float> <= kLeastJoined);
 static_assert(kChunk / kLeastJoined <= 64 && kMostJoined + 64 * 64 <= kAllLanes);
 
 // Coefficients of rows of one channel each: constant within a row.
-template <typename A>
-struct Constant {
+template <typename A> struct Constant {
   const A* a[kMapsAtOnce];
   const A* b;
 
@@ -30,8 +29,7 @@ struct Constant {
     Vec<A> coefficient(int64_t l, int64_t, int64_t) const { return a[l]; }
     Vec<A> start(int64_t, int64_t) const { return b; }
   };
-  template <int kMaps>
-  OfRow of_row(int64_t r) const {
+  template <int kMaps> OfRow of_row(int64_t r) const {
     OfRow row;
     for (int l = 0; l < kMaps; ++l) row.a[l] = broadcast<A>(a[l][r]);
     row.b = b == nullptr ? Vec<A>{} : broadcast<A>(b[r]);
@@ -40,23 +38,18 @@ struct Constant {
 };
 
 // Coefficients of rows of channels: a vector for each vector of a row, the same for all rows.
-template <typename A>
-struct PerChannel {
+template <typename A> struct PerChannel {
   const A* a[kMapsAtOnce];
   const A* b;
 
   Vec<A> coefficient(int64_t l, int64_t j, int64_t left) const { return load_upto<A>(a[l] + j, left); }
   Vec<A> start(int64_t j, int64_t left) const { return b == nullptr ? Vec<A>{} : load_upto<A>(b + j, left); }
-  template <int>
-  const PerChannel& of_row(int64_t) const {
-    return *this;
-  }
+  template <int> const PerChannel& of_row(int64_t) const { return *this; }
 };
 
 // Some rows of `count` elements, one after the other in every map and y; their ReLU bitmasks lie `bit_stride` bytes
 // apart.
-template <typename T, typename A>
-struct Rows {
+template <typename T, typename A> struct Rows {
   const T* x[kMapsAtOnce];
   const uint8_t* bits[kMapsAtOnce];
   T* y;
@@ -88,8 +81,7 @@ template <int kMaps, bool kFirst, bool kLast, bool kBits, typename Coefficients,
 }
 
 // One row.
-template <int kMaps, bool kFirst, bool kLast, bool kBits>
-struct OneRow {
+template <int kMaps, bool kFirst, bool kLast, bool kBits> struct OneRow {
   template <typename Coefficients, typename T, typename A>
   static void run(const Rows<T, A>& row, const Coefficients& k) {
     const auto& row_k = k.template of_row<kMaps>(0);
@@ -105,10 +97,8 @@ struct OneRow {
 
 // Rows of one channel each that lie one after the other, of at least a vector, as one row: in a vector with the end of
 // one and the start of the next, so are their coefficients and bits.
-template <int kMaps, bool kFirst, bool kLast, bool kBits>
-struct Joined {
-  template <typename T, typename A>
-  static void run(const Rows<T, A>& rows, const Constant<A>& k) {
+template <int kMaps, bool kFirst, bool kLast, bool kBits> struct Joined {
+  template <typename T, typename A> static void run(const Rows<T, A>& rows, const Constant<A>& k) {
     using OfRow = typename Constant<A>::OfRow;
     OfRow now = k.template of_row<kMaps>(0);
     int64_t element = 0, j = 0;  // j: of the row
@@ -199,8 +189,7 @@ struct Planes {
   int64_t at_once;
 };
 
-template <typename T, typename A>
-inline Planes planes_of(const MapShape& s) {
+template <typename T, typename A> inline Planes planes_of(const MapShape& s) {
   Planes planes = {1, false, 1};
   while (planes.together * s.P * static_cast<int64_t>(sizeof(T)) % 64 != 0) planes.together *= 2;
   const int64_t elements = planes.together * s.P;
@@ -241,8 +230,7 @@ inline void pixel_rows(const WeightedSum& args, A* acc, const PixelRange& range,
   }
 }
 
-template <typename T>
-void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
+template <typename T> void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const MapShape& s = args.shape;
   A acc[kMostJoined];
@@ -260,8 +248,7 @@ void weighted_sum(const WeightedSum& args, int64_t begin, int64_t end) {
   if (args.stream) stream_fence();
 }
 
-template <typename T>
-void channel_tile(const WeightedSum& args, const ChannelTile& tile) {
+template <typename T> void channel_tile(const WeightedSum& args, const ChannelTile& tile) {
   using A = typename Accumulate<T>::type;
   const MapShape& s = args.shape;
   A acc[kMostJoined];

@@ -13,8 +13,7 @@ using macenko::OdTable;
 using macenko::Ranks;
 
 // Calls body(red, green, blue, count) for every colour that occurs.
-template <class F>
-void for_each_colour(const int64_t* counts, const F& body) {
+template <class F> void for_each_colour(const int64_t* counts, const F& body) {
   for (int64_t colour = 0; colour < kColours; ++colour) {
     if (counts[colour] > 0) body(int(colour & 255), int(colour >> 8 & 255), int(colour >> 16), counts[colour]);
   }

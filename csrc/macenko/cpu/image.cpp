@@ -27,19 +27,15 @@ ERNET_DECLARE_TABLE(isa_avx512vbmi)
 const MacenkoLoops& macenko_loops(Pixel type) {
   switch (finest_isa()) {
 #ifdef ERNET_HAS_AVX512VBMI
-    case Isa::avx512vbmi:
-      return isa_avx512vbmi::macenko_table[int(type)];
+    case Isa::avx512vbmi: return isa_avx512vbmi::macenko_table[int(type)];
 #endif
 #ifdef ERNET_HAS_AVX512
-    case Isa::avx512:
-      return isa_avx512::macenko_table[int(type)];
+    case Isa::avx512: return isa_avx512::macenko_table[int(type)];
 #endif
 #ifdef ERNET_HAS_AVX2
-    case Isa::avx2:
-      return isa_avx2::macenko_table[int(type)];
+    case Isa::avx2: return isa_avx2::macenko_table[int(type)];
 #endif
-    default:
-      return isa_portable::macenko_table[int(type)];
+    default: return isa_portable::macenko_table[int(type)];
   }
 }
 
@@ -87,8 +83,7 @@ class ImageSample {
   static constexpr int64_t kSmallSample = 1024;
   static constexpr int64_t kLargeSample = 8192;
 
-  template <class T>
-  void take(const ImageView& image, int64_t stride) {
+  template <class T> void take(const ImageView& image, int64_t stride) {
     const int64_t count = (image.pixels + stride - 1) / stride;
     bytes_.reset(new unsigned char[size_t(3 * count) * sizeof(T)]);
     const T* from = static_cast<const T*>(image.data);

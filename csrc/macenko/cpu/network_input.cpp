@@ -17,8 +17,7 @@ float scaled(double value, const NetworkInput& out, int channel) {
 }
 
 // Scaled values of every grey level and channel.
-template <class Out>
-struct LevelTable {
+template <class Out> struct LevelTable {
   Out value[3][256];
 
   explicit LevelTable(const NetworkInput& out) {
@@ -101,12 +100,9 @@ void write_as(Pixel type, const ImageView& image, const Reconstruction* r, const
 void macenko_scaled(Pixel type, const ImageView& image, const Reconstruction* r, const Strips& strips,
                     const NetworkInput& out) {
   switch (out.type) {
-    case NetworkType::f32:
-      return write_as<float>(type, image, r, strips, out);
-    case NetworkType::bf16:
-      return write_as<c10::BFloat16>(type, image, r, strips, out);
-    case NetworkType::f16:
-      return write_as<c10::Half>(type, image, r, strips, out);
+    case NetworkType::f32: return write_as<float>(type, image, r, strips, out);
+    case NetworkType::bf16: return write_as<c10::BFloat16>(type, image, r, strips, out);
+    case NetworkType::f16: return write_as<c10::Half>(type, image, r, strips, out);
   }
 }
 

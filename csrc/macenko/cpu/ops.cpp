@@ -43,8 +43,7 @@ Pixel pixel_type(const Tensor& images) {
 }
 
 // Runs body(image, strips) for every image, either whole images or strips of each in parallel.
-template <class F>
-void for_each_image(const DenseImages& images, const F& body) {
+template <class F> void for_each_image(const DenseImages& images, const F& body) {
   const int64_t threads = torch::stable::get_num_threads();
   if (images.pixels < kSharedImagePixels || threads == 1) {
     torch::stable::parallel_for(0, images.count, 1, [&](int64_t begin, int64_t end) {

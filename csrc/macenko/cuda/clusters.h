@@ -19,10 +19,7 @@ struct OneBlock {
   // A barrier for all threads of the cluster.
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   // Where another block of the cluster has what this block has at `p` in shared memory.
-  template <class T>
-  static __device__ __forceinline__ T* at_rank(T* p, unsigned) {
-    return p;
-  }
+  template <class T> static __device__ __forceinline__ T* at_rank(T* p, unsigned) { return p; }
 };
 
 struct BlockCluster {
@@ -36,8 +33,7 @@ struct BlockCluster {
     __cluster_barrier_arrive();
     __cluster_barrier_wait();
   }
-  template <class T>
-  static __device__ __forceinline__ T* at_rank(T* p, unsigned rank) {
+  template <class T> static __device__ __forceinline__ T* at_rank(T* p, unsigned rank) {
     return static_cast<T*>(__cluster_map_shared_rank(p, rank));
   }
 #else

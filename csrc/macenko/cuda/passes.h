@@ -21,8 +21,7 @@ using macenko::Selection;
 using macenko::Stage;
 
 // Pixels in device memory and the threads that share them.
-template <class T>
-struct SharedPixels {
+template <class T> struct SharedPixels {
   static constexpr bool kLocal = false;
   Planes<const T> planes;
   int64_t pixels;
@@ -53,8 +52,7 @@ __device__ __forceinline__ Share share_of(int pixels, int rank, int blocks) {
 
 // The pixels of a block by their position in its shared memory; `kLocal`: read from there, aligned to 16 bytes and
 // padded to whole groups, else from the image's own memory.
-template <bool kLocal_>
-struct BlockPixels {
+template <bool kLocal_> struct BlockPixels {
   static constexpr bool kLocal = kLocal_;
   Planes<const uint8_t> planes;
   Share share;
@@ -313,16 +311,12 @@ template <class Reader, bool kInterleaved, class Pixels>
 __device__ __forceinline__ void count_keys(const Pixels& shared, const Reader& reader, const FitState& state,
                                            uint32_t (*bins)[kBins], Counters& counters, Kept* kept) {
   switch (state.phase) {
-    case Phase::angle_coarse:
-      return coarse_pass<Reader, kInterleaved, true>(shared, reader, state.pass, bins);
-    case Phase::angle_exact:
-      return exact_pass<Reader, kInterleaved, true>(shared, reader, state, bins, counters, kept);
-    case Phase::concentration_coarse:
-      return coarse_pass<Reader, kInterleaved, false>(shared, reader, state.pass, bins);
+    case Phase::angle_coarse: return coarse_pass<Reader, kInterleaved, true>(shared, reader, state.pass, bins);
+    case Phase::angle_exact: return exact_pass<Reader, kInterleaved, true>(shared, reader, state, bins, counters, kept);
+    case Phase::concentration_coarse: return coarse_pass<Reader, kInterleaved, false>(shared, reader, state.pass, bins);
     case Phase::concentration_exact:
       return exact_pass<Reader, kInterleaved, false>(shared, reader, state, bins, counters, kept);
-    default:
-      return;
+    default: return;
   }
 }
 

@@ -9,24 +9,20 @@
 
 namespace ernet::cuda {
 
-template <class T>
-struct GroupSize {
+template <class T> struct GroupSize {
   static constexpr int value = 16 / int(sizeof(T));
 };
 
 // One image's planes; for channels-last images plane[c] points at channel c of the first pixel.
-template <class T>
-struct Planes {
+template <class T> struct Planes {
   T* plane[3];
 };
 
-template <class T>
-__device__ __forceinline__ Planes<T> planes_of(T* first, int64_t channel_stride) {
+template <class T> __device__ __forceinline__ Planes<T> planes_of(T* first, int64_t channel_stride) {
   return {{first, first + channel_stride, first + 2 * channel_stride}};
 }
 
-template <class T, bool kInterleaved>
-struct PixelGroup {
+template <class T, bool kInterleaved> struct PixelGroup {
   static constexpr int kPixels = GroupSize<T>::value;
   uint32_t word[12];
 
@@ -62,8 +58,7 @@ struct PixelGroup {
 };
 
 // True if groups of the image can be accessed by 16 bytes.
-template <class T, bool kInterleaved>
-__device__ __forceinline__ bool is_aligned(const Planes<T>& p) {
+template <class T, bool kInterleaved> __device__ __forceinline__ bool is_aligned(const Planes<T>& p) {
   if (kInterleaved) return (reinterpret_cast<uintptr_t>(p.plane[0]) & 15) == 0;
   return ((reinterpret_cast<uintptr_t>(p.plane[0]) | reinterpret_cast<uintptr_t>(p.plane[1]) |
            reinterpret_cast<uintptr_t>(p.plane[2])) &
@@ -95,10 +90,7 @@ __device__ __forceinline__ void load_group(const Planes<const T>& p, int64_t fir
 }
 
 // To device memory. Compilers would join a plain store with those by elements beside it.
-template <class Word>
-__device__ __forceinline__ void store_wide(Word* to, Word value) {
-  __stcg(to, value);
-}
+template <class Word> __device__ __forceinline__ void store_wide(Word* to, Word value) { __stcg(to, value); }
 
 // To device memory.
 template <class T, bool kInterleaved>

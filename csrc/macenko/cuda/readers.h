@@ -14,8 +14,7 @@ struct LevelTable {
   const unsigned char* mine;  // this lane's copy of the first entry
   unsigned stride;            // bytes from a level to the next
 
-  template <class T>
-  __device__ __forceinline__ const T& at(uint8_t level) const {
+  template <class T> __device__ __forceinline__ const T& at(uint8_t level) const {
     return *reinterpret_cast<const T*>(mine + level * stride);
   }
 };

@@ -14,8 +14,7 @@ constexpr int kThreads = 256;
 // Pixels of a block, at least: building its tables costs about as much as a thousand pixels.
 constexpr int64_t kBlockPixels = 8192;
 
-template <class What>
-struct PixelJob {
+template <class What> struct PixelJob {
   Images images;
   What what;
   double io;
@@ -26,8 +25,7 @@ struct PixelJob {
 
   __device__ __forceinline__ int64_t image() const { return first_image + blockIdx.x / blocks_an_image; }
 
-  template <class T>
-  __device__ __forceinline__ SharedPixels<T> pixels_of_thread() const {
+  template <class T> __device__ __forceinline__ SharedPixels<T> pixels_of_thread() const {
     const T* first = static_cast<const T*>(images.data) + image() * images.image_stride;
     return {planes_of(first, images.channel_stride), images.pixels,
             blockIdx.x % blocks_an_image * kThreads + threadIdx.x, blocks_an_image * kThreads};
@@ -183,8 +181,7 @@ __global__ void __launch_bounds__(kThreads, 2) separate_kernel(const __grid_cons
   }
 }
 
-template <class What, class T, bool kInterleaved>
-constexpr auto pixel_kernel = separate_kernel<T, kInterleaved>;
+template <class What, class T, bool kInterleaved> constexpr auto pixel_kernel = separate_kernel<T, kInterleaved>;
 template <class T, bool kInterleaved>
 constexpr auto pixel_kernel<Reconstruct, T, kInterleaved> = reconstruct_kernel<T, kInterleaved>;
 

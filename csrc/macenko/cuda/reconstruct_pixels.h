@@ -194,8 +194,7 @@ __device__ __forceinline__ void convert(float value, Bfloat16& out) {
 }
 __device__ __forceinline__ void convert(float value, Half& out) { out.bits = __half_as_ushort(__float2half_rn(value)); }
 
-template <class Out>
-__device__ __forceinline__ void set_element(uint32_t* word, int e, Out value) {
+template <class Out> __device__ __forceinline__ void set_element(uint32_t* word, int e, Out value) {
   if constexpr (sizeof(Out) == 4) {
     word[e] = __float_as_uint(value);
   } else {

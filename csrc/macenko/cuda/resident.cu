@@ -67,8 +67,7 @@ __device__ __forceinline__ Memory divide(unsigned char* memory, const ResidentJo
   return {reinterpret_cast<BlockShared*>(memory), levels, reinterpret_cast<float (*)[256]>(scaled), pixels};
 }
 
-template <bool kInterleaved>
-__device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int share) {
+template <bool kInterleaved> __device__ __forceinline__ Planes<uint8_t> local_planes(uint8_t* pixels, int share) {
   return planes_of(pixels, kInterleaved ? 1 : share);
 }
 
@@ -113,8 +112,7 @@ __device__ __forceinline__ void load_pixels(const ResidentJob& t, int64_t image,
 }
 
 // The first block adds up the image's moments and starts the fit.
-template <class Cluster>
-__device__ __forceinline__ void begin_fit(const ResidentJob& t, const Memory& m) {
+template <class Cluster> __device__ __forceinline__ void begin_fit(const ResidentJob& t, const Memory& m) {
   BlockShared& s = *m.shared;
   __syncthreads();
   fill_log2_table(s.od, t.table_shift, reinterpret_cast<float*>(m.levels));
@@ -136,10 +134,7 @@ __device__ __forceinline__ void begin_fit(const ResidentJob& t, const Memory& m)
 
 // Counts of all blocks of the cluster, in the first of them.
 struct LoadPlain {
-  template <class T>
-  __device__ __forceinline__ const T& operator()(const T& value) const {
-    return value;
-  }
+  template <class T> __device__ __forceinline__ const T& operator()(const T& value) const { return value; }
 };
 using SharedCounts = Counts<BlockShared, LoadPlain>;
 
@@ -148,8 +143,7 @@ __device__ __forceinline__ void clear_bins(BlockShared& s) {
 }
 
 // Adds up the bins of all blocks in the first one, which calls this. Ends with a barrier of that block.
-template <class Cluster>
-__device__ __forceinline__ void add_bins(BlockShared& s) {
+template <class Cluster> __device__ __forceinline__ void add_bins(BlockShared& s) {
   if (Cluster::size() == 1) return;
   uint4* bins = reinterpret_cast<uint4*>(s.bins);
   for (int i = int(threadIdx.x); i < 2 * kBins / 4; i += int(blockDim.x)) {
@@ -283,8 +277,7 @@ __device__ __forceinline__ void normalize_image(const ResidentJob& t, int64_t im
   Cluster::sync();  // the others may still look at this block's memory
 }
 
-template <class Cluster, bool kInterleaved>
-__device__ __forceinline__ void serve_images(const ResidentJob& t) {
+template <class Cluster, bool kInterleaved> __device__ __forceinline__ void serve_images(const ResidentJob& t) {
   ERNET_DYNAMIC_SHARED(memory);
   const Memory m = divide(memory, t);
   for (unsigned level = threadIdx.x; level < 256; level += blockDim.x) m.shared->od[level] = t.job.od[level];

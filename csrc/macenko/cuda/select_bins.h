@@ -18,8 +18,7 @@ __device__ __forceinline__ void copy_state(const FitState& from, FitState& to) {
 }
 
 // What a pass has counted, in `source`'s bins, kept keys and counters.
-template <class Source, class Load>
-struct Counts {
+template <class Source, class Load> struct Counts {
   const Source* source;
   __device__ __forceinline__ unsigned long long count(int t, int bin) const { return Load()(source->bins[t][bin]); }
   __device__ __forceinline__ unsigned long long key(int t, int i) const { return Load()(source->kept[t][i]); }

@@ -49,8 +49,7 @@ struct StreamingJob {
 
 // Counts of all blocks of an image, read past the first-level cache.
 struct LoadFresh {
-  template <class T>
-  __device__ __forceinline__ T operator()(const T& value) const {
+  template <class T> __device__ __forceinline__ T operator()(const T& value) const {
     return const_cast<const volatile T&>(value);
   }
 };
@@ -72,8 +71,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks)
   return result;
 }
 
-template <class T>
-__device__ __forceinline__ SharedPixels<T> pixels_of_block(const StreamingJob& s, int64_t image) {
+template <class T> __device__ __forceinline__ SharedPixels<T> pixels_of_block(const StreamingJob& s, int64_t image) {
   const Images& images = s.job.images;
   const T* first = static_cast<const T*>(images.data) + (s.first_image + image) * images.image_stride;
   return {planes_of(first, images.channel_stride), images.pixels,

@@ -14,8 +14,7 @@
 namespace ernet::macenko {
 
 // The bits of a value as a value of another type.
-template <class To, class From>
-ERNET_HOST_DEVICE To bits_as(From from) {
+template <class To, class From> ERNET_HOST_DEVICE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
   union {
     From from;

@@ -12,13 +12,11 @@ using macenko::OdTable;
 
 static_assert(kBlock % 8 == 0, "flags are read eight at a time");
 
-template <class T>
-struct Block {
+template <class T> struct Block {
   alignas(64) T value[3][kBlock];
 };
 
-template <class T>
-static void load(const ImageView& image, int64_t begin, int count, Block<T>& block) {
+template <class T> static void load(const ImageView& image, int64_t begin, int count, Block<T>& block) {
   const T* data = static_cast<const T*>(image.data) + begin * image.pixel_stride;
   if (image.pixel_stride == 1) {
     for (int k = 0; k < 3; ++k) {
@@ -45,8 +43,7 @@ static inline void densities(const Block<uint8_t>& block, const Keys& keys, doub
   }
 }
 
-template <class T>
-static void densities(const Block<T>& block, const Keys& keys, double scale, double od[3][kBlock]) {
+template <class T> static void densities(const Block<T>& block, const Keys& keys, double scale, double od[3][kBlock]) {
   const double inverse = 1 / keys.io;
   for (int k = 0; k < 3; ++k) {
     for (int i = 0; i < kBlock; ++i) {

@@ -66,8 +66,7 @@ static inline float log2_exponents(const Reconstruction& r, Affine exponent[3]) 
 #ifdef ERNET_AVX512
 // Calls f(tile, result) for every result of one tile of a range after the other: from the second result on its pixels
 // come from the cache.
-template <class F>
-static inline void for_each_tile(PixelSpan span, int results, const F& f) {
+template <class F> static inline void for_each_tile(PixelSpan span, int results, const F& f) {
   const int64_t size = results == 1 ? span.end - span.begin : 4096;
   for (int64_t begin = span.begin; begin < span.end; begin += size) {
     const int64_t end = begin + size < span.end ? begin + size : span.end;

@@ -11,8 +11,7 @@ constexpr int kBlock = 512;
 static_assert(kBlock <= macenko::kMaxFixedProducts, "products of one block are summed in int64");
 
 // Adds up the first n fixed-point ODs and their products.
-template <int kStride>
-static void add_fixed(const int32_t od[3][kStride], int n, MomentSums& sums) {
+template <int kStride> static void add_fixed(const int32_t od[3][kStride], int n, MomentSums& sums) {
   int64_t sum[3] = {0, 0, 0};
   int64_t product[6] = {0, 0, 0, 0, 0, 0};
   for (int i = 0; i < n; ++i) {

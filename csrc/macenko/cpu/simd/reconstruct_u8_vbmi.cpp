@@ -119,15 +119,13 @@ static constexpr PixelOrder make_pixel_order() {
 static constexpr PixelOrder kPixelOrder = make_pixel_order();
 
 // How `n` pixels of three channels become 3 n values one after the other: from red and green, and from blue.
-template <class Index, int n>
-struct Merge {
+template <class Index, int n> struct Merge {
   alignas(64) Index red_green[3][n];
   alignas(64) Index blue[3][n];
   uint32_t is_blue[3];
 };
 
-template <class Index, int n>
-static constexpr Merge<Index, n> make_merge() {
+template <class Index, int n> static constexpr Merge<Index, n> make_merge() {
   Merge<Index, n> t = {};
   for (int j = 0; j < 3; ++j) {
     for (int i = 0; i < n; ++i) {

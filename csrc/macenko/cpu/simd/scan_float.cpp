@@ -74,8 +74,7 @@ struct Coarse {
   alignas(64) uint8_t certain[kBlock];  // surely tissue
 };
 
-template <class T>
-static void coarse_logs(const Block<T>& block, double scale, Coarse& coarse) {
+template <class T> static void coarse_logs(const Block<T>& block, double scale, Coarse& coarse) {
   for (int k = 0; k < 3; ++k) {
     for (int i = 0; i < kBlock; ++i) {
       const float level = float(block.value[k][i] * T(scale));
@@ -103,16 +102,14 @@ static void choose(const CoarseForm forms[2], float darkest, float brightest, Co
 }
 
 // Chosen pixels, and whether each is surely tissue.
-template <class T>
-struct Candidates {
+template <class T> struct Candidates {
   Block<T> block = {};
   uint8_t certain[kBlock];
   int count = 0;
 };
 
 // The scan of one range: `total` counts the pixels that have keys, `reached` those whose key is not below the bracket.
-template <class T>
-class TailScan {
+template <class T> class TailScan {
  public:
   TailScan(const Keys& keys, double scale, Bracket& first, Bracket& second)
       : keys_(keys), scale_(scale), bracket_{&first, &second} {}

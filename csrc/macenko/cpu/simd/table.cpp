@@ -2,8 +2,7 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-template <class T>
-static int64_t count_invalid(const Block<T>& block, double scale, int count) {
+template <class T> static int64_t count_invalid(const Block<T>& block, double scale, int count) {
   int64_t invalid = 0;
   for (int i = 0; i < count; ++i) {
     const double r = double(block.value[0][i]) * scale;
@@ -53,8 +52,7 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
   }
 }
 
-template <class T>
-static int64_t keys_of(const ImageView& image, const Keys& keys, double* out_a, double* out_b) {
+template <class T> static int64_t keys_of(const ImageView& image, const Keys& keys, double* out_a, double* out_b) {
   const bool linear = keys.kind == KeyKind::linear;
   Block<T> block;
   alignas(64) double a[kBlock];
@@ -74,8 +72,7 @@ static int64_t keys_of(const ImageView& image, const Keys& keys, double* out_a, 
   return written;
 }
 
-template <class T>
-static void radix(const ImageView& image, PixelSpan span, const Keys& keys, const RadixPass& pass) {
+template <class T> static void radix(const ImageView& image, PixelSpan span, const Keys& keys, const RadixPass& pass) {
   Block<T> block;
   alignas(64) double key[2][kBlock];
   alignas(64) uint8_t live[kBlock];
