@@ -88,7 +88,8 @@ __device__ __forceinline__ void prepare_drawing(const Separation& what, int64_t 
   macenko::Replacement r = {};
   macenko::read_stain(what.source, image, r.from, r.from_max);
   macenko::read_stain(what.drawn, image, r.to, r.to_max);
-  if (t < 2) r.to_max[1 - t] = 0;
+  if (t == 1) r.to_max[0] = 0;  // constant indices keep it in registers
+  if (t == 0) r.to_max[1] = 0;
   set_transform(r, od_magnitude, transform);
   transform.unchanged = false;
 }
