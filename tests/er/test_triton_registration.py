@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ernet_fast import _backend
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 # What a CUDA build of torch looks like to the library before it meets a CUDA tensor. The operators' schemas, fake
@@ -49,6 +51,18 @@ torch.testing.assert_close(out, ernet_fast.reference.er_shortcut_sum(maps, torch
 print("as expected")
 """
 
+BROKEN_BINARY = """
+import torch
+torch.version.cuda = "13.0"
+import ernet_fast
+from ernet_fast import _backend
+assert "ERNET_ISA" in _backend.why_unavailable()
+maps = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)]
+out = ernet_fast.er_shortcut_sum(maps, torch.ones(1, 3))
+assert torch.equal(out, ernet_fast.reference.er_shortcut_sum(maps, torch.ones(1, 3)))
+print("as expected")
+"""
+
 WITHOUT_CUDA = """
 import sys, torch
 torch.version.cuda = torch.version.hip = None
@@ -79,6 +93,14 @@ def run(code: str, disabled: bool) -> None:
 def test_registered_with_a_cuda_build_of_torch(disabled):
     """Also without the compiled extension: then the schemas come from Python."""
     run(WITH_CUDA, disabled)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.skipif(not _backend.extension_available(), reason="the compiled operators are not built")
+def test_a_binary_that_does_not_load(monkeypatch):
+    """It has defined its operators before it fails, here for an instruction set that does not exist."""
+    monkeypatch.setenv("ERNET_ISA", "sse9")
+    run(BROKEN_BINARY, False)
 
 
 @pytest.mark.parametrize("disabled", [False, True])

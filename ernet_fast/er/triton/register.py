@@ -42,7 +42,9 @@ def register(*, define: bool) -> None:
     _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
     if define:
         for schema in _SCHEMAS:
-            _LIBRARY.define(schema)
+            # a binary that then fails to load, as with an ERNET_ISA that this CPU lacks, has defined its operators
+            if not hasattr(torch.ops.ernet, schema.partition("(")[0]):
+                _LIBRARY.define(schema)
     implementations: dict[str, Callable[..., object]] = {
         "channel_moments": map_launch.channel_moments,
         "weighted_sum": map_launch.weighted_sum,
