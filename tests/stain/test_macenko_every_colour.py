@@ -19,8 +19,10 @@ import sys
 import numpy as np
 import torch
 from stain_images import synthetic_tissue
+from ernet_fast import _backend
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
 
+assert _backend.extension_available(), _backend.why_unavailable()
 error = {RELATIVE_ERROR}
 source, target = macenko_fit(synthetic_tissue(60, 70, 1)), MacenkoNormalizer().target
 gain = (target.max_concentration / source.max_concentration)[0].numpy()

@@ -190,7 +190,9 @@ def test_every_instruction_set_gives_the_same_result(isa, tmp_path):
     torch.save(images, tmp_path / "images.pt")
     script = f"""
 import torch
+from ernet_fast import _backend
 from ernet_fast.stain import MacenkoNormalizer, macenko_normalize
+assert _backend.extension_available(), _backend.why_unavailable()
 images = torch.load({str(tmp_path / "images.pt")!r})
 target = MacenkoNormalizer().target
 out = [macenko_normalize(x, target) for x in (images, images.float())]
