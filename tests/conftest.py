@@ -13,6 +13,9 @@ from ernet_fast import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
 
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+    del os.environ[name]  # a pytest that a test starts is no worker of this one: its benches would be disabled
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is no CUDA device."""
