@@ -29,7 +29,7 @@ from ernet_fast.er.epilogue_arguments import (
     NormArguments,
     ShortcutArguments,
 )
-from ernet_fast.er.operators import check_first_order, dense, relu_gradient
+from ernet_fast.er.operators import Node, check_first_order, dense, relu_gradient
 from ernet_fast.er.process_group import ProcessGroup
 
 
@@ -112,7 +112,7 @@ class StageState(EpilogueState):
         return found, shared
 
 
-class StageInput(torch.autograd.Function):
+class StageInput(Node):
     """(z, state, pass_on, *weights) -> (token, z): x_0 and the weights of all blocks enter the stage.
 
     With `pass_on` the second result is z itself, and the gradient that it gets elsewhere joins the same weighted sum;
@@ -130,6 +130,8 @@ class StageInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _token: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of x_0 and of every weight."""
+        if torch.compiler.is_compiling():
+            return StageInput.run_untraced(ctx, _token, passed)
         check_first_order(passed)
         state = ctx.state
         (z,) = ctx.saved_tensors
@@ -143,7 +145,7 @@ class StageInput(torch.autograd.Function):
         return found.dz if found.dz.dim() > 1 else None, None, None, *dweights
 
 
-class BlockEpilogue(torch.autograd.Function):
+class BlockEpilogue(Node):
     """(z, gamma, beta, token, state, maps, norm, shortcut, measure, relu) -> (y, token): the epilogue of a block."""
 
     @staticmethod
@@ -167,12 +169,14 @@ class BlockEpilogue(torch.autograd.Function):
         ctx.dtypes = None if gamma is None else gamma.dtype, None if beta is None else beta.dtype
         y = er_block(state, maps, norm, shortcut, measure=measure, relu=relu)
         running = (shortcut.running_mean, shortcut.running_var) if shortcut.use_running else ()
-        ctx.save_for_backward(z, maps[-2], shortcut.weight, *running, *([y] if relu else []))
+        ctx.save_for_backward(z, maps[-2], shortcut.weight, *running, *([y.detach()] if relu else []))
         return y, z.new_empty((0,))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _token: Tensor | None) -> tuple[Any, ...]:
         """Gradients of z, gamma and beta; those of the shortcuts' weights leave through `StageInput`."""
+        if torch.compiler.is_compiling():
+            return BlockEpilogue.run_untraced(ctx, dy, _token)
         check_first_order(dy)
         state, index = ctx.state, ctx.index
         z, before, weight, *saved = ctx.saved_tensors

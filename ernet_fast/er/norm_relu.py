@@ -20,7 +20,7 @@ from ernet_fast.er import epilogue
 from ernet_fast.er.epilogue import er_block, er_block_backward
 from ernet_fast.er.epilogue_arguments import BranchNorm, EpilogueState, NormArguments, ShortcutArguments, norm_arguments
 from ernet_fast.er.nodes import FusedStage, vector_gradients
-from ernet_fast.er.operators import check_first_order, dense, relu_gradient, why_plain
+from ernet_fast.er.operators import Node, check_first_order, dense, relu_gradient, why_plain
 from ernet_fast.er.plain import is_plain
 
 
@@ -105,7 +105,7 @@ def _forward(z: Tensor, norm: NormArguments) -> tuple[Tensor, EpilogueState]:
     return er_block(state, [z], norm, no_map, measure=False, relu=True), state
 
 
-class _BatchNormReLU(torch.autograd.Function):
+class _BatchNormReLU(Node):
     """(z, gamma, beta, norm) -> y."""
 
     @staticmethod
@@ -113,11 +113,13 @@ class _BatchNormReLU(torch.autograd.Function):
         y, ctx.state = _forward(z, norm)
         ctx.norm = norm.norm
         ctx.dtypes = None if gamma is None else gamma.dtype, None if beta is None else beta.dtype
-        ctx.save_for_backward(z, y)
+        ctx.save_for_backward(z, y.detach())
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.compiler.is_compiling():
+            return _BatchNormReLU.run_untraced(ctx, dy)
         check_first_order(dy)
         z, y = ctx.saved_tensors
         state: EpilogueState = ctx.state

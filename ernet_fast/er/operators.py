@@ -12,12 +12,13 @@ stacked [L, C]) or per sample and channel ([N, C], [L, N, C]); they are float64 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ernet_fast import _backend
 from ernet_fast.er.triton import register as triton_operators
@@ -97,6 +98,28 @@ def _is_batched(x: Tensor) -> bool:
         return True
     _NOT_BATCHED.add(keys.raw_repr())
     return False
+
+
+class Node(torch.autograd.Function):
+    """An autograd node whose backward pass compiled autograd is to call and not to trace.
+
+    It would trace a node's `backward`, and cannot trace what nodes share by the id of the running pass. So each begins
+
+        if torch.compiler.is_compiling():
+            return TheNode.run_untraced(ctx, ...)
+
+    and saves its outputs detached: unpacking an output makes a new tensor each time, and guards of the compiler mistake
+    two of them, one after the other at the same address, for one.
+
+    Compiled autograd runs no callbacks at the end of a pass: what a pass over a part of a graph leaves stays with the
+    graph then. Ids are not used again, so nothing finds it.
+    """
+
+    run_untraced: ClassVar[Callable[..., Any]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.run_untraced = staticmethod(_disable_dynamo(cls.backward))
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from ernet_fast.er import operators
 from ernet_fast.er.epilogue import er_block
 from ernet_fast.er.epilogue_arguments import NO_NORM, BranchNorm, EpilogueState, LaterBlock, ShortcutArguments
 from ernet_fast.er.epilogue_composed import map_gradient
-from ernet_fast.er.operators import check_first_order, relu_gradient
+from ernet_fast.er.operators import Node, check_first_order, relu_gradient
 from ernet_fast.er.process_group import ProcessGroup
 
 
@@ -59,7 +59,7 @@ def _one_operator_supports(x: Tensor, shortcut: ShortcutArguments) -> bool:
     return all(v.dtype == operators.acc_dtype(x) and v.is_contiguous() for v in running)
 
 
-class _ShortcutSum(torch.autograd.Function):
+class _ShortcutSum(Node):
     """(weight, state, shortcut, relu, *maps) -> y."""
 
     @staticmethod
@@ -70,11 +70,13 @@ class _ShortcutSum(torch.autograd.Function):
         ctx.state, ctx.relu, ctx.use_running = state, relu, shortcut.use_running
         used = (shortcut.running_mean, shortcut.running_var) if shortcut.use_running else ()
         # the weight as it was given: a change in place before backward is an error
-        ctx.save_for_backward(weight, *used, *xs[:-1], *([y] if relu else []))
+        ctx.save_for_backward(weight, *used, *xs[:-1], *([y.detach()] if relu else []))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling():
+            return _ShortcutSum.run_untraced(ctx, dy)
         check_first_order(dy)
         state: EpilogueState = ctx.state
         weight, *maps = ctx.saved_tensors

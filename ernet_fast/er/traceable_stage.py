@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ernet_fast.er import operators
 from ernet_fast.er.epilogue_arguments import ShortcutArguments, uses_batch
-from ernet_fast.er.operators import check_first_order, relu_gradient
+from ernet_fast.er.operators import Node, check_first_order, relu_gradient
 from ernet_fast.er.unfused_coefficients import (
     MapStatistics,
     combine_samples,
@@ -202,7 +202,7 @@ class _MapRecord:
         self.readers: list[tuple[_SumRecord, int]] = []
 
 
-class MapInput(torch.autograd.Function):
+class MapInput(Node):
     """(z, record, measure, per_sample, pass_on) -> (mean, var, token, z): a map enters the stage.
 
     `measure`: take its moments (else mean and var are empty). `pass_on`: also return z itself, so that the gradient it
@@ -218,7 +218,7 @@ class MapInput(torch.autograd.Function):
         ctx.record, ctx.measure, ctx.pass_on = record, measure, pass_on
         empty = z.new_empty((0,), dtype=operators.acc_dtype(z))
         mean, var = operators.channel_moments(z, per_sample) if measure else (empty, empty.clone())
-        ctx.save_for_backward(z, mean)
+        ctx.save_for_backward(z, mean.detach())
         token = z.new_zeros((), dtype=operators.acc_dtype(z))
         return mean, var, token, z.view_as(z) if pass_on else z.new_empty((0,))
 
@@ -227,6 +227,8 @@ class MapInput(torch.autograd.Function):
         ctx: Any, dmean: Tensor | None, dvar: Tensor | None, _token: Tensor | None, dz: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
         """dz, one weighted sum."""
+        if torch.compiler.is_compiling():
+            return MapInput.run_untraced(ctx, dmean, dvar, _token, dz)
         check_first_order(dmean, dz)
         z, mean = ctx.saved_tensors
         layout = operators.layout_of([z])
@@ -252,7 +254,7 @@ class MapInput(torch.autograd.Function):
         return operators.weighted_sum(maps, torch.stack(rows), k0), None, None, None, None
 
 
-class WeightedSum(torch.autograd.Function):
+class WeightedSum(Node):
     """(a, b, record, relu, maps, *tokens) -> y = sum_l a_l * maps_l + b, then ReLU if asked."""
 
     @staticmethod
@@ -262,12 +264,17 @@ class WeightedSum(torch.autograd.Function):
         """See the class."""
         y = operators.weighted_sum(maps, a, b, relu)
         ctx.record, ctx.relu, ctx.num_tokens = record, relu, len(tokens)
-        ctx.save_for_backward(*maps, *([y] if relu else []))
+        ctx.save_for_backward(*maps, *([y.detach()] if relu else []))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Gradients of a and b; that of the sum is left for the nodes of the maps."""
+        if torch.compiler.is_compiling():
+            da, db, *_ = WeightedSum.run_untraced(ctx, dy)
+            # a token has several readers, and compiled autograd adds up what all of them return
+            nothing = dy.new_zeros((), dtype=operators.acc_dtype(dy))
+            return (da, db, None, None, None, *([nothing] * ctx.num_tokens))
         check_first_order(dy)
         maps = list(ctx.saved_tensors)
         y = maps.pop() if ctx.relu else None

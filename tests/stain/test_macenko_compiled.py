@@ -57,6 +57,17 @@ def test_training_step_in_one_graph():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_backward_pass_by_compiled_autograd():
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    torch._dynamo.reset()
+    images = IMAGES.float().requires_grad_()
+    (expected,) = torch.autograd.grad(macenko_normalize(images, TARGET).square().mean(), images)
+    loss = macenko_normalize(images, TARGET).square().mean()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        (found,) = torch.autograd.grad(loss, images)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_an_exported_normalizer_runs():
     program = torch.export.export(MacenkoNormalizer(), (IMAGES,))
     assert torch.equal(program.module()(IMAGES), MacenkoNormalizer()(IMAGES))
