@@ -105,7 +105,7 @@ class Node(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return TheNode.run_untraced(ctx, ...)
 
-    and saves its output detached: unpacking an output makes a new tensor each time, and guards of the compiler mistake
+    and saves its outputs detached: unpacking an output makes a new tensor each time, and guards of the compiler mistake
     two of them, one after the other at the same address, for one.
 
     Compiled autograd runs no callbacks at the end of a pass: what a pass over a part of a graph leaves stays with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_json(call):
     assert found["extension"]["available"] == _backend.extension_available()
     assert found["extension"]["build"] == _backend.build_info()
     versions = {package["name"]: package["version"] for package in found["packages"]}
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"] == importlib.metadata.version("torch")
     known = {
         name.removeprefix("ernet::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("ernet::")
     }

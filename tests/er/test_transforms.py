@@ -135,6 +135,15 @@ def test_func(case: str, norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("case", ["grad", "vmap of grad", "ensemble"])
+def test_compiled_func(case: str, norm: str) -> None:
+    torch._dynamo.reset()
+    fused, naive = twins(norm)
+    found = torch.compile(func_cases(fused, maps(3, **NEAR))[case], backend="eager")()
+    torch.testing.assert_close(found, func_cases(naive, maps(3, **NEAR))[case](), **CLOSE)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_func_of_the_sum(norm: str) -> None:
     xs = [maps(seed, **NEAR) for seed in range(3)]
     weight, t = torch.randn(2, CHANNELS, dtype=torch.float64), torch.ones(2, CHANNELS, dtype=torch.float64)

@@ -31,7 +31,10 @@ _LIBRARY: torch.library.Library | None = None  # keeps the registrations alive
 def available() -> bool:
     """True if this PyTorch has CUDA (or HIP) devices and Triton is installed."""
     on_gpu = torch.version.cuda is not None or torch.version.hip is not None
-    return on_gpu and importlib.util.find_spec("triton") is not None
+    try:
+        return on_gpu and importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # an import hook hides it
+        return False
 
 
 def register(*, define: bool) -> None:
