@@ -128,6 +128,8 @@ def _share_memory(tensors: Sequence[Tensor]) -> bool:
     for t in tensors:
         if not t.is_contiguous() and any(n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)):
             return True
+    if len(tensors) < 2 or any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        return False  # tensors of a transform of torch.func have no storage
     return len({(t.untyped_storage()._cdata, t.storage_offset()) for t in tensors}) < len(tensors)
 
 
