@@ -144,6 +144,24 @@ def test_compiled_func(case: str, norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_training_with_copies_of_the_buffers(norm: str) -> None:
+    """Running statistics that a transform copies are updated within it."""
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            buffers = {name: b.clone() for name, b in model.named_buffers()}
+            return functional_call(model, (parameters, buffers), (maps(3, **NEAR),)).square().sum()
+
+        return grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+
+    fused, naive = twins(norm, training=True)
+    torch.testing.assert_close(gradients(fused), gradients(naive), **CLOSE)
+    named = dict(fused.named_parameters())
+    expected = torch.autograd.grad(fused(maps(3, **NEAR)).square().sum(), list(named.values()))
+    torch.testing.assert_close(gradients(naive), dict(zip(named, expected, strict=True)), **CLOSE)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_func_of_the_sum(norm: str) -> None:
     xs = [maps(seed, **NEAR) for seed in range(3)]
     weight, t = torch.randn(2, CHANNELS, dtype=torch.float64), torch.ones(2, CHANNELS, dtype=torch.float64)

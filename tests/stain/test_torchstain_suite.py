@@ -26,8 +26,8 @@ class MultiMacenkoNormalizer(MacenkoNormalizer):
 for ours in (MacenkoNormalizer, MultiMacenkoNormalizer, ReinhardNormalizer):
     assert hasattr(torchstain.normalizers, ours.__name__)
     setattr(torchstain.normalizers, ours.__name__, ours)
-selection = ["--ignore-glob=*test_tf.py", "-k", "macenko or reinhard"]
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", sys.argv[1], *selection]))
+arguments = ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"{sys.argv[1]}/test_torch.py"]
+sys.exit(pytest.main([*arguments, "-k", "macenko or reinhard"]))
 """
 
 
