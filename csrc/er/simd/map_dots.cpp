@@ -72,13 +72,16 @@ template <int kLater, Own kOwn, typename T> inline Row<T> next_row(Row<T> row, i
   return row;
 }
 
-template <Own kOwn, typename T, typename A> inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
+// The work on one vector is inlined whatever the compiler thinks of so much code: out of line it takes twice as long.
+template <Own kOwn, typename T, typename A>
+[[gnu::always_inline]] inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
   if constexpr (kOwn == Own::gradient) return load_upto<A>(row.later[l] + j, left);  // a map as it is
   __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 3);
   return keep_lanes(load_upto<A>(row.later[l] + j, left), load_bits<A>(row.later_bits[l], j));
 }
 
-template <Own kOwn, typename T, typename A> inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
+template <Own kOwn, typename T, typename A>
+[[gnu::always_inline]] inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
   const Vec<A> dy = load_upto<A>(row.dy + j, left);
   if constexpr (kOwn == Own::map) {
     __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
@@ -99,7 +102,7 @@ template <Own kOwn, typename T, typename A> inline Vec<A> own_g(const Row<T>& ro
 }
 
 template <int kLater, Own kOwn, typename T, typename A>
-inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sums) {
+[[gnu::always_inline]] inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sums) {
   Vec<A> x;
   if constexpr (kOwn == Own::gradient) {
     x = own_g<kOwn, T, A>(row, j, left);
@@ -149,7 +152,8 @@ template <typename T, typename A> struct Pixels {
 
 // One vector of channels, `left` of them, of kRows pixels.
 template <int kRows, int kLater, Own kOwn, typename T, typename A>
-inline void pixel_vector(const Row<T>* rows, A (*sums)[kPixelChannels], int64_t c, int64_t left) {
+[[gnu::always_inline]] inline void pixel_vector(const Row<T>* rows, A (*sums)[kPixelChannels], int64_t c,
+                                                int64_t left) {
   Vec<A> x[kRows], g[kRows];
   for (int i = 0; i < kRows; ++i) {
     if constexpr (kOwn != Own::none) g[i] = own_g<kOwn, T, A>(rows[i], c, left);
