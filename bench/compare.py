@@ -2,7 +2,7 @@
 
 The benches are those of this tree for both, so that both answer the same question. One round runs them once on the
 other revision and once on this tree; a row's ratio is taken within each round, so that a slow hour of the machine falls
-on both.
+on both. Contestants that are interleaved elsewhere are timed alone here: `-k fused` leaves out the package's peers.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def compare(revision: str, selection: Sequence[str], rounds: int, share: float |
             for side, root in (("before", other), ("now", ROOT)):
                 print(f"round {number + 1} of {rounds}: {revision if side == 'before' else 'this tree'}", flush=True)
                 folder = Path(made) / f"{side}{number}"
-                run_benches(root, folder, selection, Path(made) / f"{side}{number}.log")
+                run_benches(root, folder, ["--alone", *selection], Path(made) / f"{side}{number}.log")
                 measured[side].append(rows_in(folder))
         found = changes(measured["before"], measured["now"])
         missing = [key[1] for key in measured["now"][-1] if key not in measured["before"][-1]]

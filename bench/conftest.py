@@ -25,6 +25,7 @@ from contestants import Interleaver, Measured, mark, name_of
 from machine import describe
 from progress import Progress, Session, by_importance
 from record import Record, Row
+from this_tree import time_interleaved
 
 collect_ignore = ["simulated"]  # cases of `dev.py gpu --simulate`, no benches
 
@@ -37,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--resume", action="store_true", help="leave out those that are noted there")
     parser.addoption("--minutes", type=float, help="begin no bench after so many")
     parser.addoption("--compiled", action="store_true", help="also peers under torch.compile")
+    parser.addoption("--alone", action="store_true", help="time each contestant without its peers, and nothing else")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,8 +91,25 @@ INTERLEAVER = Interleaver()
 
 @pytest.fixture
 def interleave(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Measured]:
-    """interleave(make, rounds=..., budget=..., ...): the times of the case; skips a contestant that is not measured."""
+    """interleave(make, rounds=..., budget=..., ...): the times of the case; skips a contestant that is not measured.
+
+    With --alone the row is written at once, and the bench ends there.
+    """
+    if request.config.getoption("--alone"):
+        return lambda make, **options: alone(request, make, options)
     return lambda make, **options: INTERLEAVER.measure(request, make, **options)
+
+
+def alone(request: pytest.FixtureRequest, make: Callable[[], Any], options: dict[str, Any]) -> None:
+    """Time the contestant without its peers, write its row, and skip the rest of the bench."""
+    who = request.node.callspec.params["who"]
+    calls = make()
+    if who not in calls:
+        pytest.skip(f"{who} is not measured here")
+    calls[who]()
+    times = Measured(time_interleaved({who: calls[who]}, **options)).percentiles(who)
+    request.getfixturevalue("record_row")("alone", name=request.node.name, params={}, **times)
+    pytest.skip("timed alone")
 
 
 @pytest.fixture
