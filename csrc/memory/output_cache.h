@@ -11,7 +11,7 @@
 
 namespace ernet::cpu {
 
-constexpr size_t kLeastMapBuffer = size_t{256} << 10;          // bytes; the allocator serves smaller outputs as well
+constexpr size_t kLeastMapBuffer = size_t{64} << 10;           // bytes; the allocator serves smaller outputs as well
 constexpr size_t kDefaultMapBufferLimit = size_t{2048} << 20;  // bytes
 
 // `bytes` of undefined memory, aligned to a page; null if they are too few, the limit is 0 or the system has none: the

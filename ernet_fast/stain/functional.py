@@ -58,7 +58,7 @@ def macenko_fit(
         TypeError: no array, or a dtype that holds no RGB image or mask.
         ValueError: a shape, a parameter or a stated range that cannot be meant.
     """
-    options = Options(Io, alpha, beta, percentile, range=range, layout=layout)
+    options = Options.of(Io, alpha, beta, percentile, "reference", range, layout)
     return pipeline.fit(pipeline.read(images, options), options, mask)
 
 
@@ -118,7 +118,7 @@ def macenko_normalize(
         ValueError: `on_degenerate="raise"` and an image cannot be fitted; the message lists all such images and
             reasons.
     """
-    options = Options(Io, alpha, beta, percentile, on_degenerate, range, layout)
+    options = Options.of(Io, alpha, beta, percentile, on_degenerate, range, layout)
     network = read_output(output, mean, std)
     collection = pipeline.read(images, options)
     results, status = normalize_collection(collection, target, source, mask, options, network)
@@ -136,7 +136,7 @@ def normalize_collection(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Normalised images of every part, and the status of all."""
     target = check_fit(target, collection.count, "target")
-    if collection.device.type != "cpu":
+    if not all(part.pixels.is_cpu for part in collection.parts):
         pipeline.check_target(target)  # before it is on the device, where its values are not looked at
 
     def fused(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:

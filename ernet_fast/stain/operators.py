@@ -76,10 +76,10 @@ if _EXTENSION:
 def _is_compiled_for(images: torch.Tensor) -> bool:
     """True if compiled code supports images of this device."""
     if not _EXTENSION:
-        if images.device.type == "cpu":
+        if images.is_cpu:
             _backend.warn_fallback_once()
         return False
-    if images.device.type == "cpu":
+    if images.is_cpu:
         return True
     return (
         images.dtype != torch.float64 and images.is_cuda and torch_backend.why_no_kernels(images.device.index) is None
@@ -135,12 +135,17 @@ def _arguments(images: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tenso
     return [part.contiguous() for part in moved]
 
 
+def _constant(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without what would be differentiated; itself where there is nothing."""
+    return tensor.detach() if tensor.requires_grad or forward_ad._current_level >= 0 else tensor
+
+
 def fit(images: torch.Tensor, options: Options, inside: torch.Tensor | None = None) -> MacenkoFit:
     """Fit every image, or its pixels `inside` [B, H W], which the CPU does not take; no gradient flows."""
     images = images.detach()
     numbers = options.Io, options.alpha, options.beta, options.nearest, options.range
     if inside is None and _is_compiled_for(images):
-        return MacenkoFit(*torch.ops.ernet.macenko_fit(supported(images), *numbers))
+        return MacenkoFit(*torch.ops.ernet.macenko_fit.default(supported(images), *numbers))
     if is_composed(images):
         return MacenkoFit(*torch_backend.macenko_fit(supported(images), *numbers, inside))
     assert inside is None
@@ -161,7 +166,7 @@ def reconstruct(
     if network is not None and images.dtype not in HALF and is_one_operator(images, *stains):
         pixels, plain = supported(images.detach()), [part.detach() for part in stains]
         named = network._asdict()
-        out = torch.ops.ernet.macenko_reconstruct(pixels, *plain, options.Io, options.range, **named)
+        out = torch.ops.ernet.macenko_reconstruct.default(pixels, *plain, options.Io, options.range, **named)
         return out.permute(0, 3, 1, 2)
     out = _transformed("macenko_reconstruct", images, stains, options)
     return out if network is None else scale(out, network, options.range)
@@ -181,7 +186,7 @@ def _transformed(name: str, images: torch.Tensor, stains: list[torch.Tensor], op
 def _by_kernel(name: str, options: Options, images: torch.Tensor, *stains: torch.Tensor) -> torch.Tensor:
     if _is_compiled_for(images):
         pixels = supported(images, like_result=True)
-        return getattr(torch.ops.ernet, name)(pixels, *stains, options.Io, options.range).to(images.dtype)
+        return getattr(torch.ops.ernet, name).default(pixels, *stains, options.Io, options.range).to(images.dtype)
     return torch_backend.transform(images, *_exponent(name, stains), options.Io, options.range)
 
 
@@ -200,7 +205,7 @@ def reconstruct_stains(
     stains = _arguments(images, *source[:2], *target[:2])
     if is_one_operator(images, *stains):
         pixels, plain = supported(images.detach(), like_result=True), [part.detach() for part in stains]
-        both, h, e = torch.ops.ernet.macenko_reconstruct_stains(pixels, *plain, options.Io, options.range)
+        both, h, e = torch.ops.ernet.macenko_reconstruct_stains.default(pixels, *plain, options.Io, options.range)
         return both.to(images.dtype), h.to(images.dtype), e.to(images.dtype)
     return reconstruct(images, source, target, options), *stains_alone(images, source, target, options)
 
@@ -297,13 +302,15 @@ def normalize(
     """Fit and `reconstruct` in one operator; None where that operator does not apply."""
     if not is_one_operator(images, *target[:2]) or (network is not None and images.dtype in HALF):
         return None
-    stains = [part.detach() for part in _arguments(images, *target[:2])]
+    stains = [_constant(part) for part in _arguments(images, *target[:2])]
     o = options
     numbers = o.Io, o.alpha, o.beta, o.nearest, o.identity, o.range
     if network is not None:
-        out, *fitted = torch.ops.ernet.macenko_normalize(supported(images), *stains, *numbers, **network._asdict())
+        out, *fitted = torch.ops.ernet.macenko_normalize.default(
+            supported(images), *stains, *numbers, **network._asdict()
+        )
         return out.permute(0, 3, 1, 2), MacenkoFit(*fitted)
-    out, *fitted = torch.ops.ernet.macenko_normalize(supported(images, like_result=True), *stains, *numbers)
+    out, *fitted = torch.ops.ernet.macenko_normalize.default(supported(images, like_result=True), *stains, *numbers)
     return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)
 
 
@@ -318,7 +325,7 @@ def augment(
     o = options
     arguments = _arguments(images, *reference[:2], gain, shift)
     numbers = o.Io, o.alpha, o.beta, o.nearest, o.identity, o.range
-    out, *fitted = torch.ops.ernet.macenko_augment(supported(images, like_result=True), *arguments, *numbers)
+    out, *fitted = torch.ops.ernet.macenko_augment.default(supported(images, like_result=True), *arguments, *numbers)
     return out.to(images.dtype), MacenkoFit(*fitted)
 
 
@@ -337,4 +344,4 @@ def separate(
     if not exact or not is_one_operator(images, *source[:2], *drawn[:2]):
         return None
     arguments = [part.detach() for part in _arguments(images, *source[:2], *drawn[:2])]
-    return torch.ops.ernet.macenko_separate(supported(images), *arguments, scaled, options.Io, options.range)
+    return torch.ops.ernet.macenko_separate.default(supported(images), *arguments, scaled, options.Io, options.range)

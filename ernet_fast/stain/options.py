@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
+
+import torch
 
 from ernet_fast.stain.layout import LAYOUTS
 
@@ -58,6 +61,16 @@ class Options:
         if self.layout is not None and self.layout not in LAYOUTS:
             raise ValueError(f"layout={self.layout!r}; expected 'CHW', 'HWC' or None.")
 
+    @classmethod
+    def of(cls, *values: Any) -> Options:
+        """`Options(*values)`, checked once for the same values: that takes longer than a call on a small image."""
+        if torch.compiler.is_compiling():
+            return cls(*values)
+        try:
+            return _checked(*values)
+        except TypeError:  # or what cannot be looked up, of which the check says more
+            return cls(*values)
+
     @property
     def nearest(self) -> bool:
         """True if percentiles are the nearest order statistic."""
@@ -67,6 +80,11 @@ class Options:
     def identity(self) -> bool:
         """True if images without a fit stay as they are."""
         return self.on_degenerate == "identity"
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _checked(*values: Any) -> Options:
+    return Options(*values)
 
 
 def check_policy(on_degenerate: str) -> None:

@@ -78,8 +78,13 @@ def no_fit(count: int, status: MacenkoStatus, device: torch.device | str) -> Mac
     return MacenkoFit(stain, maximum, torch.full((count,), int(status), dtype=torch.int32, device=device))
 
 
+_OF_ONE = ((1, 3, 2), (1, 2), (1,))
+
+
 def check_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
     """`fit` with a batch dimension; TypeError or ValueError if it is not that of one or `count` images."""
+    if type(fit) is MacenkoFit and tuple(getattr(part, "shape", None) for part in fit) == _OF_ONE:
+        return fit  # as nearly all are
     if not isinstance(fit, tuple) or len(fit) != 3 or not all(isinstance(part, torch.Tensor) for part in fit):
         raise TypeError(f"{name} is a {type(fit).__name__}; expected the MacenkoFit that macenko_fit returns.")
     stain, maximum, status = fit

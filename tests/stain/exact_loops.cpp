@@ -75,22 +75,20 @@ int check_moments(const MacenkoLoops& loops, const Image& image, int kind, doubl
   return wrong;
 }
 
-// Keys beyond an end by more than the margin count as they are; those within it may count as either.
 bool bracket_holds(const Bracket& b, std::vector<double> keys) {
   std::sort(keys.begin(), keys.end());
-  const auto rank = [&](double key) { return std::lower_bound(keys.begin(), keys.end(), key) - keys.begin(); };
-  const auto after = [&](double key) { return std::upper_bound(keys.begin(), keys.end(), key) - keys.begin(); };
-  if (b.below < rank(b.low - b.margin) || b.below > rank(b.low + b.margin)) return false;
-  if (b.below + b.inside < after(b.high - b.margin) || b.below + b.inside > after(b.high + b.margin)) return false;
-  if (b.margin > 0) return true;
+  const int64_t below = std::lower_bound(keys.begin(), keys.end(), b.low) - keys.begin();
+  if (b.below != below || b.inside != std::upper_bound(keys.begin(), keys.end(), b.high) - keys.begin() - below) {
+    return false;
+  }
   std::vector<double> found(b.collected, b.collected + b.inside);
   std::sort(found.begin(), found.end());
-  return std::equal(found.begin(), found.end(), keys.begin() + b.below);
+  return std::equal(found.begin(), found.end(), keys.begin() + below);
 }
 
 // Brackets whose ends are keys of the image: the least that an approximate comparison could get wrong shows.
 Bracket bracket_of(std::vector<double> keys, double fraction, std::vector<double>& room) {
-  Bracket b = {-kInfinity, kInfinity, fraction, 0, 0, 0, room.data(), int64_t(room.size())};
+  Bracket b = {-kInfinity, kInfinity, fraction, 0, 0, room.data(), int64_t(room.size())};
   if (keys.empty()) return b;
   std::sort(keys.begin(), keys.end());
   const int64_t n = int64_t(keys.size());
@@ -99,6 +97,24 @@ Bracket bracket_of(std::vector<double> keys, double fraction, std::vector<double
   if (rank - half >= 0) b.low = keys[rank - half];
   if (rank + half < n) b.high = keys[rank + half];
   return b;
+}
+
+// A tail's bracket without an outer end that has too little room: the keys needed are kept, the others counted.
+bool end_is_kept(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, std::vector<double> all,
+                 double fraction) {
+  const int64_t n = int64_t(all.size()), needed = n / 100 + 1;
+  if (n == 0) return true;
+  std::vector<double> room(2 * needed + 8), other(2 * needed + 8);
+  Bracket b = {-kInfinity, kInfinity, fraction, 0, 0, room.data(), int64_t(room.size()), needed};
+  Bracket unused = b;
+  unused.collected = other.data();
+  loops.scan(image, {0, image.pixels}, keys, b, unused);
+  if (b.inside < needed || b.inside > b.capacity) return false;
+  if (fraction > 0.5 && b.below + b.dropped + b.inside != n) return false;
+  const auto before = [&](double x, double y) { return fraction > 0.5 ? x > y : x < y; };
+  std::sort(all.begin(), all.end(), before);
+  std::sort(b.collected, b.collected + b.inside, before);
+  return std::equal(all.begin(), all.begin() + needed, b.collected);
 }
 
 // The same image, planar and interleaved.
@@ -118,6 +134,8 @@ int check_scan(const MacenkoLoops& loops, const Views& image, int kind, KeyKind 
   a.resize(live);
   b.resize(live);
   const std::vector<double>* of[2] = {&a, key_kind == KeyKind::angle ? &a : &b};
+  if (!end_is_kept(loops, image.planar, keys, a, 0.99)) return failed("upper end", pixels, kind);
+  if (!end_is_kept(loops, image.interleaved, keys, a, 0.01)) return failed("lower end", pixels, kind);
   const double fractions[3][2] = {{0.01, 0.99}, {0.99, 0.99}, {0.3, 0.99}};
   int wrong = 0;
   for (const auto& fraction : fractions) {

@@ -44,7 +44,13 @@ def program(tmp_path_factory) -> tuple[Path, list[str]]:
         for isa in isas
         for loops in sorted((MACENKO / "simd").glob("*.cpp"))
     ]
-    sources = [*DRIVERS, CSRC / "simd" / "isa.cpp", HERE / "sanitized_loops.cpp", HERE / "exact_loops.cpp"]
+    sources = [
+        *DRIVERS,
+        CSRC / "memory" / "output_cache.cpp",
+        CSRC / "simd" / "isa.cpp",
+        HERE / "sanitized_loops.cpp",
+        HERE / "exact_loops.cpp",
+    ]
     jobs += [(source, f"{source.stem}.o", [f"-DERNET_HAS_{isa.upper()}" for isa in isas]) for source in sources]
 
     def build(job: tuple[Path, str, list[str]]) -> str:

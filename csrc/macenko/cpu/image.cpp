@@ -6,6 +6,8 @@
 #include <optional>
 #include <vector>
 
+#include "memory/scratch.h"
+
 namespace ernet::cpu {
 
 #define ERNET_DECLARE_TABLE(isa)                           \
@@ -100,6 +102,9 @@ class ImageSample {
   ImageView view_;
 };
 
+// Images whose words moments leave to the scans: six bytes a pixel, 6 MiB at most.
+constexpr int64_t kMostKeptPixels = int64_t(1) << 20;
+
 }  // namespace
 
 int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParameters& p, const macenko::OdTable& table,
@@ -120,8 +125,13 @@ int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParamet
   return sums.invalid;
 }
 
-MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoParameters& p,
+MacenkoImageFit macenko_fit(Pixel type, const ImageView& given, const MacenkoParameters& p,
                             const macenko::OdTable& table, const Strips& strips) {
+  ImageView image = given;
+  Scratch words;
+  if (macenko_loops(type).uses_words && image.pixels <= kMostKeptPixels) {
+    image.words = static_cast<int16_t*>(words.take(size_t(3 * image.pixels) * sizeof(int16_t)));
+  }
   double moments[macenko::kMomentCount];
   if (macenko_moments(type, image, p, table, strips, moments) > 0) return no_fit(macenko::kNonFinite);
   std::optional<ImageSample> sample;

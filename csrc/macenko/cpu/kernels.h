@@ -36,6 +36,8 @@ struct ImageView {
   int64_t channel_stride;
   int64_t pixels;
   double scale;  // grey level of the value 1
+  // Room for what a pass over an 8-bit image leaves to later ones, [3][pixels]; null: nothing is kept.
+  int16_t* words = nullptr;
 };
 
 struct PixelSpan {
@@ -66,18 +68,25 @@ struct Keys {
   const macenko::OdTable* table;
 };
 
-// Counts keys below `low`, and collects those in [low, high]. A key within `margin` of an end may count as either side
-// of it (8-bit loops compare in float32): what was collected is right if the keys sought are that far inside.
+// Counts keys below `low`, and collects those in [low, high].
 struct Bracket {
   double low;
   double high;
   double fraction;  // of all keys that are expected below the bracket
-  double margin;
   int64_t below;
   int64_t inside;     // how many there are, also beyond `capacity`
   double* collected;  // the first `capacity` of them
   int64_t capacity;
+  // Of a tail: how many keys from its end on are looked for, at most capacity / 2; 0: none is to make room for others.
+  int64_t needed = 0;
+  int64_t dropped = 0;  // keys below those kept that did
 };
+
+// True if the bracket is so far out that exact keys of the whole tail cost little.
+static inline bool in_tail(const Bracket& bracket) { return bracket.fraction < 0.05 || bracket.fraction > 0.95; }
+
+// Of a tail's keys, too many because they are equal, keeps the needed ones, and moves the bracket beyond the last.
+void make_room(Bracket& bracket);
 
 constexpr int kRadixBits = 11;
 constexpr int kRadixBins = 1 << kRadixBits;
@@ -118,6 +127,8 @@ struct Neighbours {
 };
 
 struct MacenkoLoops {
+  // Both read or write the image's `words`, if they are of any use to them.
+  bool uses_words;
   void (*moments)(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
   void (*scan)(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
   // Keys of all pixels of an image; returns how many were written (angle: tissue only) to a and, if linear, b.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -16,23 +17,26 @@ using macenko::Ranks;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Half width of a bracket in standard deviations of a sampled rank. A miss costs time, never exactness.
-constexpr double kBracketDeviations = 3.0;
+// How far from the sampled rank a bracket ends, in standard deviations of it: at the first look, and at a second one
+// after a miss. A miss costs time, never exactness.
+constexpr double kDeviations[] = {3.5, 14};
 
 // The interval that very probably holds the order statistics at the bracket's fraction, from sampled keys; `room` is
-// for twice as many.
-void guess_bracket(const MacenkoLoops& loops, const double* keys, int64_t count, double* room, Bracket& bracket) {
+// for twice as many. In a tail it has no outer end: the keys there are few, and then only one end can be missed.
+void guess_bracket(const MacenkoLoops& loops, const double* keys, int64_t count, double deviations, double* room,
+                   Bracket& bracket) {
   if (count < 64) return;
   const double rank = bracket.fraction * double(count - 1);
-  const double margin = kBracketDeviations * std::sqrt(rank * (1 - bracket.fraction)) + 2;
+  const double margin = deviations * std::sqrt(rank * (1 - bracket.fraction)) + 2;
   const auto at_rank = [&](double wanted) {
     std::copy(keys, keys + count, room);
     return loops.select(room, room + count, count, int64_t(wanted)).lower;
   };
   const double low = std::floor(rank - margin);
   const double high = std::ceil(rank + margin);
-  if (low >= 0) bracket.low = at_rank(low);
-  if (high < double(count)) bracket.high = at_rank(high);
+  const bool tail = in_tail(bracket), upper = bracket.fraction > 0.5;
+  if (low >= 0 && (upper || !tail)) bracket.low = at_rank(low);
+  if (high < double(count) && !(upper && tail)) bracket.high = at_rank(high);
 }
 
 // The order statistic of key a (0) or b (1) by counting digits of the keys' bits, from the highest: exact for any
@@ -61,6 +65,12 @@ double radix_select(const MacenkoLoops& loops, const ImageView& image, const Key
   return macenko::value_of_ordered_bits(prefix);
 }
 
+// Whether only this much of a tail is to be kept: the keys from its end to the farther of the two sought.
+int64_t keys_needed(const Bracket& bracket, const Ranks& ranks, int64_t count) {
+  if (!in_tail(bracket)) return 0;
+  return bracket.fraction > 0.5 ? count - ranks.lower : ranks.upper + 1;
+}
+
 // A bracket of an image, and what was collected in it: as many keys as there was room for.
 struct Collected {
   Bracket total;
@@ -71,12 +81,14 @@ struct Collected {
 // Looks for both percentiles in one scan of an image after the other.
 class BracketSearch {
  public:
-  BracketSearch(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const Strips& strips)
+  // `needed` keys at most are looked for in a tail.
+  BracketSearch(const MacenkoLoops& loops, const ImageView& image, const Keys& keys, const Strips& strips,
+                int64_t needed)
       : loops_(loops), image_(image), keys_(keys), strips_(strips) {
-    // Room for what a good bracket holds; a key that many pixels share overflows it and is found the other way.
+    // Room for what a good bracket holds.
     const int64_t n = image.pixels;
     tasks_ = n > kCollectAll ? strips.tasks : 1;
-    capacity_ = n > kCollectAll ? n / tasks_ / 16 + 512 : n;
+    capacity_ = n > kCollectAll ? std::max(n / tasks_ / 16 + 512, 2 * needed) : n;
     room_.reset(new double[size_t(2 * tasks_ * capacity_)]);  // left uninitialised
   }
 
@@ -109,7 +121,7 @@ class BracketSearch {
     }
     found = loops_.select(collected.keys, scratch_.get(), collected.kept, ranks.lower - total.below);
     if (ranks.upper == ranks.lower) found.upper = found.lower;
-    return found.lower >= total.low + total.margin && found.upper <= total.high - total.margin;
+    return true;
   }
 
  private:
@@ -118,9 +130,8 @@ class BracketSearch {
   // Keys of all tasks end up behind each other.
   static void add(const Bracket& part, Collected& all) {
     Bracket& total = all.total;
-    total.below += part.below;
+    total.below += part.below + part.dropped;
     total.inside += part.inside;
-    total.margin = std::max(total.margin, part.margin);
     const int64_t kept = std::min(part.inside, part.capacity);
     double* end = all.keys + all.kept;
     if (end != part.collected) std::copy(part.collected, part.collected + kept, end);
@@ -139,50 +150,60 @@ class BracketSearch {
 };
 
 // Where the sample says the percentiles are; everything for small images.
-void guess_brackets(const MacenkoLoops& loops, const ImageView& sample, const Keys& keys, const double percent[2],
+void guess_brackets(const MacenkoLoops& loops, const ImageView& sample, const Keys& keys, double deviations,
                     Bracket guess[2]) {
-  for (int i = 0; i < 2; ++i) guess[i] = {-kInfinity, kInfinity, percent[i] / 100, 0, 0, 0, nullptr, 0};
   const int64_t n = sample.pixels;
   if (n == 0) return;
   const std::unique_ptr<double[]> room(new double[size_t(4 * n)]);
   double* a = room.get();
   double* b = a + n;
   const int64_t found = loops.keys(sample, keys, a, b);
-  guess_bracket(loops, a, found, b + n, guess[0]);
-  guess_bracket(loops, keys.kind == KeyKind::angle ? a : b, found, b + n, guess[1]);
-}
-
-// A second, wider look after one that found nothing; an empty one where that would not help, or nothing is missing.
-void widen(const Collected& collected, bool done, Bracket& guess) {
-  const Bracket& total = collected.total;
-  if (done || total.inside > collected.kept || total.margin >= 1) {
-    guess.low = guess.high = guess.fraction > 0.5 ? kInfinity : -kInfinity;
-    return;
-  }
-  const double width = total.high - total.low < 1e30 ? total.high - total.low : 0.0;
-  guess.low -= width + 8 * total.margin;
-  guess.high += width + 8 * total.margin;
+  guess_bracket(loops, a, found, deviations, b + n, guess[0]);
+  guess_bracket(loops, keys.kind == KeyKind::angle ? a : b, found, deviations, b + n, guess[1]);
 }
 
 }  // namespace
 
+void make_room(Bracket& b) {
+  double *const end = b.collected + b.inside, *const last = b.collected + b.needed - 1;
+  if (b.fraction > 0.5) {
+    std::nth_element(b.collected, last, end, std::greater<double>());
+    b.low = std::nextafter(*last, kInfinity);
+    b.dropped += b.inside - b.needed;
+  } else {
+    std::nth_element(b.collected, last, end);
+    b.high = std::nextafter(*last, -kInfinity);
+  }
+  b.inside = b.needed;
+}
+
 void macenko_percentiles(const MacenkoLoops& loops, const ImageView& image, const ImageView& sample, const Keys& keys,
                          int64_t count, const double percent[2], bool nearest, bool interpolate_angles,
                          const Strips& strips, double result[2]) {
-  Bracket guess[2];
-  guess_brackets(loops, sample, keys, percent, guess);
-  bool done[2] = {false, false};
+  bool done[2] = {false, false};    // found
+  bool shared[2] = {false, false};  // not to be found so: many pixels have one key
   Neighbours found[2];
   Ranks ranks[2];
   for (int i = 0; i < 2; ++i) ranks[i] = macenko::percentile_ranks(count, percent[i], nearest);
-  BracketSearch search(loops, image, keys, strips);
-  // A second, wider look costs less than the radix selection.
-  for (int attempt = 0; attempt < 2 && !(done[0] && done[1]); ++attempt) {
+  Bracket sought[2];
+  for (int i = 0; i < 2; ++i) {
+    sought[i] = {-kInfinity, kInfinity, percent[i] / 100, 0, 0, nullptr, 0};
+    sought[i].needed = keys_needed(sought[i], ranks[i], count);
+  }
+  BracketSearch search(loops, image, keys, strips, std::max(sought[0].needed, sought[1].needed));
+  for (double deviations : kDeviations) {
+    if ((done[0] || shared[0]) && (done[1] || shared[1])) break;
+    Bracket guess[2] = {sought[0], sought[1]};
     Collected collected[2];
+    guess_brackets(loops, sample, keys, deviations, guess);
+    for (int i = 0; i < 2; ++i) {
+      if (done[i] || shared[i]) guess[i].low = guess[i].high = guess[i].fraction > 0.5 ? kInfinity : -kInfinity;
+    }
     search.scan(guess, collected);
     for (int i = 0; i < 2; ++i) {
-      if (!done[i]) done[i] = search.select(collected[i], ranks[i], found[i]);
-      widen(collected[i], done[i], guess[i]);
+      if (done[i] || shared[i]) continue;
+      done[i] = search.select(collected[i], ranks[i], found[i]);
+      shared[i] = collected[i].total.inside > collected[i].kept;
     }
   }
   for (int i = 0; i < 2; ++i) {

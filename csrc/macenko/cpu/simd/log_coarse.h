@@ -7,8 +7,7 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
 // log2(intensity) - kCoarseConstant in float32: with intensity = 2^k m, k + a polynomial of degree 5 in m. Off by at
-// most kCoarseErrorOfLevels for 1 to 256, by kCoarseError for others up to 512 (every m was tried, fused and not).
-constexpr double kCoarseErrorOfLevels = 1.5e-5;
+// most kCoarseError up to 512 (every m was tried, fused and not).
 constexpr double kCoarseError = 1.6e-5;
 constexpr double kCoarseConstant = -2.79415369;
 constexpr double kLn2 = 0.693147180559945309417;

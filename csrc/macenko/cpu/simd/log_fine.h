@@ -2,7 +2,7 @@
 // by the loops, once per instruction set, and therefore static throughout.
 #pragma once
 
-#include "macenko/cpu/simd/u8.h"
+#include "macenko/cpu/kernels.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
@@ -41,6 +41,12 @@ constexpr float kExp2[kExp2Terms] = {0.00015469731972f,
                                      0.24022651213595f,
                                      0.69314720671062f,
                                      1.0f};
+
+// An affine function of the three logarithms of a pixel.
+struct Affine {
+  float n[3];
+  float n0;
+};
 
 // The exponents log2(I' / Io) of a reconstruction, of the logarithms that `fine_log2` gives relative to the origin that
 // is returned.

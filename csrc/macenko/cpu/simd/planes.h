@@ -10,26 +10,83 @@ namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 constexpr int kBlock = 512;
 static_assert(kBlock <= macenko::kMaxFixedProducts, "products of one block are summed in int64");
 
-// Adds up the first n fixed-point ODs and their products.
-template <int kStride> static void add_fixed(const int32_t od[3][kStride], int n, MomentSums& sums) {
-  int64_t sum[3] = {0, 0, 0};
-  int64_t product[6] = {0, 0, 0, 0, 0, 0};
-  for (int i = 0; i < n; ++i) {
-    const int64_t r = od[0][i];
-    const int64_t g = od[1][i];
-    const int64_t b = od[2][i];
-    sum[0] += r;
-    sum[1] += g;
-    sum[2] += b;
-    product[0] += r * r;
-    product[1] += r * g;
-    product[2] += r * b;
-    product[3] += g * g;
-    product[4] += g * b;
-    product[5] += b * b;
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+typedef uint64_t Wides __attribute__((vector_size(kRegister)));
+constexpr int kInts = kRegister / 4;
+static_assert(kBlock % kInts == 0, "blocks are whole vectors");
+
+// Products of the lower 32 bits of each 64.
+static inline Wides low_products(Wides a, Wides b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Wides>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Wides>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Wides>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// Sets the fixed-point ODs of a block to zero where they are negative, and of the pixels that have one below `least`.
+// Returns how many have none.
+static inline int keep_tissue(int32_t od[3][kBlock], int32_t least) {
+  int kept = 0;
+  for (int i = 0; i < kBlock; ++i) {
+    const int32_t red = od[0][i], green = od[1][i], blue = od[2][i];
+    const int32_t rg = red < green ? red : green;
+    const int32_t keep = -int32_t((rg < blue ? rg : blue) >= least);
+    kept -= keep;
+    od[0][i] = (red > 0 ? red : 0) & keep;
+    od[1][i] = (green > 0 ? green : 0) & keep;
+    od[2][i] = (blue > 0 ? blue : 0) & keep;
   }
-  for (int k = 0; k < 3; ++k) sums.sum[k] += sum[k];
-  for (int k = 0; k < 6; ++k) sums.product[k] += uint64_t(product[k]);
+  return kept;
+}
+
+// Two products for each 64 bits.
+struct Halves {
+  Wides even, odd;
+
+  Wides operator*(const Halves& other) const { return low_products(even, other.even) + low_products(odd, other.odd); }
+};
+
+static inline Halves halves(const int32_t* values) {
+  Wides pairs;
+  __builtin_memcpy(&pairs, values, sizeof pairs);
+  return {pairs & 0xffffffff, pairs >> 32};
+}
+
+// Adds up the fixed-point ODs of a block, none of them negative, and their products. Products and sums apart, and
+// written out: together, or in loops, they would not stay in registers.
+static inline void add_fixed(const int32_t od[3][kBlock], MomentSums& sums) {
+  Wides rr = {}, rg = {}, rb = {}, gg = {}, gb = {}, bb = {}, sum[3] = {};
+  for (int i = 0; i < kBlock; i += kInts) {
+    const Halves r = halves(od[0] + i), g = halves(od[1] + i), b = halves(od[2] + i);
+    rr += r * r;
+    rg += r * g;
+    rb += r * b;
+    gg += g * g;
+    gb += g * b;
+    bb += b * b;
+  }
+  for (int k = 0; k < 3; ++k) {
+    for (int i = 0; i < kBlock; i += kInts) {
+      const Halves h = halves(od[k] + i);
+      sum[k] += h.even + h.odd;
+    }
+  }
+  const Wides product[6] = {rr, rg, rb, gg, gb, bb};
+  for (int i = 0; i < kInts / 2; ++i) {
+    for (int k = 0; k < 3; ++k) sums.sum[k] += int64_t(sum[k][i]);
+    for (int j = 0; j < 6; ++j) sums.product[j] += product[j][i];
+  }
 }
 
 // Writes a block to an image laid out as `image`.

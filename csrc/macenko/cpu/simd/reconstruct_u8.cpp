@@ -1,66 +1,114 @@
-// Reconstruction of 8-bit images: float32 logarithms and exponentials by polynomials.
-#include "macenko/cpu/simd/log_fine.h"
+// Reconstruction of 8-bit images: a level of the result is the product of three factors, one of each channel of the
+// pixel, which a table holds for all 256 levels.
+#include <string.h>
+
+#include "macenko/cpu/simd/planes.h"
+#include "macenko/steps/elementary.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// Bytes of the levels Io 2^z, clipped at 255 and truncated, for |z| < 117.
-static void levels_of_exponents(const float* z, int n, float io, uint8_t* out) {
-  for (int i = 0; i < n; ++i) {
-    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const float whole = z[i] + shift;
-    const float f = z[i] - (whole - shift);
-    float p = kExp2[0];
-    p = p * f + kExp2[1];
-    p = p * f + kExp2[2];
-    p = p * f + kExp2[3];
-    p = p * f + kExp2[4];
-    p = p * f + kExp2[5];
-    const uint32_t power = macenko::bits_as<uint32_t>(p * f + kExp2[6]) + (macenko::bits_as<uint32_t>(whole) << 23);
-    const float intensity = io * macenko::bits_as<float>(power);
-    const float level = intensity < 255.0f ? intensity : 255.0f;
-    out[i] = uint8_t(int32_t(level));
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+// exp(-M_ck OD_k) of every result channel c, channel k and level, and what these are for. Io exp(shift) is in the
+// first. Three factors and two products are rounded: off by 3e-7.
+struct Factors {
+  alignas(64) float of[3][256][4];  // k, level, c
+  double matrix[3][3], shift[3], io;
+
+  bool serve(const Reconstruction& r) const {
+    return io == r.io && memcmp(matrix, r.matrix, sizeof matrix) == 0 && memcmp(shift, r.shift, sizeof shift) == 0;
+  }
+};
+
+static void make_factors(const Reconstruction& r, Factors& f) {
+  for (int c = 0; c < 3; ++c) {
+    const double first = r.io * macenko::exp_clamped(r.shift[c]);
+    for (int k = 0; k < 3; ++k) {
+      const double row = -r.matrix[c][k], scale = k == 0 ? first : 1;
+      for (int level = 0; level < 256; ++level) {
+        f.of[k][level][c] = float(scale * macenko::exp_clamped(row * r.table->od[level]));
+      }
+    }
+  }
+  memcpy(f.matrix, r.matrix, sizeof f.matrix);
+  memcpy(f.shift, r.shift, sizeof f.shift);
+  f.io = r.io;
+}
+
+// Those of the last call on this thread: an image comes in many blocks, and a batch may have one reconstruction.
+static const Factors& factors_of(const Reconstruction& r, int result) {
+  thread_local Factors last[kMostResults] = {};
+  if (!last[result].serve(r)) make_factors(r, last[result]);
+  return last[result];
+}
+
+static inline FourInts levels_of(const Factors& f, uint8_t red, uint8_t green, uint8_t blue) {
+  FourFloats factor[3];
+  memcpy(&factor[0], f.of[0][red], 16);
+  memcpy(&factor[1], f.of[1][green], 16);
+  memcpy(&factor[2], f.of[2][blue], 16);
+  const FourFloats value = factor[0] * factor[1] * factor[2], top = {255, 255, 255, 255};
+  return __builtin_convertvector(value < top ? value : top, FourInts);
+}
+
+// The levels of `count` pixels, a multiple of four, each followed by a zero.
+template <int kStride>
+static void reconstruct_block(const uint8_t* const level[3], int count, const Factors& f, uint8_t* out) {
+  for (int i = 0; i < count; i += 4) {
+    FourInts pixel[4];
+    for (int j = 0; j < 4; ++j) {
+      const int at = (i + j) * kStride;
+      pixel[j] = levels_of(f, level[0][at], level[1][at], level[2][at]);
+    }
+#ifdef __SSE2__
+    const auto lanes = [&](int j) { return reinterpret_cast<__m128i>(pixel[j]); };
+    const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(lanes(0), lanes(1)), _mm_packs_epi32(lanes(2), lanes(3)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(out + 4 * i), bytes);
+#else
+    for (int j = 0; j < 4; ++j) {
+      for (int c = 0; c < 4; ++c) out[4 * (i + j) + c] = uint8_t(pixel[j][c]);
+    }
+#endif
   }
 }
 
-// log2((I + 1) / 2^origin) of a block.
-static void fine_logs(const ImageView& image, int64_t begin, int count, float origin, LogBlock& logs) {
+// Writes a block of four bytes a pixel to an image laid out as `image`.
+static void store_block(const ImageView& image, int64_t begin, int count, void* out, const uint8_t* from) {
+  uint8_t* data = static_cast<uint8_t*>(out) + begin * image.pixel_stride;
   if (image.pixel_stride == 1) {
-    for (int k = 0; k < 3; ++k) {
-      const uint8_t* plane = static_cast<const uint8_t*>(image.data) + begin + k * image.channel_stride;
-      for (int i = 0; i < count; ++i) logs.log2[k][i] = fine_log2(plane[i], origin);
-      for (int i = count; i < padded(count); ++i) logs.log2[k][i] = 0;
+    for (int c = 0; c < 3; ++c) {
+      uint8_t* plane = data + c * image.channel_stride;
+      for (int i = 0; i < count; ++i) plane[i] = from[4 * i + c];
     }
     return;
   }
-  PackedBlock block;
-  pack(image, begin, count, block);
-  const int n = padded(count);
-  for (int k = 0; k < 3; ++k) {
-    for (int i = 0; i < n; ++i) logs.log2[k][i] = fine_log2(int(block.pixel[i] >> (8 * k) & 255), origin);
-  }
+  // Four bytes each: the fourth is overwritten by the next pixel, which the last has none of.
+  for (int i = 0; i < count - 1; ++i) memcpy(data + 3 * i, from + 4 * i, 4);
+  memcpy(data + 3 * (count - 1), from + 4 * (count - 1), 3);
 }
 
 void reconstruct_bytes(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
-  Affine exponent[kMostResults][3];
-  float origin = 0;
-  for (int j = 0; j < results; ++j) origin = log2_exponents(r[j], exponent[j]);
-  const float io = float(r->io);
-  LogBlock logs;
-  alignas(64) float z[kBlock];
-  alignas(64) uint8_t level[3][kBlock];
+  const Factors* factors[kMostResults];
+  for (int j = 0; j < results; ++j) factors[j] = &factors_of(r[j], j);
+  const auto block = image.pixel_stride == 1 ? reconstruct_block<1> : reconstruct_block<3>;
+  uint8_t last[3][3 * 4] = {};  // of the pixels that make no four
+  alignas(64) uint8_t out[4 * kBlock];
   for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
-    const int n = padded(count);
-    fine_logs(image, begin, count, origin, logs);
-    for (int j = 0; j < results; ++j) {
-      for (int c = 0; c < 3; ++c) {
-        const Affine m = exponent[j][c];
-        for (int i = 0; i < n; ++i) {
-          z[i] = m.n[0] * logs.log2[0][i] + (m.n[1] * logs.log2[1][i] + (m.n[2] * logs.log2[2][i] + m.n0));
-        }
-        levels_of_exponents(z, n, io, level[c]);
+    const int whole = count / 4 * 4;
+    const uint8_t* level[3];
+    for (int k = 0; k < 3; ++k) {
+      level[k] = static_cast<const uint8_t*>(image.data) + begin * image.pixel_stride + k * image.channel_stride;
+      for (int i = whole; i < count; ++i) {
+        last[k][(i - whole) * image.pixel_stride] = level[k][i * image.pixel_stride];
       }
-      store(image, begin, count, r[j].out, level);
+    }
+    for (int j = 0; j < results; ++j) {
+      block(level, whole, *factors[j], out);
+      const uint8_t* const rest[3] = {last[0], last[1], last[2]};
+      if (whole < count) block(rest, 4, *factors[j], out + 4 * whole);
+      store_block(image, begin, count, r[j].out, out);
     }
   }
 }

@@ -1,10 +1,11 @@
 // Reconstruction of 8-bit images with AVX-512, sixteen pixels at a time. Logarithms are gathered from a table, which
-// keeps the load ports busy and leaves the arithmetic ones to the exponentials. The same bits as
-// reconstruct_u8.cpp with fused multiply-add.
+// keeps the load ports busy and leaves the arithmetic ones to the exponentials.
 #include "macenko/cpu/simd/log_fine.h"
 
 #ifdef ERNET_AVX512
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
+
+constexpr int kLanes = 16;
 
 // One channel of a reconstruction in every lane: the exponent is n . log2 + n0.
 struct ChannelLanes {

@@ -1,59 +1,37 @@
 // Brackets of percentiles in the tails of 8-bit images. Whether a key lies beyond the inner end of a bracket is the
-// sign of a linear form of the ODs, told in 16-bit fixed point with a known error; the few pixels that may lie there
+// sign of a linear form of the ODs, told by words of 16 bits with a known error; the few pixels that may lie there
 // get exact keys.
-#include "macenko/cpu/simd/tails.h"
 #include "macenko/cpu/simd/u8_vbmi.h"
 #include "macenko/steps/order_statistic.h"
 
 #ifdef ERNET_VBMI
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-// Fixed-point logarithm of a level, ln((I + 1) / 16) in units of 1 / kLogScale: it fills 16 bits, whatever Io is.
-constexpr double kLogScale = 32767 / 2.7725887222397811;  // ln 16 and ln 256 - ln 16
-
-static void make_logs(const Keys& keys, WordTable& table) {
-  const double clear = __builtin_log(keys.io / 16);  // minus OD
-  for (int level = 0; level < 256; ++level) {
-    table.set(level, int(__builtin_rint((clear - keys.table->od[level]) * kLogScale)));
-  }
+static void make_words(const Keys& keys, WordTable& table) {
+  const int32_t origin = word_origin(keys.io);
+  for (int level = 0; level < 256; ++level) table.set(level, word_of(keys.table->fixed[level], origin));
 }
 
-// The sum of three products, each rounded to an integer, and a constant: not negative wherever the form reaches its
-// limit.
-struct FixedForm {
+// A form in every lane.
+struct FormLanes {
   __m512i w[3];
   __m512i constant;
 };
 
-// With q = the logarithm rounded, |q| <= 2^15, and W = -w G 2^15 rounded, the rounded product of the two and 2^-15 is
-// off by 1/2 for each of its three roundings at most, that of q times |w| G < 1/2: three products stay below 3.25.
-constexpr double kFormError = 4;         // the rest is for the rounding of exact keys in float64
-constexpr double kSumOfWeights = 0.498;  // G sum |w|: three products, and the constant, each stay within 2^14
-constexpr double kMaxConstant = 16383;
-
-static FixedForm fixed_form(const Form& form, double io) {
-  const double sum = __builtin_fabs(form.w[0]) + __builtin_fabs(form.w[1]) + __builtin_fabs(form.w[2]);
-  FixedForm fixed;
-  const bool usable = sum > 1e-30 && form.limit > -1e30 && form.limit < 1e30;
-  const double gain = usable ? kSumOfWeights / sum : 0;
-  for (int k = 0; k < 3; ++k) {
-    fixed.w[k] = _mm512_set1_epi16(int16_t(__builtin_rint(-form.w[k] * gain * 32768)));
-  }
-  const double offset = __builtin_log(io / 16) * (form.w[0] + form.w[1] + form.w[2]) - form.limit;
-  double constant = usable ? __builtin_ceil(gain * kLogScale * offset) + kFormError : -form.limit;
-  constant = constant < kMaxConstant ? constant : kMaxConstant;
-  constant = constant > -kMaxConstant ? constant : -kMaxConstant;
-  fixed.constant = _mm512_set1_epi16(int16_t(constant));
-  return fixed;
+static FormLanes in_lanes(const WordForm& form) {
+  FormLanes lanes;
+  for (int k = 0; k < 3; ++k) lanes.w[k] = _mm512_set1_epi16(form.w[k]);
+  lanes.constant = _mm512_set1_epi16(form.constant);
+  return lanes;
 }
 
 // Bit i says that pixel i may reach the limit of the form.
-static inline __mmask64 may_reach(const Words logs[3], const FixedForm& form) {
+static inline __mmask64 may_reach(const Words words[3], const FormLanes& form) {
   __m512i sum[2];
   for (int part = 0; part < 2; ++part) {
     sum[part] = form.constant;
     for (int k = 0; k < 3; ++k) {
-      sum[part] = _mm512_add_epi16(sum[part], _mm512_mulhrs_epi16(logs[k].part[part], form.w[k]));
+      sum[part] = _mm512_add_epi16(sum[part], _mm512_mulhrs_epi16(words[k].part[part], form.w[k]));
     }
   }
   return ~_mm512_movepi8_mask(_mm512_packs_epi16(sum[0], sum[1]));
@@ -77,6 +55,7 @@ static inline void collect(const double* key, int count, Tail& tail) {
     tail.reached += __builtin_popcount(reached);
     bracket.below += __builtin_popcount(live & ~reached);
     if (inside == 0) continue;
+    if (bracket.capacity - bracket.inside < 8 && bracket.needed > 0) make_room(bracket);
     const int64_t room = bracket.capacity - bracket.inside;
     if (room > 0) {
       const __mmask8 fits = room >= 8 ? 0xff : __mmask8((1u << room) - 1);
@@ -112,23 +91,21 @@ static void collect_exactly(const Gathered& pixels, const Keys& keys, Tail& firs
 void scan_vbmi(const ImageView& image, PixelSpan span, const Keys& keys, Bracket& first, Bracket& second) {
   const bool angles = keys.kind == KeyKind::angle;
   const int limit = keys.table->tissue_limit;
-  const double least = keys.table->od[limit < 0 ? 0 : limit];
-  const double most = keys.table->od[0];
-  if (!in_tail(first) || !in_tail(second) || (angles && !angles_are_above_axis(keys, least, most))) {
-    scan_bytes(image, span, keys, first, second);
-    return;
-  }
+  if (!in_tail(first) || !in_tail(second)) return scan_bytes(image, span, keys, first, second);
   WordTable table;
-  make_logs(keys, table);
-  const FixedForm forms[2] = {fixed_form(tail_form(keys, 0, first), keys.io),
-                              fixed_form(tail_form(keys, 1, second), keys.io)};
+  make_words(keys, table);
+  const FormLanes forms[2] = {in_lanes(word_form(tail_form(keys, 0, first), keys.io)),
+                              in_lanes(word_form(tail_form(keys, 1, second), keys.io))};
+  const FormLanes axis = in_lanes(word_form(axis_form(keys), keys.io));
   Tail tails[2] = {{&first, 0}, {&second, 0}};
   Gathered tissue, chosen;
   int64_t total = 0;
   const auto scan_levels = [&](const Levels& p, __mmask64 live) {
-    Words logs[3];
-    for (int c = 0; c < 3; ++c) logs[c] = look_up(table, p.c[c], quarters_of(p.c[c]));
-    chosen.add(p, live & (may_reach(logs, forms[0]) | may_reach(logs, forms[1])));
+    Words words[3];
+    for (int c = 0; c < 3; ++c) words[c] = look_up(table, p.c[c], quarters_of(p.c[c]));
+    __mmask64 reaches = may_reach(words, forms[0]) | may_reach(words, forms[1]);
+    if (angles) reaches |= may_reach(words, axis);
+    chosen.add(p, live & reaches);
     if (chosen.full()) {
       collect_exactly(chosen, keys, tails[0], tails[1]);
       chosen.count = 0;

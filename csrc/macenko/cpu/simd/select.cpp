@@ -9,15 +9,13 @@ constexpr double kInfinity = __builtin_inf();
 struct Parts {
   int64_t below;
   int64_t above;
-  double least_above;
 };
 
 static Parts partition(double* keys, double* scratch, int64_t count, double pivot) {
-  Parts parts = {0, 0, kInfinity};
+  Parts parts = {0, 0};
   int64_t i = 0;
 #ifdef ERNET_AVX512
   const __m512d p = _mm512_set1_pd(pivot);
-  __m512d least = _mm512_set1_pd(kInfinity);
   for (; i < count; i += 8) {
     const __mmask8 there = count - i >= 8 ? __mmask8(0xff) : __mmask8((1u << (count - i)) - 1);
     const __m512d k = _mm512_maskz_loadu_pd(there, keys + i);
@@ -28,11 +26,9 @@ static Parts partition(double* keys, double* scratch, int64_t count, double pivo
     // No more keys are written than were read, so both stay within their arrays.
     _mm512_mask_storeu_pd(keys + parts.below, __mmask8((1u << num_below) - 1), _mm512_maskz_compress_pd(below, k));
     _mm512_mask_storeu_pd(scratch + parts.above, __mmask8((1u << num_above) - 1), _mm512_maskz_compress_pd(above, k));
-    least = _mm512_mask_min_pd(least, above, least, k);
     parts.below += num_below;
     parts.above += num_above;
   }
-  parts.least_above = _mm512_reduce_min_pd(least);
 #else
   for (; i < count; ++i) {
     const double k = keys[i];
@@ -40,7 +36,6 @@ static Parts partition(double* keys, double* scratch, int64_t count, double pivo
     scratch[parts.above] = k;
     parts.below += k < pivot;
     parts.above += k > pivot;
-    parts.least_above = k > pivot && k < parts.least_above ? k : parts.least_above;
   }
 #endif
   return parts;
@@ -62,23 +57,25 @@ static double choose_pivot(const double* keys, int64_t count, int64_t rank, uint
 
 Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank) {
   uint64_t state = 1;
-  double above = kInfinity;  // the least key that was dropped for being too large
+  double next = kInfinity;  // after all keys that are left
   for (;;) {
     const double pivot = choose_pivot(keys, count, rank, state);
     const Parts parts = partition(keys, scratch, count, pivot);
-    if (rank >= count - parts.above) {
-      rank -= count - parts.above;
-      count = parts.above;
-      double* other = keys;
-      keys = scratch;
-      scratch = other;
+    if (rank < parts.below) {
+      next = pivot;
+      count = parts.below;
       continue;
     }
-    above = parts.least_above < above ? parts.least_above : above;
-    if (rank >= parts.below) return {pivot, rank + 1 < count - parts.above ? pivot : above};
-    // The next key after all that stay is the pivot.
-    above = pivot;
-    count = parts.below;
+    if (rank < count - parts.above) {
+      if (rank + 1 < count - parts.above) return {pivot, pivot};
+      for (int64_t i = 0; i < parts.above; ++i) next = scratch[i] < next ? scratch[i] : next;
+      return {pivot, next};
+    }
+    rank -= count - parts.above;
+    count = parts.above;
+    double* other = keys;
+    keys = scratch;
+    scratch = other;
   }
 }
 

@@ -48,7 +48,7 @@ static void moments(const ImageView& image, PixelSpan span, const OdTable& table
     if (tissue == 0) continue;
     sums.count += tissue;
     fixed_densities(block, keys, od, flags, q);
-    add_fixed(q, kBlock, sums);
+    add_fixed(q, sums);
   }
 }
 
@@ -137,17 +137,18 @@ static void reconstruction_densities(const Block<T>& block, const Keys& keys, do
 
 // The loops over 8-bit images of this instruction set.
 struct ByteLoops {
+  bool uses_words;
   decltype(&moments_of_bytes) moments;
   decltype(&scan_bytes) scan;
   decltype(&reconstruct_bytes) reconstruct;
   decltype(MacenkoLoops::reconstruct_scaled) reconstruct_scaled;
 };
 #if defined(ERNET_VBMI)
-constexpr ByteLoops bytes = {moments_vbmi, scan_vbmi, reconstruct_vbmi, reconstruct_scaled_vbmi};
+constexpr ByteLoops bytes = {false, moments_vbmi, scan_vbmi, reconstruct_vbmi, reconstruct_scaled_vbmi};
 #elif defined(ERNET_AVX512)
-constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_avx512, nullptr};
+constexpr ByteLoops bytes = {true, moments_of_bytes, scan_bytes, reconstruct_avx512, nullptr};
 #else
-constexpr ByteLoops bytes = {moments_of_bytes, scan_bytes, reconstruct_bytes, nullptr};
+constexpr ByteLoops bytes = {true, moments_of_bytes, scan_bytes, reconstruct_bytes, nullptr};
 #endif
 
 template <class T>
@@ -182,10 +183,10 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
 
 extern const MacenkoLoops macenko_table[kNumPixelTypes];
 const MacenkoLoops macenko_table[kNumPixelTypes] = {
-    {bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>, bytes.reconstruct_scaled,
-     select_order},
-    {moments<float>, scan_f32, keys_of<float>, radix<float>, reconstruct<float>, nullptr, select_order},
-    {moments<double>, scan_f64, keys_of<double>, radix<double>, reconstruct<double>, nullptr, select_order},
+    {bytes.uses_words, bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>,
+     bytes.reconstruct_scaled, select_order},
+    {false, moments<float>, scan_f32, keys_of<float>, radix<float>, reconstruct<float>, nullptr, select_order},
+    {false, moments<double>, scan_f64, keys_of<double>, radix<double>, reconstruct<double>, nullptr, select_order},
 };
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE

@@ -14,7 +14,7 @@ struct Form {
 };
 
 // The form that says whether the key `which` of a pixel is in the tail that holds the bracket, or in the bracket. For
-// angles between 0 and pi it is the cross product with the direction of the bracket's inner end.
+// angles between 0 and pi (axis_form) it is the cross product with the direction of the bracket's inner end.
 static inline Form tail_form(const Keys& keys, int which, const Bracket& bracket) {
   const bool upper = bracket.fraction > 0.5;
   const double sign = upper ? 1 : -1;
@@ -33,14 +33,7 @@ static inline Form tail_form(const Keys& keys, int which, const Bracket& bracket
   return form;
 }
 
-// True if the bracket is so far out that exact keys of the whole tail cost little.
-static inline bool in_tail(const Bracket& bracket) { return bracket.fraction < 0.05 || bracket.fraction > 0.95; }
-
-// True if OD . b is positive for all tissue, whose ODs lie between `least` and `most`.
-static inline bool angles_are_above_axis(const Keys& keys, double least, double most) {
-  double height = 0;
-  for (double b : keys.b) height += b * (b > 0 ? least : most);
-  return height > 1e-9;
-}
+// The form that says whether a pixel's angle is not between 0 and pi, where `tail_form` says nothing of it.
+static inline Form axis_form(const Keys& keys) { return {{-keys.b[0], -keys.b[1], -keys.b[2]}, 0}; }
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE
