@@ -142,7 +142,7 @@ struct MacenkoLoops {
   Neighbours (*select)(double* keys, double* scratch, int64_t count, int64_t rank);
 };
 
-// Each in the file of its name in simd/; the suffix avx512 or vbmi: for instruction sets that have it, faster again.
+// Each in the file of its name in simd/; the suffix vbmi: for instruction sets that have it, faster again.
 #ifdef ERNET_ISA
 namespace ERNET_ISA_NAMESPACE {
 Neighbours select_order(double* keys, double* scratch, int64_t count, int64_t rank);
@@ -151,7 +151,6 @@ void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction*, int results);
-void reconstruct_avx512(const ImageView&, PixelSpan, const Reconstruction*, int results);
 void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction*, int results);

@@ -145,8 +145,6 @@ struct ByteLoops {
 };
 #if defined(ERNET_VBMI)
 constexpr ByteLoops bytes = {false, moments_vbmi, scan_vbmi, reconstruct_vbmi, reconstruct_scaled_vbmi};
-#elif defined(ERNET_AVX512)
-constexpr ByteLoops bytes = {true, moments_of_bytes, scan_bytes, reconstruct_avx512, nullptr};
 #else
 constexpr ByteLoops bytes = {true, moments_of_bytes, scan_bytes, reconstruct_bytes, nullptr};
 #endif
