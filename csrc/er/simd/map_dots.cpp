@@ -8,9 +8,9 @@
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 namespace {
 
-constexpr int64_t kTilePixels = 64;      // channels-last: pixels of a tile
-constexpr int64_t kPairChannels = 1024;  // channels-last: with more channels, pixels are taken in pairs
+constexpr int64_t kTilePixels = 64;  // channels-last: pixels of a tile
 constexpr int64_t kSums = kLaterAtOnce + 2;
+constexpr int64_t kSumStride = kPixelChannels + 80;  // rows of sums that begin in different sets of the cache
 
 // What is done with dy besides.
 enum class Own {
@@ -147,54 +147,38 @@ template <int kLater, Own kOwn, typename T, typename A> struct PlaneRows {
 template <typename T, typename A> struct Pixels {
   Row<T> row;
   int64_t stride, bit_stride, channels;
-  A (*sums)[kPixelChannels];
+  A (*sums)[kSumStride];
 };
 
-// One vector of channels, `left` of them, of kRows pixels.
-template <int kRows, int kLater, Own kOwn, typename T, typename A>
-[[gnu::always_inline]] inline void pixel_vector(const Row<T>* rows, A (*sums)[kPixelChannels], int64_t c,
-                                                int64_t left) {
-  Vec<A> x[kRows], g[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    if constexpr (kOwn != Own::none) g[i] = own_g<kOwn, T, A>(rows[i], c, left);
-    x[i] = kOwn == Own::gradient ? g[i] : load_upto<A>(rows[i].x + c, left);
+// One vector of channels, `left` of them, of a pixel.
+template <int kLater, Own kOwn, typename T, typename A>
+[[gnu::always_inline]] inline void pixel_vector(const Row<T>& row, A (*sums)[kSumStride], int64_t c, int64_t left) {
+  const auto add = [&](int row_of_sums, const Vec<A>& more) __attribute__((always_inline)) {
+    store_upto<A>(sums[row_of_sums] + c, load_upto<A>(sums[row_of_sums] + c, left) + more, left);
+  };
+  Vec<A> g, x;
+  if constexpr (kOwn != Own::none) g = own_g<kOwn, T, A>(row, c, left);
+  if constexpr (kOwn == Own::gradient) {
+    x = g;
+  } else {
+    x = load_upto<A>(row.x + c, left);
   }
-  for (int l = 0; l < kLater; ++l) {
-    Vec<A> sum = load_upto<A>(sums[l] + c, left);
-    for (int i = 0; i < kRows; ++i) sum += later_g<kOwn, T, A>(rows[i], l, c, left) * x[i];
-    store_upto<A>(sums[l] + c, sum, left);
-  }
-  if constexpr (kOwn == Own::map) {
-    Vec<A> product = load_upto<A>(sums[kLater] + c, left);
-    for (int i = 0; i < kRows; ++i) product += g[i] * x[i];
-    store_upto<A>(sums[kLater] + c, product, left);
-  }
-  if constexpr (kOwn != Own::none) {
-    A* const last = sums[kLater + own_sums(kOwn) - 1] + c;
-    Vec<A> sum = load_upto<A>(last, left);
-    for (int i = 0; i < kRows; ++i) sum += g[i];
-    store_upto<A>(last, sum, left);
-  }
+  for (int l = 0; l < kLater; ++l) add(l, later_g<kOwn, T, A>(row, l, c, left) * x);
+  if constexpr (kOwn == Own::map) add(kLater, g * x);
+  if constexpr (kOwn != Own::none) add(kLater + own_sums(kOwn) - 1, g);
 }
 
-template <int kRows, int kLater, Own kOwn, typename T, typename A>
-inline void pixel_rows(const Pixels<T, A>& p, int64_t r) {
-  Row<T> rows[kRows];
-  for (int i = 0; i < kRows; ++i) rows[i] = next_row<kLater, kOwn>(p.row, (r + i) * p.stride, (r + i) * p.bit_stride);
-  int64_t c = 0;
-  for (; c + kLanes<A> <= p.channels; c += kLanes<A>) {
-    pixel_vector<kRows, kLater, kOwn>(rows, p.sums, c, static_cast<int64_t>(kLanes<A>));
-  }
-  if (c < p.channels) pixel_vector<kRows, kLater, kOwn>(rows, p.sums, c, p.channels - c);
-}
-
-// One pixel at a time over all channels, so that memory is read in long runs; two where the sums of so many channels
-// would leave the L1 cache between them.
+// One pixel at a time over all channels, so that memory is read in long runs.
 template <int kLater, Own kOwn, typename T, typename A> struct PixelTile {
   static void run(const Pixels<T, A>& p, int64_t pixels) {
-    int64_t r = 0;
-    for (; p.channels > kPairChannels && r + 2 <= pixels; r += 2) pixel_rows<2, kLater, kOwn>(p, r);
-    for (; r < pixels; ++r) pixel_rows<1, kLater, kOwn>(p, r);
+    for (int64_t r = 0; r < pixels; ++r) {
+      const Row<T> row = next_row<kLater, kOwn>(p.row, r * p.stride, r * p.bit_stride);
+      int64_t c = 0;
+      for (; c + kLanes<A> <= p.channels; c += kLanes<A>) {
+        pixel_vector<kLater, kOwn>(row, p.sums, c, static_cast<int64_t>(kLanes<A>));
+      }
+      if (c < p.channels) pixel_vector<kLater, kOwn>(row, p.sums, c, p.channels - c);
+    }
   }
 };
 
@@ -266,7 +250,7 @@ template <typename T, typename A> void channels_last(const MapDots& args, const 
   const MapShape& s = args.shape;
   const int64_t row_bytes = bit_row_bytes(s);
   double* partial = args.partial + item.slab * args.rows() * s.C + item.channel;
-  A sums[kSums][kPixelChannels];
+  A sums[kSums][kSumStride];
   for (int64_t begin = 0; begin < item.count; begin += kTilePixels) {
     const int64_t pixels = item.count - begin < kTilePixels ? item.count - begin : kTilePixels;
     const int64_t pixel = item.begin + begin;
