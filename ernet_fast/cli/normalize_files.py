@@ -7,17 +7,17 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from io import BytesIO
 from itertools import count, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 
 from ernet_fast._optional import require
 from ernet_fast.cli.normalize_plan import Job, Outcome
 from ernet_fast.console.atomic_file import atomic_write
-from ernet_fast.data import ImageReadError, Prefetcher, read_image
+from ernet_fast.data import ImageReadError, Prefetcher
+from ernet_fast.data.image_io import read_pixels
 from ernet_fast.data.prefetch import to_host
 from ernet_fast.stain import MacenkoNormalizer, MacenkoStatus, macenko_normalize
 
@@ -56,6 +56,7 @@ def normalize_files(
         if isinstance(image, Outcome):
             return image
         (result,), statuses = normalize([image], normalizer)
+        del image  # writing takes as much again
         return finish(job, result, MacenkoStatus(int(statuses[0])), normalizer.on_degenerate)
 
     outcomes: list[Outcome] = []
@@ -165,11 +166,11 @@ def _begin(batch: _Batch, normalizer: MacenkoNormalizer, pool: ThreadPoolExecuto
 
 
 def read(job: Job, overwrite: bool) -> torch.Tensor | Outcome:
-    """The image of a job, uint8 [3, H, W], or why there is nothing to do or to be had."""
+    """The image of a job, uint8 [3, H, W] with the memory of [H, W, 3], or why there is nothing to do or to be had."""
     try:
         if not overwrite and job.output.exists():
             return Outcome(str(job.input), str(job.output), "skipped", "the output exists (--overwrite replaces it)")
-        return read_image(job.input)
+        return torch.from_numpy(read_pixels(job.input)).permute(2, 0, 1)
     except (ImageReadError, OSError) as error:
         return Outcome(str(job.input), None, "failed", _reason(error, job.input))
 
@@ -209,10 +210,16 @@ def _write(path: Path, image: torch.Tensor) -> None:
     pil = require("PIL.Image", extra="train", purpose="writing images")
     path.parent.mkdir(parents=True, exist_ok=True)
     kind, options = _ENCODING[path.suffix.lower()]
-    encoded = BytesIO()  # Pillow writes TIFF to the descriptor of a file, past its buffer
-    pil.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(encoded, format=kind, **options)
+    picture = pil.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     with atomic_write(path) as file:
-        file.write(encoded.getbuffer())
+        picture.save(_WithoutDescriptor(file), format=kind, **options)
+
+
+class _WithoutDescriptor:
+    """A file to which Pillow writes as to any: with a descriptor it goes past the buffer, and tells no full disk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.write, self.flush, self.seek, self.tell = file.write, file.flush, file.seek, file.tell
 
 
 def _reason(error: Exception, path: Path) -> str:

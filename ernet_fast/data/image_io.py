@@ -28,6 +28,8 @@ _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 MAX_PIXELS = 1 << 29
 """Images with more pixels are refused: 512 Mi of them take 1.5 GiB, and several times that while they are decoded."""
 
+_BAND_PIXELS = 1 << 22
+
 _BITS_PER_SAMPLE, _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 258, 273, 279, 324, 325
 _opening = threading.Lock()
 
@@ -37,7 +39,12 @@ class ImageReadError(ValueError):
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a PNG, JPEG or TIFF file as a uint8 tensor [3, H, W], RGB, contiguous, the way up that its EXIF data say.
+    """Read a PNG, JPEG or TIFF file as a uint8 tensor [3, H, W], RGB, contiguous; otherwise as `read_pixels`."""
+    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1).contiguous()
+
+
+def read_pixels(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read a PNG, JPEG or TIFF file as a uint8 array [H, W, 3], RGB, the way up that its EXIF data say.
 
     Only conversions that lose nothing are made: grey, bilevel and palette images become RGB, and an alpha channel
     that is opaque everywhere is dropped. A file whose end is missing is an error even where Pillow was told to fill
@@ -65,14 +72,27 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
             if image.format == "TIFF":
                 _check_tiff(image, len(data))
             image.load()
-            pixels = np.array(_to_rgb(operations.exif_transpose(image)))
+            operations.exif_transpose(image, in_place=True)  # which otherwise copies what is the right way up, too
+            return _array_of(_to_rgb(image), pil.MAX_IMAGE_PIXELS or _BAND_PIXELS)
     except ImageReadError as error:
         raise ImageReadError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"no image file at {str(path)!r}") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
         raise ImageReadError(f"{path}: the image cannot be decoded: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _array_of(image: Any, most: int) -> np.ndarray:
+    """The pixels [H, W, 3] of a Pillow image, in bands: at once they would pass through as many bytes besides.
+
+    Pillow cuts out no more than `most` pixels.
+    """
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, min(_BAND_PIXELS, most) // max(1, width))
+    for top in range(0, height, rows):
+        pixels[top : top + rows] = image.crop((0, top, width, min(top + rows, height)))
+    return pixels
 
 
 def _read_file(path: Path) -> bytes:
