@@ -88,7 +88,7 @@ static CoarseForm coarse_form(const Form& form, double io) {
 // What is known of the pixels of a block without a logarithm in float64.
 struct Known {
   alignas(64) uint8_t chosen[kBlock];   // maybe tissue, if that matters, and maybe in a tail or not surely tissue
-  alignas(64) uint8_t certain[kBlock];  // surely tissue
+  alignas(64) uint8_t certain[kBlock];  // surely tissue; of 8-bit images the chosen ones all are
   int tissue;                           // how many surely are
 };
 
