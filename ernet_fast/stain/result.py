@@ -83,10 +83,10 @@ _OF_ONE = ((1, 3, 2), (1, 2), (1,))
 
 def check_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
     """`fit` with a batch dimension; TypeError or ValueError if it is not that of one or `count` images."""
-    if type(fit) is MacenkoFit and tuple(getattr(part, "shape", None) for part in fit) == _OF_ONE:
-        return fit  # as nearly all are
     if not isinstance(fit, tuple) or len(fit) != 3 or not all(isinstance(part, torch.Tensor) for part in fit):
         raise TypeError(f"{name} is a {type(fit).__name__}; expected the MacenkoFit that macenko_fit returns.")
+    if type(fit) is MacenkoFit and tuple(part.shape for part in fit) == _OF_ONE:
+        return fit  # as nearly all are
     stain, maximum, status = fit
     stain = stain.unsqueeze(0) if stain.ndim == 2 else stain
     maximum = maximum.unsqueeze(0) if maximum.ndim == 1 else maximum

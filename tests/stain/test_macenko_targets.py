@@ -7,7 +7,7 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
-from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.stain import MacenkoFit, MacenkoNormalizer, macenko_fit, macenko_normalize
 
 SIZES = [(40, 56), (64, 33), (25, 90)]
 IMAGES = [synthetic_tissue(*size, seed) for seed, size in enumerate(SIZES, start=1)]
@@ -103,3 +103,9 @@ def test_targets_without_tissue():
     with pytest.raises(ValueError, match="targets='median'"):
         normalizer.fit(IMAGES, targets="median")
     assert torch.equal(normalizer.HERef, before)
+
+
+def test_a_target_of_arrays_is_refused_by_name():
+    arrays = MacenkoFit(*(part.numpy() for part in macenko_fit(IMAGES[0])))
+    with pytest.raises(TypeError, match="target is a MacenkoFit; expected the MacenkoFit that macenko_fit"):
+        macenko_normalize(IMAGES[0], arrays)

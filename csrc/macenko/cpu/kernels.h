@@ -77,7 +77,7 @@ struct Bracket {
   int64_t inside;     // how many there are, also beyond `capacity`
   double* collected;  // the first `capacity` of them
   int64_t capacity;
-  // Of a tail: how many keys from its end on are looked for, at most capacity / 2; 0: none is to make room for others.
+  // Of a tail: how many keys from its end on are looked for; 0: none is to make room for others.
   int64_t needed = 0;
   int64_t dropped = 0;  // keys below those kept that did
 };
@@ -85,7 +85,7 @@ struct Bracket {
 // True if the bracket is so far out that exact keys of the whole tail cost little.
 static inline bool in_tail(const Bracket& bracket) { return bracket.fraction < 0.05 || bracket.fraction > 0.95; }
 
-// Of a tail's keys, too many because they are equal, keeps the needed ones, and moves the bracket beyond the last.
+// Of a tail's keys, where more than the needed ones are there, keeps those, and moves the bracket beyond the last.
 void make_room(Bracket& bracket);
 
 constexpr int kRadixBits = 11;

@@ -165,6 +165,7 @@ void guess_brackets(const MacenkoLoops& loops, const ImageView& sample, const Ke
 }  // namespace
 
 void make_room(Bracket& b) {
+  if (b.inside <= b.needed) return;
   double *const end = b.collected + b.inside, *const last = b.collected + b.needed - 1;
   if (b.fraction > 0.5) {
     std::nth_element(b.collected, last, end, std::greater<double>());
