@@ -167,10 +167,11 @@ def check_range(collection: Collection, range: float) -> None:
         pixels = part.pixels
         if pixels.dtype == torch.uint8 or not is_readable(pixels) or pixels.numel() == 0:
             continue
-        if range < 2:
+        found = float(pixels.detach().amax())  # NaN where any value is; unlike max it copies nothing
+        if range >= 2:
+            largest = max(largest, found)  # a NaN, which is not larger, says nothing
+        elif not found <= 2 * range:
             _check_unit_range(part, range)
-        else:
-            largest = max(largest, float(pixels.detach().amax()))  # a NaN, which is not larger, says nothing
     if 0 < largest <= 1:
         raise ValueError(
             f"images hold values up to {largest:.3g}, but range={range:g} was stated; "
@@ -179,7 +180,7 @@ def check_range(collection: Collection, range: float) -> None:
 
 
 def _check_unit_range(part: Part, range: float) -> None:
-    """Raise ValueError for an image that holds far more than `range`, below 2."""
+    """Raise ValueError for an image that holds finite values far beyond `range`, below 2."""
     finite = part.pixels.detach().nan_to_num(0.0, 0.0, 0.0)
     value, which = finite.flatten(1).amax(dim=1).max(dim=0)
     if float(value) > 2 * range:

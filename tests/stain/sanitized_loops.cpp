@@ -8,9 +8,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "macenko/cpu/image.h"
+#include "macenko/cpu/levels.h"
 
 int check_exactness();
 
@@ -21,6 +23,7 @@ using ernet::cpu::NetworkType;
 using ernet::cpu::Pixel;
 using ernet::cpu::Reconstruction;
 using ernet::cpu::Strips;
+using ernet::cpu::WholeLevels;
 
 // Bytes between two pages that cannot be read or written, flush with the second or, one time in four, with the first.
 class Fenced {
@@ -67,7 +70,7 @@ bool three_agree(Pixel type, const ImageView& image, const Reconstruction& first
   const double gentle[3][3] = {{1, 0, 0}, {.1, .9, 0}, {0, .2, .8}}, none[3] = {0, 0, 0};
   const size_t bytes = 3 * size_t(image.pixels) * (type == Pixel::u8 ? 1 : type == Pixel::f32 ? 4 : 8);
   const Fenced alone(bytes), a(bytes), b(bytes), c(bytes);
-  Reconstruction together[3] = {first, first, ernet::cpu::make_reconstruction(type, gentle, none, table, first.io)};
+  Reconstruction together[3] = {first, first, ernet::cpu::make_reconstruction(gentle, none, table, first.io)};
   together[1].shift[2] = -1;
   unsigned char* out[3] = {a.get(), b.get(), c.get()};
   for (int j = 0; j < 3; ++j) together[j].out = out[j];
@@ -81,13 +84,24 @@ bool three_agree(Pixel type, const ImageView& image, const Reconstruction& first
   return same;
 }
 
-int run(int pixels, bool channels_last, Pixel type, int kind) {
+// Whether two fits have the same bits.
+bool same_fit(const ernet::cpu::MacenkoImageFit& a, const ernet::cpu::MacenkoImageFit& b) {
+  return a.status == b.status &&
+         (a.status != ernet::macenko::kOk ||
+          (std::memcmp(&a.stain, &b.stain, sizeof a.stain) == 0 &&
+           std::memcmp(a.max_concentration, b.max_concentration, sizeof a.max_concentration) == 0));
+}
+
+// With `whole` what is known of whole levels is made use of.
+int run(int pixels, bool channels_last, Pixel type, int kind, bool whole) {
   const int bytes = type == Pixel::u8 ? 1 : type == Pixel::f32 ? 4 : 8;
   const Fenced in(3 * pixels * bytes), out(3 * pixels * bytes);
   if (type == Pixel::u8) fill<unsigned char>(in.get(), 3 * pixels, kind, type);
   if (type == Pixel::f32) fill<float>(in.get(), 3 * pixels, kind, type);
   if (type == Pixel::f64) fill<double>(in.get(), 3 * pixels, kind, type);
-  const ImageView image = {in.get(), channels_last ? 3 : 1, channels_last ? 1 : pixels, pixels, 1.0};
+  ImageView image = {in.get(), channels_last ? 3 : 1, channels_last ? 1 : pixels, pixels, 1.0};
+  std::optional<WholeLevels> levels;
+  if (whole) levels.emplace(type, image, ernet::cpu::one_strip());
   const auto table = ernet::macenko::make_od_table(240, 0.15);
   const ernet::cpu::MacenkoParameters parameters = {240, 1, 0.15, false};
   const Strips three = {3, [](int64_t tasks, const std::function<void(int64_t)>& task) {
@@ -96,7 +110,7 @@ int run(int pixels, bool channels_last, Pixel type, int kind) {
   const double gain = kind == 1 ? 40 : 1;  // beyond float32 for one kind
   const double matrix[3][3] = {{.5 * gain, .2, .1}, {.1, .9 * gain, .1}, {0, .2, .8}};
   const double shift[3] = {0.1, -2, 0};
-  auto r = ernet::cpu::make_reconstruction(type, matrix, shift, table, 240);
+  auto r = ernet::cpu::make_reconstruction(matrix, shift, table, 240);
   r.out = out.get();
   int fitted = 0;
   bool same = true;
@@ -126,10 +140,45 @@ bool colours_agree(int pixels, int kind) {
   const ernet::cpu::MacenkoParameters parameters = {240, 1, 0.15, false};
   const auto expected = ernet::cpu::macenko_fit(Pixel::u8, image, parameters, table, ernet::cpu::one_strip());
   const auto found = ernet::cpu::macenko_fit_colours(counts.data(), parameters, table);
-  return found.status == expected.status &&
-         (found.status != ernet::macenko::kOk ||
-          (std::memcmp(&found.stain, &expected.stain, sizeof found.stain) == 0 &&
-           std::memcmp(found.max_concentration, expected.max_concentration, sizeof found.max_concentration) == 0));
+  return same_fit(found, expected);
+}
+
+// Whether floating-point images of bytes have the levels and the fit of these, and one value beyond rounding or that is
+// no level is seen wherever it stands.
+template <class T> bool bytes_are_found(Pixel type, int pixels, bool channels_last, double range) {
+  const Fenced bytes(3 * pixels), values(3 * pixels * sizeof(T));
+  fill<unsigned char>(bytes.get(), 3 * pixels, 0, Pixel::u8);
+  T* const value = reinterpret_cast<T*>(values.get());
+  const T inverse = T(range / 255);
+  for (int i = 0; i < 3 * pixels; ++i) {  // divided, multiplied, or of another precision
+    const double level = bytes.get()[i];
+    value[i] = i % 3 == 0 ? T(level * range / 255) : i % 3 == 1 ? T(level) * inverse : T(float(level * range / 255));
+  }
+  const int64_t pixel_stride = channels_last ? 3 : 1, channel_stride = channels_last ? 1 : pixels;
+  const ImageView image = {value, pixel_stride, channel_stride, pixels, 255 / range};
+  const auto table = ernet::macenko::make_od_table(240, 0.15);
+  const ernet::cpu::MacenkoParameters parameters = {240, 1, 0.15, false};
+  const Strips strips = ernet::cpu::one_strip();
+  ImageView found = image;
+  const WholeLevels levels(type, found, strips);
+  if (found.levels == nullptr || std::memcmp(found.levels, bytes.get(), 3 * pixels) != 0) return false;
+  const ImageView expected = {bytes.get(), pixel_stride, channel_stride, pixels, 1.0};
+  if (!same_fit(ernet::cpu::macenko_fit(type, found, parameters, table, strips),
+                ernet::cpu::macenko_fit(Pixel::u8, expected, parameters, table, strips))) {
+    return false;
+  }
+  const double wrong[] = {1e-30, 0.3, 254.999, 255.01, 256, -1, -1e-30, HUGE_VAL, -HUGE_VAL, std::nan("")};
+  for (int i : {0, pixels, 3 * pixels - 1}) {
+    const T before = value[i];
+    for (double level : wrong) {
+      value[i] = T(level * range / 255);
+      ImageView other = image;
+      const WholeLevels none(type, other, strips);
+      if (other.levels != nullptr) return false;
+    }
+    value[i] = before;
+  }
+  return true;
 }
 
 }  // namespace
@@ -143,11 +192,25 @@ int main() {
       }
     }
   }
+  for (int pixels : {1, 513, 4097}) {
+    for (double range : {1.0, 255.0, 0.7}) {
+      for (bool channels_last : {false, true}) {
+        if (!bytes_are_found<float>(Pixel::f32, pixels, channels_last, range) ||
+            !bytes_are_found<double>(Pixel::f64, pixels, channels_last, range)) {
+          std::printf("whole levels are not known: %d pixels, range %g\n", pixels, range);
+          return 1;
+        }
+      }
+    }
+  }
   int fitted = 0;
   for (int pixels : {1, 2, 3, 5, 15, 16, 17, 31, 47, 48, 511, 512, 513, 1000, 2047, 2049, 5003, 20011}) {
     for (bool channels_last : {false, true}) {
       for (Pixel type : {Pixel::u8, Pixel::f32, Pixel::f64}) {
-        for (int kind = 0; kind < 3; ++kind) fitted += run(pixels, channels_last, type, kind);
+        for (int kind = 0; kind < 3; ++kind) {
+          fitted += run(pixels, channels_last, type, kind, false);
+          if (type != Pixel::u8 && kind == 0) fitted += run(pixels, channels_last, type, kind, true);
+        }
       }
     }
   }

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "macenko/cpu/levels.h"
 #include "memory/scratch.h"
 
 namespace ernet::cpu {
@@ -52,7 +53,7 @@ namespace {
 // Largest exponent of one input channel, and of the shift: with all four 2^z stays within float32.
 constexpr double kSingleExponent = 25.0;
 
-// True if every exponent M_ck OD_k of an 8-bit image, and the shift, is small enough; false for NaN.
+// True if every exponent M_ck OD_k of whole levels, and the shift, is small enough; false for NaN.
 bool fits_single(const double matrix[3][3], const double shift[3], const macenko::OdTable& table) {
   // OD falls with the level, so the ends bound the rest.
   const double od = std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
@@ -127,6 +128,7 @@ int64_t macenko_moments(Pixel type, const ImageView& image, const MacenkoParamet
 
 MacenkoImageFit macenko_fit(Pixel type, const ImageView& given, const MacenkoParameters& p,
                             const macenko::OdTable& table, const Strips& strips) {
+  if (given.levels != nullptr) return macenko_fit(Pixel::u8, byte_image(given), p, table, strips);
   ImageView image = given;
   Scratch words;
   if (macenko_loops(type).uses_words && image.pixels <= kMostKeptPixels) {
@@ -143,8 +145,8 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& given, const MacenkoPar
   });
 }
 
-Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
-                                   const macenko::OdTable& table, double io) {
+Reconstruction make_reconstruction(const double matrix[3][3], const double shift[3], const macenko::OdTable& table,
+                                   double io) {
   Reconstruction r = {};
   for (int c = 0; c < 3; ++c) {
     for (int k = 0; k < 3; ++k) r.matrix[c][k] = matrix[c][k];
@@ -152,7 +154,7 @@ Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const 
   }
   r.io = io;
   r.table = &table;
-  r.single = type == Pixel::u8 && fits_single(matrix, shift, table);
+  r.single = fits_single(matrix, shift, table);
   return r;
 }
 

@@ -42,8 +42,8 @@ MacenkoImageFit macenko_fit(Pixel type, const ImageView& image, const MacenkoPar
 
 // What the loops need for a reconstruction with `matrix` (macenko/steps/reconstruct.h) and `shift`, but for where to
 // write it.
-Reconstruction make_reconstruction(Pixel type, const double matrix[3][3], const double shift[3],
-                                   const macenko::OdTable& table, double io);
+Reconstruction make_reconstruction(const double matrix[3][3], const double shift[3], const macenko::OdTable& table,
+                                   double io);
 
 inline MacenkoImageFit no_fit(int32_t status) {
   const double nan = std::nan("");

@@ -38,6 +38,10 @@ struct ImageView {
   double scale;  // grey level of the value 1
   // Room for what a pass over an 8-bit image leaves to later ones, [3][pixels]; null: nothing is kept.
   int16_t* words = nullptr;
+  // The grey levels of a floating-point image that has whole ones alone, with the pixel stride of the image; null: not
+  // known to be so.
+  const uint8_t* levels = nullptr;
+  int64_t level_channel_stride = 0;
 };
 
 struct PixelSpan {
@@ -108,7 +112,7 @@ struct Reconstruction {
   double matrix[3][3];
   double shift[3];
   double io;
-  bool single;  // float32 holds the exponents: 8-bit images may be computed in it
+  bool single;  // float32 holds the exponents: whole levels may be reconstructed by factors
   const macenko::OdTable* table;
   void* out;
 };
@@ -127,6 +131,8 @@ struct Neighbours {
 };
 
 struct MacenkoLoops {
+  // Whether `count` consecutive values are whole levels within rounding, which are written; null for bytes.
+  bool (*whole_levels)(const void* values, int64_t count, double scale, uint8_t* levels);
   // Both read or write the image's `words`, if they are of any use to them.
   bool uses_words;
   void (*moments)(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
@@ -151,6 +157,10 @@ void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction*, int results);
+void reconstruct_levels_f32(const ImageView&, PixelSpan, const Reconstruction*, int results);
+void reconstruct_levels_f64(const ImageView&, PixelSpan, const Reconstruction*, int results);
+bool whole_levels_f32(const void* values, int64_t count, double scale, uint8_t* levels);
+bool whole_levels_f64(const void* values, int64_t count, double scale, uint8_t* levels);
 void moments_vbmi(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_vbmi(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_vbmi(const ImageView&, PixelSpan, const Reconstruction*, int results);

@@ -60,6 +60,10 @@ void reconstruct_strip(const ImageView& image, PixelSpan span, Pixel type, Recon
       block.data = planes;
       block.channel_stride = kScaledBlock;
     }
+    if (image.levels != nullptr) {
+      block.levels = image.levels + begin * image.pixel_stride;
+      block.level_channel_stride = image.level_channel_stride;
+    }
     loops.reconstruct(block, {0, count}, &r, 1);
     scale_block<T, Out>(level, block, out, table, static_cast<Out*>(out.data) + 3 * begin);
   }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "macenko/cpu/image.h"
+#include "macenko/cpu/levels.h"
 #include "macenko/operators.h"
 #include "memory/outputs.h"
 
@@ -24,6 +25,7 @@ using ernet::cpu::MacenkoImageFit;
 using ernet::cpu::Pixel;
 using ernet::cpu::Reconstruction;
 using ernet::cpu::Strips;
+using ernet::cpu::WholeLevels;
 using ernet::macenko::OdTable;
 using ernet::macenko::Parameters;
 using ernet::macenko::Recipe;
@@ -116,18 +118,18 @@ class CpuImages {
 
   void fit(const Parameters& p, const FitTensors& fits) const {
     const OdTable& table = od_table(p.io, p.beta);
-    for_each_image(in_, [&](int64_t i, const Strips& strips) {
-      write_fit(fits, i, ernet::cpu::macenko_fit(type_, view(i), p, table, strips));
+    for_each([&](int64_t i, const ImageView& image, const Strips& strips) {
+      write_fit(fits, i, ernet::cpu::macenko_fit(type_, image, p, table, strips));
     });
   }
 
   Tensor reconstruct(const Recipe& recipe, double io, const std::optional<NetworkScale>& scale) const {
     const Results results(*this, scale);
     const OdTable& table = od_table(io, 0.0);
-    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+    for_each([&](int64_t i, const ImageView& image, const Strips& strips) {
       MacenkoImageFit own;
       ernet::macenko::read_stain(recipe.source, i, own.stain, own.max_concentration);
-      results.reconstruct(i, recipe, true, own, table, io, strips);
+      results.reconstruct(i, image, recipe, true, own, table, io, strips);
     });
     return results.tensor;
   }
@@ -136,12 +138,12 @@ class CpuImages {
                              const FitTensors& fits) const {
     const Results results(*this, scale);
     const OdTable& table = od_table(p.io, p.beta);
-    for_each_image(in_, [&](int64_t i, const Strips& strips) {
-      const MacenkoImageFit own = ernet::cpu::macenko_fit(type_, view(i), p, table, strips);
+    for_each([&](int64_t i, const ImageView& image, const Strips& strips) {
+      const MacenkoImageFit own = ernet::cpu::macenko_fit(type_, image, p, table, strips);
       write_fit(fits, i, own);
       const bool fitted = own.status == ernet::macenko::kOk;
-      if (!fitted && recipe.identity) return results.write(i, nullptr, strips);
-      results.reconstruct(i, recipe, fitted, own, table, p.io, strips);
+      if (!fitted && recipe.identity) return results.write(i, image, nullptr, strips);
+      results.reconstruct(i, image, recipe, fitted, own, table, p.io, strips);
     });
     return results.tensor;
   }
@@ -149,7 +151,7 @@ class CpuImages {
   std::tuple<Tensor, Tensor, Tensor> reconstruct_stains(const Stains& source, const Stains& target, double io) const {
     const Results both(*this, {}), haematoxylin(*this, {}), eosin(*this, {});
     const OdTable& table = od_table(io, 0.0);
-    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+    for_each([&](int64_t i, const ImageView& image, const Strips& strips) {
       Replacement r = {};
       ernet::macenko::read_stain(source, i, r.from, r.from_max);
       ernet::macenko::read_stain(target, i, r.to, r.to_max);
@@ -158,7 +160,7 @@ class CpuImages {
       const Reconstruction results[] = {both.reconstruction(i, r, table, io),
                                         haematoxylin.reconstruction(i, h, table, io),
                                         eosin.reconstruction(i, e, table, io)};
-      ernet::cpu::macenko_reconstruct(type_, view(i), results, 3, strips);
+      ernet::cpu::macenko_reconstruct(type_, image, results, 3, strips);
     });
     return {both.tensor, haematoxylin.tensor, eosin.tensor};
   }
@@ -185,22 +187,21 @@ class CpuImages {
                                   double io) const {
       double matrix[3][3], shift[3];
       ernet::macenko::reconstruction_of(replacement, matrix, shift);
-      Reconstruction r = ernet::cpu::make_reconstruction(images_.type_, matrix, shift, table, io);
+      Reconstruction r = ernet::cpu::make_reconstruction(matrix, shift, table, io);
       if (!network_) r.out = images_.at(out_, index);
       return r;
     }
 
-    void reconstruct(int64_t index, const Recipe& recipe, bool fitted, const MacenkoImageFit& own, const OdTable& table,
-                     double io, const Strips& strips) const {
+    void reconstruct(int64_t index, const ImageView& image, const Recipe& recipe, bool fitted,
+                     const MacenkoImageFit& own, const OdTable& table, double io, const Strips& strips) const {
       const Replacement replacement =
           ernet::macenko::replacement_of(recipe, index, fitted, own.stain, own.max_concentration);
       const Reconstruction r = reconstruction(index, replacement, table, io);
-      write(index, &r, strips);
+      write(index, image, &r, strips);
     }
 
     // Image `index`, without `r` as it is.
-    void write(int64_t index, const Reconstruction* r, const Strips& strips) const {
-      const ImageView view = images_.view(index);
+    void write(int64_t index, const ImageView& view, const Reconstruction* r, const Strips& strips) const {
       if (network_) {
         ernet::cpu::NetworkInput out = first_;
         out.data = static_cast<unsigned char*>(first_.data) + index * 3 * view.pixels * int64_t(tensor.element_size());
@@ -237,6 +238,15 @@ class CpuImages {
     ernet::cpu::NetworkInput first_ = {};
     bool network_;
   };
+
+  // Calls body(index, image, strips) for every image.
+  template <class F> void for_each(const F& body) const {
+    for_each_image(in_, [&](int64_t i, const Strips& strips) {
+      ImageView image = view(i);
+      const WholeLevels levels(type_, image, strips);
+      body(i, image, strips);
+    });
+  }
 
   void* at(const DenseImages& images, int64_t index) const {
     return static_cast<unsigned char*>(images.data) + size_t(index * images.image_stride) * element_size_;

@@ -150,12 +150,20 @@ constexpr ByteLoops bytes = {true, moments_of_bytes, scan_bytes, reconstruct_byt
 #endif
 
 template <class T>
+static void reconstruct_levels(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
+  const auto loop = sizeof(T) == 1   ? bytes.reconstruct
+                    : sizeof(T) == 4 ? reconstruct_levels_f32
+                                     : reconstruct_levels_f64;
+  loop(image, span, r, results);
+}
+
+template <class T>
 static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
-  if constexpr (sizeof(T) == 1) {
+  if (sizeof(T) == 1 || image.levels != nullptr) {
     int single = 0;
     for (int j = 0; j < results; ++j) single += r[j].single;
-    if (single == results) return bytes.reconstruct(image, span, r, results);
-    if (single > 0) {  // each in its own precision
+    if (single == results) return reconstruct_levels<T>(image, span, r, results);
+    if (single > 0) {  // each in its own way
       for (int j = 0; j < results; ++j) reconstruct<T>(image, span, r + j, 1);
       return;
     }
@@ -181,10 +189,12 @@ static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruc
 
 extern const MacenkoLoops macenko_table[kNumPixelTypes];
 const MacenkoLoops macenko_table[kNumPixelTypes] = {
-    {bytes.uses_words, bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>,
+    {nullptr, bytes.uses_words, bytes.moments, bytes.scan, keys_of<uint8_t>, radix<uint8_t>, reconstruct<uint8_t>,
      bytes.reconstruct_scaled, select_order},
-    {false, moments<float>, scan_f32, keys_of<float>, radix<float>, reconstruct<float>, nullptr, select_order},
-    {false, moments<double>, scan_f64, keys_of<double>, radix<double>, reconstruct<double>, nullptr, select_order},
+    {whole_levels_f32, false, moments<float>, scan_f32, keys_of<float>, radix<float>, reconstruct<float>, nullptr,
+     select_order},
+    {whole_levels_f64, false, moments<double>, scan_f64, keys_of<double>, radix<double>, reconstruct<double>, nullptr,
+     select_order},
 };
 
 }  // namespace ernet::cpu::ERNET_ISA_NAMESPACE
