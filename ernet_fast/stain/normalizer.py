@@ -19,6 +19,7 @@ from ernet_fast.stain.target_module import TargetModule
 from ernet_fast.stain.torchstain_form import as_torchstain, check_compat, compat_of_backend, read_torchstain
 
 SETTINGS = "settings"
+_FITTED = torch.zeros(1, dtype=torch.int32, device="cpu")  # the status of every target; not to be written to
 
 
 def _option(name: str) -> property:
@@ -106,9 +107,10 @@ class MacenkoNormalizer(TargetModule):
     @property
     def target(self) -> MacenkoFit:
         """The target as `macenko_normalize` takes it."""
-        stain = self.HERef
-        status = torch.zeros(1, dtype=torch.int32, device=stain.device)
-        return MacenkoFit(stain.double().unsqueeze(0), self.maxCRef.double().unsqueeze(0), status)
+        stain, maximum = self._buffers["HERef"], self._buffers["maxCRef"]  # as attributes they are looked for last
+        assert stain is not None and maximum is not None
+        status = _FITTED if stain.is_cpu else torch.zeros(1, dtype=torch.int32, device=stain.device)
+        return MacenkoFit(stain.double().unsqueeze(0), maximum.double().unsqueeze(0), status)
 
     def fit(
         self,

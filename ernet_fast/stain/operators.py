@@ -130,9 +130,11 @@ def supported(images: torch.Tensor, *, like_result: bool = False) -> torch.Tenso
 
 def _arguments(images: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Float64 on the images' device, contiguous."""
-    done = all(part.dtype == torch.float64 and part.device == images.device for part in tensors)
-    moved = tensors if done else [to_device(part, images.device, torch.float64) for part in tensors]
-    return [part.contiguous() for part in moved]
+    device, float64 = images.device, torch.float64
+    return [
+        (part if part.dtype == float64 and part.device == device else to_device(part, device, float64)).contiguous()
+        for part in tensors
+    ]
 
 
 def _constant(tensor: torch.Tensor) -> torch.Tensor:

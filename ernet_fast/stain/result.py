@@ -78,16 +78,13 @@ def no_fit(count: int, status: MacenkoStatus, device: torch.device | str) -> Mac
     return MacenkoFit(stain, maximum, torch.full((count,), int(status), dtype=torch.int32, device=device))
 
 
-_OF_ONE = ((1, 3, 2), (1, 2), (1,))
-
-
 def check_fit(fit: MacenkoFit, count: int, name: str) -> MacenkoFit:
     """`fit` with a batch dimension; TypeError or ValueError if it is not that of one or `count` images."""
-    if not isinstance(fit, tuple) or len(fit) != 3 or not all(isinstance(part, torch.Tensor) for part in fit):
+    if not isinstance(fit, tuple) or len(fit) != 3 or not all([isinstance(part, torch.Tensor) for part in fit]):
         raise TypeError(f"{name} is a {type(fit).__name__}; expected the MacenkoFit that macenko_fit returns.")
-    if type(fit) is MacenkoFit and tuple(part.shape for part in fit) == _OF_ONE:
-        return fit  # as nearly all are
     stain, maximum, status = fit
+    if type(fit) is MacenkoFit and stain.shape == (1, 3, 2) and maximum.shape == (1, 2) and status.shape == (1,):
+        return fit  # as nearly all are
     stain = stain.unsqueeze(0) if stain.ndim == 2 else stain
     maximum = maximum.unsqueeze(0) if maximum.ndim == 1 else maximum
     status = status.unsqueeze(0) if status.ndim == 0 else status

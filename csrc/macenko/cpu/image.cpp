@@ -83,7 +83,7 @@ class ImageSample {
 
  private:
   static constexpr int64_t kPixelsPerSample = 32;
-  static constexpr int64_t kSmallSample = 1024;
+  static constexpr int64_t kSmallSample = 512;
   static constexpr int64_t kLargeSample = 8192;
 
   template <class T> void take(const ImageView& image, int64_t stride) {
