@@ -46,7 +46,7 @@ void over_channel_groups(int64_t channels, int64_t num_groups, int64_t values, c
 }
 
 template <typename A>
-std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& shape, Storage storage) {
+std::tuple<Tensor, Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& shape, Storage storage) {
   const int64_t index = static_cast<int64_t>(k.maps.size()) - 1;
   const int64_t width = shape.groups() * shape.C;
   const double count = static_cast<double>(shape.N * shape.P);
@@ -75,14 +75,14 @@ std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& s
   }
   Vectors<A> vectors;
   std::vector<int64_t> sizes = channel_sizes(shape);
+  Tensor b = cpu_output(sizes, vector_type(std::is_same_v<A, double>), sizeof(A));
   sizes.insert(sizes.begin(), index + 1);
   Tensor a = cpu_output(sizes, vector_type(std::is_same_v<A, double>), sizeof(A));
-  const std::unique_ptr<A[]> b(new A[static_cast<size_t>(width)]);
   const std::pair<const A*, const A*> own = {k.measure ? moments.back().get() : nullptr,
                                              k.measure ? moments.back().get() + width : nullptr};
   BlockCoefficients<A> args = forward_arguments<A>(vectors, k.table, index, k.epilogue, own, count, grouping);
   args.a = data_of<A>(a);
-  args.b = b.get();
+  args.b = data_of<A>(b);
   const std::vector<const void*> data = pointers(k.maps);
   const SumPass sum(shape, storage, k.maps[0], data, args.a, args.b, k.relu);
   over_channel_tiles(shape, index + 1, k.maps[0].element_size(), [&](const ChannelTile* tile) {
@@ -101,10 +101,10 @@ std::tuple<Tensor, Tensor> forward(const ForwardParameters& k, const MapShape& s
     over(tile, sum);
   });
   vectors.write_back();
-  return {sum.y, a};
+  return {sum.y, a, b};
 }
 
-std::tuple<Tensor, Tensor> er_block(const ForwardParameters& k) {
+std::tuple<Tensor, Tensor, Tensor> er_block(const ForwardParameters& k) {
   const MapChecker checker = checked_maps(k.maps);
   STD_TORCH_CHECK(k.maps[0].numel() > 0, "ernet: maps must not be empty; got ", shape_text(k.maps[0]));
   const Storage storage = storage_of(k.maps[0], "maps");
@@ -411,7 +411,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ernet, m) {
       "Tensor? gamma, Tensor? beta, Tensor(b!)? norm_mean, Tensor(c!)? norm_var, Tensor(d!)? norm_batches, "
       "float? norm_momentum, float norm_eps, Tensor? weight, Tensor(e!)? running_mean, Tensor(f!)? running_var, "
       "Tensor(g!)? batches, bool use_running, float? momentum, float eps, int num_groups, bool relu) "
-      "-> (Tensor y, Tensor a)");
+      "-> (Tensor y, Tensor a, Tensor b)");
   m.def(
       "er_block_backward(int index, Tensor z, Tensor? dy, Tensor? y, Tensor? a, Tensor[] later_dy, "
       "Tensor[] later_bits, Tensor[] later_a, Tensor[] later_db, Tensor[] later_weight, "

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ernet_fast.er import epilogue_composed, operators
+from ernet_fast.er import epilogue_composed, lean, operators
 from ernet_fast.er.epilogue_arguments import (
     BranchNorm,
     EpilogueState,
@@ -59,9 +59,9 @@ def er_block(
     """
     measure = measure or norm.norm == BranchNorm.BATCH
     if state.composed:
-        y, a = epilogue_composed.er_block(state, maps, norm, shortcut, measure=measure, relu=relu)
+        y, a, b = epilogue_composed.er_block(state, maps, norm, shortcut, measure=measure, relu=relu)
     else:
-        y, a = torch.ops.ernet.er_block.default(
+        y, a, b = torch.ops.ernet.er_block.default(
             maps, state.table, state.filed, state.measure, measure, *norm, *shortcut, state.eps, state.num_groups, relu
         )
     # let autograd know which running statistics were updated, as in-place operators of PyTorch do
@@ -81,6 +81,7 @@ def er_block(
     state.measured.append(measure)
     state.filed = len(maps)
     state.needs_dots |= measure or (state.measure and len(maps) > 1)
+    lean.remember(y, maps, a, b, relu)
     return y
 
 
@@ -139,10 +140,11 @@ def er_block_backward(
     return MapGradients(dz, state.none if dy is None else dy, relu_mask, db, dgamma, dbeta, earlier_dots)
 
 
-def _forward_fake(maps: list[Tensor], table: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _forward_fake(maps: list[Tensor], table: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     z, (*_, num_groups, _relu) = maps[-1], rest
     sizes = z.shape[:2] if num_groups else z.shape[1:2]
-    return torch.empty_like(z), z.new_empty((len(maps), *sizes), dtype=operators.acc_dtype(z))
+    a, b = (z.new_empty(shape, dtype=operators.acc_dtype(z)) for shape in ((len(maps), *sizes), sizes))
+    return torch.empty_like(z), a, b
 
 
 def _backward_fake(

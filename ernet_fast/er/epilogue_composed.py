@@ -36,13 +36,13 @@ def er_block(
     *,
     measure: bool,
     relu: bool,
-) -> tuple[Tensor, Tensor]:
-    """Y of the block of the last map, and a [maps, C] of its weighted sum."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y of the block of the last map, and a [maps, C] and b [C] of its weighted sum."""
     last = len(maps) - 1
     for index in range(state.filed, last):
         _file(state, index, maps[index], NO_NORM, ShortcutArguments(), state.measure)
     a, b = _file(state, last, maps[last], norm, shortcut, measure)
-    return operators.weighted_sum(maps, a, b, relu), a
+    return operators.weighted_sum(maps, a, b, relu), a, b
 
 
 def _file(

@@ -188,7 +188,7 @@ def check_shortcut_sum(maps: list[Tensor], dy: Tensor) -> None:
     terms = dy.numel() // dy.shape[1] * len(maps)
     weight = torch.randn(len(maps) - 1, dy.shape[1], generator=generator)
     table = new_table(dy, len(maps))
-    y, a = er_block(maps, table, weight, 0)
+    y, a, _ = er_block(maps, table, weight, 0)
     leaves = [t.double().requires_grad_() for t in (*maps, weight)]
     before = preactivation(leaves[:-1], leaves[-1])
     assert close(y, before.detach().relu(), terms)

@@ -118,7 +118,7 @@ def test_opcheck(layout):
         shortcut = ShortcutArguments(weight, *running[:2], None, running[2], 0.1)
         arguments = ([x, y, z], table, 0, not running[2], False, *NO_NORM, *shortcut, 1e-5, 0, True)
         torch.library.opcheck(OPS.er_block.default, arguments, test_utils=utils)
-        _, a = OPS.er_block(*arguments)
+        _, a, _ = OPS.er_block(*arguments)
         used = (mean, var) if running[2] else (None, None)
         for mask, needed in ((z, [True, True]), (None, [False, True])):
             backward = (x, [x, y], mask, weight, table, a, *used, 1e-5, needed)
