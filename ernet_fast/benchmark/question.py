@@ -138,7 +138,8 @@ def _ask(question: Question, seconds: float, wait: Callable[[], Any]) -> Answer:
     share = seconds / (len(question.others) + 1)
     for other in question.others:
         try:
-            chosen = _affordable(_by_image(other.prepare()), share, wait)
+            chosen = _by_image(other.prepare())
+            chosen = chosen if single else _affordable(chosen, share, wait)
             found, mine = [call() for call in chosen.values()], [results[image] for image in chosen]
             agreements[other.name] = question.agreement(*((found[0], mine[0]) if single else (found, mine)))
             calls[other.name] = chosen
