@@ -30,7 +30,7 @@ def varied_tissue(seed: int, height: int, width: int, tissue_share: float | None
     stains = np.stack([vector + rng.normal(0, 0.05, 3) for vector in (HAEMATOXYLIN, EOSIN)]).clip(0.02)
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     share = rng.uniform(0.3, 1.0) if tissue_share is None else tissue_share
-    regions, stroma = _smooth(rng, height, width, 60), _smooth(rng, height, width, 12)
+    regions, stroma = _smooth(rng, height, width, 60), _smooth(rng, height, width, 12).clip(0, 1)
     nuclei = _smooth(rng, height, width, 5)
     nuclei = np.clip(4 * (nuclei - np.quantile(nuclei, rng.uniform(0.6, 0.9))), 0, 1)
     covered = regions <= np.quantile(regions, share)
@@ -43,7 +43,6 @@ def varied_tissue(seed: int, height: int, width: int, tissue_share: float | None
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int, grain: int) -> np.ndarray:
-    """A random field [height, width] from 0 to 1 that changes over `grain` pixels."""
+    """A random field [height, width] of about 0 to 1 that changes over `grain` pixels."""
     coarse = rng.random((1, 1, height // grain + 3, width // grain + 3), dtype=np.float32)
-    field = interpolate(torch.from_numpy(coarse), size=(height, width), mode="bicubic")[0, 0]
-    return field.clamp(0, 1).numpy()
+    return interpolate(torch.from_numpy(coarse), size=(height, width), mode="bicubic")[0, 0].numpy()
