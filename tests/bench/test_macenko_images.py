@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import macenko_calls
 import macenko_images
 import numpy as np
 import pytest
+import torch
 from macenko_images import ADVERSARIAL, SIZES, adversarial, different_images, tissue_pixels
 from tissue import varied_tissue
 
@@ -68,3 +70,20 @@ def test_adversarial_images_are_what_they_are_called(kind):
 def test_the_sets_and_sizes_are_those_of_the_documents():
     assert list(SIZES) == ["64x64", "96x96", "224x224", "700x460", "1024x1024"]
     assert macenko_images.SETS[-1] == "torchstain"
+
+
+def test_each_contestant_is_given_the_images_in_its_own_form():
+    images = [varied_tissue(seed, 48, 64) for seed in range(5)]
+    names = (*macenko_calls.OWN, "torchstain numpy")
+    calls = macenko_calls.calls_of(names, "normalize", images, varied_tissue(9, 80, 80), most=3)
+    assert list(calls["ernet_fast"]) == list(calls["ernet_fast channels-last"]) == list(range(5))
+    for number, image in enumerate(images):
+        contiguous, channels_last = (calls[who][number]() for who in macenko_calls.OWN)
+        assert torch.equal(contiguous, channels_last) and contiguous.shape == (1, 3, 48, 64)
+        assert channels_last.is_contiguous(memory_format=torch.channels_last)
+        assert np.shares_memory(macenko_calls.tensor_of(image, "channels-last").numpy(), image)
+    if "torchstain numpy" in calls:
+        assert list(calls["torchstain numpy"]) == [0, 2, 4], "fewer images, at even distances"
+        (found,) = calls["torchstain numpy"][2]()
+        own = calls["ernet_fast"][2]()[0].permute(1, 2, 0).numpy()
+        assert np.abs(found.astype(int) - own).max() <= 1
