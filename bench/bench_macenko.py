@@ -2,8 +2,8 @@
 
 Every contestant, fitted to the same target, cycles through the images: one call an image a round, interleaved image by
 image with the other packages. An image's time is the median of its rounds; a row has percentiles and the largest over
-the images, and the ratio to each package as the median and the least of the images' own ratios. At 700x460 and
-1024x1024 other packages get fewer of the images, and their rows say how many. Images are real where the data is, else
+the images, and the ratio to each package as the median and the least of the images' own ratios. From 224x224 on
+other packages get fewer of the images, and their rows say how many. Images are real where the data is, else
 generated (macenko_images.py); each row says which.
 
 `copy_time` is the least that memory allows: the image read once and, for normalisation, the result written once, at
@@ -35,7 +35,9 @@ from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
 
 COUNTS = {"700x460": 64, "1024x1024": 64}  # of images; of smaller ones:
 COUNT = 128
-PEER_COUNTS = {"700x460": 16, "1024x1024": 8}
+PEER_COUNTS = {"224x224": 64, "700x460": 16, "1024x1024": 8}  # of smaller ones all
+BUDGETS = {"224x224": 12}  # seconds; of other sizes:
+BUDGET = 6
 SMALL = ("64x64", "96x96")
 ISA = (_backend.build_info() or {"isa": "portable"})["isa"]
 RATIO, SMALL_RATIO = f"ratio_torchstain_torch >= {RATIOS[ISA]}", "ratio_torchstain_torch >= 25"
@@ -103,7 +105,7 @@ def test_one_image(interleave_images, record_row, most_images, target, operation
     def timed(only):
         names = [only] if only else [*OWN, *PEERS]
         calls = calls_of(names, operation, images.arrays, target, PEER_COUNTS.get(size, COUNT))
-        return interleaved.time_over_images(calls, rounds=15, budget=6)
+        return interleaved.time_over_images(calls, rounds=15, budget=BUDGETS.get(size, BUDGET))
 
     found = interleave_images(timed)
     info = {**copy_of(3 * height * width, 2 if operation == "normalize" else 1), "images_from": images.origin}
