@@ -1,12 +1,16 @@
-"""How fast are Macenko normalisation and fit on one CPU thread, against other packages?
+"""How fast are Macenko normalisation and fit on one CPU thread, on many different images, against other packages?
 
-Each group is one operation on one image of one size, every package fitted to the same target and interleaved, so that
-ratios are within one run. `copy_time` is the least that memory allows: the image read once and, for
-normalisation, the result written once, at the bandwidth of a copy of as many bytes in the same run.
-No implementation comes near: an exact fit has to see the image at least three times, and its arithmetic costs more
-than the bytes.
+Every contestant, fitted to the same target, cycles through the images: one call an image a round, interleaved image by
+image with the other packages. An image's time is the median of its rounds; a row has percentiles and the largest over
+the images, and the ratio to each package as the median and the least of the images' own ratios. From 224x224 on
+other packages get fewer of the images, and their rows say how many. Images are real where the data is, else
+generated (macenko_images.py); each row says which.
 
-Run: python3 dev.py bench bench/bench_macenko.py
+`copy_time` is the least that memory allows: the image read once and, for normalisation, the result written once, at
+the bandwidth of a copy of as many bytes in the same run. No implementation comes near: an exact fit has to see the
+image at least three times, and its arithmetic costs more than the bytes.
+
+Run: python3 dev.py bench bench/bench_macenko.py [--images N]
 Peers are measured where they import (ernet_fast/benchmark/macenko_peers.py says how to install them);
 torchstain's come with the project.
 """
@@ -14,7 +18,6 @@ torchstain's come with the project.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,14 +25,27 @@ import pytest
 import torch
 from contestants import contestants
 from copy_floor import copy_seconds_per_byte
-from macenko_images import SIZES, large_image
-from measured import key_of
-from this_tree import macenko_peers
+from macenko_calls import OWN, PEERS, calls_of, tensor_of
+from macenko_images import ADVERSARIAL, SIZES, Images, adversarial, different_images, large_image
+from macenko_isa import CONTESTANTS, RATIOS, times_on
+from this_tree import interleaved, processor
 
+from ernet_fast import _backend
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit, macenko_normalize
 
-MEMORY = {"ernet_fast": torch.contiguous_format, "ernet_fast channels-last": torch.channels_last}
-DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float64": torch.float64}
+COUNTS = {"700x460": 64, "1024x1024": 64}  # of images; of smaller ones:
+COUNT = 128
+PEER_COUNTS = {"224x224": 64, "700x460": 16, "1024x1024": 8}  # of smaller ones all
+BUDGETS = {"224x224": 12}  # seconds; of other sizes:
+BUDGET = 6
+SMALL = ("64x64", "96x96")
+ISA = (_backend.build_info() or {"isa": "portable"})["isa"]
+RATIO, SMALL_RATIO = f"ratio_torchstain_torch >= {RATIOS[ISA]}", "ratio_torchstain_torch >= 25"
+NO_SLOW_IMAGE = ["p99_of_median <= 1.25", "max_of_median <= 1.6"]
+DTYPES: dict[str, tuple[torch.dtype, float]] = {  # by how much of the time of uint8 each may take
+    "uint8": (torch.uint8, 1), "float32 from bytes": (torch.float32, 3), "float32": (torch.float32, 5),
+    "float64": (torch.float64, 5), "float16": (torch.float16, 5), "bfloat16": (torch.bfloat16, 5),
+}  # fmt: skip
 OVERHEAD_SIZE, OVERHEAD_TARGET = "64x64", 60
 OVERHEAD_CALLS = (
     "macenko_normalize of a tensor",
@@ -37,19 +53,17 @@ OVERHEAD_CALLS = (
     "MacenkoNormalizer of a tensor",
     "macenko_fit of a tensor",
 )
-TARGET = "ratio_torchstain_torch >= 30"
-Call = Callable[[], Any]
-PEERS = {peer.name: peer for peer in macenko_peers.peers_on("cpu")}
+COMMON = "common tissue"
 
 
 @pytest.fixture(scope="module")
-def image() -> np.ndarray:
-    return large_image()
+def target() -> np.ndarray:
+    return np.ascontiguousarray(large_image()[:300, :300])
 
 
-@pytest.fixture(scope="module")
-def target(image: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(image[:300, :300])
+@functools.lru_cache(maxsize=1)  # those of 1024x1024 take 200 MB
+def images_of(size: str, count: int) -> Images:
+    return different_images(size, count)
 
 
 @pytest.fixture(autouse=True)
@@ -66,51 +80,99 @@ def copy_of(size: int, accesses: int) -> dict[str, Any]:
     }
 
 
-def own_calls(operation: str, image: np.ndarray, target: np.ndarray) -> dict[str, Call]:
-    batch, fitted = macenko_peers.planar(image)[None], macenko_fit(target)
-    batches = {name: batch.contiguous(memory_format=memory) for name, memory in MEMORY.items()}
+def targets_of(operation: str, size: str) -> list[str]:
     if operation == "fit":
-        return {name: functools.partial(macenko_fit, given) for name, given in batches.items()}
-    return {name: functools.partial(macenko_normalize, given, fitted) for name, given in batches.items()}
+        return [] if size in SMALL else [RATIO]
+    return [SMALL_RATIO if size in SMALL else RATIO, *NO_SLOW_IMAGE]
 
 
-@contestants(*MEMORY, *PEERS)
-@pytest.mark.parametrize("size", SIZES)
+def against_torchstain(found: Any, who: str) -> dict[str, Any]:
+    """Ratios to the other packages, and torchstain torch as the peer of the tables."""
+    ratios = {key: value for key, value in found.ratios(who).items() if "ernet_fast" not in key}
+    if "torchstain torch" not in found.times:
+        return ratios
+    peer = {"peer": "torchstain torch", "peer_p50": found.medians()["torchstain torch"]}
+    return {**ratios, **peer, "ratio": ratios["ratio_torchstain_torch"]}
+
+
+@contestants(*OWN, *PEERS)
 @pytest.mark.parametrize("operation", ["normalize", "fit"])
-def test_one_image(interleave, record_row, image, target, operation, size, who):
+@pytest.mark.parametrize("size", SIZES)
+def test_one_image(interleave_images, record_row, most_images, target, operation, size, who):
     height, width = SIZES[size]
-    crop = np.ascontiguousarray(image[:height, :width])
+    images = images_of(size, most_images(COUNTS.get(size, COUNT)))
 
-    def make():
-        given, to = macenko_peers.planar(crop), macenko_peers.planar(target)
-        peers = {
-            name: lambda peer=peer: peer.normalize(given[None], to) if operation == "normalize" else peer.fit(given)
-            for name, peer in PEERS.items()
-        }
-        theirs, missing = macenko_peers.working(peers)
-        for name, reason in missing.items():
-            print(f"not measured: {name}: {reason}")
-        return {**own_calls(operation, crop, target), **theirs}
+    def timed(only):
+        names = [only] if only else [*OWN, *PEERS]
+        calls = calls_of(names, operation, images.arrays, target, PEER_COUNTS.get(size, COUNT))
+        return interleaved.time_over_images(calls, rounds=15, budget=BUDGETS.get(size, BUDGET))
 
-    found = interleave(make, rounds=15, budget=6)
-    medians = found.medians()
-    info = {**copy_of(crop.size, 2 if operation == "normalize" else 1), "title": f"{operation} {size}, {who}"}
-    if who in MEMORY:
-        info |= {f"ratio_{key_of(peer)}": medians[peer] / medians[who] for peer in PEERS if peer in medians}
-        info |= {"target": TARGET} if "torchstain torch" in medians and size != OVERHEAD_SIZE else {}
+    found = interleave_images(timed)
+    info = {**copy_of(3 * height * width, 2 if operation == "normalize" else 1), "images_from": images.origin}
+    if who in OWN:
+        info |= {**against_torchstain(found, who), "isa": ISA, "target": targets_of(operation, size)}
+    elif len(found.times[who]) < len(images.arrays):
+        info["images_from"] += f"; {len(found.times[who])} of these alone, as it takes long"
     where = {"operation": operation, "size": size, "pixels": height * width, "who": who, "threads": 1}
-    name = f"{operation} {size} {who}"
-    record_row(f"{operation} {size}", **found.percentiles(who), name=name, params=where, **info)
+    name, title = f"{operation} {size} {who}", f"{operation} {size}, {who}"
+    record_row(f"{operation} {size}", **found.figures(who), name=name, params=where, title=title, **info)
 
 
-def batch_of_64(image: np.ndarray) -> torch.Tensor:
-    tiles = [image[y : y + 224, x : x + 224] for y in range(0, 1000, 125) for x in range(0, 1000, 125)]
+@contestants(*CONTESTANTS)
+@pytest.mark.parametrize("isa", RATIOS)
+def test_instruction_sets(interleave_images, record_row, most_images, isa, who):
+    """Each in a process of its own."""
+    variants = (_backend.build_info() or {"isa_variants": []})["isa_variants"]
+    if isa not in variants or isa not in processor.processor()["instruction_sets"]:
+        pytest.skip(f"this CPU or this build has no {isa}")
+    count = most_images(COUNT)
+    found = interleave_images(lambda only: times_on(isa, count, only))
+    if who == OWN[0]:
+        group = "normalize 224x224 by instruction set"
+        info = {"images_from": images_of("224x224", count).origin, **against_torchstain(found, who)}
+        record_row(
+            group, **found.figures(who), name=f"normalize 224x224 ISA {isa}", title=f"normalize 224x224, {isa}", **info,
+            params={"operation": "normalize", "isa": isa, "threads": 1},
+            target=[f"ratio_torchstain_torch >= {RATIOS[isa]}", *NO_SLOW_IMAGE],
+        )  # fmt: skip
+
+
+@contestants(COMMON, *ADVERSARIAL)
+def test_adversarial_images(interleave_images, record_row, most_images, target, who):
+    """Images that are hard on a search for percentiles, against the median of common ones in the same run."""
+    common = images_of("224x224", most_images(COUNT)).arrays[: most_images(32)]
+    fitted = macenko_fit(target)
+
+    def timed(only):
+        calls = {}
+        for kind in (COMMON, *ADVERSARIAL) if only is None else (only,):
+            arrays = common if kind == COMMON else [adversarial(kind, seed) for seed in range(most_images(8))]
+            calls[kind] = {
+                number: functools.partial(macenko_normalize, tensor_of(image), fitted)
+                for number, image in enumerate(arrays)
+            }
+        return interleaved.time_over_images(calls, rounds=15, budget=4)
+
+    found = interleave_images(timed)
+    if who != COMMON:
+        figures = found.figures(who)
+        over_common = {"peer": "common images", "max_of_common": figures["max"] / found.medians()[COMMON]}
+        record_row(
+            "normalize 224x224, adversarial images", **figures, name=f"normalize 224x224 adversarial {who}",
+            params={"operation": "normalize", "adversarial": who, "threads": 1}, title=f"normalize 224x224, {who}",
+            peer_p50=found.medians()[COMMON], target="max_of_common <= 3", images_from="made for this", **over_common,
+        )  # fmt: skip
+
+
+def batch_of_64(count: int) -> torch.Tensor:
+    images = images_of("224x224", count).arrays
+    tiles = [images[number % len(images)] for number in range(64)]
     return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
 
 
 @contestants("1", "2")
-def test_threads_on_a_batch_of_64(interleave, record_row, image, target, who):
-    batch, fitted = batch_of_64(image), macenko_fit(target)
+def test_threads_on_a_batch_of_64(interleave, record_row, most_images, target, who):
+    batch, fitted = batch_of_64(most_images(COUNT)), macenko_fit(target)
 
     def on(threads: int) -> torch.Tensor:
         torch.set_num_threads(threads)
@@ -127,36 +189,72 @@ def test_threads_on_a_batch_of_64(interleave, record_row, image, target, who):
     record_row(group, **found.percentiles(who), name=name, params=where, title=title, **info)
 
 
+def of_dtype(name: str, image: np.ndarray, number: int) -> torch.Tensor:
+    """The image as [1, 3, H, W]: its bytes, these over 255, or values of [0, 1] that no byte has."""
+    pixels, dtype = tensor_of(image), DTYPES[name][0]
+    if name == "uint8":
+        return pixels
+    unit = pixels.double() / 255
+    if name != "float32 from bytes":
+        generator = torch.Generator().manual_seed(number)
+        unit = (unit + (torch.rand(unit.shape, generator=generator, dtype=unit.dtype) - 0.5) / 255).clamp(0, 1)
+    return unit.to(dtype)
+
+
 @contestants(*DTYPES)
-def test_dtypes(interleave, record_row, image, target, who):
-    """Floating-point images are worked on in float64 throughout."""
-    crop = torch.from_numpy(image[:224, :224].transpose(2, 0, 1).copy())[None]
-    normalize = functools.partial(macenko_normalize, target=macenko_fit(target))
-    calls = {name: functools.partial(normalize, crop.to(dtype)) for name, dtype in DTYPES.items()}
-    found = interleave(lambda: calls, rounds=15, budget=3)
+def test_dtypes(interleave_images, record_row, most_images, target, who):
+    """A dozen images: bytes; float32 in [0, 1] that began as bytes; other values in [0, 1] in every dtype."""
+    images = images_of("224x224", most_images(COUNT))
+    dozen, fitted = images.arrays[: most_images(12)], macenko_fit(target)
+
+    def call_of(name, image, number):
+        scale = {} if name == "uint8" else {"range": 1}
+        return functools.partial(macenko_normalize, of_dtype(name, image, number), fitted, **scale)
+
+    def timed(only):
+        calls = {
+            name: {number: call_of(name, image, number) for number, image in enumerate(dozen)}
+            for name in ([only] if only else DTYPES)
+        }
+        return interleaved.time_over_images(calls, rounds=15, budget=5)
+
+    found = interleave_images(timed)
+    dtype, most = DTYPES[who]
+    info: dict[str, Any] = copy_of(3 * 224 * 224 * dtype.itemsize, 2)
+    if who != "uint8":
+        middle, least = interleaved.ratios(found.of_images(who), found.of_images("uint8"))
+        info |= {"times_uint8": 1 / middle, "worst_times_uint8": 1 / least, "target": f"times_uint8 <= {most:g}"}
     record_row(
-        "normalize 224x224 by dtype", **found.percentiles(who), name=f"normalize 224x224 {who}",
-        params={"operation": "normalize", "dtype": who, "threads": 1}, title=f"normalize 224x224, {who}",
-        **copy_of(crop.numel() * DTYPES[who].itemsize, 2),
+        "normalize 224x224 by dtype", **found.figures(who), name=f"normalize 224x224 {who}",
+        params={"operation": "normalize", "dtype": who, "threads": 1}, title=f"normalize 224x224, {who}", **info,
     )  # fmt: skip
 
 
 @contestants(*OVERHEAD_CALLS)
-def test_call_overhead(interleave, record_row, image, target, who):
+def test_call_overhead(interleave_images, record_row, most_images, target, who):
     """A whole call on a small image, its pixels' work included."""
-    height, width = SIZES[OVERHEAD_SIZE]
-    array = np.ascontiguousarray(image[:height, :width])
-    tile = macenko_peers.planar(array)
+    images = images_of(OVERHEAD_SIZE, most_images(64))
     fitted, normalizer = macenko_fit(target), MacenkoNormalizer().fit(target)
-    calls: tuple[Call, ...] = (
-        lambda: macenko_normalize(tile, fitted),
-        lambda: macenko_normalize(array, fitted),
-        lambda: normalizer(tile),
-        lambda: macenko_fit(tile),
-    )
-    found = interleave(lambda: dict(zip(OVERHEAD_CALLS, calls, strict=True)), rounds=50, budget=8)
+
+    def calls_on(array: np.ndarray):
+        tile = tensor_of(array)[0]
+        return (
+            lambda: macenko_normalize(tile, fitted),
+            lambda: macenko_normalize(array, fitted),
+            lambda: normalizer(tile),
+            lambda: macenko_fit(tile),
+        )
+
+    def timed(only):
+        of_image = [dict(zip(OVERHEAD_CALLS, calls_on(array), strict=True)) for array in images.arrays]
+        names = [only] if only else OVERHEAD_CALLS
+        calls = {name: {number: calls[name] for number, calls in enumerate(of_image)} for name in names}
+        return interleaved.time_over_images(calls, rounds=25, budget=4)
+
+    found = interleave_images(timed)
     targets = {"target": f"p50 <= {OVERHEAD_TARGET}"} if "normalize" in who.lower() else {}
     record_row(
-        f"call {OVERHEAD_SIZE}", **found.percentiles(who, "us"), name=f"call {OVERHEAD_SIZE} {who}",
-        params={"call": who, "threads": 1}, title=f"a whole call on {OVERHEAD_SIZE}, {who}", **targets,
+        f"call {OVERHEAD_SIZE}", **found.figures(who, "us"), name=f"call {OVERHEAD_SIZE} {who}",
+        params={"call": who, "threads": 1}, title=f"a whole call on {OVERHEAD_SIZE}, {who}",
+        images_from=images.origin, **targets,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Fixtures of the benches, which are pytest-benchmark's: `pytest bench --benchmark-only` and all its options work.
 
-`interleave` times contestants together (contestants.py); `record_row` writes a row to a record as the bench finishes,
-with `--record FOLDER` (python3 dev.py bench gives it), and puts what is known beside the times into `extra_info`.
+`interleave` times contestants together (contestants.py), `interleave_images` on many images; `record_row` writes a row
+to a record as the bench finishes, with `--record FOLDER` (python3 dev.py bench gives it), and puts what is known beside
+the times into `extra_info`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # torch.compile would start processes of its own, which go on working while contestants are timed; read when first used
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-from contestants import Interleaver, Measured, mark, name_of
+from contestants import Interleaver, Measured, OverImages, mark, name_of
 from machine import describe
 from progress import Progress, Session, by_importance
 from record import Record, Row
@@ -38,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--resume", action="store_true", help="leave out those that are noted there")
     parser.addoption("--minutes", type=float, help="begin no bench after so many")
     parser.addoption("--compiled", action="store_true", help="also peers under torch.compile")
+    parser.addoption("--images", type=int, metavar="N", help="of the benches over many images: N at most")
     parser.addoption("--alone", action="store_true", help="time each contestant without its peers, and nothing else")
 
 
@@ -107,9 +109,42 @@ def alone(request: pytest.FixtureRequest, make: Callable[[], Any], options: dict
     if who not in calls:
         pytest.skip(f"{who} is not measured here")
     calls[who]()
-    times = Measured(time_interleaved({who: calls[who]}, **options)).percentiles(who)
-    request.getfixturevalue("record_row")("alone", name=request.node.name, params={}, **times)
+    row_alone(request, Measured(time_interleaved({who: calls[who]}, **options)).percentiles(who))
+
+
+def row_alone(request: pytest.FixtureRequest, figures: dict[str, Any]) -> None:
+    """The row of a contestant that was timed without its peers; the rest of the bench is skipped."""
+    request.getfixturevalue("record_row")("alone", name=request.node.name, params={}, **figures)
     pytest.skip("timed alone")
+
+
+@pytest.fixture
+def interleave_images(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., OverImages]:
+    """interleave_images(timed): times over many images; `timed(only)` times one contestant, or all for None.
+
+    It returns contestant -> image -> seconds, as `time_over_images`. As with `interleave`, --alone ends the bench.
+    """
+
+    def measure(timed: Callable[[str | None], dict[str, dict[int, list[float]]]]) -> OverImages:
+        if not request.config.getoption("--alone"):
+            return INTERLEAVER.of_case(request, lambda: OverImages(timed(None)))
+        who = request.node.callspec.params["who"]
+        found = OverImages(timed(who))
+        if who not in found.times:
+            pytest.skip(f"{who} is not measured here")
+        row_alone(request, found.figures(who))
+        return found
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def most_images(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """most_images(count): so many images, or as few as --images asks for."""
+    most = request.config.getoption("--images")
+    if most is not None and most < 2:
+        raise pytest.UsageError(f"--images {most}; expected 2 or more")
+    return lambda count: count if most is None else min(count, most)
 
 
 @pytest.fixture

@@ -9,13 +9,16 @@ show every contestant, and a ratio is always of one interleaved measurement.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
-from measured import Measured
+from measured import Measured, OverImages
 from this_tree import time_interleaved
 
 Calls = Mapping[str, Callable[[], Any]]
+Found = TypeVar("Found", Measured, OverImages)
+INTERLEAVED = {"interleave", "interleave_images"}
+"""The fixtures that time contestants."""
 
 
 class ReplayClock:
@@ -59,7 +62,7 @@ def name_of(item: Any) -> str:
 def mark(items: Sequence[pytest.Item]) -> None:
     """Give each interleaved bench the replay clock, and a group of the contestants of its case."""
     for item in items:
-        if "interleave" in getattr(item, "fixturenames", ()):
+        if INTERLEAVED & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{item.path.stem}: {name_of(item)}"))
 
 
@@ -67,22 +70,32 @@ class Interleaver:
     """Times a case when its first contestant asks, and keeps the times, of the last case alone, for the others."""
 
     def __init__(self) -> None:
-        self.case, self.times = "", {}
+        self.case, self.kept = "", None
 
     def measure(self, request: pytest.FixtureRequest, make: Callable[[], Calls], **options: Any) -> Measured:
         """The times of the bench's case; `make` gives its calls, `options` are those of `time_interleaved`."""
-        who, benchmark = request.node.callspec.params["who"], request.getfixturevalue("benchmark")
-        calls: Calls = {}
-        case = f"{request.path}::{name_of(request.node)}"
-        if self.case != case:
+
+        def timed() -> Measured:
             calls = make()
             for call in calls.values():  # compiles, chooses algorithms, fills caches
                 call()
-            self.case, self.times = case, time_interleaved(calls, **options)
-        if who not in self.times:
+            return Measured(time_interleaved(calls, **options), dict(calls))
+
+        found = self.of_case(request, timed)
+        self.kept = found._replace(calls={})  # only the first has them: they hold memory
+        return found
+
+    def of_case(self, request: pytest.FixtureRequest, timed: Callable[[], Found]) -> Found:
+        """What `timed` finds, or has found for another contestant of the case."""
+        who, benchmark = request.node.callspec.params["who"], request.getfixturevalue("benchmark")
+        case = f"{request.path}::{name_of(request.node)}"
+        if self.case != case:
+            self.kept = timed()
+            self.case = case
+        found: Any = self.kept
+        if who not in found.times:
             pytest.skip(f"{who} is not measured here")
-        CLOCK.replay(self.times[who], benchmark)
-        found = Measured(self.times, dict(calls))
-        first, *_ = self.times
+        CLOCK.replay(found.values(who), benchmark)
+        first, *_ = found.times
         benchmark.extra_info |= {"contestant": who, "times_slower": found.medians()[who] / found.medians()[first]}
         return found

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from this_tree import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "triton", "torchstain", "stainx", "torch-staintools", "tiatoolbox")
 SOURCES = ("setup.py", "csrc", "ernet_fast", "tests")
@@ -53,14 +55,6 @@ def commit_of(root: Path = ROOT) -> tuple[str, bool]:
     return commit, bool(output_of("git", "status", "--porcelain", "--untracked-files=no", root=root))
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -81,10 +75,12 @@ def of_gpu(*fields: str) -> str:
 def describe(kind: str, root: Path = ROOT) -> dict[str, Any]:
     """The description of this machine and tree: `kind` is "cpu" or "gpu", what the rows are measured on."""
     commit, dirty = commit_of(root)
+    cpu = processor.processor()
     found: dict[str, Any] = {
         "kind": kind,
         "name": f"cpu-{cores()}-cores",
-        "cpu": processor(),
+        "cpu": cpu["name"],
+        "processor": cpu,
         "cores": cores(),
         "system": platform.system(),
         "python": platform.python_version(),

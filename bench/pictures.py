@@ -10,6 +10,7 @@ from er_tables import EPILOGUES, by_setting, typical
 from macenko_tables import OPERATIONS, OWN, one_image
 from record import Row
 from records import Records
+from tables import cpu_name
 
 BARS = (
     ("naive_ms", "naive, eager", "#b8b8b8"),
@@ -74,7 +75,7 @@ def macenko(records: Records) -> Any:
     figure = Figure(figsize=(11, 5.6), layout="constrained")
     panels = figure.subplots(1, len(OPERATIONS), sharey=True)
     for panel, operation in zip(panels, OPERATIONS, strict=True):
-        found = [row for (what, *_), (row, _) in one_image(records).items() if what == operation]
+        found = [row for (what, *_), (row, _) in one_image(records.of("cpu")).items() if what == operation]
         found.sort(key=lambda row: row.params["pixels"])
         for who, style in STYLES.items():
             mine = [row for row in found if row.params["who"] == who]
@@ -90,8 +91,10 @@ def macenko(records: Records) -> Any:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("images per second")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    cpu = records.of("cpu")[0].machine["cpu"]
-    figure.suptitle(f"Macenko on one core ({cpu}), every package interleaved in one run", fontsize=10)
+    cpu = cpu_name(records.of("cpu")[0].machine)
+    many = any("images" in row.extra_info for row, _ in one_image(records.of("cpu")).values())
+    what = "medians over many images" if many else "one image"
+    figure.suptitle(f"Macenko on one core ({cpu}), {what}, interleaved in one run", fontsize=10)
     return figure
 
 

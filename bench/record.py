@@ -14,6 +14,9 @@
         peer, peer_p50    what it is compared with, interleaved in the same run, in the same unit
         ratio             how many times better than the peer; computed from the two where it is not given
         ratio_<name>      the same where there are several peers: ratio_naive, ratio_compiled, ratio_plain
+        images            how many different images p20, p50, p80 are over, each with the median of `repeats` times
+        p90 p99 max       over the images; p99_of_median, max_of_median: as multiples of p50
+        worst_ratio_<name>  ratio_<name> is the median over the images, this the least of them
         copy_time         what the bytes to move take at the copy bandwidth, in the same unit (for a rate, the most)
         copy_why          one line on how the bytes were counted, and which bandwidth was meant
         share_of_copy     p50 against copy_time; above 1 where caches held bytes; computed if not given
@@ -43,6 +46,8 @@ FORMAT = 1
 STATUSES = ("measured", "pass", "FAIL", "skipped", "no time left")
 # What must agree before two runs are one record
 IDENTITY = ("kind", "name", "cpu", "driver", "packages", "python", "commit", "sources")
+# The same, but for records from before it was recorded
+IDENTITY_IF_KNOWN = ("processor",)
 LEAST_REPEATS = 5
 MORE_IS_BETTER = ("GB/s", "TFLOP/s", "images/s")
 # Keys of earlier records -> keys of now; a "floor" was always bytes over copy bandwidth, which caches can beat
@@ -195,7 +200,8 @@ def _in_words_of_now(row: dict[str, Any]) -> dict[str, Any]:
 
 def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> dict[str, Any]:
     """One description of two runs, which must be of one tree on one machine."""
-    for key in IDENTITY:
+    both = [key for key in IDENTITY_IF_KNOWN if key in before and key in now]
+    for key in (*IDENTITY, *both):
         if before.get(key) != now.get(key):
             raise ValueError(
                 f"{name}: {key} was {before.get(key)!r} and is {now.get(key)!r}. One record holds runs of one tree on "
@@ -203,7 +209,7 @@ def merged_machine(before: Mapping[str, Any], now: Mapping[str, Any], name: str)
             )
     clocks = before.get("clocks", [])
     clocks = clocks + [seen for seen in now.get("clocks", []) if seen not in clocks]
-    return {**before, "dirty": bool(before.get("dirty") or now.get("dirty")), "clocks": clocks}
+    return {**now, **before, "dirty": bool(before.get("dirty") or now.get("dirty")), "clocks": clocks}
 
 
 def _write(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:

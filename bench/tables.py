@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from record import Row, Target
 from records import OLDER, Records
+from this_tree import processor
 
 NONE = "–"
 NOT_MEASURED = "Not measured."
@@ -28,6 +29,12 @@ def time_of(milliseconds: float | None) -> str:
     if milliseconds is None:
         return NONE
     return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
+
+
+def cpu_name(machine: Mapping[str, Any], isa: str | None = None) -> str:
+    """Name, family and instruction set: "AMD EPYC, family 25 model 1 (Zen 3), AVX2"."""
+    found = machine.get("processor")
+    return processor.processor_text(found, isa) if found else f"{machine['cpu']}, family not recorded"
 
 
 def title_of(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Modules of ernet_fast/benchmark of this tree, by file: `dev.py bench --compare` times the package of another one."""
+"""Modules of ernet_fast of this tree, by file: `dev.py bench --compare` times the package of another one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-FOLDER = Path(__file__).resolve().parent.parent / "ernet_fast" / "benchmark"
+FOLDER = Path(__file__).resolve().parent.parent / "ernet_fast"
 
 
 def module(name: str) -> ModuleType:
-    """Load one of the modules that import nothing from the package."""
-    known = f"benchmark_of_this_tree_{name}"
+    """Load one of the modules that import nothing from the package, such as "benchmark/interleaved"."""
+    known = f"ernet_fast_of_this_tree_{name.replace('/', '_')}"
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
         assert spec is not None and spec.loader is not None
@@ -21,6 +22,12 @@ def module(name: str) -> ModuleType:
     return sys.modules[known]
 
 
-interleaved = module("interleaved")
-macenko_peers = module("macenko_peers")
+interleaved, processor = module("benchmark/interleaved"), module("processor")
 percentiles, time_interleaved = interleaved.percentiles, interleaved.time_interleaved
+
+
+def __getattr__(name: str) -> Any:
+    """`macenko_peers`, loaded when it is asked for: it imports torch, which a description of the machine does not."""
+    if name == "macenko_peers":
+        return module("benchmark/macenko_peers")
+    raise AttributeError(name)

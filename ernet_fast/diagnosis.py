@@ -7,8 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ import torch
 from ernet_fast import __version__, _backend
 from ernet_fast.er.operators import supports_device
 from ernet_fast.models.stage import ERStage
+from ernet_fast.processor import processor
 
 # Module, distribution, extra that brings it, purpose.
 _PACKAGES = (
@@ -54,22 +53,16 @@ def diagnose() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
+    cpu = processor()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu["name"],
+        "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _package(module: str, distribution: str, extra: str, purpose: str) -> dict[str, Any]:

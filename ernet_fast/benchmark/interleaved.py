@@ -16,6 +16,10 @@ SLICE = 0.02
 MOST_CALLS = 1000
 LEAST_ROUNDS = 5
 """Fewer are no basis for a median, and none for 20th and 80th percentiles."""
+SHORT = 0.005
+"""Calls that take less feel what the contestant before has left in the caches."""
+ImageTimes = dict[str, dict[int, list[float]]]
+"""Contestant -> image -> seconds, a value a round."""
 
 
 def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
@@ -24,6 +28,69 @@ def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]
         raise ValueError("values is empty; expected at least one number.")
     tenths = statistics.quantiles([*values, *values[:1]] if len(values) == 1 else values, n=10, method="inclusive")
     return {f"p{10 * tenth}": scale * tenths[tenth - 1] for tenth in (2, 5, 8)}
+
+
+def over_images(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """`percentiles` of one time an image, and their 90th, 99th and the largest as p90, p99 and max."""
+    found = percentiles(values, scale)
+    hundredths = statistics.quantiles([*values, *values[:1]] if len(values) == 1 else values, n=100, method="inclusive")
+    return {**found, "p90": scale * hundredths[89], "p99": scale * hundredths[98], "max": scale * max(values)}
+
+
+def ratios(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
+    """How many times longer the other takes than the own, image by image: the median, and the least.
+
+    Images that one of them lacks do not count.
+    """
+    found = [other[image] / own[image] for image in own if image in other]
+    if not found:
+        raise ValueError("no image is timed by both.")
+    return statistics.median(found), min(found)
+
+
+def time_over_images(
+    contestants: Mapping[str, Mapping[int, Callable[[], Any]]],
+    rounds: int,
+    budget: float = math.inf,
+    wait: Callable[[], Any] = lambda: None,
+    least_rounds: int = LEAST_ROUNDS,
+) -> ImageTimes:
+    """Seconds of single calls on many images: a round goes through all images, and calls every contestant on each.
+
+    A contestant thus meets an image again only after all the others, as users' images come: no branch predictor knows
+    it. A call shorter than `SHORT` follows an untimed one of the same contestant on the image before, so that it finds
+    that contestant's code and tables in the caches, and not those of another.
+
+    Args:
+        contestants: the calls by name and number of the image; a slow contestant may have fewer images.
+        rounds: how many rounds at most, after one that does not count.
+        budget: once so many seconds are spent, no round follows the first `least_rounds`.
+        wait: called before the clock is read, such as `torch.cuda.synchronize`.
+        least_rounds: how many rounds are made in any case, `rounds` permitting.
+    """
+    images = sorted({image for calls in contestants.values() for image in calls})
+    times: ImageTimes = {name: {image: [] for image in sorted(calls)} for name, calls in contestants.items()}
+    quickest = dict.fromkeys(contestants, math.inf)
+    before = {name: calls[max(calls)] for name, calls in contestants.items()}
+    begin, done = time.perf_counter(), -1
+    while done < rounds and (done < least_rounds or time.perf_counter() - begin < budget):
+        for image in images:
+            for name, calls in contestants.items():
+                if image not in calls:
+                    continue
+                if quickest[name] < SHORT:
+                    before[name]()
+                    wait()
+                call = before[name] = calls[image]
+                start = time.perf_counter()
+                call()
+                wait()
+                seconds = time.perf_counter() - start
+                if done >= 0:
+                    times[name][image].append(seconds)
+                quickest[name] = min(quickest[name], seconds)
+        done += 1
+    return times
 
 
 def time_interleaved(

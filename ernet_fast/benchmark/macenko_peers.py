@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,19 @@ class MacenkoPeer:
 
     def normalize(self, images: Tensor, target: Tensor) -> Call:
         """A call that normalises images [B, 3, H, W] uint8 towards a target [3, H, W] on their device, all prepared."""
-        peer, given = self.make(images.device.type), self.arguments(images)
+        (call,) = self.normalize_each([images], target)
+        return call
+
+    def normalize_each(self, batches: Iterable[Tensor], target: Tensor) -> list[Call]:
+        """A call for each of the batches, by one normaliser."""
+        peer = self.make(target.device.type)
         if self.fitted is not None:
             self.fitted(peer, self.arguments(target[None])[0])
-        return lambda: [self.apply(peer, one) for one in given]
+
+        def call_of(given: Sequence[Any]) -> Call:
+            return lambda: [self.apply(peer, one) for one in given]
+
+        return [call_of(self.arguments(images)) for images in batches]
 
     def fit(self, image: Tensor) -> Call:
         """A call that fits one image [3, H, W] uint8."""

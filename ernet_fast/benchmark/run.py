@@ -29,25 +29,29 @@ class BenchmarkConfig:
         device: "auto", "cpu" or "cuda".
         only: "macenko" or "er"; None for both.
         compiled: compare with torch.compile too, which takes half a minute to compile where nothing is cached.
+        images: a folder of images to normalise; None for generated ones.
     """
 
     seconds: float = 100.0
     device: str = "auto"
     only: str | None = None
     compiled: bool = True
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.seconds < 86400:
             raise ValueError(f"seconds={self.seconds:g}; expected at least 1, and less than a day.")
         if self.only is not None and self.only not in KINDS:
             raise ValueError(f"only={self.only!r}; expected one of {', '.join(KINDS)}.")
+        if self.images is not None and self.only == "er":
+            raise ValueError(f"images={self.images!r}: only='er' normalises none. Leave one of them out.")
 
 
 def planned(config: BenchmarkConfig, device: torch.device) -> list[tuple[float, Callable[[], Question]]]:
     """Each question's weight in the time there is, and how to make it; made one by one, only one holds memory."""
     found: list[tuple[float, Callable[[], Question]]] = []
     if config.only != "er":
-        found += [(1.0, question) for question in stain_questions(device)]
+        found += [(1.0, question) for question in stain_questions(device, config.images)]
     if config.only != "macenko":
         found += [(1.5, partial(shortcut_sum, device, config.compiled)), (1.5, partial(training_step, device))]
     return found
@@ -72,11 +76,12 @@ def wait_for(device: torch.device) -> Callable[[], Any]:
 
 
 def run_benchmark(config: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]:
-    """All figures, as plain values: `version`, `machine`, `device`, `packages`, `compiled_operators`, `answers`.
+    """All figures, as plain values: `version`, `machine`, `device`, `packages`, `compiled_operators`, `isa`, `answers`.
 
     Raises:
         RuntimeError: a result of this library is wrong; no speed is reported then.
-        ValueError: there is no such device.
+        ValueError: there is no such device, or the folder has no image to measure.
+        FileNotFoundError, NotADirectoryError: there is no such folder.
     """
     device = device_of(config.device)
     wait = wait_for(device)
@@ -96,5 +101,6 @@ def run_benchmark(config: BenchmarkConfig, reporter: Reporter) -> dict[str, Any]
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "packages": {package["name"]: package["version"] for package in found["packages"] if package["version"]},
         "compiled_operators": found["extension"]["available"],
+        "isa": (found["extension"]["build"] or {}).get("isa"),
         "answers": answers,
     }

@@ -8,6 +8,7 @@ from typing import Any
 from ernet_fast.console.tables import format_table
 
 HEADER = ["", "median", "20 to 80 %", "per second", "times slower", "result"]
+IMAGES_HEADER = ["", "images", "median", "90 %", "99 %", "worst", "per second", "times slower", "at least", "result"]
 
 
 def duration(milliseconds: float) -> str:
@@ -24,22 +25,34 @@ def rate(per_second: float) -> str:
 
 def answer_text(answer: dict[str, Any]) -> str:
     """One question's table, and who could not be measured."""
+    over_images = "images" in answer["figures"][0]
+    cells = _cells_over_images if over_images else _cells
     rows = [
         [
             figure["name"] + (f" {figure['version']}" if figure["version"] else ""),
-            duration(figure["p50_ms"]),
-            f"{duration(figure['p20_ms'])} to {duration(figure['p80_ms'])}",
-            rate(figure["items_per_second"]),
-            "" if number == 0 else f"{figure['times_slower']:.3g}",
+            *cells(figure, number == 0),
             "same" if figure["same_result"] else "another *",
         ]
         for number, figure in enumerate(answer["figures"])
     ]
     threads = "1 thread" if answer["threads"] == 1 else f"{answer['threads']} threads"
-    lines = [f"{answer['title']} ({threads})", format_table(HEADER, rows)]
+    lines = [f"{answer['title']} ({threads})", format_table(IMAGES_HEADER if over_images else HEADER, rows)]
     lines += [f"* {one['name']}: {one['agreement']}" for one in answer["figures"] if not one["same_result"]]
     lines += [f"not measured: {one['name']}: {one['reason']}" for one in answer["missing"]]
     return "\n".join(lines)
+
+
+def _cells(figure: dict[str, Any], own: bool) -> list[str]:
+    spread = f"{duration(figure['p20_ms'])} to {duration(figure['p80_ms'])}"
+    slower = "" if own else f"{figure['times_slower']:.3g}"
+    return [duration(figure["p50_ms"]), spread, rate(figure["items_per_second"]), slower]
+
+
+def _cells_over_images(figure: dict[str, Any], own: bool) -> list[str]:
+    """Times over the images; of the images' own ratios the median and the least."""
+    times = [duration(figure[f"{key}_ms"]) for key in ("p50", "p90", "p99", "max")]
+    slower = ["", ""] if own else [f"{figure[key]:.3g}" for key in ("times_slower", "least_times_slower")]
+    return [str(figure["images"]), *times, rate(figure["items_per_second"]), *slower]
 
 
 def picture(figures: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ from ernet_fast.benchmark.show import answer_text, picture
 from ernet_fast.cli.streams import print_json
 from ernet_fast.console.atomic_file import write_json
 from ernet_fast.console.progress import Reporter
+from ernet_fast.processor import caches_text, processor_text
 
 FOLDER = "ernet-fast-bench"
 
@@ -32,6 +33,10 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.add_argument("--seconds", type=float, default=default.seconds, metavar="S", help=seconds)
     parser.add_argument("--device", choices=DEVICES, default=default.device, help="default: auto")
     parser.add_argument("--only", choices=KINDS, help="one half of it")
+    images = (
+        "normalise images of this folder (PNG, JPEG, TIFF; cut to 224 x 224 and 700 x 460) instead of generated ones"
+    )
+    parser.add_argument("--images", metavar="FOLDER", help=images)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", metavar="FOLDER", help=f"for bench.json and bench.png (default: {FOLDER})")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON; writes files with --out alone")
@@ -40,7 +45,9 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure; returns 0."""
-    config = BenchmarkConfig(arguments.seconds, arguments.device, arguments.only, not arguments.no_compile)
+    config = BenchmarkConfig(
+        arguments.seconds, arguments.device, arguments.only, not arguments.no_compile, arguments.images
+    )
     folder = None if arguments.json and arguments.out is None else Path(arguments.out or FOLDER)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(figures)
         return 0
     machine, device, torch = figures["machine"], figures["device"], figures["packages"]["torch"]
-    print(f"{machine['processor']}, {machine['cores']} cores; {device}; torch {torch}")
+    print(f"{processor_text(machine['cpu'], figures['isa'])}, {machine['cores']} cores; {device}; torch {torch}")
+    if caches := caches_text(machine["cpu"]):
+        print(caches)
     for answer in figures["answers"]:
         print(f"\n{answer_text(answer)}")
     if folder is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from ernet_fast.cli.streams import print_json
 from ernet_fast.console.tables import format_table
 from ernet_fast.diagnosis import diagnose
+from ernet_fast.processor import caches_text, processor_text
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -31,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     machine, extension = found["machine"], found["extension"]
     print(f"ernet_fast {found['version']}, Python {machine['python']}, {machine['system']}")
-    print(f"{machine['processor']}, {machine['cores']} cores, torch uses {machine['threads']} threads\n")
+    cpu = ", ".join(filter(None, (processor_text(machine["cpu"]), caches_text(machine["cpu"]))))
+    print(f"{cpu}, {machine['cores']} cores, torch uses {machine['threads']} threads\n")
     packages = [{**package, "version": package["version"] or "missing"} for package in found["packages"]]
     _print_table(packages, name="package", version="version", extra="extra", note="note")
     if extension["available"]:

@@ -33,6 +33,16 @@ def test_sleep(interleave, record_row, size, who):
     found = interleave(make, rounds=6, slice_seconds=0.0)
     if who == "own":
         record_row("sleep", **found.figures("own"), target="ratio_peer >= 2")
+@contestants("own", "peer")
+def test_images(interleave_images, record_row, most_images, who):
+    def timed(only):
+        every = {"own": {0: [0.001, 0.002], 1: [0.003, 0.003], 2: [0.004, 0.004]}, "peer": {0: [0.03], 2: [0.01]}}
+        return {name: images for name, images in every.items() if only in (None, name)}
+
+    found = interleave_images(timed)
+    assert most_images(100) == 7
+    if who == "own":
+        record_row("over images", **found.figures("own"), **found.ratios("own"))
 """
 
 
@@ -55,11 +65,14 @@ def run(tmp_path):
 
 
 def test_every_contestant_is_a_benchmark_of_one_interleaved_measurement(run, tmp_path):
-    printed = run("--benchmark-json", tmp_path / "found.json", "--record", tmp_path / "record", "--benchmark-autosave")
-    assert "4 passed, 2 skipped" in printed, "absent is skipped, once a case"
+    files = "--benchmark-json", tmp_path / "found.json", "--record", tmp_path / "record"
+    printed = run(*files, "--images", 7, "--benchmark-autosave")
+    assert "6 passed, 2 skipped" in printed, "absent is skipped, once a case"
     assert (tmp_path / "made.txt").read_text().split() == ["1", "2"], "a case is timed once"
     document = json.loads((tmp_path / "found.json").read_text())
     found = {one["name"]: one for one in document["benchmarks"]}
+    images = {f"test_images[{who}]": {"own": 3, "peer": 2}[who] for who in ("own", "peer")}
+    assert {name: found.pop(name)["stats"]["rounds"] for name in images} == images, "a round an image"
     assert set(found) == {f"test_sleep[{size}-{who}]" for size in (1, 2) for who in ("own", "peer")}
     own, peer = found["test_sleep[1-own]"], found["test_sleep[1-peer]"]
     assert own["group"] == peer["group"] == "bench_planted: sleep[1]"
@@ -70,12 +83,27 @@ def test_every_contestant_is_a_benchmark_of_one_interleaved_measurement(run, tmp
 
     (path,) = (tmp_path / "record").glob("*.json")
     rows = {row.name: row for row in read(path)[1]}
+    assert_over_images(rows.pop("images"))
     assert set(rows) == {"sleep[1]", "sleep[2]"}
     row = rows["sleep[1]"]
     assert row.p50 == pytest.approx(1e3 * own["stats"]["median"], rel=1e-4) and row.repeats == 6
     assert row.extra_info["ratio_peer"] == pytest.approx(peer["extra_info"]["times_slower"], rel=1e-4)
     assert own["extra_info"]["ratio_peer"] == row.extra_info["ratio_peer"] and row.params == {"size": 1}
     assert "1 passed" in run("--benchmark-compare", "-k", "1-own")
+
+
+def assert_over_images(row):
+    """Percentiles are of the images' medians, ratios the images' own."""
+    info = row.extra_info
+    assert (row.p50, info["max"], info["images"], row.repeats) == (3, 4, 3, 2)
+    assert info["p99"] == pytest.approx(3.98) and info["max_of_median"] == pytest.approx(4 / 3, rel=1e-4)
+    assert info["ratio_peer"] == pytest.approx((0.03 / 0.0015 + 2.5) / 2) and info["worst_ratio_peer"] == 2.5
+
+
+def test_images_of_a_contestant_alone(run, tmp_path):
+    run("-k", "images", "--record", tmp_path / "record", "--images", 7, "--alone")
+    ((_, rows),) = [read(path) for path in (tmp_path / "record").glob("*.json")]
+    assert {row.name: row.p50 for row in rows} == {"test_images[own]": 3, "test_images[peer]": 20}
 
 
 def test_a_replayed_time_is_the_time_that_was_measured():

@@ -99,6 +99,18 @@ def test_runs_of_one_tree_are_one_record_and_others_are_not(tmp_path):
     assert len(read(first.path)[1]) == 2
 
 
+def test_a_record_from_before_the_cpu_had_numbers_takes_more_rows(tmp_path):
+    record = Record.of(machine(), tmp_path)
+    record.add(row("a"))
+    cpu = {"name": "Some CPU", "vendor": "AuthenticAMD", "family": 25, "model": 1}
+    Record(record.path, machine(processor=cpu)).add(row("b"))
+    found, rows = read(record.path)
+    assert found["processor"] == cpu and [r.name for r in rows] == ["a", "b"]
+    with pytest.raises(ValueError, match="processor was .*25.* and is .*26"):
+        Record(record.path, machine(processor={**cpu, "family": 26})).add(row("c"))
+    Record(record.path, machine()).add(row("d"))
+
+
 def test_a_changed_tree_has_a_record_of_its_own(tmp_path):
     assert Record.of(machine(dirty=True), tmp_path).path.stem == "cpu-2-cores-20261123-012345678-changed-feedbe"
 

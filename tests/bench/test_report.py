@@ -6,6 +6,7 @@ import er_tables
 import macenko_tables
 import pictures
 import pytest
+import record_tables
 import target_tables
 from gpu_case import GpuCase
 from record import Record, Row, without_figures
@@ -132,6 +133,28 @@ def test_pictures_are_drawn_and_only_have_to_be_there(tmp_path, monkeypatch):
     assert update_pictures(tmp_path, records, check=True) == []
 
 
+def test_the_cpu_is_named_by_its_numbers(folder, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- table source -->\n<!-- end of source -->\n")
+    cpu = {"name": "Some CPU", "vendor": "AuthenticAMD", "family": 25, "model": 1, "stepping": 1,
+           "caches": {"L2": 524288}, "instruction_sets": ["portable", "avx2"]}  # fmt: skip
+    assert "(Some CPU, family not recorded; torch" in rows_source(folder)
+    Record.of({**LATER, "time": "2026-11-25T12:00:00+00:00", "processor": cpu}, folder).add(row("a", 1.0))
+    assert "(Some CPU, family 25 model 1 (Zen 3), AVX2; caches L2 512 KiB; torch" in rows_source(folder)
+    assert [one.p50 for one in Records(folder).rows("cpu")] == [1.0], "the earlier records may be of another family"
+    assert [len(group) for group in Records(folder).cpus()] == [1, 2]
+
+
+def rows_source(folder):
+    return record_tables.source(Records(folder))
+
+
+def test_rows_over_images_show_the_worst(tmp_path):
+    info = {"images": 64, "p99": 3.0, "max": 4.0, "peer": "torchstain torch", "peer_p50": 60.0, "ratio": 29.0}
+    Record.of(MACHINE, tmp_path).add(row("a", 2.0, worst_ratio_torchstain_torch=14.0, **info))
+    assert "| 3, 4 of 64 | torchstain torch 60 ms | 29, worst 14 |" in rows_of("cpu")(Records(tmp_path))
+
+
 def test_rows_of_another_machine_are_left_out(folder):
     Record.of({**MACHINE, "cpu": "Another", "commit": "777777777"}, folder).add(row("elsewhere", 1.0))
     assert "elsewhere" not in {one.name for one in Records(folder).rows("cpu")}
@@ -155,7 +178,8 @@ def test_ratios_of_the_readme_are_within_one_record(tmp_path):
     Record.of(MACHINE, tmp_path).add(macenko_row("ernet_fast", 2.0), macenko_row("stainx", 50.0))
     Record.of(LATER, tmp_path).add(macenko_row("ernet_fast", 1.0), macenko_row("torchstain torch", 30.0))
     text = macenko_tables.speed("normalize")(Records(tmp_path))
-    assert "| **1 ms** |" in text and "50 ms (25x)" in text and "30 ms (30x)" in text
+    assert "| **1 ms**; not recorded |" in text
+    assert "| 50 ms: 25x; not recorded * |" in text and "| 30 ms: 30x; not recorded |" in text
 
 
 def test_means_are_no_stages_of_the_readme(tmp_path):

@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from ernet_fast.benchmark import Agreement, BenchmarkConfig, Contestant, Question, er_questions, question, run
-from ernet_fast.benchmark.interleaved import percentiles, time_interleaved
+from ernet_fast.benchmark import (
+    Agreement,
+    BenchmarkConfig,
+    Contestant,
+    Question,
+    er_questions,
+    interleaved,
+    question,
+    run,
+    stain_questions,
+)
+from ernet_fast.benchmark.interleaved import over_images, percentiles, ratios, time_interleaved, time_over_images
 from ernet_fast.benchmark.macenko_peers import as_levels
 from ernet_fast.benchmark.question import ask
 from ernet_fast.benchmark.show import answer_text, duration, picture, rate
 from ernet_fast.benchmark.stain_questions import macenko, same_levels, tissue
+from ernet_fast.benchmark.users_images import UsersImages
 from ernet_fast.console.progress import Reporter
 
 CPU = torch.device("cpu")
@@ -124,6 +135,126 @@ def test_percentiles(values, expected):
         percentiles([])
 
 
+def test_percentiles_over_images():
+    found = over_images(range(101), 2.0)
+    assert found == pytest.approx({"p20": 40, "p50": 100, "p80": 160, "p90": 180, "p99": 198, "max": 200})
+    assert set(over_images([3.0]).values()) == {3.0}
+
+
+def test_ratios_are_those_of_images():
+    assert ratios({0: 1.0, 1: 2.0, 2: 4.0}, {0: 10.0, 2: 20.0, 3: 1.0}) == (7.5, 5.0)
+    with pytest.raises(ValueError, match="no image"):
+        ratios({0: 1.0}, {1: 1.0})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that calls move on: clock(seconds, note) makes such a call."""
+    now = [0.0]
+    monkeypatch.setattr(interleaved, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(question, "time", interleaved.time)
+
+    def call_of(seconds, note=nothing):
+        def call():
+            now[0] += seconds
+            note()
+            return seconds
+
+        return call
+
+    return call_of
+
+
+def test_a_contestant_meets_an_image_again_after_all_others(clock):
+    """Short calls follow one on the image before that does not count, long ones do not."""
+    order = []
+
+    def calls_of(name, seconds, images):
+        return {image: clock(seconds, lambda image=image: order.append((name, image))) for image in images}
+
+    calls = {"slow": calls_of("slow", 0.006, (0, 2)), "quick": calls_of("quick", 0.001, range(3))}
+    times = time_over_images(calls, rounds=2)
+    assert times["slow"] == {0: pytest.approx([0.006] * 2), 2: pytest.approx([0.006] * 2)}
+    assert times["quick"] == {image: pytest.approx([0.001] * 2) for image in range(3)}
+    one_round = [("slow", 0), ("quick", 2), ("quick", 0), ("quick", 0), ("quick", 1), ("slow", 2), ("quick", 1),
+                 ("quick", 2)]  # fmt: skip
+    assert order[-16:] == one_round * 2
+    assert [one for one in order if one[0] == "slow"] == [("slow", 0), ("slow", 2)] * 3
+    assert len(time_over_images(calls, rounds=9, budget=0.0)["quick"][0]) == 5, "fewer are no median"
+
+
+def test_figures_over_images(clock):
+    """An image's ratio is its own: the slow image of the library does not stand against the quick one of the peer."""
+
+    def contestant_of(name, *seconds):
+        return Contestant(name, lambda: [clock(value) for value in seconds])
+
+    def verify(results):
+        assert results == [0.002, 0.004], results
+
+    others = [contestant_of("peer", 0.008, 0.008)]
+    given = Question("q", "t", contestant_of("ernet_fast", 0.002, 0.004), others, verify, same_list, threads=1)
+    first, second = ask(given, 60, nothing).figures
+    assert first["images"] == second["images"] == 2 and first["repeats"] == 25
+    assert first["p50_ms"] == pytest.approx(3) and first["max_ms"] == pytest.approx(4)
+    assert first["p99_ms"] == pytest.approx(3.98) and first["items_per_second"] == pytest.approx(1e3 / 3)
+    assert (first["times_slower"], first["least_times_slower"]) == (1, 1)
+    assert (second["times_slower"], second["least_times_slower"]) == pytest.approx((3, 2))
+    text = answer_text({"title": "t", "threads": 1, "figures": [first, second], "missing": []})
+    assert "worst" in text and "at least" in text
+
+
+def same_list(found, mine):
+    return Agreement(len(found) == len(mine), "of one length")
+
+
+def test_a_slow_contestant_gets_fewer_images(clock):
+    calls = {image: clock(0.01) for image in range(9)}
+    assert list(question._affordable(calls, 0.0, nothing)) == [0, 3, 5, 8]
+    assert list(question._affordable(calls, 60.0, nothing)) == list(range(9))
+    assert list(question._affordable({0: nothing}, 0.0, nothing)) == [0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images with tissue, one without, one too small, a hidden one and no image."""
+    pil = pytest.importorskip("PIL.Image")
+    (tmp_path / "below").mkdir()
+    left, right = tissue(2, 64, 64)
+    images = {"a.png": np.concatenate([left, right], axis=1), "below/b.jpg": left, "white.png": left * 0 + 250}
+    images |= {"small.png": left[:30], ".hidden.png": left}
+    for name, image in images.items():
+        pil.fromarray(image).save(tmp_path / name)
+    (tmp_path / "damaged.png").write_bytes(b"nothing")
+    return tmp_path
+
+
+def test_images_of_the_users_own(folder, monkeypatch):
+    found = UsersImages(folder).of_size(60, 60, 9)
+    assert len(found) == 3 and all(image.shape == (60, 60, 3) for image in found), "the crops do not overlap"
+    assert len({image.tobytes() for image in found}) >= 2 and len(UsersImages(folder).of_size(60, 60, 2)) == 2
+    monkeypatch.setattr(stain_questions, "COUNTS", {(60, 60): 2, (100, 100): 2})
+    (made,) = stain_questions.stain_questions(CPU, str(folder))
+    asked_of = made()
+    assert asked_of.title.startswith("Macenko, 2 of your images of 60 x 60")
+    asked_of.verify([call() for call in asked_of.own.prepare()])
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="none of 0 PNG, JPEG and TIFF files"):
+        stain_questions.stain_questions(CPU, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        UsersImages(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        UsersImages(tmp_path / "file")
+
+
+def test_generated_images_differ():
+    found = tissue(9, 48, 48)
+    assert len({image.tobytes() for image in found}) == 9
+
+
 def test_levels_of_every_kind_of_result():
     levels = np.arange(2 * 4 * 5 * 3).reshape(2, 4, 5, 3).astype(np.int16)
     planar = torch.from_numpy(levels.transpose(0, 3, 1, 2).copy())
@@ -199,11 +330,12 @@ def test_the_whole_run_asks_every_question(monkeypatch):
         return question.Answer(asked_question.name, "t", 1, 1)
 
     monkeypatch.setattr(run, "ask", answered)
+    monkeypatch.setattr(stain_questions, "COUNTS", {(224, 224): 2, (460, 700): 1})
     found = run.run_benchmark(BenchmarkConfig(seconds=60, device="cpu", compiled=False), Reporter(quiet=True))
     assert [name for name, _ in names] == [
         "macenko-224",
-        "macenko-700x460",
         "macenko-batch",
+        "macenko-700x460",
         "er-shortcut",
         "er-resnet50",
     ]
@@ -213,7 +345,12 @@ def test_the_whole_run_asks_every_question(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"seconds": 0}, "seconds=0"), ({"seconds": float("nan")}, "seconds=nan"), ({"only": "x"}, "only='x'")],
+    [
+        ({"seconds": 0}, "seconds=0"),
+        ({"seconds": float("nan")}, "seconds=nan"),
+        ({"only": "x"}, "only='x'"),
+        ({"only": "er", "images": "f"}, "images='f'"),
+    ],
 )
 def test_wrong_configurations(options, words):
     with pytest.raises(ValueError, match=words):

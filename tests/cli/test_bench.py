@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from ernet_fast.benchmark import run, stain_questions
+from ernet_fast.diagnosis import diagnose
+from ernet_fast.processor import processor_text
 
 
 @pytest.fixture(autouse=True)
 def small_question(monkeypatch):
-    """One small image in place of the questions."""
+    """A few small images in place of the questions."""
 
     def small():
-        images = stain_questions.tissue(1, 40, 40)
-        return stain_questions.macenko("m", "Macenko, small", images, torch.device("cpu"), 1)
+        images = stain_questions.tissue(3, 40, 40)
+        return stain_questions.macenko("m", "Macenko, small", images, torch.device("cpu"), 1, each=True)
 
-    monkeypatch.setattr(run, "stain_questions", lambda device: [small])
+    monkeypatch.setattr(run, "stain_questions", lambda device, images: [small])
 
 
 def bench(call, *more):
@@ -34,6 +36,9 @@ def test_table(call, tmp_path, monkeypatch):
     kept = sorted(path.name for path in (tmp_path / "ernet-fast-bench").iterdir())
     assert kept == ["bench.json", "bench.png"] and "written to ernet-fast-bench" in called.out
     assert "Macenko, small (1 thread)" in called.out and "ernet_fast" in called.out and "times slower" in called.out
+    cpu = diagnose()["machine"]["cpu"]
+    assert called.out.startswith(cpu["name"]) and processor_text(cpu).rpartition(", ")[0] in called.out
+    assert "99 %" in called.out and "worst" in called.out and "at least" in called.out
 
 
 def test_json_alone_writes_nothing(call, tmp_path, monkeypatch):
@@ -45,7 +50,8 @@ def test_json_and_files(call, tmp_path):
     called = bench(call, "--json", "--out", tmp_path / "a" / "b")
     assert called.code == 0 and called.json == json.loads((tmp_path / "a" / "b" / "bench.json").read_text())
     (answer,) = called.json["answers"]
-    assert answer["figures"][0]["name"] == "ernet_fast" and answer["figures"][0]["p50_ms"] > 0
+    own = answer["figures"][0]
+    assert own["name"] == "ernet_fast" and own["images"] == 3 and 0 < own["p50_ms"] <= own["p99_ms"] <= own["max_ms"]
     assert called.json["packages"]["torch"] and called.json["device"] == "cpu"
     assert (tmp_path / "a" / "b" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
@@ -74,7 +80,13 @@ def test_a_wrong_result_is_exit_code_1_and_no_figure(call, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["--seconds", "0"], "seconds=0"), (["--only", "x"], "invalid choice"), (["x"], "usage")]
+    ("arguments", "words"),
+    [
+        (["--seconds", "0"], "seconds=0"),
+        (["--only", "x"], "invalid choice"),
+        (["x"], "usage"),
+        (["--only", "er", "--images", "x"], "Leave one of them out"),
+    ],
 )
 def test_wrong_usage(call, arguments, words):
     called = call("bench", *arguments)
