@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ernet_fast.er.norm_relu import batch_norm_relu
 from ernet_fast.models.pooling import global_pooling
-from ernet_fast.models.stage import ERStage, check_input, checkpoint_stage
+from ernet_fast.models.stage import ERStage, check_input, checkpoint_stage, total_stride
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32
@@ -32,7 +31,9 @@ class ERResNet(nn.Module):
         fused: see `ERStage`; `set_fused` changes it later.
         in_channels: channels of the input images.
         base_channels: channels of the stem; stages are 1, 2, 4, 8 times as wide (times 4 for bottlenecks).
-        width_per_group: 64, or 128 for torchvision's wide ResNets ("bottleneck" family only).
+        groups: of the branches' first 3x3 convolutions ("bottleneck" family only), such as 32 for ResNeXt.
+        width_per_group: 64, or 128 for torchvision's wide ResNets, 4 or 8 for ResNeXt ("bottleneck" family only): the
+            stages' branches are base_channels * width_per_group / 64 * groups wide, times 1, 2, 4, 8.
         replace_stride_with_dilation: for stages 2, 3 and 4, whether dilation takes the place of the stride.
         drop_rate: dropout before the classifier, 0 <= drop_rate < 1.
         global_pool: "avg", "max", "avgmax" (their mean), "catavgmax" (both, twice as many features), or, without a
@@ -59,14 +60,17 @@ class ERResNet(nn.Module):
         fused: bool = True,
         in_channels: int = 3,
         base_channels: int = 64,
+        groups: int = 1,
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] = (False, False, False),
         drop_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        _check_sizes(in_channels=in_channels, base_channels=base_channels, width_per_group=width_per_group)
-        _check_choices(family, layers, block, norm, width_per_group, replace_stride_with_dilation, drop_rate)
+        widths = {"groups": groups, "width_per_group": width_per_group}
+        _check_sizes(in_channels=in_channels, base_channels=base_channels, **widths)
+        _check_choices(family, layers, block, norm, replace_stride_with_dilation, drop_rate)
+        _check_widths(family, **widths)
         narrowest = base_channels * EXPANSION[family]  # stage 1; the others have a power of two times as many
         if norm == "group":
             num_groups = DEFAULT_GROUPS if num_groups is None else num_groups
@@ -92,12 +96,13 @@ class ERResNet(nn.Module):
                 num_blocks,
                 stride=stride,
                 block=family if block == "standard" else block,
-                width=base_channels * 2**k * width_per_group // 64,
+                width=base_channels * 2**k * width_per_group // 64 * groups,
                 norm=norm,
                 num_groups=num_groups,
                 fused=fused,
                 dilation=dilation,
                 first_dilation=first_dilation,
+                groups=groups,
             )
             self.add_module(STAGE_NAMES[k], stage)
             self.num_features = stage.channels
@@ -127,9 +132,9 @@ class ERResNet(nn.Module):
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """One dict a feature level, as in timm: `num_chs`, `reduction` (image size over map size) and `module`."""
-        reduction = _total_stride(self.conv1)
+        reduction = total_stride(self.conv1)
         levels = [{"num_chs": self.bn1.num_features, "reduction": reduction, "module": "relu"}]
-        reduction *= _total_stride(self.maxpool)
+        reduction *= total_stride(self.maxpool)
         for name in STAGE_NAMES[: len(self.stages)]:
             stage = getattr(self, name)
             reduction *= stage.stride
@@ -296,12 +301,6 @@ class ERResNet(nn.Module):
         return y
 
 
-def _total_stride(module: nn.Module) -> int:
-    """The factor by which the convolutions and poolings in `module` reduce the map."""
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
-    return math.prod(layer.stride if isinstance(layer.stride, int) else layer.stride[0] for layer in layers)
-
-
 def level_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Indices from 0 to count - 1 of the levels that `indices` selects, see `ERResNet.forward_intermediates`."""
     if indices is None:
@@ -329,7 +328,6 @@ def _check_choices(
     layers: Sequence[int],
     block: str,
     norm: str,
-    width_per_group: int,
     replace_stride_with_dilation: Sequence[bool],
     drop_rate: float,
 ) -> None:
@@ -343,11 +341,16 @@ def _check_choices(
     if len(layers) != 4:
         raise ValueError(f"layers must have 4 entries, one a stage, got {list(layers)}")
     _check_sizes(**{f"layers[{k}]": num_blocks for k, num_blocks in enumerate(layers)})
-    if family == "basic" and width_per_group != 64:
-        raise ValueError(f"width_per_group must be 64 for the basic family, got {width_per_group}")
     if len(replace_stride_with_dilation) != 3:
         raise ValueError(
             f"replace_stride_with_dilation must have 3 entries, for stages 2 to 4, got {replace_stride_with_dilation!r}"
         )
     if not 0.0 <= drop_rate < 1.0:
         raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+
+
+def _check_widths(family: str, *, groups: int, width_per_group: int) -> None:
+    if family == "basic" and (groups, width_per_group) != (1, 64):
+        raise ValueError(
+            f"width_per_group must be 64 for the basic family, and groups 1, got {width_per_group} and {groups}"
+        )

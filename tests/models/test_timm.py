@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from ernet_fast import er_resnet18, er_resnet50
+from ernet_fast import convert_resnet, er_resnet18, er_resnet50, logit_agreement
 from ernet_fast.models import ERResNet
 
 MODULE = "ernet_fast.models.timm_models"
@@ -209,6 +209,45 @@ def test_features(timm, feature_cls):
     features = extractor(x)
     for found, level in zip(features.values() if isinstance(features, dict) else features, (1, 2, 4), strict=True):
         torch.testing.assert_close(found, levels[level], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet14t", "resnext50d_32x4d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnetaa34d", "resnetrs50"]
+)  # fmt: skip
+def test_conversion(timm, name):
+    """Deep stems, grouped convolutions, attention, blurring and average-pooled projections are taken over."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=3).eval()
+    er = convert_resnet(plain)
+    state = {key: tensor for key, tensor in er.state_dict().items() if ".shortcut." not in key}
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in state.items())
+    assert [level["reduction"] for level in er.feature_info] == [level["reduction"] for level in plain.feature_info]
+    assert er(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_calibrated_conversion(timm):
+    torch.manual_seed(0)
+    plain, x = timm.create_model("resnetblur18", num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    assert logit_agreement(plain, convert_resnet(plain, calibrate=[x]), [x + 0.1]).relative_error < 1e-4
+    attention = timm.create_model("seresnet18", num_classes=3)
+    with pytest.raises(ValueError, match=r"calibrate: layer1\.1\.se scales whatever the bias of the last BatchNorm"):
+        convert_resnet(attention, calibrate=[x])
+
+
+@pytest.mark.parametrize(
+    ("name", "kw", "message"),
+    [
+        ("skresnet18", {}, r"layer1\.0\.conv1 is a SelectiveKernel, expected a Conv2d"),
+        ("resnest14d", {}, r"layer1\.0\.conv2 is a SplitAttn, expected a Conv2d"),
+        ("resnetv2_50", {}, r"\(ResNetV2\) has no conv1"),
+        ("resnet18", {"drop_path_rate": 0.2}, r"layer1\.1\.drop_path is a DropPath: .*set its rate to 0"),
+        ("resnet18", {"block_args": {"attn_layer": "cbam"}}, r"layer1\.0\.se is a CbamModule: .*Of attention, Ceca"),
+    ],
+)
+def test_refused_conversions(timm, name, kw, message):
+    with pytest.raises(ValueError, match=message):
+        convert_resnet(timm.create_model(name, num_classes=3, **kw))
 
 
 def test_data_configuration(timm):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ernet_fast import convert_resnet, er_resnet18, er_resnet50
+from ernet_fast import convert_resnet, er_resnet18, er_resnet50, er_resnet101
 from ernet_fast.models import ERResNet, load_torchvision_state_dict
 
 try:
@@ -104,12 +104,31 @@ def test_weights_and_conversion_of_torchvisions_networks(depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", ["resnext50_32x4d", "densenet121", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x1_0"]
+    ("build", "arguments"),
+    [
+        ("resnext50_32x4d", {"groups": 32, "width_per_group": 4}),
+        ("resnext101_32x8d", {"groups": 32, "width_per_group": 8}),
+        ("wide_resnet50_2", {"width_per_group": 128}),
+    ],
+)  # fmt: skip
+def test_grouped_and_wide_networks(build: str, arguments: dict[str, int]) -> None:
+    """Its arguments build the network that the conversion gives."""
+    with torch.device("meta"):
+        converted = convert_resnet(getattr(torchvision.models, build)(num_classes=3))
+        built = (er_resnet101 if "101" in build else er_resnet50)(3, **arguments)
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (converted, built)]
+    assert shapes[0] == shapes[1]
+    groups = [[m.groups for m in network.modules() if isinstance(m, torch.nn.Conv2d)] for network in (converted, built)]
+    assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize(
+    "build", ["densenet121", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x1_0"]
 )  # fmt: skip
 def test_other_families_are_refused(build: str) -> None:
     with torch.device("meta"):
         model = getattr(torchvision.models, build)()
-    with pytest.raises(ValueError, match=r"has no |grouped convolutions|is a "):
+    with pytest.raises(ValueError, match=r"has no |is a "):
         convert_resnet(model)
 
 
