@@ -9,6 +9,7 @@ from ernet_fast.models.depths import er_resnet18, er_resnet34, er_resnet50, er_r
 from ernet_fast.models.explanation import Explanation, StageExplanation, explain
 from ernet_fast.models.flops import FlopCount, count_flops
 from ernet_fast.models.folding import fold_for_inference
+from ernet_fast.models.inference import optimize_for_inference
 from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.stage import ERStage
 from ernet_fast.models.to_plain import to_plain
@@ -18,5 +19,5 @@ __all__ = [
     "Agreement", "ERBasicBlock", "ERBlock", "ERBlock133", "ERBottleneck", "ERResNet", "ERStage", "Explanation",
     "FlopCount", "ProjectionBlock", "StageExplanation", "convert_resnet", "count_flops", "er_resnet18", "er_resnet34",
     "er_resnet50", "er_resnet101", "er_resnet152", "explain", "fold_for_inference", "load_torchvision_state_dict",
-    "logit_agreement", "read_weights", "to_plain",
+    "logit_agreement", "optimize_for_inference", "read_weights", "to_plain",
 ]  # fmt: skip

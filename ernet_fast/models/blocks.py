@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from ernet_fast.er.norm_relu import batch_norm_relu, norms_supported, projection_sum
+from ernet_fast.er.norm_relu import batch_norm_relu, norms_supported, projection_sum, sum_relu
 from ernet_fast.er.plain import is_plain
 from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.shortcut import ERShortcut
@@ -98,10 +98,12 @@ class ProjectionBlock(ResidualBranch):
         se = self._modules.get("se")
         if se is not None or not (fused and is_plain(downsample, nn.Sequential) and len(downsample)):
             z = self.last_bn(z) if se is None else se(self.last_bn(z))
-            return self.relu(z + (x if downsample is None else downsample(x)))
+            return sum_relu(z, x if downsample is None else downsample(x), self.relu)
         *layers, bn = downsample
         for layer in layers:
             x = layer(x)
+        if type(bn) is nn.Identity:  # folded for inference
+            return sum_relu(self.last_bn(z), x, self.relu)
         return projection_sum(z, self.last_bn, x, bn, self.relu, fused=True)
 
 
