@@ -117,8 +117,10 @@ def sum_relu(z: Tensor, s: Tensor, relu: nn.Module) -> Tensor:
         s: likewise, its shortcut.
         relu: fused if it is a plain `nn.ReLU`.
     """
-    wants_grad = torch.is_grad_enabled() and (z.requires_grad or s.requires_grad)
-    if wants_grad or not (norms_supported(z) and z.shape == s.shape and z.dtype == s.dtype and is_plain(relu, nn.ReLU)):
+    if (
+        not (norms_supported(z) and z.shape == s.shape and z.dtype == s.dtype and is_plain(relu, nn.ReLU))
+        or (torch.is_grad_enabled() and (z.requires_grad or s.requires_grad))
+    ):  # fmt: skip
         out: Tensor = relu(z + s)
         return out
     layout = layout_of([z, s])

@@ -25,8 +25,8 @@ class ResidualBranch(nn.Module):
     convolutions; `stride` and `first_dilation` (default `dilation`) are those of the first 3x3 convolution, and so are
     the `groups` of a branch that begins with a 1x1 convolution (ResNeXt).
 
-    Two modules that timm's ResNets have may be added by their names there: `aa`, a blurring downsampling behind the
-    ReLU of the first 3x3 convolution, and `se`, channel attention behind the last BatchNorm.
+    Three modules that timm's ResNets have may be added by their names there: `aa`, a blurring downsampling behind the
+    ReLU of the first 3x3 convolution; behind the last BatchNorm `se`, channel attention, and then `drop_path`.
     """
 
     kernel_sizes: ClassVar[tuple[int, ...]]
@@ -74,6 +74,18 @@ class ResidualBranch(nn.Module):
                 x, aa = aa(x), None
         return modules[f"conv{last}"](x)
 
+    def normalised(self, z: Tensor) -> Tensor | None:
+        """What becomes of z, where that is more than its last BatchNorm; else None, and the BatchNorm is to come."""
+        modules: dict[str, Any] = self._modules
+        se, drop_path = modules.get("se"), modules.get("drop_path")
+        if drop_path is not None and not drop_path.training:
+            drop_path = None
+        if se is None and drop_path is None:
+            return None
+        x: Tensor = self.last_bn(z)
+        x = x if se is None else se(x)
+        return x if drop_path is None else drop_path(x)
+
 
 class ProjectionBlock(ResidualBranch):
     """Block 0 of a stage ("Block A"): x_0 = ReLU(bn(z) + shortcut(x)), torchvision's residual block.
@@ -95,10 +107,10 @@ class ProjectionBlock(ResidualBranch):
             fused = norms_supported(x)
         z = self.branch(x, fused=fused)
         downsample: Any = self.downsample
-        se = self._modules.get("se")
-        if se is not None or not (fused and is_plain(downsample, nn.Sequential) and len(downsample)):
-            z = self.last_bn(z) if se is None else se(self.last_bn(z))
-            return sum_relu(z, x if downsample is None else downsample(x), self.relu)
+        x_l = self.normalised(z)
+        if x_l is not None or not (fused and is_plain(downsample, nn.Sequential) and len(downsample)):
+            x_l = self.last_bn(z) if x_l is None else x_l
+            return sum_relu(x_l, x if downsample is None else downsample(x), self.relu)
         *layers, bn = downsample
         for layer in layers:
             x = layer(x)
@@ -147,9 +159,10 @@ class ERBlock(ResidualBranch):
 
     def forward(self, y: Tensor, maps: StageMaps) -> Tensor:
         """y_l of y_{l-1}, both [N, channels, H, W]; `maps` holds x_0 ... x_{l-1} and receives x_l."""
-        z, se = self.branch(y, fused=maps.fuses_norms), self._modules.get("se")
-        if se is not None:
-            return maps.add(se(self.last_bn(z)), None, self.shortcut, self.relu)
+        z = self.branch(y, fused=maps.fuses_norms)
+        x_l = self.normalised(z)
+        if x_l is not None:
+            return maps.add(x_l, None, self.shortcut, self.relu)
         return maps.add(z, self.last_bn, self.shortcut, self.relu)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ernet_fast.er.shortcut import ERShortcut
 from ernet_fast.models.blocks import ERBlock, ProjectionBlock
 from ernet_fast.models.calibration import calibrate_shortcuts, check_can_calibrate
+from ernet_fast.models.drop_path import DropPath
 from ernet_fast.models.plain_resnet import check_computes_plain_resnet, check_plain_resnet
 from ernet_fast.models.resnet import DEFAULT_GROUPS, EXPANSION, STAGE_NAMES, ERResNet
 
@@ -56,7 +57,7 @@ def convert_resnet(
     Raises:
         TypeError: `model` is not a module, or already an ER-ResNet.
         ValueError: it is not a plain ResNet: attention other than SE and ECA or elsewhere than before the sum,
-            stochastic depth, other activations or normalisers, BatchNorms before their convolutions, a forward method
+            DropBlock, other activations or normalisers, BatchNorms before their convolutions, a forward method
             of its own, or a scripted, compiled or wrapped network (DistributedDataParallel); or a module that is not
             taken over has hooks. The message names the module. Or it cannot be calibrated.
     """
@@ -95,6 +96,10 @@ def convert_resnet(
             for child in ("aa", "se"):
                 if not isinstance(getattr(plain, child, None), nn.Identity | None):
                     block.add_module(child, copy.deepcopy(plain.get_submodule(child)))
+            if isinstance(getattr(plain, "drop_path", None), nn.Module):
+                drop_path = plain.get_submodule("drop_path")
+                rate = getattr(drop_path, "drop_prob", getattr(drop_path, "rate", 0.0)) or 0.0
+                block.add_module("drop_path", DropPath(rate).train(drop_path.training))
             if isinstance(block, ProjectionBlock):
                 block.downsample = copy.deepcopy(getattr(plain, "downsample", None))
             if isinstance(block, ERBlock):
@@ -104,6 +109,22 @@ def convert_resnet(
     er.num_classes = num_classes
     er.in_channels = next(m.in_channels for m in er.conv1.modules() if isinstance(m, nn.Conv2d))
     er.drop_rate = float(getattr(model, "drop_rate", 0.0))
+    er.arguments |= _arguments(er)
     if calibrate is not None:
         calibrate_shortcuts(er, model, calibrate)
     return er
+
+
+def _arguments(er: ERResNet) -> dict[str, Any]:
+    """Arguments of `ERResNet` that its modules show, as far as they do; `save_pretrained` compares them with all."""
+    opening = er.stages[0][0]
+    spatial = opening.get_submodule("conv2" if er.arguments["family"] == "bottleneck" else "conv1")
+    assert isinstance(spatial, nn.Conv2d)
+    conv1 = er.conv1 if isinstance(er.conv1, nn.Conv2d) else None
+    return {
+        "in_channels": 3 if conv1 is None else conv1.in_channels,
+        "groups": spatial.groups,
+        "width_per_group": spatial.out_channels * 64 // (spatial.groups * er.arguments["base_channels"]),
+        "replace_stride_with_dilation": [stage.stride == 1 for stage in er.stages[1:]],
+        "drop_rate": er.drop_rate,
+    }

@@ -17,6 +17,8 @@ _AA = {"AvgPool2d", "BlurPool2d"}
 """Blurring downsampling of timm's `aa_layer`, by the names of its classes."""
 _ATTENTION = {"SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "SqueezeExcitation"}
 """Channel attention of timm's and torchvision's, likewise."""
+_DROP_PATH = {"DropPath"}
+"""Stochastic depth of timm's and of this library's blocks, likewise."""
 _LOST = "The conversion would lose what it does besides: convert a torchvision or timm ResNet with these weights."
 
 
@@ -133,10 +135,11 @@ def _check_bn(name: str, bn: nn.Module, conv: nn.Module) -> None:
 
 def _check_extra(name: str, module: nn.Module, *, opening: bool = False) -> None:
     """Whatever is no convolution, BatchNorm or projection must be a ReLU, do nothing, or be known to stay a part of the
-    branch: attention behind its last BatchNorm, and blurring downsampling in block 0 of a stage.
+    branch: attention and stochastic depth behind its last BatchNorm, blurring downsampling in block 0 of a stage.
     """
     child, kind = name.rpartition(".")[2], type(module).__name__
-    if ("." in name and child == "se" and kind in _ATTENTION) or (opening and child == "aa" and kind in _AA):
+    kinds = {"se": _ATTENTION, "aa": _AA if opening else set(), "drop_path": _DROP_PATH} if "." in name else {}
+    if kind in kinds.get(child, ()):
         return
     if not isinstance(module, nn.Identity) and not (
         isinstance(module, nn.ReLU) and re.fullmatch(r"(relu|act)\d?", child)
@@ -146,7 +149,6 @@ def _check_extra(name: str, module: nn.Module, *, opening: bool = False) -> None
 
 
 _REASONS = {
-    "drop_path": ". It drops maps at random, which later blocks of an ER stage would read: set its rate to 0",
     "drop_block": ". It drops parts of maps at random: set its rate to 0",
     "se": f". Of attention, {', '.join(sorted(_ATTENTION))} are converted, behind the last BatchNorm of a branch",
     "aa": f". Of anti-aliasing, {' and '.join(sorted(_AA))} are converted, in block 0 of a stage",

@@ -32,8 +32,9 @@ class PlainBlock(ResidualBranch):
 
     def forward(self, y: Tensor) -> Tensor:
         """The block's output of its input y, both [N, C, H, W]."""
-        x, se = self.last_bn(self.branch(y)), self._modules.get("se")
-        x = x if se is None else se(x)
+        z = self.branch(y)
+        x = self.normalised(z)
+        x = self.last_bn(z) if x is None else x
         out: Tensor = self._modules["relu"](x + y if self.joins else x)  # type: ignore[misc]
         return out
 

@@ -46,6 +46,25 @@ def test_feature_extractor(fused: bool, norm: str) -> None:
         torch.testing.assert_close(found["logits"], network.forward_head(last), rtol=1e-9, atol=1e-9)
 
 
+def test_feature_extractor_of_every_part() -> None:
+    """Grouped convolutions, attention and stochastic depth are traced too."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    torch.manual_seed(0)
+    model = ERResNet("bottleneck", (1, 3, 1, 1), 3, base_channels=8, groups=2, width_per_group=32, drop_path_rate=0.3)
+    for block in model.layer2:
+        block.add_module("se", torchvision.ops.SqueezeExcitation(64, 8))
+    x = torch.randn(4, 3, 64, 64)
+    model(x)
+    extractor = create_feature_extractor(model, {"layer2": "second", "layer2.1.se": "attended", "fc": "logits"})
+    found = extractor.eval()(x)
+    torch.testing.assert_close(found["second"], model.eval().forward_intermediates(x)[1][2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["logits"], model(x), rtol=1e-4, atol=1e-5)
+    assert found["attended"].shape == (4, 64, 8, 8)
+    first, second = (extractor.train()(x)["logits"] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_gradients_of_a_feature_extractor() -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -87,6 +106,26 @@ def test_segmentation_backbone() -> None:
     backbone = er_resnet50(base_channels=8, replace_stride_with_dilation=(False, True, True))
     model = FCN(IntermediateLayerGetter(backbone, {"layer4": "out"}), FCNHead(backbone.inplanes, 4)).eval()
     assert model(torch.randn(1, 3, 64, 64))["out"].shape == (1, 4, 64, 64)
+
+
+@pytest.mark.parametrize("dilated", [(False, True, True), (False, False, True)])
+def test_dilated_backbones(dilated: tuple[bool, bool, bool]) -> None:
+    """Those that its segmentation networks use: each convolution has the stride and dilation of its own."""
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    plain = torchvision.models.resnet50(num_classes=3, replace_stride_with_dilation=list(dilated)).eval()
+    built, converted = er_resnet50(3, replace_stride_with_dilation=dilated), convert_resnet(plain)
+    for name, conv in plain.named_modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            for model in (built, converted):
+                assert str(model.get_submodule(name)) == str(conv), name
+    layers = {"layer2": "low", "layer3": "aux", "layer4": "out"}
+    sizes = [
+        {name: tuple(y.shape) for name, y in IntermediateLayerGetter(model, layers)(torch.randn(1, 3, 64, 64)).items()}
+        for model in (plain, converted)
+    ]
+    assert sizes[0] == sizes[1] and sizes[0]["out"][2] == (8 if dilated[1] else 4)
+    assert [level["reduction"] for level in converted.feature_info][-1] == (8 if dilated[1] else 16)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
