@@ -96,9 +96,9 @@ def convert_resnet(
             for child in ("aa", "se"):
                 if not isinstance(getattr(plain, child, None), nn.Identity | None):
                     block.add_module(child, copy.deepcopy(plain.get_submodule(child)))
-            if isinstance(getattr(plain, "drop_path", None), nn.Module):
-                drop_path = plain.get_submodule("drop_path")
-                rate = getattr(drop_path, "drop_prob", getattr(drop_path, "rate", 0.0)) or 0.0
+            drop_path: Any = getattr(plain, "drop_path", None)
+            rate = getattr(drop_path, "drop_prob", getattr(drop_path, "rate", 0.0))
+            if rate:
                 block.add_module("drop_path", DropPath(rate).train(drop_path.training))
             if isinstance(block, ProjectionBlock):
                 block.downsample = copy.deepcopy(getattr(plain, "downsample", None))

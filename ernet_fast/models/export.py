@@ -75,7 +75,7 @@ def export_network(
             exported: Any = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=shapes, **_ONNX)
             exported.save(file)
         else:
-            axes = {axis: str(dim) for axis, dim in shapes[0].items()}
+            axes = {axis: dim.__name__ for axis, dim in shapes[0].items()}
             names = {"images": axes, "logits": {0: axes[0]}}
             torch.onnx.export(program, (images,), file, dynamo=False, dynamic_axes=names, **_ONNX)  # type: ignore[arg-type]
 

@@ -110,6 +110,7 @@ def test_timm_like_network(plain_resnet: Plain) -> None:
             del block.relu
     er = convert_resnet(model)
     assert (er.in_channels, er.drop_rate) == (3, 0.25)
+    assert not {"aa", "se", "drop_path"} & {name for block in er.layer1 for name, _ in block.named_children()}
     assert plain_keys(er).keys() == model.state_dict().keys()
     assert [level["reduction"] for level in er.feature_info] == [2, 4, 8, 16, 32]
     assert er(torch.randn(2, 3, 64, 64)).shape == (2, 5)
