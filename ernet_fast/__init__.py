@@ -21,12 +21,15 @@ from ernet_fast.models import (
     er_resnet152,
     explain,
     fold_for_inference,
+    logit_agreement,
+    optimize_for_inference,
+    to_plain,
 )
 
 __all__ = [
     "ERBasicBlock", "ERBottleneck", "ERShortcut", "ERStage", "__version__", "convert_resnet", "er_resnet18",
     "er_resnet34", "er_resnet50", "er_resnet101", "er_resnet152", "er_shortcut_sum", "explain",
-    "fold_for_inference",
+    "fold_for_inference", "logit_agreement", "optimize_for_inference", "to_plain",
 ]  # fmt: skip
 
 _moved.install()

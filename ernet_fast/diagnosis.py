@@ -27,6 +27,8 @@ _PACKAGES = (
     ("matplotlib", "matplotlib", "train", "pictures"),
     ("rich", "rich", "train", "progress bars"),
     ("safetensors", "safetensors", "optional", "weights in .safetensors files"),
+    ("onnx", "onnx", "export", "ONNX files"),
+    ("onnxruntime", "onnxruntime", "export", "running ONNX files"),
     ("timm", "timm", "timm", "model registry"),
     ("torchvision", "torchvision", "optional", "needed by timm only"),
     ("openslide", "openslide-python", "slides", "whole-slide images"),

@@ -123,12 +123,19 @@ class PatchTransform:
 def resized(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Antialiased bilinear resize of [C, H, W] so that it covers `size` ("shorter"), or has it ("squeeze")."""
     height, width = image.shape[1:]
+    scaled = resized_size((height, width), size, mode)
+    if scaled == (height, width):
+        return image
+    return F.interpolate(image[None], size=scaled, mode="bilinear", antialias=True)[0]
+
+
+def resized_size(image_size: tuple[int, int], size: tuple[int, int], mode: str) -> tuple[int, int]:
+    """Height and width that `resized` gives an image of `image_size`."""
+    height, width = image_size
     if mode == "shorter":
         factor = max(size[0] / height, size[1] / width)
-        size = (max(size[0], round(height * factor)), max(size[1], round(width * factor)))
-    if mode == "none" or size == (height, width):
-        return image
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        return max(size[0], round(height * factor)), max(size[1], round(width * factor))
+    return image_size if mode == "none" else size
 
 
 def _uniform(count: int) -> list[float]:

@@ -3,6 +3,7 @@
     batch_norm_relu   ReLU(bn(z)):           an epilogue without earlier maps
     projection_sum    ReLU(bn(z) + bn_s(s)): an epilogue with one earlier map s, whose weight is gamma of bn_s; its beta
                                              is added to that of bn
+    sum_relu          ReLU(z + s):           a weighted sum, in inference
 
 So statistics, normalisation, sum and ReLU are one pass, and backward writes each map's gradient once. Where these
 operators do not support a map, and for modules that are not plain (hooks, parametrisations, subclasses), the modules
@@ -20,7 +21,16 @@ from ernet_fast.er import epilogue
 from ernet_fast.er.epilogue import er_block, er_block_backward
 from ernet_fast.er.epilogue_arguments import BranchNorm, EpilogueState, NormArguments, ShortcutArguments, norm_arguments
 from ernet_fast.er.nodes import FusedStage, vector_gradients
-from ernet_fast.er.operators import Node, check_first_order, dense, relu_gradient, why_plain
+from ernet_fast.er.operators import (
+    Node,
+    acc_dtype,
+    check_first_order,
+    dense,
+    layout_of,
+    relu_gradient,
+    weighted_sum,
+    why_plain,
+)
 from ernet_fast.er.plain import is_plain
 
 
@@ -97,6 +107,25 @@ def projection_sum(
     stage = FusedStage([weight], eps=last.eps, measure=not use_running, composed=composed)
     stage.start(s)
     return stage.block(z, norm, shortcut, relu=True, measure=False)
+
+
+def sum_relu(z: Tensor, s: Tensor, relu: nn.Module) -> Tensor:
+    """`relu(z + s)`, in one pass where no gradient is wanted.
+
+    Args:
+        z: [N, C, H, W], of a block's branch, normalised.
+        s: likewise, its shortcut.
+        relu: fused if it is a plain `nn.ReLU`.
+    """
+    if (
+        not (norms_supported(z) and z.shape == s.shape and z.dtype == s.dtype and is_plain(relu, nn.ReLU))
+        or (torch.is_grad_enabled() and (z.requires_grad or s.requires_grad))
+    ):  # fmt: skip
+        out: Tensor = relu(z + s)
+        return out
+    layout = layout_of([z, s])
+    maps = [x.contiguous(memory_format=layout) for x in (z, s)]
+    return weighted_sum(maps, z.new_ones((2, z.shape[1]), dtype=acc_dtype(z)), None, True)
 
 
 def _forward(z: Tensor, norm: NormArguments) -> tuple[Tensor, EpilogueState]:

@@ -209,12 +209,12 @@ class StageMaps:
             )
         return self._stage.start(x0)
 
-    def add(self, z: Tensor, bn: nn.Module, shortcut: Any, relu: nn.Module | None = None) -> Tensor:
+    def add(self, z: Tensor, bn: nn.Module | None, shortcut: Any, relu: nn.Module | None = None) -> Tensor:
         """File the output z of a branch and return the block's output.
 
         Args:
             z: [N, C, H, W], output of the branch's last convolution, before its normalisation.
-            bn: that normalisation, usually `nn.BatchNorm2d`.
+            bn: that normalisation, usually `nn.BatchNorm2d`; None if z has had it, and is the map.
             shortcut: the block's weights, one row for each map filed before.
             relu: the block's ReLU; None for a plain one.
 
@@ -229,7 +229,7 @@ class StageMaps:
         if torch.compiler.is_compiling() and not (stage is None or isinstance(stage, TraceableStage)):
             return self._add_uncompiled(z, bn, shortcut, relu)
         self._check(z)
-        collapses = stage is not None and is_plain(bn, _BATCH_NORMS)
+        collapses = stage is not None and bn is not None and is_plain(bn, _BATCH_NORMS)
         if collapses or type(bn) in _BATCH_NORMS:
             z = self._in_dtype(z)
         if collapses and isinstance(bn, nn.SyncBatchNorm) and bn.training and group_of(bn) is not None:
@@ -239,7 +239,7 @@ class StageMaps:
         if isinstance(shortcut, ERShortcut):
             shortcut.check_maps_filed(self._filed, z)
         if stage is None:
-            self._xs.append(self._in_dtype(bn(z)))
+            self._xs.append(self._in_dtype(z if bn is None else bn(z)))
             self._filed += 1
             return self._by_modules(shortcut, relu)
         expected = self._modules.shortcuts
@@ -248,9 +248,9 @@ class StageMaps:
         if shortcut is not expected[self._filed - 1]:
             raise ValueError(f"this is not the shortcut that map {self._filed} of the stage was started with.")
         if not collapses:  # any other normalisation runs as it is, and its output is the map
-            z = self._in_dtype(bn(z))
+            z = self._in_dtype(z if bn is None else bn(z))
         self._filed += 1
-        norm = norm_arguments(bn) if collapses else NO_NORM
+        norm = norm_arguments(bn) if collapses and bn is not None else NO_NORM
         if isinstance(stage, FusedStage) and self.choice.group is None and z.numel() == z.shape[1]:
             if norm.norm == BranchNorm.BATCH or shortcut.normalises_with_batch():
                 raise operators.one_value(z)

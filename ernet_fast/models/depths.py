@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 
-from ernet_fast.models.resnet import ERResNet
+from ernet_fast.models.resnet import FAMILY, LAYERS, ERResNet
 from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
-
-LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-FAMILY = {depth: "basic" if depth < 50 else "bottleneck" for depth in LAYERS}
 
 Weights = str | PathLike[str] | Mapping[str, Any]
 
@@ -47,8 +44,8 @@ def er_resnet50(
         norm: normaliser of the shortcuts, "batch" or "group".
         fused: compute each block epilogue in one pass (True) or with plain PyTorch operators (False).
         in_channels: channels of the input images.
-        **kw: further arguments of `ERResNet`: block, num_groups, base_channels, width_per_group,
-            replace_stride_with_dilation, drop_rate, global_pool; and `device` and `dtype` of the tensors.
+        **kw: further arguments of `ERResNet`: block, num_groups, base_channels, groups, width_per_group,
+            replace_stride_with_dilation, drop_rate, drop_path_rate, global_pool; and `device` and `dtype` of tensors.
 
     Raises:
         TypeError, ValueError: an argument out of its range, or weights that do not fit the network.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TypeVar, cast
 
 from torch import nn
@@ -53,13 +54,15 @@ def fold_for_inference(model: Model) -> Model:
     folded = copy.deepcopy(model)
     for module in list(folded.modules()):
         if isinstance(module, ERResNet):
-            _fold_pair(module, "conv1", "bn1")
+            stem = module.conv1  # a deep stem ends in the convolution that bn1 follows
+            last = f"conv1.{len(stem) - 1}" if type(stem) is nn.Sequential and len(stem) else "conv1"
+            _fold_pair(module, last, "bn1")
         if isinstance(module, ResidualBranch):
             for k in range(1, len(module.kernel_sizes) + 1):
                 _fold_pair(module, f"conv{k}", f"bn{k}")
-            downsample = getattr(module, "downsample", None)
-            if isinstance(downsample, nn.Sequential) and len(downsample) == 2:
-                _fold_pair(downsample, "0", "1")
+        if type(module) is nn.Sequential:  # projections, deep stems
+            for first, second in itertools.pairwise(list(module._modules)):
+                _fold_pair(module, first, second)
         if isinstance(module, ERBlock) and module.shortcut.norm == "batch":
             module.shortcut = cast(ERShortcut, FoldedShortcut(module.shortcut).eval())
     return folded
@@ -73,5 +76,6 @@ def _fold_pair(owner: nn.Module, conv_name: str, bn_name: str) -> None:
     """Fold a BatchNorm into the convolution before it, if both are what they are in torchvision's networks."""
     conv, bn = owner.get_submodule(conv_name), owner.get_submodule(bn_name)
     if type(conv) is nn.Conv2d and _is_batch_norm(bn):
-        setattr(owner, conv_name, fuse_conv_bn_eval(conv, cast(nn.BatchNorm2d, bn)))
+        parent, _, child = conv_name.rpartition(".")
+        setattr(owner.get_submodule(parent), child, fuse_conv_bn_eval(conv, cast(nn.BatchNorm2d, bn)))
         setattr(owner, bn_name, nn.Identity().eval())

@@ -13,6 +13,12 @@ from ernet_fast.models.resnet import STAGE_NAMES
 _NEEDED = ("conv1", "bn1", "maxpool", *STAGE_NAMES, "fc")
 _KERNELS = ((3, 3), (1, 3, 1))
 _SIZE = 64
+_AA = {"AvgPool2d", "BlurPool2d"}
+"""Blurring downsampling of timm's `aa_layer`, by the names of its classes."""
+_ATTENTION = {"SEModule", "EffectiveSEModule", "EcaModule", "CecaModule", "SqueezeExcitation"}
+"""Channel attention of timm's and torchvision's, likewise."""
+_DROP_PATH = {"DropPath"}
+"""Stochastic depth of timm's and of this library's blocks, likewise."""
 _LOST = "The conversion would lose what it does besides: convert a torchvision or timm ResNet with these weights."
 
 
@@ -87,7 +93,7 @@ def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
         elif child in bns:
             _check_bn(f"{name}.{child}", module, convs[f"conv{child[2:]}"])
         elif not (opening and child == "downsample"):
-            _check_extra(f"{name}.{child}", module)
+            _check_extra(f"{name}.{child}", module, opening=opening)
     kernels = tuple(module.kernel_size[0] for module in convs.values() if isinstance(module, nn.Conv2d))
     absent = [bn for bn in sorted(bns) if not isinstance(getattr(block, bn, None), nn.BatchNorm2d)]
     if kernels not in _KERNELS or absent:
@@ -107,8 +113,6 @@ def _check_block(name: str, block: nn.Module, *, opening: bool) -> PlainBlock:
 def _check_conv(name: str, conv: nn.Module, *, keeps_size: bool) -> None:
     if not isinstance(conv, nn.Conv2d):
         raise ValueError(f"{name} is a {type(conv).__name__}, expected a Conv2d")
-    if conv.groups != 1:
-        raise ValueError(f"{name} has {conv.groups} groups: grouped convolutions (ResNeXt) cannot be converted")
     if conv.kernel_size[0] != conv.kernel_size[1]:
         raise ValueError(f"{name} has kernel size {conv.kernel_size}, expected a square one")
     full = tuple(spread * (size - 1) // 2 for spread, size in zip(conv.dilation, conv.kernel_size, strict=True))
@@ -129,14 +133,27 @@ def _check_bn(name: str, bn: nn.Module, conv: nn.Module) -> None:
         )
 
 
-def _check_extra(name: str, module: nn.Module) -> None:
-    """Whatever is no convolution, BatchNorm or projection must be a ReLU or do nothing."""
-    child = name.rpartition(".")[2]
+def _check_extra(name: str, module: nn.Module, *, opening: bool = False) -> None:
+    """Whatever is no convolution, BatchNorm or projection must be a ReLU, do nothing, or be known to stay a part of the
+    branch: attention and stochastic depth behind its last BatchNorm, blurring downsampling in block 0 of a stage.
+    """
+    child, kind = name.rpartition(".")[2], type(module).__name__
+    kinds = {"se": _ATTENTION, "aa": _AA if opening else set(), "drop_path": _DROP_PATH} if "." in name else {}
+    if kind in kinds.get(child, ()):
+        return
     if not isinstance(module, nn.Identity) and not (
         isinstance(module, nn.ReLU) and re.fullmatch(r"(relu|act)\d?", child)
     ):
-        raise ValueError(f"{name} is a {type(module).__name__}: only plain ResNets with ReLU can be converted")
+        raise ValueError(f"{name} is a {kind}: only plain ResNets with ReLU can be converted{_REASONS.get(child, '')}")
     _check_lost(name, module)
+
+
+_REASONS = {
+    "drop_block": ". It drops parts of maps at random: set its rate to 0",
+    "se": f". Of attention, {', '.join(sorted(_ATTENTION))} are converted, behind the last BatchNorm of a branch",
+    "aa": f". Of anti-aliasing, {' and '.join(sorted(_AA))} are converted, in block 0 of a stage",
+}
+"""Why a module of timm's blocks cannot be taken over."""
 
 
 def check_computes_plain_resnet(model: nn.Module) -> None:
@@ -184,15 +201,40 @@ def check_computes_plain_resnet(model: nn.Module) -> None:
 
 
 def _plain_forward(model: nn.Module, x: Tensor) -> Tensor:
-    part = model.get_submodule
-    x = part("maxpool")(torch.relu(part("bn1")(part("conv1")(x))))
+    x = plain_stem(model, x)
     for name in STAGE_NAMES:
-        for block in part(name).children():
-            z, last = x, sum(re.fullmatch(r"conv\d", child) is not None for child, _ in block.named_children())
-            for k in range(1, last + 1):
-                z = block.get_submodule(f"bn{k}")(block.get_submodule(f"conv{k}")(z))
-                z = torch.relu(z) if k < last else z
-            downsample = getattr(block, "downsample", None)
-            x = torch.relu(z + (x if downsample is None else downsample(x)))
-    y: Tensor = part("fc")(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+        for block in model.get_submodule(name).children():
+            x = torch.relu(plain_branch(block, x) + plain_shortcut(block, x))
+    return plain_head(model, x)
+
+
+def plain_stem(model: nn.Module, x: Tensor) -> Tensor:
+    """The input of stage 1 of a plain ResNet."""
+    part = model.get_submodule
+    y: Tensor = part("maxpool")(torch.relu(part("bn1")(part("conv1")(x))))
+    return y
+
+
+def plain_branch(block: nn.Module, x: Tensor) -> Tensor:
+    """What a block of a plain ResNet adds to its shortcut."""
+    modules = dict(block.named_children())
+    last = sum(re.fullmatch(r"conv\d", child) is not None for child in modules)
+    for k in range(1, last + 1):
+        conv = modules[f"conv{k}"]
+        x = modules[f"bn{k}"](conv(x))
+        x = torch.relu(x) if k < last else x
+        if "aa" in modules and isinstance(conv, nn.Conv2d) and conv.kernel_size[0] == 3:
+            x = modules.pop("aa")(x)
+    return modules["se"](x) if "se" in modules else x
+
+
+def plain_shortcut(block: nn.Module, x: Tensor) -> Tensor:
+    """A block's input, or its projection."""
+    downsample = getattr(block, "downsample", None)
+    return x if downsample is None else downsample(x)
+
+
+def plain_head(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits of the last stage's map."""
+    y: Tensor = model.get_submodule("fc")(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
     return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -10,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast.er.norm_relu import batch_norm_relu
+from ernet_fast.models.drop_path import DropPath
 from ernet_fast.models.pooling import global_pooling
-from ernet_fast.models.stage import ERStage, check_input, checkpoint_stage
+from ernet_fast.models.pretrained_folder import PretrainedFolder
+from ernet_fast.models.stage import ERStage, check_input, checkpoint_stage, total_stride
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 DEFAULT_GROUPS = 32
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+FAMILY = {depth: "basic" if depth < 50 else "bottleneck" for depth in LAYERS}
 STAGE_NAMES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class ERResNet(nn.Module):
+class ERResNet(PretrainedFolder):
     """A ResNet of four ER stages, with torchvision's stem, head, names of parameters and initialisation.
 
     Args:
@@ -32,9 +35,13 @@ class ERResNet(nn.Module):
         fused: see `ERStage`; `set_fused` changes it later.
         in_channels: channels of the input images.
         base_channels: channels of the stem; stages are 1, 2, 4, 8 times as wide (times 4 for bottlenecks).
-        width_per_group: 64, or 128 for torchvision's wide ResNets ("bottleneck" family only).
+        groups: of the branches' first 3x3 convolutions ("bottleneck" family only), such as 32 for ResNeXt.
+        width_per_group: 64, or 128 for torchvision's wide ResNets, 4 or 8 for ResNeXt ("bottleneck" family only): the
+            stages' branches are base_channels * width_per_group / 64 * groups wide, times 1, 2, 4, 8.
         replace_stride_with_dilation: for stages 2, 3 and 4, whether dilation takes the place of the stride.
         drop_rate: dropout before the classifier, 0 <= drop_rate < 1.
+        drop_path_rate: stochastic depth, 0 <= drop_path_rate < 1: the rate at which the last block's branch is left
+            out for a sample in training; those of the others grow linearly from 0. Later shortcuts read a 0 there.
         global_pool: "avg", "max", "avgmax" (their mean), "catavgmax" (both, twice as many features), or, without a
             classifier, "" for the feature map itself.
 
@@ -59,20 +66,39 @@ class ERResNet(nn.Module):
         fused: bool = True,
         in_channels: int = 3,
         base_channels: int = 64,
+        groups: int = 1,
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] = (False, False, False),
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         global_pool: str = "avg",
     ) -> None:
         super().__init__()
-        _check_sizes(in_channels=in_channels, base_channels=base_channels, width_per_group=width_per_group)
-        _check_choices(family, layers, block, norm, width_per_group, replace_stride_with_dilation, drop_rate)
+        widths = {"groups": groups, "width_per_group": width_per_group}
+        _check_sizes(in_channels=in_channels, base_channels=base_channels, **widths)
+        _check_choices(family, layers, block, norm, replace_stride_with_dilation)
+        _check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        _check_widths(family, **widths)
         narrowest = base_channels * EXPANSION[family]  # stage 1; the others have a power of two times as many
         if norm == "group":
             num_groups = DEFAULT_GROUPS if num_groups is None else num_groups
             _check_sizes(num_groups=num_groups)
             if narrowest % num_groups:
                 raise ValueError(f"num_groups must divide the {narrowest} channels of stage 1, got {num_groups}")
+        self.arguments = {
+            "family": family,
+            "layers": list(layers),
+            "block": block,
+            "norm": norm,
+            "num_groups": num_groups,
+            "in_channels": in_channels,
+            "base_channels": base_channels,
+            "groups": groups,
+            "width_per_group": width_per_group,
+            "replace_stride_with_dilation": list(replace_stride_with_dilation),
+            "drop_rate": drop_rate,
+            "drop_path_rate": drop_path_rate,
+        }
         self.in_channels = in_channels
         self.drop_rate = drop_rate
         self.fused = fused
@@ -92,17 +118,20 @@ class ERResNet(nn.Module):
                 num_blocks,
                 stride=stride,
                 block=family if block == "standard" else block,
-                width=base_channels * 2**k * width_per_group // 64,
+                width=base_channels * 2**k * width_per_group // 64 * groups,
                 norm=norm,
                 num_groups=num_groups,
                 fused=fused,
                 dilation=dilation,
                 first_dilation=first_dilation,
+                groups=groups,
             )
             self.add_module(STAGE_NAMES[k], stage)
             self.num_features = stage.channels
+        blocks = [block_l for stage in self.stages for block_l in stage]
+        for index, block_l in enumerate(blocks[1:] if drop_path_rate else (), start=1):
+            block_l.add_module("drop_path", DropPath(drop_path_rate * index / (len(blocks) - 1)))
         self.avgpool: nn.Module
-        self.pool_type: str
         self.fc: nn.Module
         self.reset_classifier(num_classes, global_pool)
         for module in self.modules():  # as torchvision does; BatchNorms and ER weights start at 1 already
@@ -113,6 +142,12 @@ class ERResNet(nn.Module):
     def stages(self) -> list[ERStage]:
         """The stages, layer1 to layer4, or as many as `prune_intermediate_layers` has left."""
         return [getattr(self, name) for name in STAGE_NAMES if name in self._modules]
+
+    @property
+    def architecture(self) -> str | None:
+        """The name of the function that makes networks of these layers, such as "er_resnet50", or None."""
+        shape = self.arguments["family"], tuple(self.arguments["layers"])
+        return next((f"er_resnet{d}" for d, layers in LAYERS.items() if shape == (FAMILY[d], layers)), None)
 
     @property
     def in_chans(self) -> int:
@@ -127,9 +162,9 @@ class ERResNet(nn.Module):
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """One dict a feature level, as in timm: `num_chs`, `reduction` (image size over map size) and `module`."""
-        reduction = _total_stride(self.conv1)
+        reduction = total_stride(self.conv1)
         levels = [{"num_chs": self.bn1.num_features, "reduction": reduction, "module": "relu"}]
-        reduction *= _total_stride(self.maxpool)
+        reduction *= total_stride(self.maxpool)
         for name in STAGE_NAMES[: len(self.stages)]:
             stage = getattr(self, name)
             reduction *= stage.stride
@@ -196,6 +231,15 @@ class ERResNet(nn.Module):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
+    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, **_: Any) -> list[Tensor]:
+        """The maps of the last `n` levels, or of the levels `n`, as DINO's and timm's vision transformers give theirs.
+
+        Maps are [N, C, H, W] whatever else is asked for (`reshape`, `norm`); see `forward_intermediates`.
+        """
+        maps = self.forward_intermediates(x, n, intermediates_only=True, stop_early=True)
+        assert isinstance(maps, list)
+        return maps
+
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -221,9 +265,9 @@ class ERResNet(nn.Module):
             self.reset_classifier(0, "")
         return selected
 
-    def get_classifier(self) -> nn.Module:
-        """The last layer, `nn.Linear`, or `nn.Identity` for num_classes = 0."""
-        return self.fc
+    def get_classifier(self, name_only: bool = False) -> Any:
+        """The last layer, `nn.Linear`, or `nn.Identity` for num_classes = 0; with `name_only` its name."""
+        return "fc" if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, on the network's device and in its dtype.
@@ -254,7 +298,7 @@ class ERResNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of parameter groups for timm's layer-wise learning rates: one a block, or a stage (`coarse`)."""
-        return {"stem": r"^(?:conv1|bn1)\b", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^(?:conv1|bn1|maxpool)\b", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def no_weight_decay(self) -> set[str]:
         """Names of the ER weights: they scale shortcuts and start at 1, like the weights of normalisation layers."""
@@ -296,12 +340,6 @@ class ERResNet(nn.Module):
         return y
 
 
-def _total_stride(module: nn.Module) -> int:
-    """The factor by which the convolutions and poolings in `module` reduce the map."""
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d))]
-    return math.prod(layer.stride if isinstance(layer.stride, int) else layer.stride[0] for layer in layers)
-
-
 def level_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """Indices from 0 to count - 1 of the levels that `indices` selects, see `ERResNet.forward_intermediates`."""
     if indices is None:
@@ -325,13 +363,7 @@ def _check_sizes(*, least: int = 1, **sizes: int) -> None:
 
 
 def _check_choices(
-    family: str,
-    layers: Sequence[int],
-    block: str,
-    norm: str,
-    width_per_group: int,
-    replace_stride_with_dilation: Sequence[bool],
-    drop_rate: float,
+    family: str, layers: Sequence[int], block: str, norm: str, replace_stride_with_dilation: Sequence[bool]
 ) -> None:
     for name, value, choices in (
         ("family", family, tuple(EXPANSION)),
@@ -343,11 +375,20 @@ def _check_choices(
     if len(layers) != 4:
         raise ValueError(f"layers must have 4 entries, one a stage, got {list(layers)}")
     _check_sizes(**{f"layers[{k}]": num_blocks for k, num_blocks in enumerate(layers)})
-    if family == "basic" and width_per_group != 64:
-        raise ValueError(f"width_per_group must be 64 for the basic family, got {width_per_group}")
     if len(replace_stride_with_dilation) != 3:
         raise ValueError(
             f"replace_stride_with_dilation must have 3 entries, for stages 2 to 4, got {replace_stride_with_dilation!r}"
         )
-    if not 0.0 <= drop_rate < 1.0:
-        raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {rate}")
+
+
+def _check_widths(family: str, *, groups: int, width_per_group: int) -> None:
+    if family == "basic" and (groups, width_per_group) != (1, 64):
+        raise ValueError(
+            f"width_per_group must be 64 for the basic family, and groups 1, got {width_per_group} and {groups}"
+        )

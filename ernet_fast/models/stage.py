@@ -44,6 +44,7 @@ class ERStage(nn.Module):
             of other classes, or with hooks, are called as modules, except an ER block's last ones. May be changed.
         dilation: of the 3x3 convolutions.
         first_dilation: of block 0's first 3x3 convolution, default `dilation`.
+        groups: of the first 3x3 convolution of every branch but those of "basic", which has none before it (ResNeXt).
         process_group: with norm="batch", the processes over whose batches together the training statistics of the
             shortcuts, and of each ER block's last BatchNorm, are taken; needs the fused path.
             `nn.SyncBatchNorm.convert_sync_batchnorm` does this too, and synchronises all other BatchNorms as well.
@@ -68,6 +69,7 @@ class ERStage(nn.Module):
         fused: bool = True,
         dilation: int = 1,
         first_dilation: int | None = None,
+        groups: int = 1,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -81,12 +83,17 @@ class ERStage(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not isinstance(stride, int) or stride < 1:
             raise ValueError(f"stride must be an int of at least 1, got {stride!r}")
+        if not isinstance(groups, int) or groups < 1 or width % groups or (block == "basic" and groups > 1):
+            raise ValueError(
+                f"groups must be an int of at least 1 that divides the width {width}, and 1 for 'basic', got {groups!r}"
+            )
         self.fused = fused
-        dilations = {"dilation": dilation, "first_dilation": first_dilation}
-        self.add_module("0", projection(in_channels, width, channels, stride=stride, **dilations))
-        common: dict[str, Any] = {"norm": norm, "num_groups": num_groups, "fused": fused}
+        spread: dict[str, Any] = {"dilation": dilation, "groups": groups}
+        opening = projection(in_channels, width, channels, stride=stride, first_dilation=first_dilation, **spread)
+        self.add_module("0", opening)
+        common: dict[str, Any] = {"norm": norm, "num_groups": num_groups, "fused": fused, **spread}
         for index in range(1, num_blocks):
-            block_l = er_block(channels, index, width=width, dilation=dilation, process_group=process_group, **common)
+            block_l = er_block(channels, index, width=width, process_group=process_group, **common)
             self.add_module(str(index), block_l)
 
     def __len__(self) -> int:
@@ -107,9 +114,7 @@ class ERStage(nn.Module):
     def stride(self) -> int:
         """Size of the stage's input over that of its maps."""
         children = self._opening().named_children()
-        return math.prod(
-            conv.stride[0] for name, conv in children if name[:4] == "conv" and isinstance(conv, nn.Conv2d)
-        )
+        return math.prod(total_stride(layer) for name, layer in children if name[:4] == "conv" or name == "aa")
 
     def _opening(self) -> blocks.ProjectionBlock:
         opening = self[0]
@@ -171,6 +176,12 @@ class ERStage(nn.Module):
             "torch.jit.script cannot compile an ERStage. Use torch.export.export(model.eval(), (x,)), or "
             "torch.jit.trace(model.eval(), x) where TorchScript is needed."
         )
+
+
+def total_stride(module: nn.Module) -> int:
+    """The factor by which the convolutions and poolings in `module` reduce the map."""
+    strides = [getattr(layer, "stride", 1) for layer in module.modules()]
+    return math.prod(stride if isinstance(stride, int) else stride[0] for stride in strides)
 
 
 def check_input(x: Tensor, conv: Any) -> None:

@@ -49,12 +49,20 @@ def _network(depth: int) -> Callable[..., ERResNet]:
     """Builds an ER-ResNet from timm's names of arguments."""
     build: Callable[..., ERResNet] = getattr(depths, f"er_resnet{depth}")
 
-    def network(*, in_chans: int = 3, output_stride: int = 32, **kw: Any) -> ERResNet:
+    def network(
+        *, in_chans: int = 3, output_stride: int | None = None, zero_init_last: bool = False, **kw: Any
+    ) -> ERResNet:
         if "in_channels" in kw:
             raise TypeError("in_channels is called in_chans in timm; pass that")
-        if output_stride not in _DILATED_STAGES:
-            raise ValueError(f"output_stride must be one of {sorted(_DILATED_STAGES)}, got {output_stride}")
-        kw.setdefault("replace_stride_with_dilation", _DILATED_STAGES[output_stride])
+        if zero_init_last:
+            raise ValueError(
+                "zero_init_last=True is not offered: shortcuts normalise every map, and at a scale of 0 the "
+                "normaliser's derivative is 1/sqrt(eps); expected False"
+            )
+        if output_stride is not None:
+            if output_stride not in _DILATED_STAGES:
+                raise ValueError(f"output_stride must be one of {sorted(_DILATED_STAGES)}, got {output_stride}")
+            kw["replace_stride_with_dilation"] = _DILATED_STAGES[output_stride]
         model = build(in_channels=in_chans, **kw)
         model.register_load_state_dict_pre_hook(_keep_shortcuts)
         return model

@@ -6,9 +6,11 @@ import csv
 import json
 
 import pytest
+import torch
 
 from ernet_fast.cli import train as train_command
-from ernet_fast.data import parse_name
+from ernet_fast.data import PatchTransform, parse_name
+from ernet_fast.models import load_exported
 from ernet_fast.train import TrainConfig, load_checkpoint
 
 TINY = ["--base-channels", 8, "--image-size", 32, "--batch-size", 8, "--device", "cpu", "--seed", 0]
@@ -162,3 +164,44 @@ def test_warnings_are_one_line(call, tiny_breakhis, tmp_path):
     assert called.code == 0
     warned = [line for line in called.err.splitlines() if "has no image of" in line]
     assert warned and all(line.startswith("warning: split") for line in warned)
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+def test_export(call, trained, tmp_path, format):
+    """The file's logits are those of `evaluate`'s network, on float input of any size."""
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package, reason=f"needs {package}")
+    file = tmp_path / "network"
+    called = call("export", trained.folder, "--format", format, "--out", file, "--json")
+    assert called.code == 0 and "stain normalisation is not part of the file" in called.err
+    found = called.json
+    assert found["file"] == str(file) and found["classes"] == ["benign", "malignant"] and found["difference"] < 1e-5
+    assert found["input"] == "float32 [N, 3, H, W], scaled as in training"
+    program = load_exported(file, format)
+    assert program(torch.zeros(2, 3, 48, 40)).shape == (2, 2)
+    again = call("export", trained.folder, "--format", format)
+    assert again.code == 0 and "best." in again.out and "logits of benign, malignant" in again.out
+
+
+def test_export_with_preprocessing(call, trained, tmp_path):
+    """uint8 images of their own size go in; what `evaluate` does to them is in the program."""
+    file, size = tmp_path / "network.pt", (46, 70)
+    options = ["--with-preprocessing", "--input-size", *size, "--format", "torchscript", "--out", file]
+    called = call("export", trained.folder, *options)
+    assert called.code == 0 and "images uint8 [N, 3, 46, 70]" in called.out
+    images = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    bare = tmp_path / "bare.pt"
+    assert call("export", trained.folder, "--format", "torchscript", "--out", bare).code == 0
+    prepared = torch.stack([PatchTransform(32)(image) for image in images])
+    expected = load_exported(bare, "torchscript")(prepared)
+    torch.testing.assert_close(load_exported(file, "torchscript")(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_export_refuses(call, trained, tmp_path):
+    sized = call("export", trained.folder, "--format", "pt2", "--input-size", 64, 64)
+    assert sized.code == 2 and "input_size is of images that are resized in the program" in sized.err
+    taken = call("export", trained.folder, "--format", "torchscript", "--out", trained.folder / "best.pt")
+    assert taken.code == 2 and "is the checkpoint: name another file" in taken.err
+    nothing = call("export", tmp_path / "none.pt", "--format", "pt2")
+    assert nothing.code == 2 and "no checkpoint at" in nothing.err

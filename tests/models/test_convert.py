@@ -12,7 +12,7 @@ import torch
 from plain_networks import PlainBlock, PlainResNet
 from torch import nn
 
-from ernet_fast import convert_resnet, er_resnet18
+from ernet_fast import convert_resnet, er_resnet18, fold_for_inference
 from ernet_fast.models import ERResNet, load_torchvision_state_dict
 
 Plain = Callable[..., nn.Module]
@@ -110,6 +110,7 @@ def test_timm_like_network(plain_resnet: Plain) -> None:
             del block.relu
     er = convert_resnet(model)
     assert (er.in_channels, er.drop_rate) == (3, 0.25)
+    assert not {"aa", "se", "drop_path"} & {name for block in er.layer1 for name, _ in block.named_children()}
     assert plain_keys(er).keys() == model.state_dict().keys()
     assert [level["reduction"] for level in er.feature_info] == [2, 4, 8, 16, 32]
     assert er(torch.randn(2, 3, 64, 64)).shape == (2, 5)
@@ -151,7 +152,13 @@ def edited(plain_resnet: Plain, edit: Callable[[nn.Module], None], **kw: object)
     ("edit", "message"),
     [
         (lambda m: delattr(m, "layer3"), r"model \(PlainResNet\) has no layer3"),
-        (lambda m: setattr(m.layer2[1], "se", nn.Linear(1, 1)), r"layer2\.1\.se is a Linear: only plain ResNets"),
+        (lambda m: setattr(m.layer2[1], "se", nn.Linear(1, 1)),
+         r"layer2\.1\.se is a Linear: only plain ResNets.*SEModule, SqueezeExcitation are converted"),
+        (lambda m: setattr(m.layer2[1], "aa", nn.AvgPool2d(2)), r"layer2\.1\.aa is a AvgPool2d: .* in block 0"),
+        (lambda m: setattr(m.layer2[1], "drop_path", nn.Dropout(0.1)),
+         r"layer2\.1\.drop_path is a Dropout: only plain ResNets"),
+        (lambda m: setattr(m.layer2[1], "drop_block", nn.Dropout(0.1)),
+         r"layer2\.1\.drop_block is a Dropout: .*set its rate to 0"),
         (lambda m: setattr(m, "act1", nn.GELU()), "act1 is a GELU"),
         (lambda m: setattr(m.layer1[0], "relu", nn.SiLU()), r"layer1\.0\.relu is a SiLU"),
         (lambda m: setattr(m.layer1[0], "bn1", nn.GroupNorm(1, 8)), r"layer1\.0\.bn1 is a GroupNorm, expected a Batch"),
@@ -179,9 +186,76 @@ def test_what_is_no_plain_resnet(plain_resnet: Plain, edit: Callable, message: s
         convert_resnet(edited(plain_resnet, edit))
 
 
-def test_grouped_convolutions(plain_resnet: Plain) -> None:
-    with pytest.raises(ValueError, match=r"layer1\.0\.conv2 has 2 groups: grouped convolutions \(ResNeXt\)"):
-        convert_resnet(plain_resnet(bottleneck=True, groups=2))
+class SEModule(nn.Module):
+    """Channel attention under timm's name."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.fc(x.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class ExtendedBlock(PlainBlock):
+    """A block of timm's: `aa` behind the first 3x3 convolution, `se` behind the last BatchNorm."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        if hasattr(self, "conv3"):
+            out = self.bn3(self.conv3(self.aa(torch.relu(self.bn2(self.conv2(out))))))
+        else:
+            out = self.bn2(self.conv2(self.aa(out)))
+        return torch.relu(self.se(out) + (x if self.downsample is None else self.downsample(x)))
+
+
+def extended(plain_resnet: Plain, **kw: object) -> nn.Module:
+    """A network with attention in every block, and average pooling in place of strides 2."""
+    torch.manual_seed(0)
+    model = plain_resnet(**kw)
+    for block in (module for module in model.modules() if isinstance(module, PlainBlock)):
+        spatial = block.conv2 if hasattr(block, "conv3") else block.conv1
+        block.aa = nn.AvgPool2d(2) if spatial.stride == (2, 2) else nn.Identity()
+        spatial.stride = (1, 1)
+        block.se = SEModule((block.bn3 if hasattr(block, "conv3") else block.bn2).num_features)
+        block.__class__ = ExtendedBlock
+    return model
+
+
+@pytest.mark.parametrize(
+    "kw", [{"bottleneck": True, "groups": 4}, {"bottleneck": True, "groups": 4, "widening": 2}]
+)  # fmt: skip
+def test_grouped_convolutions_are_those_of_the_constructor(plain_resnet: Plain, kw: dict) -> None:
+    model = plain_resnet((2, 3, 1, 2), **kw).double()
+    arguments = {"groups": 4, "width_per_group": 16 * kw.get("widening", 1)}
+    loaded = ERResNet("bottleneck", (2, 3, 1, 2), 5, base_channels=8, **arguments).double()
+    load_torchvision_state_dict(loaded, model.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(convert_resnet(model)(x), loaded(x))
+
+
+@pytest.mark.parametrize("kw", [{}, {"bottleneck": True, "groups": 2}])
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_and_anti_aliasing(plain_resnet: Plain, kw: dict, training: bool) -> None:
+    """They stay where they were: fused and composed networks agree, and fold; one block a stage keeps the function."""
+    short = extended(plain_resnet, layers=(1, 1, 1, 1), **kw).double().eval()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(convert_resnet(short)(x), short(x), rtol=1e-12, atol=1e-12)
+    model = extended(plain_resnet, layers=(2, 3, 1, 2), **kw).double().train(training)
+    er = convert_resnet(model)
+    assert plain_keys(er).keys() == model.state_dict().keys()
+    assert [level["reduction"] for level in er.feature_info] == [2, 4, 8, 16, 32]
+    composed, gradients = copy.deepcopy(er), []
+    composed.set_fused(False)
+    for network in (er, composed):
+        network(x).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in network.named_parameters()})
+    torch.testing.assert_close(composed(x), er(x), rtol=1e-10, atol=1e-10)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-8, atol=1e-9, msg=name)
+    folded = fold_for_inference(er.eval())
+    torch.testing.assert_close(folded(x), er(x), rtol=1e-10, atol=1e-10)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
 def test_stages_that_do_not_double(plain_resnet: Plain) -> None:

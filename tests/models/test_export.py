@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import os
 import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ernet_fast import er_resnet18, fold_for_inference
-from ernet_fast.models import ERResNet
+from ernet_fast import ERStage, fold_for_inference
+from ernet_fast.models import ERResNet, export_network, load_exported
 
 VARIANTS = ("fused", "unfused", "group", "folded")
 
@@ -19,7 +24,7 @@ VARIANTS = ("fused", "unfused", "group", "folded")
 def network(variant: str) -> nn.Module:
     torch.manual_seed(0)
     norm = {"norm": "group", "num_groups": 4} if variant == "group" else {}
-    model = er_resnet18(3, base_channels=8, fused=variant != "unfused", **norm)
+    model = ERResNet("basic", (1, 3, 1, 1), 3, base_channels=8, fused=variant != "unfused", **norm)
     model(torch.randn(4, 3, 64, 64))  # running statistics of something
     model.eval()
     return fold_for_inference(model) if variant == "folded" else model
@@ -52,32 +57,110 @@ def test_script_says_what_to_use(variant: str) -> None:
         torch.jit.script(nn.Sequential(network(variant), nn.Softmax(1)))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dynamo", [True, False])
-def test_onnx(variant: str, dynamo: bool) -> None:
-    """ONNX's reference implementation of the exported graph computes what the network does."""
-    onnx = pytest.importorskip("onnx", reason="needs onnx")
-    if dynamo:
-        pytest.importorskip("onnxscript", reason="needs onnxscript")
-    model, file = network(variant), io.BytesIO()
+SHAPES = ((1, 3, 64, 64), (3, 3, 96, 70), (2, 3, 33, 40))
+
+
+def assert_same(program: Callable[[Tensor], Tensor], model: nn.Module) -> None:
+    """On batches of one, two and three, and on other sizes than that of the example."""
     with torch.no_grad():
-        expected = model(images())
-        if dynamo:
-            torch.onnx.export(model, (images(),), dynamo=True, input_names=["images"]).save(file)
-        else:
-            torch.onnx.export(model, (images(),), file, dynamo=False, input_names=["images"])
-    exported = onnx.load_model_from_string(file.getvalue())
-    onnx.checker.check_model(exported)
-    (found,) = onnx.reference.ReferenceEvaluator(exported).run(None, {"images": images().numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+        for shape in SHAPES:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def operators(file: Path, format: str) -> str:
+    """The program as text, its operators with their namespaces."""
+    if format == "pt2":
+        calls = [node.target for node in torch.export.load(file).graph.nodes if node.op == "call_function"]
+        return " ".join(call.name() for call in calls if isinstance(call, torch._ops.OpOverload))
+    if format == "torchscript":
+        return str(torch.jit.load(file).inlined_graph)
+    nodes = importlib.import_module("onnx").load(file).graph.node
+    return " ".join(f"{node.domain}::{node.op_type}" for node in nodes)
+
+
+def needs_onnx() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs {package}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_onnx(variant: str, tmp_path: Path) -> None:
+    """A network exported by torch itself, as it is, runs in onnxruntime for any batch and size."""
+    needs_onnx()
+    model, axes = network(variant), {0: "n", 2: "h", 3: "w"}
+    torch.onnx.export(
+        model, (images(),), tmp_path / "er.onnx", dynamo=False, input_names=["images"], dynamic_axes={"images": axes}
+    )
+    assert_same(load_exported(tmp_path / "er.onnx", "onnx"), model)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_export(variant: str) -> None:
-    model = network(variant)
-    program = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},))
-    for n in (1, 2, 5):
-        torch.testing.assert_close(program.module()(images(n)), model(images(n)), rtol=1e-4, atol=1e-5)
+    model, dim = network(variant), torch.export.Dim
+    dims = {0: dim("n", max=64), 2: dim("h", min=33, max=512), 3: dim("w", min=33, max=512)}
+    assert_same(torch.export.export(model, (images(),), dynamic_shapes=(dims,)).module(), model)
+
+
+@pytest.mark.parametrize(("format", "variant"), [
+    ("onnx", "fused"), ("onnx", "group"), ("pt2", "folded"), ("torchscript", "fused"), ("torchscript", "folded"),
+])  # fmt: skip
+def test_export_network(format: str, variant: str, tmp_path: Path) -> None:
+    """The file holds standard operators alone and runs on two batch sizes; the network stays as it was."""
+    if format == "onnx":
+        needs_onnx()
+    model, file = network(variant), tmp_path / "network"
+    before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.state_dict(keep_vars=True).items()}
+    export_network(model, file, images(), format=format)
+    assert_same(load_exported(file, format), model)
+    assert "ernet::" not in operators(file, format)
+    assert model.fused and model.layer1.fused
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert torch.equal(tensor, before[name][0]) and tensor.requires_grad == before[name][1]
+
+
+def test_export_network_by_the_older_exporter(tmp_path: Path) -> None:
+    needs_onnx()
+    model = network("fused")
+    with open(tmp_path / "er.onnx", "wb") as file:
+        export_network(model, file, images(), format="onnx", dynamo=False, dynamic_size=False)
+    program = load_exported(tmp_path / "er.onnx", "onnx")
+    for n in (1, 3):
+        torch.testing.assert_close(program(images(n)), model(images(n)).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = network("fused"), tmp_path / "er"
+    with pytest.raises(ValueError, match="format must be one of onnx, pt2, torchscript, got 'tflite'"):
+        export_network(model, file, images(), format="tflite")
+    with pytest.raises(ValueError, match=r"an example of at least 2, \[N, C, H, W\], got \[1, 3, 64, 64\]"):
+        export_network(model, file, images(1), format="pt2")
+    with pytest.raises(ValueError, match=r"33 pixels a side at least for a program of any size, got \[2, 3, 32, 64\]"):
+        export_network(model, file, images()[:, :, :32], format="pt2")
+    with pytest.raises(ValueError, match="in training mode"):
+        export_network(network("fused").train(), file, images(), format="pt2")
+    with pytest.raises(TypeError, match="got int"):
+        export_network(3, file, images(), format="pt2")  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"onnx is needed for export to ONNX.*ernet_fast\[export\]"):
+        export_network(model, file, images(), format="onnx")
+    assert not file.exists()
+
+
+@pytest.mark.skipif("ERNET_TEST_AOTI" not in os.environ, reason="set ERNET_TEST_AOTI: it compiles C++ for minutes")
+@pytest.mark.parametrize("fused", [True, False])
+def test_ahead_of_time_inductor(fused: bool, tmp_path: Path) -> None:
+    """With this library's operators, and with standard ones."""
+    torch.manual_seed(0)
+    stage = fold_for_inference(ERStage(3, 8, 3, block="basic").eval()).requires_grad_(False)
+    stage.fused = fused
+    x = torch.randn(2, 3, 16, 16)
+    program = torch.export.export(stage, (x,), dynamic_shapes=({0: torch.export.Dim("n", max=64)},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "stage.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for n in (1, 3):
+        x = torch.randn(n, 3, 16, 16)
+        torch.testing.assert_close(compiled(x), stage(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -11,6 +11,7 @@ from torch import nn
 
 import ernet_fast.models
 from ernet_fast.models import ERResNet, ERStage, er_resnet18, er_resnet50
+from ernet_fast.models.drop_path import DropPath
 
 SMALL = {"num_classes": 5, "base_channels": 8}
 
@@ -391,3 +392,53 @@ def test_images_that_do_not_fit_are_named(x, error, message):
 def test_a_stage_without_a_stride_is_refused():
     with pytest.raises(ValueError, match="stride must be an int of at least 1, got 0"):
         ERStage(4, 8, 2, stride=0)
+
+
+@pytest.mark.parametrize("family", ["basic", "bottleneck"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_stochastic_depth(family: str, checkpointing: bool) -> None:
+    """Rates grow from block to block; fused, composed and recomputed passes draw the same; evaluation draws nothing."""
+    torch.manual_seed(0)
+    model = ERResNet(family, (1, 3, 2, 1), 3, base_channels=8, drop_path_rate=0.6).double()
+    blocks = [block for stage in model.stages for block in stage]
+    rates = [block.drop_path.rate if "drop_path" in block._modules else 0.0 for block in blocks]
+    assert rates == pytest.approx([0.6 * k / 6 for k in range(7)])
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    state, found = copy.deepcopy(model.state_dict()), []
+    for fused in (True, False):
+        model.load_state_dict(state)
+        model.set_fused(fused)
+        model.set_grad_checkpointing(checkpointing and fused)
+        model.zero_grad()
+        torch.manual_seed(7)
+        y = model.train()(x)
+        y.square().sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in model.parameters()), *model.state_dict().values()])
+        other = model(x)
+        assert not torch.equal(other, y)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    plain = ERResNet(family, (1, 3, 2, 1), 3, base_channels=8).double().eval()
+    plain.load_state_dict(model.state_dict())
+    model.eval().set_fused(True)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_dropped_path_is_zero_and_the_others_are_scaled() -> None:
+    drop, x = DropPath(0.75), torch.randn(64, 2, 3, 3)
+    y = drop(x)
+    kept = y.flatten(1).abs().sum(1) > 0
+    assert 0 < int(kept.sum()) < 64
+    torch.testing.assert_close(y[kept], 4 * x[kept])
+    assert drop.eval()(x) is x and DropPath(0.0)(x) is x and "0.75" in repr(drop)
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1\), got 1"):
+        DropPath(1)
+
+
+def test_intermediate_layers_as_vision_transformers_give_them() -> None:
+    model, x = small().eval(), torch.randn(2, 3, 64, 64)
+    _, maps = model.forward_intermediates(x)
+    for n, levels in ((1, [4]), (3, [2, 3, 4]), ([0, 2], [0, 2])):
+        found = model.get_intermediate_layers(x, n, reshape=True, norm=True)
+        assert all(torch.equal(a, maps[level]) for a, level in zip(found, levels, strict=True))
+    assert model.get_classifier(name_only=True) == "fc"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from ernet_fast import er_resnet18, er_resnet50
+from ernet_fast import convert_resnet, er_resnet18, er_resnet50, logit_agreement
 from ernet_fast.models import ERResNet
 
 MODULE = "ernet_fast.models.timm_models"
@@ -96,10 +96,12 @@ def test_what_is_refused(create_model):
         create_model("er_resnet18", global_pool="")
     with pytest.raises(ValueError, match=r"output_stride must be one of \[8, 16, 32\], got 4"):
         create_model("er_resnet18", output_stride=4)
-    with pytest.raises(
-        TypeError, match="er_resnet18 has no argument drop_path_rate, act_layer; its arguments are num_"
-    ):
-        create_model("er_resnet18", drop_path_rate=0.1, act_layer="gelu")
+    with pytest.raises(TypeError, match="er_resnet18 has no argument stem_type, act_layer; its arguments are num_"):
+        create_model("er_resnet18", stem_type="deep", act_layer="gelu")
+    with pytest.raises(ValueError, match="zero_init_last=True is not offered: shortcuts normalise every map"):
+        create_model("er_resnet18", zero_init_last=True)
+    with pytest.raises(ValueError, match=r"drop_path_rate must be in \[0, 1\), got 1.5"):
+        create_model("er_resnet18", drop_path_rate=1.5)
     with pytest.raises(TypeError, match="in_channels is called in_chans in timm"):
         create_model("er_resnet18", in_channels=1)
 
@@ -142,6 +144,52 @@ def timm() -> types.ModuleType:
 
 
 SMALL = {"num_classes": 2, "base_channels": 8}
+
+
+def test_the_contract_of_its_resnets(timm):
+    """What timm's own resnet18 answers, an ER-ResNet answers in the same kinds and sizes."""
+    torch.manual_seed(0)
+    arguments = {"num_classes": 2, "drop_path_rate": 0.2, "drop_rate": 0.1, "zero_init_last": False}
+    models = [timm.create_model(name, **arguments).eval() for name in ("resnet18", "er_resnet18")]
+    x = torch.randn(2, 3, 64, 64)
+    answers = []
+    for model in models:
+        model.set_grad_checkpointing(True)
+        model.train()(x).sum().backward()
+        model.eval()
+        levels = [{"num_chs": level["num_chs"], "reduction": level["reduction"]} for level in model.feature_info]
+        answer = [levels, model.num_features, model.head_hidden_size, model.get_classifier(name_only=True)]
+        answer += [model.get_classifier(), model.forward_head(model.forward_features(x), pre_logits=True)]
+        answer += [*model.forward_intermediates(x, [1, -1]), model.forward_intermediates(x, 2, intermediates_only=True)]
+        for num_classes, global_pool in ((5, "max"), (3, None), (0, ""), (4, "avg")):
+            model.reset_classifier(num_classes, global_pool)
+            answer += [model.num_classes, model.head_hidden_size, model(x)]
+        answer += [sorted(model.group_matcher()), model.default_cfg["input_size"], model.prune_intermediate_layers([2])]
+        answers.append([*answer, model(x)])
+    assert [kind_of(answer) for answer in answers[0]] == [kind_of(answer) for answer in answers[1]]
+    drops = [[b.drop_path for b in (m.layer1[1], *m.layer2)] for m in models]
+    assert [drop.rate for drop in drops[1]] == pytest.approx([drop.drop_prob for drop in drops[0]])
+
+
+def kind_of(answer: Any) -> Any:
+    """Shapes of tensors, what modules print, and other values as they are."""
+    if isinstance(answer, torch.Tensor):
+        return tuple(answer.shape)
+    if isinstance(answer, (list, tuple)):
+        return [kind_of(part) for part in answer]
+    return str(answer) if isinstance(answer, nn.Module) else answer
+
+
+def test_a_folder_of_save_pretrained(timm, tmp_path):
+    """timm loads it as it is, and adapts classes and channels; output_stride overrides what was saved."""
+    torch.manual_seed(0)
+    source = er_resnet18(3, base_channels=8, norm="group", num_groups=2, drop_path_rate=0.1).eval()
+    source.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 64, 64)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(model(x), source(x)) and model.layer4[1].drop_path.rate == 0.1
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, in_chans=1, output_stride=16)
+    assert model(x[:, :1]).shape == (2, 2) and model.feature_info[-1]["reduction"] == 16
 
 
 def test_a_users_own_weights(timm, tmp_path):
@@ -209,6 +257,54 @@ def test_features(timm, feature_cls):
     features = extractor(x)
     for found, level in zip(features.values() if isinstance(features, dict) else features, (1, 2, 4), strict=True):
         torch.testing.assert_close(found, levels[level], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet14t", "resnext50d_32x4d", "seresnet18", "ecaresnet26t", "resnetblur18", "resnetaa34d", "resnetrs50"]
+)  # fmt: skip
+def test_conversion(timm, name):
+    """Deep stems, grouped convolutions, attention, blurring and average-pooled projections are taken over."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=3).eval()
+    er = convert_resnet(plain)
+    state = {key: tensor for key, tensor in er.state_dict().items() if ".shortcut." not in key}
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in state.items())
+    assert [level["reduction"] for level in er.feature_info] == [level["reduction"] for level in plain.feature_info]
+    assert er(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_stochastic_depth_is_converted(timm):
+    plain = timm.create_model("resnet18", num_classes=3, drop_path_rate=0.3)
+    er = convert_resnet(plain)
+    for stage in ("layer1", "layer4"):
+        for block, other in zip(er.get_submodule(stage), plain.get_submodule(stage), strict=True):
+            assert getattr(getattr(block, "drop_path", None), "rate", 0) == getattr(other.drop_path, "drop_prob", 0)
+    assert er(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_calibrated_conversion(timm):
+    torch.manual_seed(0)
+    plain, x = timm.create_model("resnetblur18", num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    assert logit_agreement(plain, convert_resnet(plain, calibrate=[x]), [x + 0.1]).relative_error < 1e-4
+    attention = timm.create_model("seresnet18", num_classes=3)
+    with pytest.raises(ValueError, match=r"calibrate: layer1\.1\.se scales whatever the bias of the last BatchNorm"):
+        convert_resnet(attention, calibrate=[x])
+
+
+@pytest.mark.parametrize(
+    ("name", "kw", "message"),
+    [
+        ("skresnet18", {}, r"layer1\.0\.conv1 is a SelectiveKernel, expected a Conv2d"),
+        ("resnest14d", {}, r"layer1\.0\.conv2 is a SplitAttn, expected a Conv2d"),
+        ("resnetv2_50", {}, r"\(ResNetV2\) has no conv1"),
+        ("resnet18", {"drop_block_rate": 0.2}, r"layer3\.0\.drop_block is a DropBlock2d: .*set its rate to 0"),
+        ("resnet18", {"block_args": {"attn_layer": "cbam"}}, r"layer1\.0\.se is a CbamModule: .*Of attention, Ceca"),
+    ],
+)
+def test_refused_conversions(timm, name, kw, message):
+    with pytest.raises(ValueError, match=message):
+        convert_resnet(timm.create_model(name, num_classes=3, **kw))
 
 
 def test_data_configuration(timm):

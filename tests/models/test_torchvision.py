@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ernet_fast import convert_resnet, er_resnet18, er_resnet50
+from ernet_fast import convert_resnet, er_resnet18, er_resnet50, er_resnet101
 from ernet_fast.models import ERResNet, load_torchvision_state_dict
 
 try:
@@ -44,6 +44,25 @@ def test_feature_extractor(fused: bool, norm: str) -> None:
         for name, level in expected.items():
             torch.testing.assert_close(found[name], level, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found["logits"], network.forward_head(last), rtol=1e-9, atol=1e-9)
+
+
+def test_feature_extractor_of_every_part() -> None:
+    """Grouped convolutions, attention and stochastic depth are traced too."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    torch.manual_seed(0)
+    model = ERResNet("bottleneck", (1, 3, 1, 1), 3, base_channels=8, groups=2, width_per_group=32, drop_path_rate=0.3)
+    for block in model.layer2:
+        block.add_module("se", torchvision.ops.SqueezeExcitation(64, 8))
+    x = torch.randn(4, 3, 64, 64)
+    model(x)
+    extractor = create_feature_extractor(model, {"layer2": "second", "layer2.1.se": "attended", "fc": "logits"})
+    found = extractor.eval()(x)
+    torch.testing.assert_close(found["second"], model.eval().forward_intermediates(x)[1][2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["logits"], model(x), rtol=1e-4, atol=1e-5)
+    assert found["attended"].shape == (4, 64, 8, 8)
+    first, second = (extractor.train()(x)["logits"] for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 def test_gradients_of_a_feature_extractor() -> None:
@@ -89,6 +108,26 @@ def test_segmentation_backbone() -> None:
     assert model(torch.randn(1, 3, 64, 64))["out"].shape == (1, 4, 64, 64)
 
 
+@pytest.mark.parametrize("dilated", [(False, True, True), (False, False, True)])
+def test_dilated_backbones(dilated: tuple[bool, bool, bool]) -> None:
+    """Those that its segmentation networks use: each convolution has the stride and dilation of its own."""
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    plain = torchvision.models.resnet50(num_classes=3, replace_stride_with_dilation=list(dilated)).eval()
+    built, converted = er_resnet50(3, replace_stride_with_dilation=dilated), convert_resnet(plain)
+    for name, conv in plain.named_modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            for model in (built, converted):
+                assert str(model.get_submodule(name)) == str(conv), name
+    layers = {"layer2": "low", "layer3": "aux", "layer4": "out"}
+    sizes = [
+        {name: tuple(y.shape) for name, y in IntermediateLayerGetter(model, layers)(torch.randn(1, 3, 64, 64)).items()}
+        for model in (plain, converted)
+    ]
+    assert sizes[0] == sizes[1] and sizes[0]["out"][2] == (8 if dilated[1] else 4)
+    assert [level["reduction"] for level in converted.feature_info][-1] == (8 if dilated[1] else 16)
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_weights_and_conversion_of_torchvisions_networks(depth: int) -> None:
     """Its real state dict loads and its real network converts, to the same function."""
@@ -104,12 +143,31 @@ def test_weights_and_conversion_of_torchvisions_networks(depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "build", ["resnext50_32x4d", "densenet121", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x1_0"]
+    ("build", "arguments"),
+    [
+        ("resnext50_32x4d", {"groups": 32, "width_per_group": 4}),
+        ("resnext101_32x8d", {"groups": 32, "width_per_group": 8}),
+        ("wide_resnet50_2", {"width_per_group": 128}),
+    ],
+)  # fmt: skip
+def test_grouped_and_wide_networks(build: str, arguments: dict[str, int]) -> None:
+    """Its arguments build the network that the conversion gives."""
+    with torch.device("meta"):
+        converted = convert_resnet(getattr(torchvision.models, build)(num_classes=3))
+        built = (er_resnet101 if "101" in build else er_resnet50)(3, **arguments)
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (converted, built)]
+    assert shapes[0] == shapes[1]
+    groups = [[m.groups for m in network.modules() if isinstance(m, torch.nn.Conv2d)] for network in (converted, built)]
+    assert groups[0] == groups[1]
+
+
+@pytest.mark.parametrize(
+    "build", ["densenet121", "mobilenet_v3_small", "vit_b_16", "shufflenet_v2_x1_0"]
 )  # fmt: skip
 def test_other_families_are_refused(build: str) -> None:
     with torch.device("meta"):
         model = getattr(torchvision.models, build)()
-    with pytest.raises(ValueError, match=r"has no |grouped convolutions|is a "):
+    with pytest.raises(ValueError, match=r"has no |is a "):
         convert_resnet(model)
 
 
