@@ -37,6 +37,9 @@ ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
     ISA_FLAGS["avx512vbmi"] = [*ISA_FLAGS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
+# Outside those loops no product and sum are fused but where the code says so: what is computed in several places, as a
+# fit from an image and from its colours, has the same bits in all of them, also on arm64, whose compilers would fuse.
+SAME_BITS = ["-ffp-contract=off"]
 # Only kernels over 8-bit images gain from the extensions beyond x86-64-v4.
 SIMD_FOLDERS = {"avx512vbmi": ("macenko/cpu/simd",)}
 
@@ -177,11 +180,12 @@ class NinjaScript:
                 self._compile_per_isa(source, str(folder))
             elif folder.name == "cuda":
                 if self.nvcc:
-                    self._compile(source, "cxx", ["-DERNET_WITH_CUDA", f"-isystem {self._toolkit() / 'include'}"])
+                    toolkit = f"-isystem {self._toolkit() / 'include'}"
+                    self._compile(source, "cxx", [*SAME_BITS, "-DERNET_WITH_CUDA", toolkit])
             elif source.name == "module.cpp":
                 self._compile(source, "cxx", [*self._definitions(), *(["-DERNET_WITH_CUDA"] if self.nvcc else [])])
             else:
-                self._compile(source, "cxx", [f"-DERNET_HAS_{isa.upper()}" for isa in ISA_FLAGS])
+                self._compile(source, "cxx", [*SAME_BITS, *(f"-DERNET_HAS_{isa.upper()}" for isa in ISA_FLAGS)])
         for source in sorted(CSRC.rglob("*.cu")) if self.nvcc else ():
             self._compile(source, "nvcc", [])
         self.lines.append(f"build {escape(self.target)}: link {' '.join(self.objects)}")

@@ -36,7 +36,7 @@ _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Subpackages, imported when they are first named: `ernet_fast.stain` after `import ernet_fast`."""
-    if name in ("benchmark", "data", "demo", "stain", "train"):
+    """Subpackages and modules, imported when they are first named: `ernet_fast.stain` after `import ernet_fast`."""
+    if name in ("benchmark", "data", "demo", "output_cache", "stain", "train"):
         return importlib.import_module(f"ernet_fast.{name}")
     raise AttributeError(f"module 'ernet_fast' has no attribute {name!r}")

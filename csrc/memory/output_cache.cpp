@@ -5,22 +5,24 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 namespace ernet::cpu {
 namespace {
 
-constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMostKept = 256;      // buffers; the oldest makes room
 constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it
 constexpr size_t kSlackShare = 4;   // a buffer may exceed what is asked for by this share
 
-using Entry = std::unique_lock<std::mutex>;  // only ever tried
+using Entry = std::unique_lock<std::mutex>;
+constexpr int kTries = 64;  // to enter; then a thread does without
 
 struct Kept {
   void* buffer;
@@ -40,8 +42,8 @@ size_t first_limit() {
   return static_cast<size_t>(megabytes) << 20;
 }
 
-// Never destroyed: tensors may be freed after static objects are. A thread that finds it busy does without, so neither
-// contention nor a fork while another thread was inside can block anyone.
+// Never destroyed: tensors may be freed after static objects are. A thread that finds it busy for long does without, so
+// that a fork while another thread was inside can block nobody.
 struct Buffers {
   std::mutex busy;
   std::atomic<size_t> limit{first_limit()};
@@ -62,7 +64,21 @@ Buffers& buffers() {
   return *instance;
 }
 
-size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+// Inside, but for the rare case above.
+Entry enter(Buffers& all) {
+  Entry entry(all.busy, std::try_to_lock);
+  for (int i = 1; i < kTries && !entry; ++i) {
+    std::this_thread::yield();
+    entry.try_lock();
+  }
+  return entry;
+}
+
+// Pages are of 4 KiB on x86-64 and of 4, 16 or 64 KiB on arm64.
+size_t whole_pages(size_t bytes) {
+  static const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
 
 // Fresh memory that starts on the boundary of a huge page if it is as large as one.
 void* map_memory(size_t bytes) {
@@ -125,7 +141,7 @@ void* take_map_buffer(size_t* bytes) {
   if (*bytes < kLeastMapBuffer || all.limit == 0) return nullptr;
   *bytes = whole_pages(*bytes);
   void* buffer = nullptr;
-  if (const Entry entry(all.busy, std::try_to_lock); entry) {
+  if (const Entry entry = enter(all); entry) {
     buffer = find_kept(all, bytes);
     add_live(all, *bytes);
     const size_t most = all.most_live_bytes, all_bytes = all.live_bytes + all.kept_bytes;
@@ -149,7 +165,7 @@ void give_map_buffer(void* buffer, size_t bytes) {
   all.live_bytes -= bytes;
   const size_t limit = all.limit;
   if (bytes <= limit) {
-    if (const Entry entry(all.busy, std::try_to_lock); entry) {
+    if (const Entry entry = enter(all); entry) {
       if (all.kept_bytes + bytes > limit) drop_oldest(all, all.kept_bytes + bytes - limit);
       if (all.count == kMostKept) drop_oldest(all, 1);
       all.kept[all.count++] = {buffer, bytes};
@@ -168,8 +184,7 @@ void set_map_buffer_limit(size_t bytes) {
   Buffers& all = buffers();
   all.limit = bytes;
   all.most_live_bytes = all.live_bytes.load();
-  if (const Entry entry(all.busy, std::try_to_lock); entry && all.kept_bytes > bytes)
-    drop_oldest(all, all.kept_bytes - bytes);
+  if (const Entry entry = enter(all); entry && all.kept_bytes > bytes) drop_oldest(all, all.kept_bytes - bytes);
 }
 
 MapBufferCounts map_buffer_counts() { return {buffers().reused, buffers().fresh}; }

@@ -6,6 +6,8 @@
 #include <string.h>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "simd/isa.h"
@@ -98,9 +100,13 @@ template <typename A> static inline Vec<A> load(const A* p) {
 }
 
 template <typename A> static inline Vec<float> load(const bf16* p) {
+#if defined(__aarch64__)  // GCC widens vectors of eight bytes lane by lane
+  return reinterpret_cast<Vec<float>>(vshll_n_u16(vld1_u16(&p->bits), 16));
+#else
   Lanes<float>::half_bits narrow;
   memcpy(&narrow, p, sizeof narrow);
   return reinterpret_cast<Vec<float>>(__builtin_convertvector(narrow, Lanes<float>::bits) << 16);
+#endif
 }
 
 template <typename A> static inline Vec<float> load(const f16* p) {
@@ -109,6 +115,8 @@ template <typename A> static inline Vec<float> load(const f16* p) {
       _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
@@ -134,6 +142,8 @@ static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {
 #elif defined(__F16C__)
   return reinterpret_cast<Lanes<float>::half_bits>(
       _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Lanes<float>::half_bits>(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v)));
 #else
   Lanes<float>::half_bits bits;
   for (int i = 0; i < kLanes<float>; ++i) bits[i] = float_to_half(v[i]);
@@ -147,7 +157,8 @@ template <typename T, typename V> static inline void store(T* p, V v) {
 }
 
 // Non-temporal stores, for outputs that would only evict what is still needed; `p` must be a multiple of the bytes
-// stored (stream_aligned). Before another thread may read them: stream_fence.
+// stored (stream_aligned). Before another thread may read them: stream_fence. On arm64 ordinary stores, which its cores
+// take past the caches by themselves where whole lines are written one after the other.
 template <typename V> static inline void stream_bytes(void* p, const V& v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof v == 64) {

@@ -122,7 +122,15 @@ def usable_source(source: MacenkoFit, target: MacenkoFit) -> MacenkoFit:
 
 
 def keep_degenerate(out: torch.Tensor, images: torch.Tensor, status: torch.Tensor) -> torch.Tensor:
-    """`out` [B, 3, H, W], with the input itself where the status is not OK."""
+    """`out` [B, 3, H, W], with the input itself where the status is not OK; `out` is overwritten where it may be."""
+    if is_readable(status):
+        kept = (status != OK).nonzero().flatten().tolist()
+        if not kept:
+            return out
+        if not out.is_floating_point():  # no derivative is taken of integers, and fresh memory would cost a pass
+            for index in kept:
+                out[index] = images[index]
+            return out
     return torch.where((status == OK)[:, None, None, None], out, images)
 
 

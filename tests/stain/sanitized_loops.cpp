@@ -14,7 +14,7 @@
 #include "macenko/cpu/image.h"
 #include "macenko/cpu/levels.h"
 
-int check_exactness();
+int check_exactness(bool few);
 
 namespace {
 
@@ -183,9 +183,11 @@ template <class T> bool bytes_are_found(Pixel type, int pixels, bool channels_la
 
 }  // namespace
 
-int main() {
-  for (int pixels : {1, 511, 1025, 20011}) {
-    for (int kind = 0; kind < 3; ++kind) {
+// With an argument, whatever it is, a few sizes alone: for emulators.
+int main(int arguments, char**) {
+  const bool few = arguments > 1;
+  for (int pixels : few ? std::vector<int>{700} : std::vector<int>{1, 511, 1025, 20011}) {
+    for (int kind = 0; kind < (few ? 1 : 3); ++kind) {
       if (!colours_agree(pixels, kind)) {
         std::printf("colours differ: %d pixels of kind %d\n", pixels, kind);
         return 1;
@@ -203,8 +205,9 @@ int main() {
       }
     }
   }
+  const std::vector<int> sizes = {1, 2, 3, 5, 15, 16, 17, 31, 47, 48, 511, 512, 513, 1000, 2047, 2049, 5003, 20011};
   int fitted = 0;
-  for (int pixels : {1, 2, 3, 5, 15, 16, 17, 31, 47, 48, 511, 512, 513, 1000, 2047, 2049, 5003, 20011}) {
+  for (int pixels : few ? std::vector<int>{3, 17, 513, 2049, 5003} : sizes) {
     for (bool channels_last : {false, true}) {
       for (Pixel type : {Pixel::u8, Pixel::f32, Pixel::f64}) {
         for (int kind = 0; kind < 3; ++kind) {
@@ -214,7 +217,7 @@ int main() {
       }
     }
   }
-  const int wrong = check_exactness();
+  const int wrong = check_exactness(few);
   std::printf("fitted %d, wrong %d\n", fitted, wrong);
-  return fitted > 100 && wrong == 0 ? 0 : 1;
+  return fitted > (few ? 50 : 100) && wrong == 0 ? 0 : 1;
 }

@@ -15,6 +15,9 @@ static inline uint32_t lanes_alive(Vec<float> y) {
 #elif defined(__AVX2__)
   const __m256 off = _mm256_cmp_ps(reinterpret_cast<__m256>(y), _mm256_setzero_ps(), _CMP_LE_OQ);
   return ~static_cast<uint32_t>(_mm256_movemask_ps(off)) & 0xffu;
+#elif defined(__aarch64__)
+  constexpr uint32x4_t own = {1, 2, 4, 8};
+  return vaddvq_u32(vbicq_u32(own, vclezq_f32(reinterpret_cast<float32x4_t>(y))));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<uint32_t>(!(y[i] <= 0.0f)) << i;

@@ -29,6 +29,9 @@ static inline Wides low_products(Wides a, Wides b) {
   return reinterpret_cast<Wides>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
 #elif defined(__SSE2__)
   return reinterpret_cast<Wides>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#elif defined(__aarch64__)
+  const auto low = [](Wides wide) { return vmovn_u64(reinterpret_cast<uint64x2_t>(wide)); };
+  return reinterpret_cast<Wides>(vmull_u32(low(a), low(b)));
 #else
   return (a & 0xffffffff) * (b & 0xffffffff);
 #endif

@@ -72,6 +72,10 @@ static void reconstruct_block(const uint8_t* const level[3], int count, const Fa
     const auto lanes = [&](int j) { return reinterpret_cast<__m128i>(pixel[j]); };
     const __m128i bytes = _mm_packus_epi16(_mm_packs_epi32(lanes(0), lanes(1)), _mm_packs_epi32(lanes(2), lanes(3)));
     _mm_store_si128(reinterpret_cast<__m128i*>(out + 4 * i), bytes);
+#elif defined(__aarch64__)
+    const auto lanes = [&](int j) { return vqmovun_s32(reinterpret_cast<int32x4_t>(pixel[j])); };
+    const uint16x8_t first = vcombine_u16(lanes(0), lanes(1)), second = vcombine_u16(lanes(2), lanes(3));
+    vst1q_u8(out + 4 * i, vcombine_u8(vmovn_u16(first), vmovn_u16(second)));
 #else
     for (int j = 0; j < 4; ++j) {
       for (int c = 0; c < 4; ++c) out[4 * (i + j) + c] = uint8_t(pixel[j][c]);

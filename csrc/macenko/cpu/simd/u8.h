@@ -31,7 +31,7 @@ static inline void fixed_densities(const ByteBlock& block, int count, const mace
                                    int32_t fixed[3][kBlock]) {
   for (int k = 0; k < 3; ++k) {
     const uint8_t* const level = block.level[k];
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__aarch64__)
     const int32_t offset = table.fixed_offset;
     for (int i = 0; i < count; ++i) fixed[k][i] = macenko::fixed_od_of_level(level[i], offset);
 #else
