@@ -1,4 +1,4 @@
-"""The three networks whose steps are compared - plain, naive ER, fused ER - and one step of training."""
+"""The networks whose steps are compared - plain, naive ER, fused ER, also with memory="lean" - and a training step."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from ernet_fast.reference.er_network import naive_er_resnet, state_dict_from_fus
 FUSED = {50: er_resnet50, 101: er_resnet101}
 
 
-def networks(depth: int, device: str = "cpu", **kw: Any) -> dict[str, nn.Module]:
-    """The plain, the naive and the fused network, channels-last; the last two have the same weights."""
-    models = {name: network(name, depth, device, **kw) for name in ("fused", "plain", "naive")}
+def networks(
+    depth: int, device: str = "cpu", names: tuple[str, ...] = ("fused", "plain", "naive"), **kw: Any
+) -> dict[str, nn.Module]:
+    """The fused, the plain and the naive network, channels-last; the naive one has the weights of the fused."""
+    models = {name: network(name, depth, device, **kw) for name in names}
     models["naive"].load_state_dict(state_dict_from_fused(models["fused"].state_dict()))
     return models
 
 
 def network(name: str, depth: int, device: str = "cpu", **kw: Any) -> nn.Module:
     torch.manual_seed(0)
-    if name == "fused":
-        model: nn.Module = FUSED[depth](**kw)
+    if name in ("fused", "lean"):
+        model: nn.Module = FUSED[depth](memory="lean" if name == "lean" else "usual", **kw)
     else:
         model = {"plain": plain_resnet, "naive": naive_er_resnet}[name](depth, **kw)
     return model.to(device=device, memory_format=torch.channels_last)

@@ -62,3 +62,13 @@ def training_peak(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step
     optimizer.zero_grad(set_to_none=True)
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     return held_bytes([*model.parameters(), *model.buffers(), *state]) + memory_use(step).peak
+
+
+def activation_peak(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Bytes at the peak of forward, loss and backward, beside parameters, their gradients and the optimizer."""
+
+    def forward_and_backward() -> None:
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+
+    forward_and_backward()  # after which every gradient has its memory
+    return memory_use(forward_and_backward).peak

@@ -83,6 +83,9 @@ class TrainConfig:
     norm: str = _setting("batch", "normaliser of the ER shortcuts", "batch", "group")
     num_groups: int | None = _setting(None, "groups of norm=group", number=(int, 1, 2048))
     fused: bool = _setting(True, "fused ER shortcuts; otherwise the naive composition of the same network")
+    memory: str = _setting(
+        "usual", "what backward keeps; lean: fewer maps, some computed again, the same gradients", "usual", "lean"
+    )
     weights: str | None = _setting(
         None, "file with a state dict of a (torchvision) ResNet or of this network to start from"
     )

@@ -32,7 +32,7 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
     are those of `models.read_weights` and `models.load_torchvision_state_dict`.
     """
     build = getattr(models, config.model)
-    names = ("norm", "fused", "block", "base_channels", "num_groups")
+    names = ("norm", "fused", "memory", "block", "base_channels", "num_groups")
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.weights is None:
         return build(num_classes, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -205,3 +206,41 @@ def test_functions_inside_are_left_alone():
     with torch.no_grad(), lean_memory():
         y = model(images())
     assert torch.equal(y, model(images()).detach())
+
+
+def test_a_network_chooses():
+    usual, lean = small(), small(memory="lean")
+    assert (usual.memory, lean.memory) == ("usual", "lean")
+    assert_same(gradients(lean, images(), lean=False), gradients(usual, images(), lean=False))
+    maps = lean.forward_intermediates(images(), [1, 3], intermediates_only=True)
+    weight = lean.layer1[1].shortcut.weight
+    (found,) = torch.autograd.grad(maps[1].sum(), [weight])
+    expected = usual.forward_intermediates(images(), [1, 3], intermediates_only=True)[1]
+    assert torch.equal(found, torch.autograd.grad(expected.sum(), [usual.layer1[1].shortcut.weight])[0])
+    with pytest.raises(ValueError, match="memory must be one of"):
+        lean.set_memory("little")
+
+
+def test_a_network_of_a_version_without_the_choice_is_restored():
+    model = small()
+    del model.__dict__["memory"]
+    restored = pickle.loads(pickle.dumps(model))
+    assert restored.memory == "usual"
+    assert restored(images()).requires_grad
+
+
+def test_transforms_and_programs():
+    """Where hooks on saved tensors are not allowed, or maps are traced, the choice is without effect."""
+    model = small(memory="lean").eval()
+    x = images().detach()
+    parameters = dict(model.named_parameters())
+
+    def loss(values):
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    model.zero_grad()
+    loss(parameters).backward()
+    torch.testing.assert_close(found["conv1.weight"], model.conv1.weight.grad, rtol=1e-4, atol=1e-4)
+    program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
