@@ -16,8 +16,9 @@ from ernet_fast.er.triton import map_launch, tiling
 
 # N, C, H, W: multiples of nothing, single pixels and samples, several tiles along either side
 SHAPES = [(2, 3, 7, 11), (1, 65, 7, 7), (5, 33, 1, 1), (3, 1, 1, 49), (2, 136, 5, 5), (1, 2, 31, 67)]
+# Every shape in both layouts, per channel in one of them and per sample in the other: the interpreter takes long.
 CASES = [
-    *itertools.product(SHAPES, [torch.float32], LAYOUTS, [False, True]),
+    *((shape, torch.float32, LAYOUTS[k], (i + k) % 2 == 1) for i, shape in enumerate(SHAPES) for k in (0, 1)),
     *itertools.product([(2, 3, 7, 11), (2, 16, 4, 4)], DTYPES[1:], LAYOUTS, [False, True]),
     ((1, 2, 31, 67), torch.float64, torch.contiguous_format, False),
 ]
@@ -155,15 +156,16 @@ def test_many_slabs_and_long_ones(small_tiles, layout, per_sample, least_units):
     """More slabs than are merged at once, or slabs of more tiles than channel_moments loads at once."""
     small_tiles(least_units)
     width = 40 if layout == torch.channels_last else 20
-    shape, dims = (2, 5, 28, width), (2, 3) if per_sample else (0, 2, 3)
+    height = 20 if per_sample and least_units == 1 else 28
+    shape, dims = (2, 5, height, width), (2, 3) if per_sample else (0, 2, 3)
     dy, y, x = maps_like(shape, 3, torch.float32, layout)
-    x += 100 + torch.linspace(0, 3, 28)[:, None]  # tiles whose means differ
-    cut = tiling.reduction(tiling.Shape(2, 5, 28 * width, layout == torch.channels_last, per_sample), 4)
+    x += 100 + torch.linspace(0, 3, height)[:, None]  # tiles whose means differ
+    cut = tiling.reduction(tiling.Shape(2, 5, height * width, layout == torch.channels_last, per_sample), 4)
     if least_units == 1:
         assert cut.slabs > (20 if per_sample else 64)
     else:
         assert cut.slabs > 1 and cut.units_per_slab > 16
-    bound = tolerance(torch.float32, 56 * width, stored=False)
+    bound = tolerance(torch.float32, 2 * height * width, stored=False)
     da, db, _ = map_launch.weighted_dot(dy, [x], y, per_sample)
     g = dy.double() * (y.double() > 0)
     assert float((da[0].double() - (g * x).sum(dims)).norm()) <= bound * float((g * x).abs().sum(dims).norm())
