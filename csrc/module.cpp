@@ -4,6 +4,7 @@
 #ifdef ERNET_WITH_CUDA
 #include "macenko/cuda/requested_plan.h"
 #endif
+#include "er/cache_shares.h"
 #include "memory/output_cache.h"
 #include "simd/isa.h"
 
@@ -21,6 +22,14 @@ py::dict build_info() {
                   "sanitizers"_a = ERNET_SANITIZE);
 }
 
+py::dict caches() {
+  using namespace py::literals;
+  const ernet::CacheSizes& sizes = ernet::cache_sizes();
+  const ernet::cpu::CacheShares& shares = ernet::cpu::cache_shares();
+  return py::dict("first"_a = sizes.first, "second"_a = sizes.second, "last"_a = sizes.last, "source"_a = sizes.source,
+                  "channel_tile"_a = shares.channel_tile, "gradient"_a = shares.gradient, "stream"_a = shares.stream);
+}
+
 py::dict map_buffers() {
   using namespace py::literals;
   const ernet::cpu::MapBufferCounts counts = ernet::cpu::map_buffer_counts();
@@ -33,7 +42,8 @@ py::dict map_buffers() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of ernet_fast";
   ernet::selected_isa();           // an impossible ERNET_ISA fails here, at import, with a clear error
-  ernet::cpu::map_buffer_limit();  // and so does an ERNET_KEEP_MB that is no number
+  ernet::cache_sizes();            // so does an ERNET_CACHES that names no sizes,
+  ernet::cpu::map_buffer_limit();  // and an ERNET_KEEP_MB that is no number
 #ifdef ERNET_WITH_CUDA
   ernet::cuda::read_requested_plan();
   m.def("set_macenko_plan", &ernet::cuda::request_plan, py::arg("plan"),
@@ -42,6 +52,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
         "What this binary is: version, compiler, instruction sets compiled in and the one in use, CUDA architectures, "
         "the torch whose headers it was built with, and the oldest torch that it supports.");
+  m.def(
+      "caches", &caches,
+      "Bytes of this machine's data caches (of the last level one CPU's share), who says so, and what the ER operators "
+      "make of them: bytes of a channel tile, of a gradient that stays in cache, and of outputs that bypass the "
+      "caches.");
   m.def(
       "map_buffers", &map_buffers,
       "Memory of freed outputs that is kept for later ones: bytes kept, how many may be, buffers used again and new.");

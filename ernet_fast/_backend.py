@@ -80,6 +80,12 @@ def build_info() -> dict[str, Any] | None:
     return None if module is None else module.build_info()
 
 
+def caches() -> dict[str, Any] | None:
+    """The data caches that the compiled operators count on (see `ernet_fast._C.caches`), or None without them."""
+    module = extension()
+    return None if module is None else module.caches()
+
+
 def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
     """Whether machine code for one of `architectures` ("80", "90a") runs on a device of this compute capability.
 

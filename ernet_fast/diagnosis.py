@@ -14,6 +14,7 @@ import torch
 from ernet_fast import __version__, _backend
 from ernet_fast.er.operators import supports_device
 from ernet_fast.models.stage import ERStage
+from ernet_fast.output_cache import kept_memory
 from ernet_fast.processor import processor
 
 # Module, distribution, extra that brings it, purpose.
@@ -47,6 +48,8 @@ def diagnose() -> dict[str, Any]:
             "available": _backend.extension_available(),
             "reason": _backend.why_unavailable(),
             "build": _backend.build_info(),
+            "caches": _backend.caches(),
+            "kept_memory_limit": kept_memory().limit_bytes,
         },
         "cuda": _cuda(),
         "operators": _operators(),

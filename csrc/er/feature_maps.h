@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "er/cache_shares.h"
 #include "er/channel_vectors.h"
 #include "er/kernels.h"
 #include "memory/outputs.h"
@@ -124,12 +125,9 @@ inline Tensor empty_map_like(const Tensor& map) {
   return torch::stable::from_blob(buffer, map.sizes(), map.strides(), map.device(), map.scalar_type(), give_back);
 }
 
-// Outputs this large are written with non-temporal stores. A stage's maps do not fit in the cache together, and an
-// ordinary store of a line that is not there reads it first: a stage's block epilogues take a tenth longer with 3 MiB
-// maps, 13 % with 12 MiB and 30 % with 25 MiB.
-constexpr size_t kStreamBytes = size_t{2} << 20;
+// True if an output like `map` is to be written with non-temporal stores.
 inline bool streams(const Tensor& map) {
-  return static_cast<size_t>(map.numel()) * static_cast<size_t>(map.element_size()) >= kStreamBytes;
+  return map.numel() * static_cast<int64_t>(map.element_size()) >= cpu::cache_shares().stream;
 }
 
 }  // namespace ernet

@@ -15,8 +15,6 @@
 namespace ernet {
 namespace {
 
-constexpr int64_t kGradientElements = 16384;  // elements of g that stay in cache while every map streams past
-
 MapChecker checked(const std::vector<Tensor>& maps) {
   MapChecker checker = checked_maps(maps);
   STD_TORCH_CHECK(maps[0].numel() > 0, "ernet: maps must not be empty; got ", shape_text(maps[0]));
@@ -24,10 +22,12 @@ MapChecker checked(const std::vector<Tensor>& maps) {
 }
 
 // Every dx_i in one pass over g, from the end: there the pass before has left g and the maps in cache.
-void map_gradients(const MapShape& shape, Storage storage, const std::vector<cpu::WeightedSum>& sums) {
+void map_gradients(const MapShape& shape, Storage storage, int64_t element_size,
+                   const std::vector<cpu::WeightedSum>& sums) {
   if (sums.empty()) return;
   const auto loop = cpu::er_loops().weighted_sum.items[static_cast<int>(storage)];
-  const int64_t together = std::max<int64_t>(1, kGradientElements / cpu::item_elements(shape, false));
+  const int64_t item_bytes = cpu::item_elements(shape, false) * element_size;
+  const int64_t together = std::max<int64_t>(1, cpu::cache_shares().gradient / item_bytes);
   const int64_t num_sums = static_cast<int64_t>(sums.size());
   torch::stable::parallel_for(0, cpu::sum_items(shape), grain(shape, 2 * num_sums, false),
                               [&](int64_t begin, int64_t end) {
@@ -138,7 +138,7 @@ template <typename A> Gradients backward(const BackwardParameters& k, const MapS
   over_channel_tiles(shape, last + 1, k.dy.element_size(), [&](const ChannelTile* tile) {
     over(tile, dots);
     over_vectors(tile, C, last + 1, [&](int64_t begin, int64_t end) { algebra.run(begin, end); });
-    if (tile == nullptr) return map_gradients(shape, storage, sums);
+    if (tile == nullptr) return map_gradients(shape, storage, k.dy.element_size(), sums);
     const auto loop = cpu::er_loops().weighted_sum.channel_tile[static_cast<int>(storage)];
     for (const cpu::WeightedSum& sum : sums) loop(sum, *tile);
   });

@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         build = extension["build"]
         print(f"compiled operators: yes, compiler {build['compiler']}, headers of torch {build['torch_headers']}")
         print(f"  CPU instruction sets: {', '.join(build['isa_variants'])}; in use: {build['isa']}")
+        print(f"  {_caches(extension['caches'])}")
+        print(f"  memory of freed results: at most {extension['kept_memory_limit'] >> 20} MiB kept for later ones")
         print(f"  CUDA architectures: {', '.join(build['cuda_archs']) or 'none (built without nvcc)'}")
     else:
         print(f"compiled operators: no. {extension['reason']}")
@@ -52,6 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
     _print_table(found["operators"], operator="operator", device="on", backend="uses", why="why")
     _print_table(found["stages"], stage="ER stage", device="on", path="computed by", why="why")
     return 0
+
+
+def _caches(found: dict[str, Any]) -> str:
+    """The data caches, and what the ER operators make of them."""
+    kib = {name: f"{size >> 10} KiB" for name, size in found.items() if isinstance(size, int)}
+    return (
+        f"CPU caches: {kib['first']}, {kib['second']}, {kib['last']} of the last for each CPU ({found['source']}); "
+        f"channel tiles of {kib['channel_tile']}, results from {kib['stream']} on bypass them"
+    )
 
 
 def _print_table(rows: list[dict[str, str]], **columns: str) -> None:

@@ -54,6 +54,7 @@ def test_json(call):
     assert called.code == 0 and called.err == ""
     assert found["extension"]["available"] == _backend.extension_available()
     assert found["extension"]["build"] == _backend.build_info()
+    assert found["extension"]["caches"] == _backend.caches()
     versions = {package["name"]: package["version"] for package in found["packages"]}
     assert versions["torch"] == importlib.metadata.version("torch")
     known = {
@@ -73,6 +74,7 @@ def test_json(call):
 def test_table(call):
     shown = call("doctor").out
     assert "macenko_normalize" in shown and "weighted_sum" in shown and "instruction sets" in shown
+    assert not _backend.extension_available() or ("CPU caches: " in shown and "kept for later" in shown)
 
 
 def test_core_only_install():

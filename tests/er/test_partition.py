@@ -98,11 +98,12 @@ def channels_last_cases() -> Iterator[Case]:
 
 def large_cases() -> Iterator[Case]:
     """Channel tiles that stay in the cache, and outputs that are written with non-temporal stores."""
-    fits = only("kChannelTileBytes") // (2 * 64 * 64 * 4 * (3 + 2))
+    caches = _backend.caches()
+    fits = caches["channel_tile"] // (2 * 64 * 64 * 4 * (3 + 2))
     for channels in around(2 * (1 << fits.bit_length() - 1)):  # tiles are powers of two; two of them, and three
         yield (2, channels, 64, 64), PLANAR, 3
     for layout in LAYOUTS:
-        for pixels in around(only("kStreamBytes") // 4 // 32):
+        for pixels in around(caches["stream"] // 4 // 32):
             yield (1, 32, 1, pixels), layout, 2
 
 

@@ -1,0 +1,68 @@
+"""The sizes of the CPU's caches: where they come from, and that results do not depend on them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernet_fast import ERStage, _backend, er_shortcut_sum
+
+pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason=str(_backend.why_unavailable()))
+KIB = 1 << 10
+
+
+def run(code: str, caches: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "ERNET_CACHES": caches, "PYTHONPATH": paths}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def digest() -> str:
+    """Of forward and backward passes whose maps are larger and smaller than any cache that a test gives."""
+    torch.manual_seed(0)
+    seen = hashlib.sha256()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for shape in ((2, 96, 40, 41), (4, 70, 7, 7)):
+            xs = [torch.randn(shape).contiguous(memory_format=layout).requires_grad_() for _ in range(3)]
+            weight = torch.randn(2, shape[1], requires_grad=True)
+            results = [er_shortcut_sum(xs, weight, relu=True)]
+            results[0].backward(torch.randn_like(results[0]))
+            stage = ERStage(shape[1], 16, 3, block="basic").to(memory_format=layout).train()
+            results.append(stage(xs[0].detach()))
+            results[1].square().sum().backward()
+            results += [t.grad for t in (*xs, weight, *stage.parameters())]
+            for result in results:
+                seen.update(result.detach().contiguous().numpy().tobytes())
+    return seen.hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("caches", "expected"),
+    [
+        ("16K,64K,64K", [16 * KIB, 64 * KIB, 64 * KIB, 48 * KIB, 32 * KIB, 64 * KIB]),
+        ("49152,16M,1G", [48 * KIB, 1 << 24, 1 << 30, 12 << 20, 8 << 20, 16 << 20]),
+    ],
+)
+def test_results_do_not_depend_on_the_caches(caches, expected):
+    done = run("import test_cache_sizes as t; print(t.digest(), *t._backend.caches().values())", caches)
+    found, *sizes = done.stdout.split()
+    assert sizes.pop(3) == "ERNET_CACHES" and [int(size) for size in sizes] == expected
+    assert found == digest()
+
+
+def test_sizes_of_this_machine():
+    """Something sensible, whoever says so."""
+    found = _backend.caches()
+    assert 4 * KIB <= found["first"] <= found["second"] and found["last"] >= 64 * KIB
+    assert found["channel_tile"] >= 3 * found["second"] // 4 and found["stream"] == found["second"]
+
+
+def test_other_text_is_refused():
+    error = run("import ernet_fast", "32K,512K,0").stderr.splitlines()[-1]
+    assert error.startswith("ValueError: environment variable ERNET_CACHES=32K,512K,0; expected the sizes of the first")
