@@ -29,7 +29,7 @@ from ernet_fast.models.resnet import STAGE_NAMES, ERResNet
 _RIDGE = 1e-4
 """Pull of a_i towards 1, its value without inner ReLUs, in units of the maps' mean variance: for channels that are dead
 or follow one another."""
-_TILE = 32  # channels at a time: their maps are needed in float64
+_VALUES = 1 << 23  # float64 values of the channels that are fitted at a time, 64 MiB
 
 
 def check_can_calibrate(plain: nn.Module, norm: str) -> None:
@@ -116,12 +116,14 @@ def fit_sum(maps: list[list[Tensor]], outputs: list[Tensor], sums: list[Tensor])
         outputs: for each batch, x_l.
         sums: for each batch, what the plain network has in the place of x_l + sum_i a_i x_i + b.
     """
-    fits = []
-    for start in range(0, sums[0].shape[1], _TILE):
-        tile = slice(start, start + _TILE)
+    fits, channels = [], sums[0].shape[1]
+    pixels = sum(p.numel() for p in sums) // channels
+    step = max(1, _VALUES // max(1, pixels * (len(maps[0]) + 2)))
+    for start in range(0, channels, step):
+        tile = slice(start, start + step)
         batches = zip(maps, outputs, sums, strict=True)
-        pixels = [_rows([*(x[:, tile] for x in xs), x_l[:, tile], p[:, tile]]) for xs, x_l, p in batches]
-        fits.append(_fit_channels(pixels))
+        rows = [_rows([*(x[:, tile] for x in xs), x_l[:, tile], p[:, tile]]) for xs, x_l, p in batches]
+        fits.append(_fit_channels(rows))
     return torch.cat([a for a, _ in fits], 1), torch.cat([b for _, b in fits])
 
 

@@ -47,7 +47,7 @@ def convert_resnet(
         num_groups: groups of norm="group", default 32.
         fused: see `ERStage`.
         calibrate: batches of images [N, C, H, W], or tuples that begin with them, prepared as for `model`; 64 images
-            of the kind to come are enough. The maps of one stage are held for all of them at once, about 30 MB an image
+            of the kind to come are enough. The maps of one stage are held for all of them at once, about 35 MB an image
             of 224x224 for ResNet-50. With norm="batch" only, and without `se`.
 
     Returns:

@@ -65,7 +65,8 @@ def export_network(
             require(package, extra="export", purpose="export to ONNX")
     program, shapes = _of_standard_operators(model), _shapes(dynamic_size)
     with torch.no_grad(), warnings.catch_warnings():
-        for category in (DeprecationWarning, torch.jit.TracerWarning):  # torch.export is preferred; sizes are constants
+        # torch.jit is to be replaced by torch.export, sizes become constants, and torch uses what it deprecates itself
+        for category in (DeprecationWarning, torch.jit.TracerWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
         if format == "torchscript":
             torch.jit.save(torch.jit.trace(program, images, check_trace=False), file)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from traffic import bytes_moved
 
 from ernet_fast import _backend
-from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum
+from ernet_fast.er.norm_relu import batch_norm_relu, projection_sum, sum_relu
 
 compiled = pytest.mark.skipif(not _backend.extension_available(), reason=str(_backend.why_unavailable()))
 
@@ -353,6 +353,30 @@ def test_autocast_and_inference_mode(num_maps):
     version = module.bns[0].running_mean._version
     module(*zs)
     assert module.bns[0].running_mean._version > version
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_relu(dtype, layout):
+    """The bits of the sum and the ReLU of PyTorch, whether one pass or two, NaN included; inputs stay as they are."""
+    z, s = maps_like((2, 19, 5, 7), 2, dtype, layout)
+    z[0, 0, 0, 0], s[1, 3, 2, 2] = float("nan"), float("-inf")
+    before, expected = (z.clone(), s.clone()), torch.relu(z + s)
+    replaced = nn.Sequential(nn.ReLU())  # not plain: it is called
+    for relu in (nn.ReLU(inplace=True), replaced):
+        for grad in (False, True):
+            inputs = z.clone().requires_grad_(grad), s.clone().requires_grad_(grad)
+            y = sum_relu(*inputs, relu)
+            torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+            assert y.requires_grad == grad
+            if grad:
+                y.nan_to_num().sum().backward()
+                torch.testing.assert_close(inputs[0].grad, inputs[1].grad, equal_nan=True)
+            for found, own in zip(inputs, before, strict=True):
+                torch.testing.assert_close(found.detach(), own, rtol=0, atol=0, equal_nan=True)
+    assert sum_relu(z[:0], s[:0], nn.ReLU()).shape == (0, 19, 5, 7)
+    other = s.contiguous(memory_format=LAYOUTS[0] if layout is LAYOUTS[1] else LAYOUTS[1])
+    torch.testing.assert_close(sum_relu(z, other, nn.ReLU()), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu
