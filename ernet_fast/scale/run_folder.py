@@ -1,4 +1,4 @@
-"""The record of the settings that the images of a folder were normalised with."""
+"""The output folder of a run: the record of its settings, and who may write to it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from ernet_fast._version import __version__
-from ernet_fast.cli.normalize_plan import Job, files_below
-from ernet_fast.console.atomic_file import write_json
-from ernet_fast.data.layout import IMAGE_SUFFIXES
-from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.console.atomic_file import write_json, write_json_first
+from ernet_fast.scale.inputs import IMAGE_SUFFIXES, Job, files_below
+from ernet_fast.scale.method import Method
+from ernet_fast.scale.target import CONSTANTS
 
 NAME = "ernet-fast-normalize.json"
-METHOD = ("Io", "alpha", "beta", "percentile", "on_degenerate")
-"""Attributes of the normaliser that decide the pixels, beside its target; options of the command."""
 _ADVICE = "Give the same settings, choose another folder, or redo them with --overwrite."
+_TO_BE_READ = ("target_image", "source_image")
+"""Settings that decide nothing: the numbers beside them do."""
 
 
-def settings_of(normalizer: MacenkoNormalizer, target: str | None) -> dict[str, Any]:
-    """Everything that decides the pixels: method and target, as plain values. `target_image` is there to be read."""
+def settings_of(method: Method, target: str, **others: Any) -> dict[str, Any]:
+    """Everything that decides the pixels, as plain values: version, method, constants, target and `others`."""
     return {
         "ernet_fast": __version__,
-        **{name: getattr(normalizer, name) for name in METHOD},
-        "target_image": "published" if target is None else target,
-        "target": {"HERef": normalizer.HERef.tolist(), "maxCRef": normalizer.maxCRef.tolist()},
+        "method": method.name,
+        **{name: getattr(method.options, name) for name in (*CONSTANTS, "on_degenerate")},
+        **others,
+        "target_image": target,
+        "target": method.target_values,
     }
 
 
 @contextlib.contextmanager
-def one_run_overwrites(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """Make `folder`, which a run with `overwrite` has to itself and others may share; RuntimeError if it is in use.
+def one_run(folder: Path) -> Iterator[None]:
+    """Make `folder`, which a run has to itself; RuntimeError if it is in use.
 
     The lock, on the folder, ends with the process, however that ends.
     """
@@ -43,15 +45,21 @@ def one_run_overwrites(folder: Path, *, overwrite: bool) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_EX if overwrite else fcntl.LOCK_SH))
+                fcntl.flock(descriptor, fcntl.LOCK_NB | fcntl.LOCK_EX)
             except BlockingIOError:
                 raise RuntimeError(
-                    f"another run is writing to {str(folder)!r}, and one of the two has --overwrite. Wait for it or "
-                    "stop it, or choose another folder."
+                    f"another run is writing to {str(folder)!r}. Wait for it or stop it, or choose another folder."
                 ) from None
         yield
     finally:
         os.close(descriptor)
+
+
+def differences(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What `settings` change, one phrase each."""
+    changed = [name for name in settings if name not in _TO_BE_READ and found.get(name) != settings[name]]
+    shown = {name: f"{name}_image" if name in ("target", "source") else name for name in changed}
+    return [f"{name} was {found.get(key)!r}, now {settings.get(key)!r}" for name, key in shown.items()]
 
 
 def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -62,12 +70,8 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
     (without `overwrite`) or beside them.
     """
     path = folder / NAME
-    found = _read(path)
-    changes = None
-    if found is not None:
-        changed = [name for name in settings if name != "target_image" and found.get(name) != settings[name]]
-        shown = {name: "target_image" if name == "target" else name for name in changed}
-        changes = [f"{name} was {found.get(key)!r}, now {settings[key]!r}" for name, key in shown.items()]
+    found = read_settings(folder)
+    changes = None if found is None else differences(found, settings)
     if changes == []:
         return
     existing = [job.output for job in jobs if job.output.exists()]
@@ -93,17 +97,14 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
     if found is not None:
         write_json(path, settings)
         return
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(settings, file, indent=1)
-            file.write("\n")
-    except FileExistsError:  # another run was faster: its settings count
+    if not write_json_first(path, settings):  # another run was faster: its settings count
         claim(folder, jobs, settings, overwrite=overwrite)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings recorded in a folder; None if there are none, empty if they are damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

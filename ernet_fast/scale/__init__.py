@@ -1,0 +1,9 @@
+"""Stain normalisation of archives: files and folders of any number, many at a time, resumable."""
+
+from __future__ import annotations
+
+from ernet_fast.scale.files import normalize_files
+from ernet_fast.scale.status import FileStatus, Summary, write_status
+from ernet_fast.scale.treat import Limits
+
+__all__ = ["FileStatus", "Limits", "Summary", "normalize_files", "write_status"]
