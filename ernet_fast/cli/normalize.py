@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,8 +12,9 @@ from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter, Task
 from ernet_fast.scale import Limits, Summary, normalize_files
 from ernet_fast.scale.encode import QUALITY
-from ernet_fast.scale.files import FITS, FORMATS, Progress
+from ernet_fast.scale.files import FITS, FORMATS
 from ernet_fast.scale.inputs import READABLE
+from ernet_fast.scale.run import Progress
 from ernet_fast.scale.target import CONSTANTS, METHODS, PUBLISHED, saved_constants
 from ernet_fast.stain.options import POLICIES, Options
 
@@ -50,6 +52,10 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--status", metavar="FILE.csv", help=status)
     overwrite = "replace outputs that exist (default: skip them, if they were made with the same settings)"
     add("--overwrite", action="store_true", help=overwrite)
+    checksum = "look at the contents of inputs, not at size and time, to see which have changed since they were done"
+    add("--checksum", action="store_true", help=checksum)
+    verify = "write nothing; hold every output against the record of its run, and list what is missing or changed"
+    add("--verify", action="store_true", help=verify)
     workers = "images processed, or with --device cuda read and written, at the same time (default: one a core)"
     add("--workers", type=int, metavar="N", help=workers)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
@@ -105,14 +111,15 @@ def run(arguments: argparse.Namespace) -> int:
         summary = normalize_files(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
             options=_options(arguments), fit=arguments.fit, source=arguments.source, format=arguments.format,
-            quality=arguments.quality, base=arguments.base, overwrite=arguments.overwrite, status=arguments.status,
+            quality=arguments.quality, base=arguments.base, overwrite=arguments.overwrite,
+            checksum=arguments.checksum, verify=arguments.verify, status=arguments.status,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
             workers=arguments.workers, device=arguments.device, progress=progress,
         )  # fmt: skip
     if arguments.json:
         print_json(_as_json(summary))
     else:
-        _print(summary, arguments.output)
+        _print(summary, arguments.output, arguments.verify)
     return SOME_FAILED if summary.counts["error"] else 0
 
 
@@ -125,19 +132,21 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 def _as_json(summary: Summary) -> dict[str, Any]:
     files = [{**asdict(file), "status": _WORDS[file.status]} for file in summary.files]
-    return {"counts": {_WORDS[name]: count for name, count in sorted(summary.counts.items())}, "files": files}
+    counts = {_WORDS[name]: count for name, count in sorted(summary.counts.items())}
+    return {"counts": counts, "done_before": len(summary.done_before), "files": files}
 
 
-def _print(summary: Summary, output: str) -> None:
+def _print(summary: Summary, output: str, verified: bool) -> None:
     for status, limit in (("error", len(summary.files)), ("degenerate", _LISTED), ("skipped", _LISTED)):
         found = [file for file in summary.files if file.status == status]
         for file in found[:limit]:
             print(f"{_WORDS[status]:<10}  {file.input}: {file.reason}")
         if len(found) > limit:
             print(f"... and {len(found) - limit} more {_WORDS[status]}; --json lists all")
-    counts = summary.counts
-    shown = ", ".join(f"{counts[status]} {word}" for status, word in _WORDS.items() if counts[status])
-    print(f"{shown or 'nothing to do'}; written to {output}")
+    counts = Counter("before" if file.input in summary.done_before else file.status for file in summary.files)
+    words = {"ok": "as recorded" if verified else "normalised", "before": "done before"}
+    shown = ", ".join(f"{counts[status]} {word}" for status, word in {**_WORDS, **words}.items() if counts[status])
+    print(f"{shown or 'nothing to do'}; {'looked for in' if verified else 'written to'} {output}")
 
 
 class _Shown(Progress, ExitStack):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ernet_fast.console.atomic_file import remove_abandoned
-from ernet_fast.scale.batches import normalize_batches
 from ernet_fast.scale.encode import decoder
-from ernet_fast.scale.folder_fit import folder_of, folders, images_of
-from ernet_fast.scale.inputs import SUFFIX_OF, Job, Plan, plan
-from ernet_fast.scale.method import Method, Values, values_of
-from ernet_fast.scale.pipeline import Done, Work, normalize_each
-from ernet_fast.scale.run_folder import claim, one_run, settings_of
-from ernet_fast.scale.status import FileStatus, Summary, check_status_path, write_status
+from ernet_fast.scale.inputs import SUFFIX_OF, plan
+from ernet_fast.scale.method import Values, values_of
+from ernet_fast.scale.pipeline import Work
+from ernet_fast.scale.run import Progress, Run
+from ernet_fast.scale.run_folder import settings_of
+from ernet_fast.scale.status import Summary, check_status_path, write_status
 from ernet_fast.scale.target import PUBLISHED, check_constants, make_method, read_stains, saved_constants
 from ernet_fast.scale.treat import USUAL_LIMITS, Limits
 from ernet_fast.stain import MacenkoFit, ReinhardFit
@@ -28,19 +24,6 @@ from ernet_fast.stain.options import Options
 FITS = ("per-image", "per-folder", "fixed")
 FORMATS = ("keep", *SUFFIX_OF)
 Stains = str | os.PathLike[str] | MacenkoFit | ReinhardFit
-
-
-class Progress:
-    """What a caller may want to hear while a run goes on; this one says nothing."""
-
-    def begin(self, title: str, total: int) -> None:
-        """A part of the run begins: `total` files are to be done."""
-
-    def advance(self) -> None:
-        """One of them is done."""
-
-    def warning(self, text: str) -> None:
-        """One line that a user should see."""
 
 
 def normalize_files(
@@ -57,6 +40,8 @@ def normalize_files(
     base: str | os.PathLike[str] | None = None,
     limits: Limits = USUAL_LIMITS,
     overwrite: bool = False,
+    checksum: bool = False,
+    verify: bool = False,
     status: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     device: str = "cpu",
@@ -66,7 +51,8 @@ def normalize_files(
 
     Names and folders are kept, and so are resolution, EXIF data (the orientation is applied), ICC profile, and of JPEG
     files the quantisation tables and chroma subsampling. The result does not depend on `workers` or the order of the
-    inputs. What was written by an earlier run with the same settings is not written again.
+    inputs. What was written by an earlier run with the same settings is not written again, so that a run that was
+    stopped or killed goes on where it was.
 
     Args:
         inputs: files, folders, patterns, or `@list.txt`, see `ernet_fast.scale.inputs.plan`.
@@ -84,6 +70,10 @@ def normalize_files(
         base: outputs are named by the paths of inputs below this folder; default: the deepest that holds all inputs.
         limits: what a file may hold.
         overwrite: write outputs that exist again, and replace those of other settings.
+        checksum: inputs are unchanged if their SHA-256 is that of the time when they were done; by default, if their
+            size and time of change are.
+        verify: write nothing, but hold every output against the record: files that are missing, changed, or made of
+            another input have the status "error".
         status: a .csv file to write with one row a file.
         workers: images in memory at a time, each on a thread; default: one a core.
         device: "cpu", or "cuda" for batches on a GPU.
@@ -107,8 +97,11 @@ def normalize_files(
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     planned = plan(paths, output, format=format, base=base)
     work = Work(chosen, limits=limits, quality=quality, workers=workers)
-    run = _Run(planned, Path(output), work, fit, known, device, overwrite, progress or Progress())
+    run = Run(planned, Path(output), work, fit, known, device, overwrite, checksum, progress or Progress())
+    before: frozenset[str] = frozenset()
     if planned.single:
+        if verify:
+            raise ValueError("verify (--verify) looks at a folder of outputs; of a single file nothing is recorded.")
         files = run.do_single()
     else:
         settings = settings_of(
@@ -116,92 +109,14 @@ def normalize_files(
             quality=quality, transparent=limits.transparent, decoder=decoder(),
             **({} if source is None else {"source_image": _name_of(source)}),
         )  # fmt: skip
-        files = run.do_folder(settings)
-    summary = Summary(sorted([*files, *planned.ignored], key=lambda file: file.input), chosen.columns)
+        if verify:
+            files = run.verify(settings)
+        else:
+            files, before = run.do_folder(settings)
+    summary = Summary(sorted([*files, *planned.ignored], key=lambda file: file.input), chosen.columns, before)
     if status is not None:
         write_status(status, summary.files, summary.columns)
     return summary
-
-
-@dataclass
-class _Run:
-    """A call of `normalize_files`, after its arguments were read."""
-
-    planned: Plan
-    output: Path
-    work: Work
-    fit: str
-    known: Values | None
-    device: str
-    overwrite: bool
-    progress: Progress
-
-    def do_single(self) -> list[FileStatus]:
-        """One file into another."""
-        if self.output.exists() and not self.overwrite:
-            raise FileExistsError(f"{str(self.output)!r} exists; --overwrite replaces it.")
-        return [status for _, status in self.normalize(self.planned.jobs)]
-
-    def do_folder(self, settings: dict[str, Any]) -> list[FileStatus]:
-        """All files, in a folder that no other run writes to."""
-        jobs = self.planned.jobs
-        with one_run(self.output):
-            claim(self.output, jobs, settings, overwrite=self.overwrite)
-            for folder in {job.output.parent for job in jobs}:
-                if folder.is_dir():
-                    remove_abandoned(folder)
-            missing = [job for job in jobs if self.overwrite or not job.output.exists()]
-            names = {job.name for job in missing}
-            reason = "the output exists (--overwrite replaces it)"
-            files = [
-                FileStatus(str(job.input), str(job.output), "skipped", reason) for job in jobs if job.name not in names
-            ]
-            files += [status for _, status in self.normalize(missing)]
-        return files
-
-    def normalize(self, jobs: list[Job]) -> Done:
-        """Do the jobs, each with its status as it is done."""
-        work = self.with_sources(jobs)
-        self.progress.begin("normalise", len(jobs))
-        done = 0
-        with contextlib.ExitStack() as stack:
-            stack.callback(lambda: self.say_stopped(done, len(jobs)))
-            each = normalize_each(jobs, work) if self.device == "cpu" else normalize_batches(jobs, work, self.device)
-            for job, status in each:
-                done += 1
-                self.progress.advance()
-                yield job, status
-            stack.pop_all()
-
-    def say_stopped(self, done: int, of: int) -> None:
-        """A run that is cut short says how far it came."""
-        self.progress.warning(f"stopped after {done} of {of} files; run again to go on with the others")
-
-    def with_sources(self, jobs: list[Job]) -> Work:
-        """How the jobs are done, with the stains they are known to have."""
-        if self.fit == "per-image":
-            return self.work
-        if self.fit == "fixed":
-            return _with(self.work, lambda job: self.known)
-        wanted = {folder_of(job) for job in jobs}
-        of_folder = {name: own for name, own in folders(self.planned.jobs).items() if name in wanted}
-        self.progress.begin("fit", sum(map(len, of_folder.values())))
-        stains = {name: self.fit_folder(own) for name, own in of_folder.items()}
-        return _with(self.work, lambda job: stains[folder_of(job)])
-
-    def fit_folder(self, jobs: list[Job]) -> Values:
-        """The stains of all images of a folder together."""
-
-        def counted() -> Iterator[Any]:
-            for image in images_of(jobs, self.work):
-                self.progress.advance()
-                yield image
-
-        return self.work.method.fit_together(counted())[0]
-
-
-def _with(work: Work, sources: Callable[[Job], Values | None]) -> Work:
-    return Work(work.method, sources, work.limits, work.quality, work.workers)
 
 
 def _check(fit: str, source: Any, format: str, quality: int | None, status: Any, device: str) -> None:
@@ -240,4 +155,4 @@ def _name_of(stains: Stains) -> str:
     return "given" if isinstance(stains, tuple) else os.fspath(stains)
 
 
-__all__ = ["Method", "Progress", "normalize_files"]
+__all__ = ["Progress", "normalize_files"]

@@ -30,8 +30,8 @@ def folders(jobs: Iterable[Job]) -> dict[str, list[Job]]:
 
 
 def fingerprint(jobs: Iterable[Job]) -> str:
-    """Equal for the same inputs: their names, sizes and times of change."""
-    lines = sorted(f"{job.name}\0{job.size}\0{job.mtime}\n" for job in jobs)
+    """Equal for the same inputs: their names, and their checksums or sizes and times of change."""
+    lines = sorted(f"{job.name}\0{job.sha256 or job.stamp}\n" for job in jobs)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 

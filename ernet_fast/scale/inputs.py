@@ -33,6 +33,7 @@ class Job:
         name: the output's path below the output folder, with slashes; the name of the job in records.
         size: bytes of the input; 0 if it cannot be looked at.
         mtime: when the input was last changed, in nanoseconds.
+        sha256: of the input, where it is to be looked at; "-" if it cannot be read.
     """
 
     input: Path
@@ -40,6 +41,12 @@ class Job:
     name: str
     size: int = 0
     mtime: int = 0
+    sha256: str = ""
+
+    @property
+    def stamp(self) -> str:
+        """Another for an input that has changed, unless it takes pains to hide that."""
+        return f"{self.size}-{self.mtime}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from ernet_fast._version import __version__
 from ernet_fast.console.atomic_file import write_json, write_json_first
 from ernet_fast.scale.inputs import IMAGE_SUFFIXES, Job, files_below
+from ernet_fast.scale.journal import journals, remove
 from ernet_fast.scale.method import Method
 from ernet_fast.scale.target import CONSTANTS
 
@@ -35,21 +37,29 @@ def settings_of(method: Method, target: str, **others: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_run(folder: Path) -> Iterator[None]:
-    """Make `folder`, which a run has to itself; RuntimeError if it is in use.
+def one_run(folder: Path, *, make: bool = True) -> Iterator[None]:
+    """Make `folder` if that is asked for, which a run has to itself; RuntimeError if it is in use.
 
     The lock, on the folder, ends with the process, however that ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_NB | fcntl.LOCK_EX)
-            except BlockingIOError:
-                raise RuntimeError(
-                    f"another run is writing to {str(folder)!r}. Wait for it or stop it, or choose another folder."
-                ) from None
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no output folder {str(folder)!r}.") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_NB | fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another run is writing to {str(folder)!r}. Wait for it or stop it, or choose another folder."
+            ) from None
+        except OSError:  # a file system without locks
+            warnings.warn(
+                f"the file system of {str(folder)!r} has no locks: see to it that one run at a time writes to it.",
+                stacklevel=2,
+            )
         yield
     finally:
         os.close(descriptor)
@@ -81,7 +91,7 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
             f"and nothing says with which settings they were made. {_ADVICE}"
         )
     if changes and not overwrite:
-        raise ValueError(f"the images in {str(folder)!r} have other settings: {'; '.join(changes)}. {_ADVICE}")
+        refuse_other_settings(folder, settings)
     if changes:
         outputs = {job.output for job in jobs}
         others = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p not in outputs]
@@ -93,12 +103,22 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
     for output in existing:
         with contextlib.suppress(OSError):  # writing it will say why
             output.unlink()
+    remove(journals(folder))  # after what they tell of
     folder.mkdir(parents=True, exist_ok=True)
     if found is not None:
         write_json(path, settings)
         return
     if not write_json_first(path, settings):  # another run was faster: its settings count
         claim(folder, jobs, settings, overwrite=overwrite)
+
+
+def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError unless the images in `folder` have these settings."""
+    found = read_settings(folder)
+    if found is None:
+        raise ValueError(f"no {NAME} in {str(folder)!r} says with which settings its images were made.")
+    if changes := differences(found, settings):
+        raise ValueError(f"the images in {str(folder)!r} have other settings: {'; '.join(changes)}. {_ADVICE}")
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

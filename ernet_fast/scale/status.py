@@ -29,6 +29,7 @@ class FileStatus:
         stains: what the image was taken to be stained like, in the order of the method's columns
             (`ernet_fast.scale.method`); empty where nothing could be fitted.
         sha256: of the output, hexadecimal.
+        input_sha256: of the input.
     """
 
     input: str
@@ -40,9 +41,10 @@ class FileStatus:
     tissue_share: float | None = None
     stains: tuple[float, ...] = ()
     sha256: str = ""
+    input_sha256: str = ""
 
 
-FIELDS = ("input", "output", "status", "reason", "width", "height", "tissue_share", "sha256")
+FIELDS = ("input", "output", "status", "reason", "width", "height", "tissue_share", "sha256", "input_sha256")
 
 
 @dataclass(frozen=True)

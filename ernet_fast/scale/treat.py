@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -48,6 +49,7 @@ class Picture:
 
     pixels: np.ndarray
     form: FileForm
+    sha256: str  # of the file
 
 
 def load(job: Job, limits: Limits) -> bytes:
@@ -59,7 +61,8 @@ def load(job: Job, limits: Limits) -> bytes:
 
 def open_picture(data: bytes, limits: Limits) -> Picture:
     """Decode the bytes of a file; ImageReadError if that is impossible or beyond the limits."""
-    return Picture(*decode(data, max_pixels=limits.pixels, transparent=limits.transparent))
+    pixels, form = decode(data, max_pixels=limits.pixels, transparent=limits.transparent)
+    return Picture(pixels, form, hashlib.sha256(data).hexdigest())
 
 
 def failed(job: Job, error: Exception) -> FileStatus:
@@ -78,7 +81,7 @@ def judged(job: Job, picture: Picture, values: Values, status: MacenkoStatus, me
     """The status of a normalised image; it is not to be written if that is "error"."""
     height, width, _ = picture.pixels.shape
     on_degenerate = method.options.on_degenerate
-    seen = (width, height, method.tissue_share(picture.pixels), values)
+    seen = (width, height, method.tissue_share(picture.pixels), values, "", picture.sha256)
     if status == MacenkoStatus.OK:
         return FileStatus(str(job.input), str(job.output), "ok", "", *seen)
     if on_degenerate == "raise":

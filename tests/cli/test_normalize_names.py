@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from ernet_fast.data.synthetic import generate_patch
+from ernet_fast.scale.journal import journal_of
 from ernet_fast.scale.run_folder import NAME
 
+JOURNAL = journal_of(Path()).name
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -54,7 +56,12 @@ def test_names_that_are_not_utf8(images, tmp_path, options):
         }  # fmt: skip
     else:
         assert b"broken\\udcff.png" in done.stdout and b"2 normalised, 1 failed" in done.stdout
-    assert set(os.listdir(os.fsencode(tmp_path / "out"))) == {b"good.png", b"caf\xe9.png", NAME.encode()}
+    assert set(os.listdir(os.fsencode(tmp_path / "out"))) == {
+        b"good.png",
+        b"caf\xe9.png",
+        NAME.encode(),
+        JOURNAL.encode(),
+    }
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr", "both"])
@@ -117,7 +124,7 @@ def test_what_killed_runs_left_is_removed(call, images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".good.png.123.456.tmp").write_bytes(b"half")
     assert call("normalize", images, tmp_path / "out").code == 0
-    assert sorted(os.listdir(tmp_path / "out")) == [NAME, "good.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([JOURNAL, NAME, "good.png"])
 
 
 def test_tiff_stays_tiff(call, images, tmp_path):

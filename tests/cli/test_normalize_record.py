@@ -11,7 +11,7 @@ from PIL import Image
 
 from ernet_fast import __version__
 from ernet_fast.data.synthetic import generate_patch
-from ernet_fast.scale import files, run_folder
+from ernet_fast.scale import run, run_folder
 from ernet_fast.scale.encode import decoder
 from ernet_fast.scale.inputs import plan
 from ernet_fast.scale.run_folder import NAME, claim, one_run, settings_of
@@ -89,7 +89,7 @@ def test_another_version_counts_as_another_setting(call, images, tmp_path, monke
 def test_more_images_of_the_same_settings_join(call, images, tmp_path):
     assert call("normalize", images / "0.png", tmp_path / "out").code == 0
     called = call("normalize", images, tmp_path / "out")
-    assert called.code == 0 and "2 normalised, 1 skipped" in called.out
+    assert called.code == 0 and "2 normalised, 1 done before" in called.out
 
 
 def test_images_of_unknown_settings_are_not_taken_for_ours(call, images, tmp_path):
@@ -115,7 +115,7 @@ def test_an_interrupted_change_of_settings_leaves_no_old_pixels(call, images, tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "normalize_each", interrupt)
+        patch.setattr(run, "normalize_each", interrupt)
         called = call("normalize", images, tmp_path / "out", "--beta", 0.2, "--overwrite")
         assert called.code == 1 and "stopped after 0 of 3 files" in called.err
     assert pixels(tmp_path / "out") == {}
