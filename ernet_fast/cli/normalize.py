@@ -10,7 +10,7 @@ from typing import Any
 
 from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter, Task
-from ernet_fast.scale import Limits, Summary, normalize_files
+from ernet_fast.scale import Limits, Summary, merge_status, normalize_files
 from ernet_fast.scale.encode import QUALITY
 from ernet_fast.scale.files import FITS, FORMATS
 from ernet_fast.scale.inputs import READABLE
@@ -56,6 +56,10 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--checksum", action="store_true", help=checksum)
     verify = "write nothing; hold every output against the record of its run, and list what is missing or changed"
     add("--verify", action="store_true", help=verify)
+    shard = "do what falls to machine I of N, or to that which SLURM_ARRAY_TASK_ID, RANK or SLURM_PROCID say (auto)"
+    add("--shard", metavar="I/N", help=shard)
+    merge = "merge tables of statuses: the inputs are tables, the output is one (nothing is normalised)"
+    add("--merge", action="store_true", help=merge)
     workers = "images processed, or with --device cuda read and written, at the same time (default: one a core)"
     add("--workers", type=int, metavar="N", help=workers)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
@@ -107,12 +111,16 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Normalise; returns 0, or 3 if a file failed."""
+    if arguments.merge:
+        count = merge_status(arguments.input, arguments.output)
+        print(f"{count} files of {len(arguments.input)} tables; written to {arguments.output}")
+        return 0
     with _Shown(Reporter(quiet=arguments.quiet)) as progress:
         summary = normalize_files(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
             options=_options(arguments), fit=arguments.fit, source=arguments.source, format=arguments.format,
             quality=arguments.quality, base=arguments.base, overwrite=arguments.overwrite,
-            checksum=arguments.checksum, verify=arguments.verify, status=arguments.status,
+            checksum=arguments.checksum, verify=arguments.verify, shard=arguments.shard, status=arguments.status,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
             workers=arguments.workers, device=arguments.device, progress=progress,
         )  # fmt: skip

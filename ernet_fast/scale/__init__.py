@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ernet_fast.scale.files import normalize_files
+from ernet_fast.scale.shard import Shard, merge_status
 from ernet_fast.scale.status import FileStatus, Summary, write_status
 from ernet_fast.scale.treat import Limits
 
-__all__ = ["FileStatus", "Limits", "Summary", "normalize_files", "write_status"]
+__all__ = ["FileStatus", "Limits", "Shard", "Summary", "merge_status", "normalize_files", "write_status"]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ernet_fast.scale.encode import decoder
-from ernet_fast.scale.inputs import SUFFIX_OF, plan
+from ernet_fast.scale.folder_fit import folder_of
+from ernet_fast.scale.inputs import SUFFIX_OF, Plan, plan
 from ernet_fast.scale.method import Values, values_of
 from ernet_fast.scale.pipeline import Work
 from ernet_fast.scale.run import Progress, Run
 from ernet_fast.scale.run_folder import settings_of
+from ernet_fast.scale.shard import Shard, read_shard, status_of_shard
 from ernet_fast.scale.status import Summary, check_status_path, write_status
 from ernet_fast.scale.target import PUBLISHED, check_constants, make_method, read_stains, saved_constants
 from ernet_fast.scale.treat import USUAL_LIMITS, Limits
@@ -42,12 +45,13 @@ def normalize_files(
     overwrite: bool = False,
     checksum: bool = False,
     verify: bool = False,
+    shard: str | Shard | None = None,
     status: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Summary:
-    """Normalise image files into a folder (or one file into another), many at a time.
+    """Normalise image files, and archives of them, into a folder (or one file into another), many at a time.
 
     Names and folders are kept, and so are resolution, EXIF data (the orientation is applied), ICC profile, and of JPEG
     files the quantisation tables and chroma subsampling. The result does not depend on `workers` or the order of the
@@ -55,7 +59,8 @@ def normalize_files(
     stopped or killed goes on where it was.
 
     Args:
-        inputs: files, folders, patterns, or `@list.txt`, see `ernet_fast.scale.inputs.plan`.
+        inputs: files, folders, patterns, or `@list.txt`, see `ernet_fast.scale.inputs.plan`. Archives (.zip, .tar,
+            .tar.gz) become archives of the same members; each counts as a folder, and works on the CPU.
         output: a folder; for one input also the name of a file.
         target: the stains to give: an image file, a .safetensors or .pt file with the state dict of a normaliser,
             "published" (Macenko's), or a fit.
@@ -74,7 +79,9 @@ def normalize_files(
             size and time of change are.
         verify: write nothing, but hold every output against the record: files that are missing, changed, or made of
             another input have the status "error".
-        status: a .csv file to write with one row a file.
+        shard: do only what falls to this one of several machines: "I/N", or "auto" for what the environment of a job
+            says, see `ernet_fast.scale.shard.read_shard`. With "per-folder" folders are not divided.
+        status: a .csv file to write with one row a file; that of a shard is called status.2-of-8.csv.
         workers: images in memory at a time, each on a thread; default: one a core.
         device: "cpu", or "cuda" for batches on a GPU.
         progress: hears what is going on.
@@ -96,8 +103,13 @@ def normalize_files(
     known = None if source is None else _known(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     planned = plan(paths, output, format=format, base=base)
+    part = read_shard(shard) if isinstance(shard, str) else shard
+    if part is not None:
+        planned = _share(planned, part, fit, overwrite)
     work = Work(chosen, limits=limits, quality=quality, workers=workers)
-    run = Run(planned, Path(output), work, fit, known, device, overwrite, checksum, progress or Progress())
+    run = Run(
+        planned, Path(output), work, fit, known, format, device, overwrite, checksum, part, progress or Progress()
+    )
     before: frozenset[str] = frozenset()
     if planned.single:
         if verify:
@@ -115,8 +127,24 @@ def normalize_files(
             files, before = run.do_folder(settings)
     summary = Summary(sorted([*files, *planned.ignored], key=lambda file: file.input), chosen.columns, before)
     if status is not None:
-        write_status(status, summary.files, summary.columns)
+        write_status(status_of_shard(status, part), summary.files, summary.columns)
     return summary
+
+
+def _share(planned: Plan, shard: Shard, fit: str, overwrite: bool) -> Plan:
+    """The part of the plan that falls to a shard."""
+    if planned.single:
+        raise ValueError("--shard divides the files of a folder; the output is a single file.")
+    if overwrite:
+        raise ValueError(
+            "--overwrite begins a folder anew, which shards cannot do together; remove the folder, or choose another."
+        )
+    whole = fit == "per-folder"
+    jobs = [job for job in planned.jobs if shard.takes(folder_of(job) if whole and not job.is_archive else job.name)]
+    ignored = [
+        file for file in planned.ignored if shard.takes(os.path.relpath(os.path.abspath(file.input), planned.base))
+    ]
+    return replace(planned, jobs=jobs, ignored=ignored)
 
 
 def _check(fit: str, source: Any, format: str, quality: int | None, status: Any, device: str) -> None:

@@ -22,10 +22,11 @@ def folder_of(job: Job) -> str:
 
 
 def folders(jobs: Iterable[Job]) -> dict[str, list[Job]]:
-    """The jobs of every folder, both in order."""
+    """The jobs of every folder, both in order, without archives, which are folders of their own."""
     found: dict[str, list[Job]] = {}
     for job in jobs:
-        found.setdefault(folder_of(job), []).append(job)
+        if not job.is_archive:
+            found.setdefault(folder_of(job), []).append(job)
     return found
 
 

@@ -16,6 +16,7 @@ from ernet_fast.scale.status import FileStatus
 
 READABLE = "PNG, JPEG, TIFF or WebP"
 IMAGE_SUFFIXES = (*SUFFIXES, ".webp")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif", "webp": ".webp"}
 """Suffix of the outputs in each format that can be asked for."""
 
@@ -47,6 +48,11 @@ class Job:
     def stamp(self) -> str:
         """Another for an input that has changed, unless it takes pains to hide that."""
         return f"{self.size}-{self.mtime}"
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether the input is an archive of images."""
+        return bool(archive_suffix(self.input.name))
 
 
 @dataclass(frozen=True)
@@ -85,28 +91,48 @@ def plan(
     output = Path(output)
     sources = _expand(inputs)
     single = len(sources) == 1 and is_single(sources[0], output)
-    if not single and (output.suffix.lower() in IMAGE_SUFFIXES or output.exists()) and not output.is_dir():
-        raise NotADirectoryError(f"{str(output)!r} is a file or has an image's name; expected a folder to write to.")
+    named = output.suffix.lower() in IMAGE_SUFFIXES or archive_suffix(output.name)
+    if not single and (named or output.exists()) and not output.is_dir():
+        raise NotADirectoryError(
+            f"{str(output)!r} is a file or has the name of an image or archive; expected a folder to write to."
+        )
     _check_apart(sources, output)
     found, ignored = _sorted_out(sources)
     if not found:
         raise ValueError(f"no {READABLE} image in {', '.join(repr(str(source)) for source in sources[:3])}.")
     root = _base(sources, base)
-    if format != "keep" and single and SUFFIX_OF[format] != _plain_suffix(output):
+    if format != "keep" and single and renamed(output.name, format) != output.name and not archive_suffix(output.name):
         raise ValueError(f"--format {format}, but the output is {str(output)!r}; drop one of the two.")
     jobs = []
     for path in found:
         name = output.name if single else os.path.relpath(os.path.abspath(path), root)
-        if format != "keep" and SUFFIX_OF[format] != _plain_suffix(Path(name)):
-            name = os.path.splitext(name)[0] + SUFFIX_OF[format]
+        if not archive_suffix(name):
+            name = renamed(name, format)
         jobs.append(_job(path, output if single else output / name, name))
     _check_outputs(jobs, output.parent if single else output)
     return Plan(jobs, ignored, root, single)
 
 
 def is_single(source: Path, output: Path) -> bool:
-    """Whether `output` names one file to write rather than a folder: one image in, and an image's name out."""
-    return source.is_file() and output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir()
+    """Whether `output` names one file to write rather than a folder: one image in, and an image's name out; or one
+    archive, and the name of another of its kind.
+    """
+    if not source.is_file() or output.is_dir():
+        return False
+    archive = archive_suffix(source.name)
+    return archive_suffix(output.name) == archive if archive else output.suffix.lower() in IMAGE_SUFFIXES
+
+
+def archive_suffix(name: str) -> str:
+    """The suffix of the name of an archive, in lower case; empty for any other name."""
+    return next((suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def renamed(name: str, format: str) -> str:
+    """The name of the output in `format` of an image `name`."""
+    if format == "keep" or SUFFIX_OF[format] == _plain_suffix(Path(name)):
+        return name
+    return os.path.splitext(name)[0] + SUFFIX_OF[format]
 
 
 def _plain_suffix(path: Path) -> str:
@@ -184,7 +210,7 @@ def _sorted_out(sources: list[Path]) -> tuple[list[Path], list[FileStatus]]:
     for source in sources:
         for path in files_below(source):
             key = os.path.abspath(path)
-            readable = path.suffix.lower() in IMAGE_SUFFIXES
+            readable = path.suffix.lower() in IMAGE_SUFFIXES or bool(archive_suffix(path.name))
             reason = _not_a_file(path)
             if reason is None and not readable:
                 reason = f"{path.suffix or 'no suffix'}: only {READABLE} is read"

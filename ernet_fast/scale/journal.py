@@ -17,7 +17,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ class Record:
         key: what the stains it was taken to have were fitted on; empty where that follows from the settings.
         bytes: of the output; -1 if there is none.
         status: what is to be said about it.
+        members: of an archive, the statuses of its images.
     """
 
     stamp: str
     key: str
     bytes: int
     status: FileStatus
+    members: tuple[FileStatus, ...] = ()
 
 
 @dataclass
@@ -79,12 +81,19 @@ class Records:
 def _line(name: str, record: Record) -> dict[str, Any]:
     status = asdict(record.status)
     found = {"input": status["input"], "output": status["output"], **{key: status[key] for key in _OF_STATUS}}
-    return {"done": name, "stamp": record.stamp, "key": record.key, "bytes": record.bytes, **found}
+    line = {"done": name, "stamp": record.stamp, "key": record.key, "bytes": record.bytes, **found}
+    return {**line, "members": [astuple(member) for member in record.members]} if record.members else line
 
 
 def _record(line: dict[str, Any]) -> Record:
     status = {**{key: line[key] for key in ("input", "output", *_OF_STATUS)}, "stains": tuple(line["stains"])}
-    return Record(line["stamp"], line["key"], line["bytes"], FileStatus(**status))
+    members = tuple(_member(*values) for values in line.get("members", ()))
+    return Record(line["stamp"], line["key"], line["bytes"], FileStatus(**status), members)
+
+
+def _member(*values: Any) -> FileStatus:
+    status = FileStatus(*values)
+    return replace(status, stains=tuple(status.stains))
 
 
 def journal_of(folder: Path, shard: str = "") -> Path:
@@ -161,13 +170,13 @@ class Journal:
         """The stains of a folder."""
         self._write(_encoded({"fit": folder, "key": key, "stains": stains}))
 
-    def done(self, job: Job, key: str, status: FileStatus) -> None:
-        """A job has this status."""
+    def done(self, job: Job, key: str, status: FileStatus, members: tuple[FileStatus, ...] = ()) -> None:
+        """A job has this status, and the images of an archive have these."""
         size = -1
         if status.output is not None:
             size = os.stat(job.output).st_size
             self.folders.add(job.output.parent)
-        self._write(_encoded(_line(job.name, Record(job.stamp, key, size, status))))
+        self._write(_encoded(_line(job.name, Record(job.stamp, key, size, status, members))))
         if time.monotonic() >= self.due:
             self.sync()
 

@@ -91,6 +91,7 @@ class _Stages:
         """Keep the threads busy until there is nothing left."""
         ahead, running, held = 2 * self.work.workers + WAITING, 0, 0
         following = next(jobs, None)
+        error: BaseException | None = None
         while running or following is not None:
             while following is not None:
                 if running and (running >= ahead or held + following.size > WAITING_BYTES):
@@ -101,8 +102,11 @@ class _Stages:
             job, status = self.done.get()
             running, held = running - 1, held - job.size
             if isinstance(status, BaseException):
-                raise status
-            yield job, status
+                error, following, self.stopped = error or status, None, True
+            else:
+                yield job, status
+        if error is not None:  # after what was done at the same time
+            raise error
 
     def start(self, pool: ThreadPoolExecutor, stage: Callable[..., FileStatus | None], job: Job, *rest: Any) -> None:
         """Run one stage of a job in a pool; a stage that gives a status, or raises, is the job's last."""
@@ -120,10 +124,14 @@ class _Stages:
         except RuntimeError as error:  # the pool is shut down: the run ends
             self.done.put((job, error))
 
+    def check_stopped(self) -> None:
+        """Let a stage that has not begun not begin, once the run has failed."""
+        if self.stopped:
+            raise RuntimeError("the run has ended.")
+
     def read(self, job: Job) -> FileStatus | None:
         """First stage: the bytes of the input."""
-        if self.stopped:
-            return None
+        self.check_stopped()
         try:
             data = treat.load(job, self.work.limits)
         except (ImageReadError, OSError) as error:
@@ -133,8 +141,7 @@ class _Stages:
 
     def compute(self, job: Job, data: bytes) -> FileStatus | None:
         """Second stage: from the bytes of the input to those of the output, in a temporary file."""
-        if self.stopped:
-            return None
+        self.check_stopped()
         method = self.work.method
         try:
             picture = treat.open_picture(data, self.work.limits)
@@ -157,7 +164,7 @@ class _Stages:
 def write_pending(job: Job, result: torch.Tensor, form: FileForm, quality: int | None) -> PendingFile | FileStatus:
     """The output in a temporary file, or why it cannot be written."""
     try:
-        pending = _open_output(job)
+        pending = open_output(job)
     except OSError as error:
         return treat.unwritten(job, error)
     try:
@@ -170,7 +177,7 @@ def write_pending(job: Job, result: torch.Tensor, form: FileForm, quality: int |
     return pending
 
 
-def _open_output(job: Job) -> PendingFile:
+def open_output(job: Job) -> PendingFile:
     """A temporary file in the folder of the output, which is made if it is missing."""
     try:
         return PendingFile(job.output)

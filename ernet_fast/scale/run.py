@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ernet_fast.console.atomic_file import remove_abandoned
+from ernet_fast.scale.archives import images_of_archive, normalize_archive
 from ernet_fast.scale.batches import normalize_batches
+from ernet_fast.scale.containers import ArchiveError
 from ernet_fast.scale.folder_fit import fingerprint, folder_of, folders, images_of
 from ernet_fast.scale.inputs import Job, Plan
 from ernet_fast.scale.journal import Journal, Record, Records, journal_of, merge_journals, read_journals
 from ernet_fast.scale.method import Values
-from ernet_fast.scale.pipeline import Done, Work, digest_of, normalize_each
+from ernet_fast.scale.pipeline import Work, digest_of, normalize_each
 from ernet_fast.scale.run_folder import claim, one_run, refuse_other_settings
+from ernet_fast.scale.shard import Shard
 from ernet_fast.scale.status import FileStatus
+from ernet_fast.scale.treat import failed
+
+Finished = tuple[Job, FileStatus, tuple[FileStatus, ...]]
+"""A job, its status, and those of the images of an archive."""
 
 WRITTEN = ("ok", "degenerate")
 _REPLACE = "(--overwrite replaces it)"
@@ -47,9 +54,11 @@ class Run:
     work: Work
     fit: str
     known: Values | None  # for "fixed"
+    format: str
     device: str
     overwrite: bool
     checksum: bool
+    shard: Shard | None
     progress: Progress
     keys: dict[str, str] = field(default_factory=dict)  # folder -> what its fit was made of, for "per-folder"
 
@@ -57,42 +66,43 @@ class Run:
         """One file into another."""
         if self.output.exists() and not self.overwrite:
             raise FileExistsError(f"{str(self.output)!r} exists; --overwrite replaces it.")
-        sources = self.sources(self.planned.jobs, Records(), None)
-        return [status for _, status in self.normalize(self.planned.jobs, sources)]
+        done = self.normalize(self.planned.jobs, Records(), None)
+        return [row for _, status, members in done for row in rows(status, members)]
 
     def do_folder(self, settings: dict[str, Any]) -> tuple[list[FileStatus], frozenset[str]]:
         """All files, in a folder that no other run writes to; also the inputs that were done before."""
-        with one_run(self.output):
+        with one_run(self.output, shard=self.shard):
             jobs = self.planned.jobs
-            claim(self.output, jobs, settings, overwrite=self.overwrite)
+            claim(self.output, jobs, settings, overwrite=self.overwrite, shared=self.shard is not None)
             for folder in {self.output, *(job.output.parent for job in jobs)}:
                 if folder.is_dir():
                     remove_abandoned(folder)
             records = read_journals(self.output)
-            merge_journals(self.output, records)
+            if self.shard is None:
+                merge_journals(self.output, records)
             jobs = self.stamped(jobs)
             before, missing, kept = self.sorted_out(jobs, records)
-            journal = Journal(journal_of(self.output))
+            journal = Journal(journal_of(self.output, str(self.shard or "")))
             with contextlib.closing(journal):
                 journal.begin(missing)
                 self.remove_outdated(missing, records)
                 files = [*before, *kept]
-                for job, status in self.normalize(missing, self.sources(missing, records, journal)):
-                    journal.done(job, self.key(job), status)
-                    files.append(status)
+                for job, status, members in self.normalize(missing, records, journal):
+                    journal.done(job, self.key(job), status, members)
+                    files += rows(status, members)
         return files, frozenset(status.input for status in before)
 
     def verify(self, settings: dict[str, Any]) -> list[FileStatus]:
         """Whether everything is done and unchanged since; nothing is written."""
-        with one_run(self.output, make=False):
+        with one_run(self.output, make=False, shard=self.shard):
             refuse_other_settings(self.output, settings)
             records, jobs = read_journals(self.output), self.stamped(self.planned.jobs)
             self.progress.begin("verify", len(jobs))
             files = []
             with ThreadPoolExecutor(self.work.workers) as pool:
-                for status in pool.map(partial(self.verified, records), jobs):
+                for found in pool.map(partial(self.verified, records), jobs):
                     self.progress.advance()
-                    files.append(status)
+                    files += found
         return files
 
     def stamped(self, jobs: list[Job]) -> list[Job]:
@@ -112,7 +122,7 @@ class Run:
 
     def key(self, job: Job) -> str:
         """What the stains that the job's image is taken to have depend on, beside the settings."""
-        return self.keys.get(folder_of(job), "")
+        return "" if job.is_archive else self.keys.get(folder_of(job), "")
 
     def is_current(self, job: Job, record: Record) -> bool:
         """Whether a record is of the input as it is now, with the stains it is taken to have now."""
@@ -135,7 +145,7 @@ class Run:
                 reason = f"the output {what} {_REPLACE}"
                 kept.append(FileStatus(str(job.input), str(job.output), "skipped", reason))
             elif self.is_current(job, record) and record.status.status in WRITTEN:
-                before.append(replace(record.status, input=str(job.input), output=str(job.output)))
+                before += recorded(job, record)
             else:
                 changed += record.status.status in WRITTEN
                 missing.append(job)
@@ -151,27 +161,28 @@ class Run:
                 with contextlib.suppress(OSError):  # writing it will say why
                     job.output.unlink(missing_ok=True)
 
-    def verified(self, records: Records, job: Job) -> FileStatus:
+    def verified(self, records: Records, job: Job) -> list[FileStatus]:
         """The status of a job, which is "error" if its output is not what the record says."""
         record = records.done.get(job.name)
         wrong = FileStatus(str(job.input), str(job.output), "error")
         if record is None:
-            return replace(wrong, reason="not done yet")
+            return [replace(wrong, reason="not done yet")]
         if not self.is_current(job, record):
-            return replace(wrong, reason="the input (or another of its folder) has changed since")
+            return [replace(wrong, reason="the input (or another of its folder) has changed since")]
         if record.status.status not in WRITTEN:
-            return record.status
+            return recorded(job, record)
         try:
             digest = digest_of(job.output)
         except OSError as error:
-            return replace(wrong, reason=f"the output cannot be read: {error.strerror}")
+            return [replace(wrong, reason=f"the output cannot be read: {error.strerror}")]
         if digest != record.status.sha256:
-            return replace(wrong, reason=f"the output has changed: its SHA-256 is {digest}")
-        return record.status
+            return [replace(wrong, reason=f"the output has changed: its SHA-256 is {digest}")]
+        return recorded(job, record)
 
-    def normalize(self, jobs: list[Job], sources: Callable[[Job], Values | None]) -> Done:
+    def normalize(self, jobs: list[Job], records: Records, journal: Journal | None) -> Iterator[Finished]:
         """Do the jobs, each with its status as it is done; when that is cut short, say how far it came."""
-        work = replace(self.work, sources=sources)
+        images = [job for job in jobs if not job.is_archive]
+        work = replace(self.work, sources=self.sources(images, records, journal))
         self.progress.begin("normalise", len(jobs))
         done = 0
         with contextlib.ExitStack() as stack:
@@ -180,12 +191,31 @@ class Run:
                     f"stopped after {done} of {len(jobs)} files; run again to go on with the others"
                 )
             )
-            each = normalize_each(jobs, work) if self.device == "cpu" else normalize_batches(jobs, work, self.device)
+            each = (
+                normalize_each(images, work) if self.device == "cpu" else normalize_batches(images, work, self.device)
+            )
             for job, status in each:
                 done += 1
                 self.progress.advance()
-                yield job, status
+                yield job, status, ()
+            for job in jobs:
+                if job.is_archive:
+                    found = self.normalize_archive(job)
+                    done += 1
+                    self.progress.advance()
+                    yield job, *found
             stack.pop_all()
+
+    def normalize_archive(self, job: Job) -> tuple[FileStatus, tuple[FileStatus, ...]]:
+        """One archive, which counts as a folder."""
+        known = self.known
+        if self.fit == "per-folder":
+            try:
+                known = self.work.method.fit_together(images_of_archive(job, self.work.limits))[0]
+            except ArchiveError as error:
+                return failed(job, error), ()
+        given = None if self.fit == "per-image" else known
+        return normalize_archive(job, replace(self.work, sources=lambda job: given), self.format)
 
     def sources(self, jobs: list[Job], records: Records, journal: Journal | None) -> Callable[[Job], Values | None]:
         """The stains that the jobs' images are known to have."""
@@ -214,6 +244,25 @@ class Run:
                 yield image
 
         return self.work.method.fit_together(counted())[0]
+
+
+def rows(status: FileStatus, members: tuple[FileStatus, ...]) -> list[FileStatus]:
+    """What a table says about a job: of an archive that was written, its images."""
+    return list(members) if members else [status]
+
+
+def recorded(job: Job, record: Record) -> list[FileStatus]:
+    """The same of a job that was done before, under the names that its files have now."""
+
+    def named(status: FileStatus) -> FileStatus:
+        parts = [None if name is None else name.partition("::")[1:] for name in (status.input, status.output)]
+        names = [None if part is None else f"{path}{''.join(part)}" for part, path in zip(parts, places, strict=True)]
+        return replace(status, input=names[0] or "", output=names[1])
+
+    places = (job.input, job.output)
+    if record.members:
+        return [named(member) for member in record.members]
+    return [replace(record.status, input=str(job.input), output=record.status.output and str(job.output))]
 
 
 def _size_of(path: Path) -> int | None:

@@ -14,8 +14,9 @@ from typing import Any
 from ernet_fast._version import __version__
 from ernet_fast.console.atomic_file import write_json, write_json_first
 from ernet_fast.scale.inputs import IMAGE_SUFFIXES, Job, files_below
-from ernet_fast.scale.journal import journals, remove
+from ernet_fast.scale.journal import SUFFIX, journal_of, journals, remove
 from ernet_fast.scale.method import Method
+from ernet_fast.scale.shard import Shard
 from ernet_fast.scale.target import CONSTANTS
 
 NAME = "ernet-fast-normalize.json"
@@ -37,32 +38,53 @@ def settings_of(method: Method, target: str, **others: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_run(folder: Path, *, make: bool = True) -> Iterator[None]:
-    """Make `folder` if that is asked for, which a run has to itself; RuntimeError if it is in use.
+def one_run(folder: Path, *, make: bool = True, shard: Shard | None = None) -> Iterator[None]:
+    """Make `folder` if that is asked for, which a run has to itself, or shares with the other shards of as many.
 
-    The lock, on the folder, ends with the process, however that ends.
+    The locks, on the folder and on the journals of shards, end with the process, however that ends.
+
+    Raises:
+        FileNotFoundError: no such folder, and none is to be made.
+        RuntimeError: the folder, or the shard, is in use.
     """
     if make:
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        whole = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         raise FileNotFoundError(f"no output folder {str(folder)!r}.") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_NB | fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"another run is writing to {str(folder)!r}. Wait for it or stop it, or choose another folder."
-            ) from None
-        except OSError:  # a file system without locks
-            warnings.warn(
-                f"the file system of {str(folder)!r} has no locks: see to it that one run at a time writes to it.",
-                stacklevel=2,
-            )
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, whole)
+        _lock(whole, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH, folder)
+        if shard is not None:
+            own = os.open(journal_of(folder, str(shard)), os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, own)
+            _lock(own, fcntl.LOCK_EX, folder)
+            _refuse_other_counts(folder, shard)
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_NB | kind)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"another run is writing to {str(folder)!r}. Wait for it or stop it, or choose another folder; several at "
+            "once take --shard I/N."
+        ) from None
+    except OSError:  # a file system without locks
+        warnings.warn(
+            f"the file system of {str(folder)!r} has no locks: see to it that no two runs do the same there.",
+            stacklevel=3,
+        )
+
+
+def _refuse_other_counts(folder: Path, shard: Shard) -> None:
+    """RuntimeError if a shard of another number of shards is being worked on: both would write some of the files."""
+    for path in journals(folder):
+        if not path.name.endswith(f"-of-{shard.count}{SUFFIX}"):
+            with open(path, "rb") as file:
+                _lock(file.fileno(), fcntl.LOCK_SH, folder)
 
 
 def differences(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -72,12 +94,14 @@ def differences(found: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     return [f"{name} was {found.get(key)!r}, now {settings.get(key)!r}" for name, key in shown.items()]
 
 
-def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite: bool) -> None:
+def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite: bool, shared: bool = False) -> None:
     """Record that the images in `folder` have these settings, so that none of other settings passes for one of them.
 
     With `overwrite`, outputs of other settings are removed before anything is recorded: a run that is interrupted then
-    leaves images of one kind only. Raises ValueError if images of other or unknown settings are among the outputs
-    (without `overwrite`) or beside them.
+    leaves images of one kind only. A folder that is `shared` keeps the journals of the others.
+
+    Raises:
+        ValueError: images of other or unknown settings are among the outputs (without `overwrite`) or beside them.
     """
     path = folder / NAME
     found = read_settings(folder)
@@ -103,13 +127,14 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
     for output in existing:
         with contextlib.suppress(OSError):  # writing it will say why
             output.unlink()
-    remove(journals(folder))  # after what they tell of
+    if not shared:
+        remove(journals(folder))  # after what they tell of
     folder.mkdir(parents=True, exist_ok=True)
     if found is not None:
         write_json(path, settings)
         return
     if not write_json_first(path, settings):  # another run was faster: its settings count
-        claim(folder, jobs, settings, overwrite=overwrite)
+        claim(folder, jobs, settings, overwrite=overwrite, shared=shared)
 
 
 def refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
