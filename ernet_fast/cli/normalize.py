@@ -50,6 +50,8 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--target", metavar="FILE", default=PUBLISHED, help=target)
     status = "write a table with one row a file: status, reason, stains, share of tissue, checksum"
     add("--status", metavar="FILE.csv", help=status)
+    preview = "draw images before and after: those whose stains differ most from the others', and some typical ones"
+    add("--preview", metavar="FILE.png", help=preview)
     overwrite = "replace outputs that exist (default: skip them, if they were made with the same settings)"
     add("--overwrite", action="store_true", help=overwrite)
     checksum = "look at the contents of inputs, not at size and time, to see which have changed since they were done"
@@ -121,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
             options=_options(arguments), fit=arguments.fit, source=arguments.source, format=arguments.format,
             quality=arguments.quality, base=arguments.base, overwrite=arguments.overwrite,
             checksum=arguments.checksum, verify=arguments.verify, shard=arguments.shard, status=arguments.status,
+            preview=arguments.preview,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
             workers=arguments.workers, device=arguments.device, progress=progress,
         )  # fmt: skip

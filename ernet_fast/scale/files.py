@@ -15,6 +15,7 @@ from ernet_fast.scale.folder_fit import folder_of
 from ernet_fast.scale.inputs import SUFFIX_OF, Plan, plan
 from ernet_fast.scale.method import Values, values_of
 from ernet_fast.scale.pipeline import Work
+from ernet_fast.scale.preview import check_preview_path, write_preview
 from ernet_fast.scale.run import Progress, Run
 from ernet_fast.scale.run_folder import settings_of
 from ernet_fast.scale.shard import Shard, read_shard, status_of_shard
@@ -47,6 +48,7 @@ def normalize_files(
     verify: bool = False,
     shard: str | Shard | None = None,
     status: str | os.PathLike[str] | None = None,
+    preview: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -82,6 +84,8 @@ def normalize_files(
         shard: do only what falls to this one of several machines: "I/N", or "auto" for what the environment of a job
             says, see `ernet_fast.scale.shard.read_shard`. With "per-folder" folders are not divided.
         status: a .csv file to write with one row a file; that of a shard is called status.2-of-8.csv.
+        preview: a .png or .jpg file to draw pairs of images before and after into: those whose stains differ most from
+            the median of all, and some others.
         workers: images in memory at a time, each on a thread; default: one a core.
         device: "cpu", or "cuda" for batches on a GPU.
         progress: hears what is going on.
@@ -98,6 +102,8 @@ def normalize_files(
         OSError: a full disk, or a folder that cannot be written to. What is done remains, and the next call goes on.
     """
     _check(fit, source, format, quality, status, device)
+    if preview is not None:
+        check_preview_path(preview)
     workers = _workers(workers)
     chosen = make_method(target, method, options)
     known = None if source is None else _known(source, method, chosen.options)
@@ -128,6 +134,8 @@ def normalize_files(
     summary = Summary(sorted([*files, *planned.ignored], key=lambda file: file.input), chosen.columns, before)
     if status is not None:
         write_status(status_of_shard(status, part), summary.files, summary.columns)
+    if preview is not None:
+        write_preview(status_of_shard(preview, part), summary)
     return summary
 
 
