@@ -10,7 +10,8 @@ from typing import Any
 
 from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter, Task
-from ernet_fast.scale import Limits, Summary, merge_status, normalize_files
+from ernet_fast.scale import Limits, Summary, merge_status, normalize_files, write_tables
+from ernet_fast.scale.colour_table import POINTS
 from ernet_fast.scale.encode import QUALITY
 from ernet_fast.scale.files import FITS, FORMATS
 from ernet_fast.scale.inputs import READABLE
@@ -22,6 +23,12 @@ SOME_FAILED = 3
 """Exit code of a run that came to its end, but could not do some of the files."""
 
 _LISTED = 20
+_OF_IMAGES = {
+    "status": None, "preview": None, "shard": None, "format": "keep", "quality": None, "checksum": False,
+    "verify": False, "device": "cpu",
+}  # fmt: skip
+"""Options that say how images are written, and what they are otherwise."""
+
 _WORDS = {"ok": "normalised", "degenerate": "degenerate", "skipped": "skipped", "error": "failed"}
 """Statuses as this command prints them."""
 
@@ -62,6 +69,9 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--shard", metavar="I/N", help=shard)
     merge = "merge tables of statuses: the inputs are tables, the output is one (nothing is normalised)"
     add("--merge", action="store_true", help=merge)
+    tables = "write images, or colour tables (.cube and .icc) that a viewer applies to the originals (default: images)"
+    add("--as", choices=("images", "lut"), default="images", dest="kind", help=tables)
+    add("--points", type=int, choices=POINTS, default=POINTS[0], help="grid points of a colour table (default: 33)")
     workers = "images processed, or with --device cuda read and written, at the same time (default: one a core)"
     add("--workers", type=int, metavar="N", help=workers)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
@@ -117,6 +127,8 @@ def run(arguments: argparse.Namespace) -> int:
         count = merge_status(arguments.input, arguments.output)
         print(f"{count} files of {len(arguments.input)} tables; written to {arguments.output}")
         return 0
+    if arguments.kind == "lut":
+        return _write_tables(arguments)
     with _Shown(Reporter(quiet=arguments.quiet)) as progress:
         summary = normalize_files(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
@@ -132,6 +144,28 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(summary, arguments.output, arguments.verify)
     return SOME_FAILED if summary.counts["error"] else 0
+
+
+def _write_tables(arguments: argparse.Namespace) -> int:
+    for name, usual in _OF_IMAGES.items():
+        if getattr(arguments, name) != usual:
+            raise ValueError(f"--{name} is for images; --as lut writes none.")
+    with _Shown(Reporter(quiet=arguments.quiet)) as progress:
+        tables = write_tables(
+            arguments.input, arguments.output, target=arguments.target, method=arguments.method,
+            options=_options(arguments), fit=arguments.fit, source=arguments.source, points=arguments.points,
+            base=arguments.base, overwrite=arguments.overwrite, progress=progress,
+            limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
+        )  # fmt: skip
+    if arguments.json:
+        print_json([asdict(table) for table in tables])
+    else:
+        for table in tables:
+            error = "" if table.mean is None else f"largest error {table.largest:.0f} levels, mean {table.mean:.2f}, "
+            over = f"over {table.colours} colours of {table.images} images" if error else ""
+            print(f"{table.status:<10}  {table.name}: {error}{over}{'; ' * bool(error and table.reason)}{table.reason}")
+        print(f"{sum(table.status != 'error' for table in tables)} tables; written to {arguments.output}")
+    return SOME_FAILED if any(table.status == "error" for table in tables) else 0
 
 
 def _options(arguments: argparse.Namespace) -> Options:

@@ -106,7 +106,7 @@ def normalize_files(
         check_preview_path(preview)
     workers = _workers(workers)
     chosen = make_method(target, method, options)
-    known = None if source is None else _known(source, method, chosen.options)
+    known = None if source is None else known_stains(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     planned = plan(paths, output, format=format, base=base)
     part = read_shard(shard) if isinstance(shard, str) else shard
@@ -157,19 +157,29 @@ def _share(planned: Plan, shard: Shard, fit: str, overwrite: bool) -> Plan:
 
 def _check(fit: str, source: Any, format: str, quality: int | None, status: Any, device: str) -> None:
     """Raise ValueError for settings that are unknown or contradict each other."""
-    for name, value, known in (("fit", fit, FITS), ("format", format, FORMATS), ("device", device, ("cpu", "cuda"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, known))}.")
-    if (fit == "fixed") != (source is not None):
-        raise ValueError(
-            f"fit={fit!r} with source={source!r}; 'fixed' takes the stains of all images from a source, and only it."
-        )
+    check_fit(fit, source)
+    _check_known("format", format, FORMATS)
+    _check_known("device", device, ("cpu", "cuda"))
     if quality is not None and not 1 <= quality <= 100:
         raise ValueError(f"quality={quality!r}; expected a number from 1 to 100.")
     if status is not None:
         check_status_path(status)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' (--device cuda), but torch sees no CUDA device here.")
+
+
+def check_fit(fit: str, source: Any) -> None:
+    """Raise ValueError for an unknown fit, or one that contradicts the source."""
+    _check_known("fit", fit, FITS)
+    if (fit == "fixed") != (source is not None):
+        raise ValueError(
+            f"fit={fit!r} with source={source!r}; 'fixed' takes the stains of all images from a source, and only it."
+        )
+
+
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r}; expected one of {', '.join(map(repr, known))}.")
 
 
 def _workers(workers: int | None) -> int:
@@ -180,8 +190,8 @@ def _workers(workers: int | None) -> int:
     return workers
 
 
-def _known(source: Any, method: str, options: Options) -> Values:
-    """The stains that all images have."""
+def known_stains(source: Any, method: str, options: Options) -> Values:
+    """The stains that all images have, of "fixed"; raises as `read_stains`."""
     if method == "macenko":
         check_constants(saved_constants(source), options, "source", source)
     return values_of(read_stains(source, method, options).fit)
