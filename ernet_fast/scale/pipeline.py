@@ -148,7 +148,10 @@ class _Stages:
         except ImageReadError as error:
             return treat.failed(job, error)
         del data
-        result, values, found = treat.normalize(picture, method, self.work.sources(job))
+        try:
+            result, values, found = treat.normalize(picture, method, self.work.sources(job))
+        except (MemoryError, RuntimeError) as error:  # such as an image that is too large for the memory
+            return treat.failed(job, error)
         status = treat.judged(job, picture, values, found, method)
         form = picture.form
         del picture  # writing takes as much again

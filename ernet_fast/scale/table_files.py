@@ -129,7 +129,7 @@ class _Tables:
         if not stains and method.options.on_degenerate == "raise":
             return TableStatus(name, len(jobs) - failures, "error", "no stains can be fitted")
         table = ColourTable(method, stains, self.points)
-        error = table.error(_colours(occurring))
+        off = table.error(_colours(occurring))
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place.with_name(f"{place.name}.cube"), table.cube(name))
         with atomic_write(place.with_name(f"{place.name}.icc")) as file:
@@ -137,7 +137,7 @@ class _Tables:
         status = "ok" if stains else "degenerate"
         said = [] if stains else ["no stains can be fitted"]
         said += [f"{failures} of {len(jobs)} images cannot be read, e.g.: {reason}"] if failures else []
-        return TableStatus(name, len(jobs) - failures, status, "; ".join(said), *error)
+        return TableStatus(name, len(jobs) - failures, status, "; ".join(said), *off)
 
     def stains(self, method: Method, jobs: list[Job]) -> Values:
         """What the images are taken to be stained like; empty if that cannot be fitted."""
