@@ -42,6 +42,7 @@ LEAST_RATIO = 5.0  # to the loop around torchstain
 LEAST_BUSY = 0.9  # of both cores
 MOST_MEMORY = 500  # MiB
 MOST_SECONDS = 5.0  # of the second run over 10,000 files
+MOST_SLIDE_MEMORY = 1000  # MiB
 KILLS = 30
 
 counts = pytest.mark.parametrize("count", ["few", pytest.param("many", marks=pytest.mark.slow)])
@@ -192,6 +193,46 @@ def test_second_run(record_row, tmp_path, count):
         params={"files": number}, title=f"second run over {number} finished files", target=f"p50 <= {MOST_SECONDS}",
     )  # fmt: skip
     print(f"\nsecond run over {number} files: {statistics.median(seconds):.2f} s")
+
+
+def slide_of(path: Path, size: int) -> None:
+    """A synthetic pyramid of size x size pixels."""
+    from ernet_fast.data.synthetic import generate_patch
+    from ernet_fast.scale.slide_writer import Form, write_pyramid
+
+    patch = generate_patch("DC", size=(512, 512), seed=3).image.transpose(1, 2, 0)
+
+    def read(tile):  # type: ignore[no-untyped-def]
+        x, y, width, height = tile
+        shade = (x // 512 + y // 512 * 7) % 11 - 5
+        return np.clip(np.roll(patch, 37 * shade, 0)[:height, :width].astype(int) + shade, 0, 255).astype(np.uint8)
+
+    form = Form(mpp=(0.25, 0.25), description="Aperio test|AppMag = 40|MPP = 0.25", workers=2)
+    with open(path, "wb") as file:
+        write_pyramid(file, path.parent, (size, size), read, form, lambda: None)
+
+
+def whole_slide(source: Path, out: Path) -> Run:
+    from ernet_fast.scale import normalize_slide
+
+    return timed(lambda: normalize_slide(source, out.with_suffix(".svs"), overwrite=True))
+
+
+@counts
+def test_slide(record_row, tmp_path, count):
+    """A slide in constant memory."""
+    for package in ("openslide", "tifffile", "imagecodecs"):
+        pytest.importorskip(package)
+    size = 4000 if count == "few" else 30_000
+    slide_of(tmp_path / "slide.svs", size)
+    run = in_new_process(whole_slide, tmp_path / "slide.svs", tmp_path / "out")
+    peak = run.peak / 2**20
+    record_row(
+        "archive", peak, peak, peak, "MiB", name=f"slide {size} x {size}", repeats=1, params={"size": size},
+        title=f"slide of {size} x {size}, peak of memory", target=f"p50 <= {MOST_SLIDE_MEMORY}",
+        detail=f"{run.seconds:.0f} s, {size * size / run.seconds / 1e6:.1f} megapixels a second",
+    )  # fmt: skip
+    print(f"\nslide {size}: {peak:.0f} MiB, {run.seconds:.0f} s")
 
 
 @pytest.mark.slow

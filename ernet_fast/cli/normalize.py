@@ -10,12 +10,14 @@ from typing import Any
 
 from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter, Task
-from ernet_fast.scale import Limits, Summary, merge_status, normalize_files, write_tables
+from ernet_fast.scale import Limits, SlideForm, Summary, merge_status, normalize_files, write_tables
 from ernet_fast.scale.colour_table import POINTS
 from ernet_fast.scale.encode import QUALITY
 from ernet_fast.scale.files import FITS, FORMATS
 from ernet_fast.scale.inputs import READABLE
 from ernet_fast.scale.run import Progress
+from ernet_fast.scale.slide_writer import COMPRESSIONS
+from ernet_fast.scale.slides import FORMATS as SLIDE_FORMATS
 from ernet_fast.scale.target import CONSTANTS, METHODS, PUBLISHED, saved_constants
 from ernet_fast.stain.options import POLICIES, Options
 
@@ -45,7 +47,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         epilog=f"Exit code {SOME_FAILED}: done, but some files failed; they are listed.",
     )
     add = parser.add_argument
-    inputs = "images, folders of images, patterns ('slides/*/*.png'), or @LIST, a file with one of these a line"
+    inputs = "images, archives or folders of images, patterns ('slides/*/*.png'), or @LIST, a file of these, one a line"
     add("input", metavar="INPUT", nargs="+", help=inputs)
     add(
         "output", metavar="OUTPUT", help="folder for the normalised images, made if missing; for one image, also a file"
@@ -69,14 +71,15 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--shard", metavar="I/N", help=shard)
     merge = "merge tables of statuses: the inputs are tables, the output is one (nothing is normalised)"
     add("--merge", action="store_true", help=merge)
-    tables = "write images, or colour tables (.cube and .icc) that a viewer applies to the originals (default: images)"
-    add("--as", choices=("images", "lut"), default="images", dest="kind", help=tables)
+    kinds = "images; whole slides, as pyramids; or colour tables (.cube and .icc) for a viewer (default: images)"
+    add("--as", choices=("images", "slides", "lut"), default="images", dest="kind", help=kinds)
     add("--points", type=int, choices=POINTS, default=POINTS[0], help="grid points of a colour table (default: 33)")
     workers = "images processed, or with --device cuda read and written, at the same time (default: one a core)"
     add("--workers", type=int, metavar="N", help=workers)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--json", action="store_true", help="print what became of every file as JSON")
     _add_files(parser)
+    _add_slides(parser)
     _add_method(parser)
     parser.set_defaults(run=run)
 
@@ -96,6 +99,32 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add("--max-bytes", type=int, default=limits.bytes, metavar="N", help="refuse larger files (default: %(default)s)")
     transparent = "pixels that are not opaque: refuse the image, compose it on white, or drop the alpha channel"
     add("--transparent", choices=("refuse", "white", "drop"), default="refuse", help=f"{transparent} (default: refuse)")
+
+
+def _add_slides(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("whole slides, with --as slides").add_argument
+    usual = SlideForm()
+    add("--level", type=int, default=usual.level, metavar="N", help="level of the slide to write (default: 0)")
+    region = "part of the slide to write, in pixels of level 0 (default: all)"
+    add("--region", metavar="X,Y,WIDTH,HEIGHT", type=_region, help=region)
+    add("--tile", type=int, default=usual.tile, metavar="N", help="size of tiles (default: %(default)s)")
+    compression = "jpeg, or deflate without loss (default: jpeg)"
+    add("--compression", choices=COMPRESSIONS, default=usual.compression, help=compression)
+    kinds = "suffix of slides in a folder; svs keeps the magnification, too (default: tif)"
+    add("--slide-format", choices=SLIDE_FORMATS, default=usual.format, help=kinds)
+
+
+def _region(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _slides(arguments: argparse.Namespace) -> SlideForm | None:
+    """How slides are written; None if there are none."""
+    if arguments.kind != "slides":
+        return None
+    quality = SlideForm().quality if arguments.quality is None else arguments.quality
+    given = arguments.level, arguments.region, arguments.tile, arguments.compression, quality, arguments.slide_format
+    return SlideForm(*given)
 
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
@@ -130,14 +159,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.kind == "lut":
         return _write_tables(arguments)
     with _Shown(Reporter(quiet=arguments.quiet)) as progress:
+        quality = None if arguments.kind == "slides" else arguments.quality
         summary = normalize_files(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
             options=_options(arguments), fit=arguments.fit, source=arguments.source, format=arguments.format,
-            quality=arguments.quality, base=arguments.base, overwrite=arguments.overwrite,
+            quality=quality, slides=_slides(arguments), base=arguments.base, overwrite=arguments.overwrite,
             checksum=arguments.checksum, verify=arguments.verify, shard=arguments.shard, status=arguments.status,
-            preview=arguments.preview,
+            preview=arguments.preview, workers=arguments.workers, device=arguments.device, progress=progress,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
-            workers=arguments.workers, device=arguments.device, progress=progress,
         )  # fmt: skip
     if arguments.json:
         print_json(_as_json(summary))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ernet_fast.scale.files import normalize_files
+from ernet_fast.scale.files import normalize_files, normalize_slide
 from ernet_fast.scale.shard import Shard, merge_status
+from ernet_fast.scale.slides import SlideForm
 from ernet_fast.scale.status import FileStatus, Summary, write_status
 from ernet_fast.scale.table_files import TableStatus, write_tables
 from ernet_fast.scale.treat import Limits
 
 __all__ = [
-    "FileStatus", "Limits", "Shard", "Summary", "TableStatus", "merge_status", "normalize_files", "write_status",
-    "write_tables",
+    "FileStatus", "Limits", "Shard", "SlideForm", "Summary", "TableStatus", "merge_status", "normalize_files",
+    "normalize_slide", "write_status", "write_tables",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ import torch
 
 from ernet_fast.scale.encode import decoder
 from ernet_fast.scale.folder_fit import folder_of
-from ernet_fast.scale.inputs import SUFFIX_OF, Plan, plan
+from ernet_fast.scale.inputs import SLIDE_OUTPUTS, SUFFIX_OF, Plan, plan
 from ernet_fast.scale.method import Values, values_of
 from ernet_fast.scale.pipeline import Work
 from ernet_fast.scale.preview import check_preview_path, write_preview
 from ernet_fast.scale.run import Progress, Run
 from ernet_fast.scale.run_folder import settings_of
 from ernet_fast.scale.shard import Shard, read_shard, status_of_shard
-from ernet_fast.scale.status import Summary, check_status_path, write_status
+from ernet_fast.scale.slide_reader import reader_version
+from ernet_fast.scale.slide_writer import needs_writer
+from ernet_fast.scale.slides import SlideForm
+from ernet_fast.scale.status import FileStatus, Summary, check_status_path, write_status
 from ernet_fast.scale.target import PUBLISHED, check_constants, make_method, read_stains, saved_constants
 from ernet_fast.scale.treat import USUAL_LIMITS, Limits
 from ernet_fast.stain import MacenkoFit, ReinhardFit
@@ -43,6 +46,7 @@ def normalize_files(
     quality: int | None = None,
     base: str | os.PathLike[str] | None = None,
     limits: Limits = USUAL_LIMITS,
+    slides: SlideForm | None = None,
     overwrite: bool = False,
     checksum: bool = False,
     verify: bool = False,
@@ -76,6 +80,8 @@ def normalize_files(
         quality: of JPEG and lossy WebP files in place of the source's, 1 to 100.
         base: outputs are named by the paths of inputs below this folder; default: the deepest that holds all inputs.
         limits: what a file may hold.
+        slides: inputs are whole slides, and become pyramids in this form (extra "slides"). Stains are fitted on tiles
+            with tissue of the whole slide. Not with "per-folder", `format`, `quality`, a preview, and "cuda".
         overwrite: write outputs that exist again, and replace those of other settings.
         checksum: inputs are unchanged if their SHA-256 is that of the time when they were done; by default, if their
             size and time of change are.
@@ -108,14 +114,14 @@ def normalize_files(
     chosen = make_method(target, method, options)
     known = None if source is None else known_stains(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
-    planned = plan(paths, output, format=format, base=base)
+    planned = plan(paths, output, format=format, base=base, slides="" if slides is None else f".{slides.format}")
+    written = {} if slides is None else _check_slides(slides, fit, format, quality, preview, device)
     part = read_shard(shard) if isinstance(shard, str) else shard
     if part is not None:
         planned = _share(planned, part, fit, overwrite)
     work = Work(chosen, limits=limits, quality=quality, workers=workers)
-    run = Run(
-        planned, Path(output), work, fit, known, format, device, overwrite, checksum, part, progress or Progress()
-    )
+    said = progress or Progress()
+    run = Run(planned, Path(output), work, fit, known, format, device, overwrite, checksum, part, slides, said)
     before: frozenset[str] = frozenset()
     if planned.single:
         if verify:
@@ -125,6 +131,7 @@ def normalize_files(
         settings = settings_of(
             chosen, _name_of(target), fit=fit, source=None if known is None else list(known), format=format,
             quality=quality, transparent=limits.transparent, decoder=decoder(),
+            **written,
             **({} if source is None else {"source_image": _name_of(source)}),
         )  # fmt: skip
         if verify:
@@ -137,6 +144,27 @@ def normalize_files(
     if preview is not None:
         write_preview(status_of_shard(preview, part), summary)
     return summary
+
+
+def normalize_slide(
+    slide: str | os.PathLike[str], output: str | os.PathLike[str], form: SlideForm | None = None, **options: Any
+) -> FileStatus:
+    """Normalise one whole slide into a pyramidal, tiled BigTIFF file, in constant memory.
+
+    Args:
+        slide: the file, of any format that OpenSlide reads.
+        output: the file to write, .tif or .svs.
+        form: which part, and how it is written.
+        options: of `normalize_files`: target, method, options, fit ("fixed" for known stains), source, overwrite,
+            workers, progress.
+
+    Raises:
+        ImportError: the extra "slides" is missing.
+        ValueError, OSError: as `normalize_files`.
+    """
+    if Path(output).is_dir() or Path(output).suffix.lower() not in SLIDE_OUTPUTS:
+        raise ValueError(f"output {str(output)!r} is no name of a slide; expected one that ends in .tif or .svs.")
+    return normalize_files(slide, output, slides=form or SlideForm(), **options).files[0]
 
 
 def _share(planned: Plan, shard: Shard, fit: str, overwrite: bool) -> Plan:
@@ -166,6 +194,19 @@ def _check(fit: str, source: Any, format: str, quality: int | None, status: Any,
         check_status_path(status)
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' (--device cuda), but torch sees no CUDA device here.")
+
+
+def _check_slides(slides: SlideForm, fit: str, format: str, quality: Any, preview: Any, device: str) -> dict[str, Any]:
+    """What the settings say about slides; ValueError for what does not go with them."""
+    for name, found in (
+        ("fit='per-folder'", fit == "per-folder"), ("format", format != "keep"), ("quality", quality is not None),
+        ("preview", preview is not None), ("device='cuda'", device != "cpu"),
+    ):  # fmt: skip
+        if found:
+            raise ValueError(f"{name} is for images, not for whole slides.")
+    needs_writer(slides.compression)
+    form = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(slides).items()}
+    return {"slides": form, "slide_reader": reader_version()}
 
 
 def check_fit(fit: str, source: Any) -> None:
@@ -201,4 +242,4 @@ def _name_of(stains: Stains) -> str:
     return "given" if isinstance(stains, tuple) else os.fspath(stains)
 
 
-__all__ = ["Progress", "normalize_files"]
+__all__ = ["Progress", "normalize_files", "normalize_slide"]

@@ -20,6 +20,8 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif", "webp": ".webp"}
 """Suffix of the outputs in each format that can be asked for."""
 
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".tif", ".tiff")
+SLIDE_OUTPUTS = (".tif", ".tiff", ".svs")
 _OTHER_PICTURES = (*OTHER_IMAGE_SUFFIXES, ".svs", ".ndpi", ".mrxs")
 _WILD = frozenset("*?[")
 
@@ -70,7 +72,7 @@ class Plan:
 
 def plan(
     inputs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, format: str = "keep",
-    base: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None, slides: str = "",
 ) -> Plan:  # fmt: skip
     """What is to be written where.
 
@@ -81,6 +83,7 @@ def plan(
         format: "keep", or one of `SUFFIX_OF`.
         base: outputs are named by the paths of their inputs below this folder; by default it is the deepest folder
             that holds all inputs.
+        slides: read whole slides instead of images, and give the outputs this suffix.
 
     Raises:
         FileNotFoundError: no such input, or nothing that fits a pattern.
@@ -90,35 +93,40 @@ def plan(
     """
     output = Path(output)
     sources = _expand(inputs)
-    single = len(sources) == 1 and is_single(sources[0], output)
-    named = output.suffix.lower() in IMAGE_SUFFIXES or archive_suffix(output.name)
+    single = len(sources) == 1 and is_single(sources[0], output, slides)
+    named = output.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_OUTPUTS) or archive_suffix(output.name)
     if not single and (named or output.exists()) and not output.is_dir():
         raise NotADirectoryError(
             f"{str(output)!r} is a file or has the name of an image or archive; expected a folder to write to."
         )
     _check_apart(sources, output)
-    found, ignored = _sorted_out(sources)
+    found, ignored = _sorted_out(sources, slides)
     if not found:
-        raise ValueError(f"no {READABLE} image in {', '.join(repr(str(source)) for source in sources[:3])}.")
+        what = "whole slide" if slides else f"{READABLE} image"
+        raise ValueError(f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}.")
     root = _base(sources, base)
     if format != "keep" and single and renamed(output.name, format) != output.name and not archive_suffix(output.name):
         raise ValueError(f"--format {format}, but the output is {str(output)!r}; drop one of the two.")
     jobs = []
     for path in found:
         name = output.name if single else os.path.relpath(os.path.abspath(path), root)
-        if not archive_suffix(name):
+        if slides and not single:
+            name = os.path.splitext(name)[0] + slides
+        elif not archive_suffix(name):
             name = renamed(name, format)
         jobs.append(_job(path, output if single else output / name, name))
     _check_outputs(jobs, output.parent if single else output)
     return Plan(jobs, ignored, root, single)
 
 
-def is_single(source: Path, output: Path) -> bool:
+def is_single(source: Path, output: Path, slides: str = "") -> bool:
     """Whether `output` names one file to write rather than a folder: one image in, and an image's name out; or one
     archive, and the name of another of its kind.
     """
     if not source.is_file() or output.is_dir():
         return False
+    if slides:
+        return output.suffix.lower() in SLIDE_OUTPUTS
     archive = archive_suffix(source.name)
     return archive_suffix(output.name) == archive if archive else output.suffix.lower() in IMAGE_SUFFIXES
 
@@ -203,20 +211,22 @@ def _check_apart(sources: list[Path], output: Path) -> None:
             )
 
 
-def _sorted_out(sources: list[Path]) -> tuple[list[Path], list[FileStatus]]:
+def _sorted_out(sources: list[Path], slides: str) -> tuple[list[Path], list[FileStatus]]:
     """The images to read, and what looks like one and is not read."""
     inputs: dict[str, Path] = {}
     ignored: dict[str, FileStatus] = {}
+    others = () if slides else _OTHER_PICTURES
     for source in sources:
         for path in files_below(source):
             key = os.path.abspath(path)
-            readable = path.suffix.lower() in IMAGE_SUFFIXES or bool(archive_suffix(path.name))
+            suffixes, what = (SLIDE_SUFFIXES, "whole slides are") if slides else (IMAGE_SUFFIXES, f"{READABLE} is")
+            readable = path.suffix.lower() in suffixes or (not slides and bool(archive_suffix(path.name)))
             reason = _not_a_file(path)
             if reason is None and not readable:
-                reason = f"{path.suffix or 'no suffix'}: only {READABLE} is read"
+                reason = f"{path.suffix or 'no suffix'}: only {what} read"
             if reason is None:
                 inputs.setdefault(key, path)
-            elif readable or path.suffix.lower() in _OTHER_PICTURES or path.is_dir() or path == source:
+            elif readable or path.suffix.lower() in others or path.is_dir() or path == source:
                 ignored.setdefault(key, FileStatus(str(path), None, "skipped", reason))
     return [inputs[key] for key in sorted(inputs)], list(ignored.values())
 

@@ -22,6 +22,7 @@ from ernet_fast.scale.method import Values
 from ernet_fast.scale.pipeline import Work, digest_of, normalize_each
 from ernet_fast.scale.run_folder import claim, one_run, refuse_other_settings
 from ernet_fast.scale.shard import Shard
+from ernet_fast.scale.slides import SlideForm, normalize_whole_slide
 from ernet_fast.scale.status import FileStatus
 from ernet_fast.scale.treat import failed
 
@@ -59,6 +60,7 @@ class Run:
     overwrite: bool
     checksum: bool
     shard: Shard | None
+    slides: SlideForm | None
     progress: Progress
     keys: dict[str, str] = field(default_factory=dict)  # folder -> what its fit was made of, for "per-folder"
 
@@ -181,7 +183,7 @@ class Run:
 
     def normalize(self, jobs: list[Job], records: Records, journal: Journal | None) -> Iterator[Finished]:
         """Do the jobs, each with its status as it is done; when that is cut short, say how far it came."""
-        images = [job for job in jobs if not job.is_archive]
+        images = [] if self.slides else [job for job in jobs if not job.is_archive]
         work = replace(self.work, sources=self.sources(images, records, journal))
         self.progress.begin("normalise", len(jobs))
         done = 0
@@ -199,8 +201,8 @@ class Run:
                 self.progress.advance()
                 yield job, status, ()
             for job in jobs:
-                if job.is_archive:
-                    found = self.normalize_archive(job)
+                if job.is_archive or self.slides:
+                    found = (self.normalize_slide(job), ()) if self.slides else self.normalize_archive(job)
                     done += 1
                     self.progress.advance()
                     yield job, *found
@@ -216,6 +218,16 @@ class Run:
                 return failed(job, error), ()
         given = None if self.fit == "per-image" else known
         return normalize_archive(job, replace(self.work, sources=lambda job: given), self.format)
+
+    def normalize_slide(self, job: Job) -> FileStatus:
+        """One whole slide."""
+        assert self.slides is not None
+        known = self.known if self.fit == "fixed" else None
+
+        def begin(tiles: int) -> None:
+            self.progress.begin(job.input.name, tiles)
+
+        return normalize_whole_slide(job, self.slides, self.work, known, begin, self.progress.advance)
 
     def sources(self, jobs: list[Job], records: Records, journal: Journal | None) -> Callable[[Job], Values | None]:
         """The stains that the jobs' images are known to have."""
