@@ -94,8 +94,7 @@ def plan(
     output = Path(output)
     sources = _expand(inputs)
     single = len(sources) == 1 and is_single(sources[0], output, slides)
-    named = output.suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_OUTPUTS) or archive_suffix(output.name)
-    if not single and (named or output.exists()) and not output.is_dir():
+    if not single and (is_output(output.name) or output.exists()) and not output.is_dir():
         raise NotADirectoryError(
             f"{str(output)!r} is a file or has the name of an image or archive; expected a folder to write to."
         )
@@ -134,6 +133,11 @@ def is_single(source: Path, output: Path, slides: str = "") -> bool:
 def archive_suffix(name: str) -> str:
     """The suffix of the name of an archive, in lower case; empty for any other name."""
     return next((suffix for suffix in ARCHIVE_SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def is_output(name: str) -> bool:
+    """Whether a file of this name may be an output of a run."""
+    return Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_OUTPUTS) or bool(archive_suffix(name))
 
 
 def renamed(name: str, format: str) -> str:

@@ -128,7 +128,8 @@ class Run:
 
     def is_current(self, job: Job, record: Record) -> bool:
         """Whether a record is of the input as it is now, with the stains it is taken to have now."""
-        same = record.stamp == job.stamp if not job.sha256 else record.status.input_sha256 == job.sha256
+        known = record.status.input_sha256  # of archives and slides only if it was asked for then, too
+        same = known == job.sha256 if job.sha256 and known else record.stamp == job.stamp
         return same and record.key == self.key(job)
 
     def sorted_out(self, jobs: list[Job], records: Records) -> tuple[list[FileStatus], list[Job], list[FileStatus]]:
@@ -202,10 +203,10 @@ class Run:
                 yield job, status, ()
             for job in jobs:
                 if job.is_archive or self.slides:
-                    found = (self.normalize_slide(job), ()) if self.slides else self.normalize_archive(job)
+                    status, members = (self.normalize_slide(job), ()) if self.slides else self.normalize_archive(job)
                     done += 1
                     self.progress.advance()
-                    yield job, *found
+                    yield job, replace(status, input_sha256=job.sha256), members
             stack.pop_all()
 
     def normalize_archive(self, job: Job) -> tuple[FileStatus, tuple[FileStatus, ...]]:

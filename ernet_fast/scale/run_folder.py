@@ -13,7 +13,7 @@ from typing import Any
 
 from ernet_fast._version import __version__
 from ernet_fast.console.atomic_file import write_json, write_json_first
-from ernet_fast.scale.inputs import IMAGE_SUFFIXES, Job, files_below
+from ernet_fast.scale.inputs import Job, files_below, is_output
 from ernet_fast.scale.journal import SUFFIX, journal_of, journals, remove
 from ernet_fast.scale.method import Method
 from ernet_fast.scale.shard import Shard
@@ -118,7 +118,7 @@ def claim(folder: Path, jobs: list[Job], settings: dict[str, Any], *, overwrite:
         refuse_other_settings(folder, settings)
     if changes:
         outputs = {job.output for job in jobs}
-        others = [p for p in files_below(folder) if p.suffix.lower() in IMAGE_SUFFIXES and p not in outputs]
+        others = [path for path in files_below(folder) if is_output(path.name) and path not in outputs]
         if others:
             raise ValueError(
                 f"{len(others)} images in {str(folder)!r} have other settings and would not be redone (e.g. "

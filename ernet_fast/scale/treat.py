@@ -13,7 +13,7 @@ import torch
 
 from ernet_fast.data import ImageReadError
 from ernet_fast.data.file_form import FileForm
-from ernet_fast.data.image_io import decode, read_file
+from ernet_fast.data.image_io import TRANSPARENT, decode, read_file
 from ernet_fast.scale.encode import encode
 from ernet_fast.scale.inputs import Job
 from ernet_fast.scale.method import Method, Values
@@ -38,6 +38,14 @@ class Limits:
     pixels: int = 1 << 29
     bytes: int = 1 << 32
     transparent: str = "refuse"
+
+    def __post_init__(self) -> None:
+        for name in ("pixels", "bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the limit of {name} is {getattr(self, name)!r}; expected a positive number.")
+        if self.transparent not in TRANSPARENT:
+            known = ", ".join(map(repr, TRANSPARENT))
+            raise ValueError(f"transparent={self.transparent!r}; expected one of {known}.")
 
 
 USUAL_LIMITS = Limits()

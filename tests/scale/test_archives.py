@@ -167,6 +167,17 @@ def test_a_tar_file_that_ends_after_a_member_is_truncated(members, tmp_path):
     assert status.status == "error" and "has no end" in status.reason
 
 
+def test_checksums_of_archives(members, tmp_path):
+    source = pack(tmp_path / "in" / "a.tar", members)
+    for before in (0, 5):
+        os.utime(source, ns=(before, before))  # a copy, without its time
+        assert len(normalize_files(tmp_path / "in", tmp_path / "out", checksum=True).done_before) == before
+    pack(source, members[:4])
+    os.utime(source, ns=(5, 5))
+    assert not normalize_files(tmp_path / "in", tmp_path / "out", checksum=True).done_before
+    check(tmp_path / "out" / "a.tar", expected(members[:4]))
+
+
 def test_an_archive_without_images(tmp_path):
     pack(tmp_path / "in" / "a.zip", [("notes.txt", b"text")])
     (file,) = normalize_files(tmp_path / "in", tmp_path / "out").files

@@ -156,6 +156,11 @@ class TestLimits:
         reasons = {Path(file.input).name: file.reason for file in summary.files if file.status == "error"}
         assert f"{size} bytes, more than the limit" in reasons["large.png"]
 
+    def test_limits_that_make_no_sense(self):
+        for wrong in ({"pixels": 0}, {"bytes": -1}, {"transparent": "black"}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                Limits(**wrong)
+
     @pytest.mark.parametrize("transparent", ["refuse", "white", "drop"])
     def test_transparent_pixels(self, tmp_path, write_patch, transparent):
         image = Image.open(write_patch(tmp_path / "a.png")).convert("RGBA")
