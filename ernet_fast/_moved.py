@@ -12,7 +12,10 @@ from types import ModuleType
 
 MOVED = {
     "ernet_fast.cli.json_output": "ernet_fast.cli.streams",
-    "ernet_fast.cli.normalize_batches": "ernet_fast.cli.normalize_files",
+    "ernet_fast.cli.normalize_batches": "ernet_fast.scale.batches",
+    "ernet_fast.cli.normalize_files": "ernet_fast.scale.pipeline",
+    "ernet_fast.cli.normalize_plan": "ernet_fast.scale.inputs",
+    "ernet_fast.cli.normalize_record": "ernet_fast.scale.run_folder",
     "ernet_fast.er.batch_norm_relu": "ernet_fast.er.norm_relu",
     "ernet_fast.er.folded": "ernet_fast.er.shortcut",
     "ernet_fast.er.kept_memory": "ernet_fast.output_cache",

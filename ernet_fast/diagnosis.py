@@ -34,6 +34,7 @@ _PACKAGES = (
     ("torchvision", "torchvision", "optional", "needed by timm only"),
     ("openslide", "openslide-python", "slides", "whole-slide images"),
     ("tifffile", "tifffile", "slides", "TIFF images"),
+    ("imagecodecs", "imagecodecs", "slides", "writing slides as JPEG"),
     ("torchstain", "torchstain", "bench", "the package to compare with"),
 )
 

@@ -18,7 +18,7 @@ from ernet_fast.cli.failures import describe, exit_code
 from ernet_fast.cli.streams import lenient_streams
 
 _COMMANDS = ("demo", "train", "evaluate", "export", "normalize", "bench", "doctor")
-_EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input."
+_EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 3 done but for some files."
 
 
 def build_parser() -> argparse.ArgumentParser:

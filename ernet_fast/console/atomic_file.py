@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-import threading
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,27 +18,59 @@ _TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp")
 _NAME_SHOWN = 40  # characters; with the rest of the name below what file systems allow
 
 
+class PendingFile:
+    """A binary file, open as `file`, that takes the place of `path` with `commit`, from whichever thread.
+
+    Until then its bytes are in a temporary file of the same folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        # a random number: processes on several machines, or in containers, may have one number
+        name = f".{self.path.name[:_NAME_SHOWN]}.{os.getpid()}.{secrets.randbits(60)}.tmp"
+        self.temporary = self.path.with_name(name)
+        self.file = _open_locked(self.temporary)
+
+    def commit(self) -> None:
+        """Bring the bytes to the disk (fsync), then rename; on an error the temporary file is gone."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            os.replace(self.temporary, self.path)  # before the lock ends
+            self.file.close()
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove the temporary file."""
+        with contextlib.suppress(OSError):  # what is in the buffer may find no room
+            self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends, and never does when the block fails.
 
-    The bytes reach the disk (fsync) in a temporary file of the same folder, which is then renamed.
+    The bytes, and then the renaming, reach the disk (fsync).
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:_NAME_SHOWN]}.{os.getpid()}.{threading.get_ident()}.tmp")
+    pending = PendingFile(path)
     try:
-        with _open_locked(temporary) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)  # before the lock ends
+        yield pending.file
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        pending.discard()
         raise
-    with contextlib.suppress(OSError):  # not every system can open a folder
-        descriptor = os.open(path.parent, os.O_RDONLY)
+    pending.commit()
+    sync_folder(pending.path.parent)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Bring what was renamed in a folder to the disk, where the system can open folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # brings the renaming itself to the disk
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -52,6 +84,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write plain values atomically; raises ValueError for NaN and infinity, which JSON has not."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_json_first(path: str | os.PathLike[str], value: Any) -> bool:
+    """As `write_json`, unless there is a file already: then nothing is written, and the result is False."""
+    pending = PendingFile(path)
+    try:
+        pending.file.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode("utf-8", "surrogateescape"))
+        pending.file.flush()
+        os.fsync(pending.file.fileno())
+        os.link(pending.temporary, pending.path)  # unlike a renaming, it replaces nothing
+    except FileExistsError:
+        return False
+    finally:
+        pending.discard()
+    sync_folder(pending.path.parent)
+    return True
 
 
 def write_csv(path: str | os.PathLike[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -51,16 +51,27 @@ class Reporter:
 
     def _lines(self, title: str, total: int) -> Task:
         """A line every ten seconds; a task that is done before that stays silent."""
-        done, after = 0, time.monotonic() + INTERVAL
+        done, begun = 0, time.monotonic()
+        after = begun + INTERVAL
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done, after
             done += count
-            if time.monotonic() >= after:
-                self.line(f"{title}: {done}/{total} {note}".rstrip())
-                after = time.monotonic() + INTERVAL
+            now = time.monotonic()
+            if now >= after:
+                self.line(f"{title}: {done}/{total}, {pace(done, total, now - begun)} {note}".rstrip())
+                after = now + INTERVAL
 
         return Task(advance)
+
+
+def pace(done: int, total: int, seconds: float) -> str:
+    """Units a second so far, and how long the others will take at that rate."""
+    rate = done / max(seconds, 1e-9)
+    left = round((total - done) / max(rate, 1e-9))
+    hours, minutes = left // 3600, left // 60 % 60
+    shown = f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left % 60:02} s" if minutes else f"{left} s"
+    return f"{rate:.3g}/s, {shown} left"
 
 
 @contextmanager
@@ -71,9 +82,15 @@ def _bar(rich_progress: Any, title: str, total: int) -> Iterator[Task]:
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
+        rich_progress.TextColumn("{task.fields[rate]}"),
         rich_progress.TimeRemainingColumn(),
         rich_progress.TextColumn("{task.fields[note]}"),
     )
     with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(title, total=total, note="")
-        yield Task(lambda count=1, note="": progress.update(bar, advance=count, note=note))
+        bar = progress.add_task(title, total=total, note="", rate="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            speed = progress.tasks[0].speed  # of the last half minute
+            progress.update(bar, advance=count, note=note, rate=f"{speed:.3g}/s" if speed else "")
+
+        yield Task(advance)

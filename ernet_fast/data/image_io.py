@@ -8,6 +8,7 @@ import stat
 import struct
 import threading
 import zlib
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ernet_fast._optional import require
+from ernet_fast.data.file_form import FileForm, form_of, metadata_of
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
+_WEBP_SIGNATURE = re.compile(rb"RIFF....WEBP", re.DOTALL)
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # In entropy-coded data 0xFF is followed by 0x00 (a stuffed byte) or 0xD0..0xD7 (a restart), else it is a marker.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -38,48 +41,79 @@ class ImageReadError(ValueError):
     """An image file is damaged, incomplete or not losslessly 8-bit RGB; the message names the file."""
 
 
+TRANSPARENT = ("refuse", "white", "drop")
+
+
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a PNG, JPEG or TIFF file as a uint8 tensor [3, H, W], RGB, contiguous; otherwise as `read_pixels`."""
+    """Read a PNG, JPEG, TIFF or WebP file as a uint8 tensor [3, H, W], RGB, contiguous; otherwise as `read_pixels`."""
     return torch.from_numpy(read_pixels(path)).permute(2, 0, 1).contiguous()
 
 
 def read_pixels(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read a PNG, JPEG or TIFF file as a uint8 array [H, W, 3], RGB, the way up that its EXIF data say.
+    """Read a PNG, JPEG, TIFF or WebP file as a uint8 array [H, W, 3], RGB, the way up that its EXIF data say.
+
+    As `decode`; further
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImageReadError: no regular file.
+    """
+    path = Path(path)
+    try:
+        return decode(read_file(path))[0]
+    except ImageReadError as error:
+        raise ImageReadError(f"{path}: {error}") from error.__cause__
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image file at {str(path)!r}") from None
+
+
+def decode(data: bytes, *, max_pixels: int | None = None, transparent: str = "refuse") -> tuple[np.ndarray, FileForm]:
+    """The pixels [H, W, 3] of the bytes of an image file, uint8, RGB, the way up that its EXIF data say, and its form.
 
     Only conversions that lose nothing are made: grey, bilevel and palette images become RGB, and an alpha channel
     that is opaque everywhere is dropped. A file whose end is missing is an error even where Pillow was told to fill
     the gap (``ImageFile.LOAD_TRUNCATED_IMAGES``), as is a PNG with a wrong checksum. Colour profiles are not applied.
 
+    Args:
+        data: the file.
+        max_pixels: images with more are refused; by default `MAX_PIXELS`.
+        transparent: what becomes of pixels that are not opaque: "refuse", "white" (composed on white) or "drop" (their
+            colour as it is).
+
     Raises:
-        FileNotFoundError: no such file.
         ImageReadError: damaged or truncated, another format, 16 bits a channel, CMYK, pixels that are not opaque,
-            several images in one file, more than `MAX_PIXELS` pixels, or no regular file.
+            several images in one file, or more than `max_pixels` pixels.
         ImportError: Pillow is missing.
     """
-    path = Path(path)
     pil = require("PIL.Image", extra="train", purpose="reading images")
     operations = require("PIL.ImageOps", extra="train", purpose="reading images")
+    limit = MAX_PIXELS if max_pixels is None else max_pixels
     try:
-        data = _read_file(path)
         _check_complete(data)
         with _open(pil, data) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageReadError(
-                    f"{width}x{height} pixels, more than {MAX_PIXELS} (a decompression bomb?). Cut it into tiles, or "
-                    "raise ernet_fast.data.image_io.MAX_PIXELS"
-                )
-            if image.format == "TIFF":
-                _check_tiff(image, len(data))
+            _check_image(image, len(data), limit)
+            form = form_of(image, data)
             image.load()
             operations.exif_transpose(image, in_place=True)  # which otherwise copies what is the right way up, too
-            return _array_of(_to_rgb(image), pil.MAX_IMAGE_PIXELS or _BAND_PIXELS)
-    except ImageReadError as error:
-        raise ImageReadError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image file at {str(path)!r}") from None
+            form = replace(form, metadata=metadata_of(image))
+            return _array_of(_to_rgb(image, transparent), pil.MAX_IMAGE_PIXELS or _BAND_PIXELS), form
+    except ImageReadError:
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-        raise ImageReadError(f"{path}: the image cannot be decoded: {error}") from error
+        raise ImageReadError(f"the image cannot be decoded: {error}") from error
+
+
+def _check_image(image: Any, size: int, limit: int) -> None:
+    width, height = image.size
+    if width * height > limit:
+        raise ImageReadError(
+            f"{width}x{height} pixels, more than {limit} (a decompression bomb?). Cut it into tiles, or "
+            "raise the limit (max_pixels; ernet_fast.data.image_io.MAX_PIXELS by default)"
+        )
+    if image.format == "TIFF":
+        _check_tiff(image, size)
+    elif image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
+        raise ImageReadError(f"an animation of {image.n_frames} images; export one of them")
 
 
 def _array_of(image: Any, most: int) -> np.ndarray:
@@ -95,7 +129,7 @@ def _array_of(image: Any, most: int) -> np.ndarray:
     return pixels
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     """The bytes of a regular file; reading a FIFO would wait for ever."""
     try:
         mode = path.stat().st_mode
@@ -113,7 +147,7 @@ def _open(pil: Any, data: bytes) -> Any:
     with _opening:
         limit, pil.MAX_IMAGE_PIXELS = pil.MAX_IMAGE_PIXELS, None
         try:
-            return pil.open(BytesIO(data), formats=("PNG", "JPEG", "TIFF"))
+            return pil.open(BytesIO(data), formats=("PNG", "JPEG", "TIFF", "WEBP"))
         finally:
             pil.MAX_IMAGE_PIXELS = limit
 
@@ -123,10 +157,14 @@ def _check_complete(data: bytes) -> None:
         _check_png(data)
     elif data.startswith(_JPEG_SIGNATURE):
         _check_jpeg(data)
+    elif _WEBP_SIGNATURE.match(data):
+        size = 8 + int.from_bytes(data[4:8], "little")
+        if len(data) < size:
+            raise ImageReadError(f"the WebP file is truncated: it has {len(data)} of {size} bytes")
     elif not data:
         raise ImageReadError("the file is empty")
     elif not data.startswith(_TIFF_SIGNATURES):
-        raise ImageReadError(f"not a PNG, JPEG or TIFF file (it begins with {data[:8]!r})")
+        raise ImageReadError(f"not a PNG, JPEG, TIFF or WebP file (it begins with {data[:8]!r})")
 
 
 def _check_png(data: bytes) -> None:
@@ -183,18 +221,22 @@ def _numbers(tags: Any, tag: int) -> tuple[int, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-def _to_rgb(image: Any) -> Any:
+def _to_rgb(image: Any, transparent: str) -> Any:
     """Return a Pillow image in mode RGB, provided that loses nothing."""
     mode = image.mode
     if mode in ("RGB", "L", "1") and "transparency" not in image.info:
         return image if mode == "RGB" else image.convert("RGB")
     if mode in ("RGB", "L", "1", "P", "LA", "PA", "RGBA"):
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] != 255:
-            raise ImageReadError(
-                "some pixels are transparent; composite the image on a background colour of your choice first"
-            )
-        return image.convert("RGB")
+        if transparent == "drop" or image.getchannel("A").getextrema()[0] == 255:
+            return image.convert("RGB")
+        if transparent == "white":
+            white = require("PIL.Image", extra="train", purpose="reading images").new("RGBA", image.size, "white")
+            white.alpha_composite(image)
+            return white.convert("RGB")
+        raise ImageReadError(
+            "some pixels are transparent; composite the image on a background colour of your choice first"
+        )
     raise ImageReadError(
         f"colour mode {mode!r} is not 8-bit RGB, grey or palette; convert it first, e.g. with Pillow's convert('RGB')"
     )

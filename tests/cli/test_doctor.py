@@ -33,7 +33,7 @@ sys.exit(main({arguments!r}))
 """
 OPTIONAL = (
     "PIL lightning_fabric torchmetrics matplotlib sklearn kornia rich torchstain timm torchvision triton safetensors "
-    "tifffile openslide"
+    "tifffile openslide imagecodecs"
 ).split()
 
 

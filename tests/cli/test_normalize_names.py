@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ernet_fast.cli.normalize_record import NAME
 from ernet_fast.data.synthetic import generate_patch
+from ernet_fast.scale.journal import journal_of
+from ernet_fast.scale.run_folder import NAME
 
+JOURNAL = journal_of(Path()).name
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,7 +48,7 @@ def test_names_that_are_not_utf8(images, tmp_path, options):
     write_patch(Path(os.fsdecode(os.fsencode(images) + b"/caf\xe9.png")))
     Path(os.fsdecode(os.fsencode(images) + b"/broken\xff.png")).write_bytes(b"\x89PNG")
     done = command("normalize", images, tmp_path / "out", "--quiet", "--workers", "1", *options)
-    assert done.returncode == 1 and done.stderr == b""
+    assert done.returncode == 3 and done.stderr == b""
     if options:
         files = json.loads(done.stdout)["files"]
         assert {os.fsencode(Path(f["input"]).name): f["status"] for f in files} == {
@@ -54,7 +56,12 @@ def test_names_that_are_not_utf8(images, tmp_path, options):
         }  # fmt: skip
     else:
         assert b"broken\\udcff.png" in done.stdout and b"2 normalised, 1 failed" in done.stdout
-    assert set(os.listdir(os.fsencode(tmp_path / "out"))) == {b"good.png", b"caf\xe9.png", NAME.encode()}
+    assert set(os.listdir(os.fsencode(tmp_path / "out"))) == {
+        b"good.png",
+        b"caf\xe9.png",
+        NAME.encode(),
+        JOURNAL.encode(),
+    }
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr", "both"])
@@ -70,7 +77,7 @@ def test_a_reader_that_leaves_stops_nothing_and_changes_no_exit_code(images, tmp
         )  # fmt: skip
     finally:
         os.close(writing)
-    assert done.returncode == 1 and (tmp_path / "out" / "good.png").exists()
+    assert done.returncode == 3 and (tmp_path / "out" / "good.png").exists()
 
 
 def test_failures_come_first_and_all(call, images, tmp_path):
@@ -79,7 +86,7 @@ def test_failures_come_first_and_all(call, images, tmp_path):
         Image.new("RGB", (8, 8), "white").save(images / f"a{number:02}.png")
     called = call("normalize", images, tmp_path / "out")
     lines = called.out.splitlines()
-    assert called.code == 1 and [line.split()[0] for line in lines[:30]] == ["failed"] * 30
+    assert called.code == 3 and [line.split()[0] for line in lines[:30]] == ["failed"] * 30
     assert [Path(line.split()[1]).name for line in lines[:30]] == [f"z{number:02}.png:" for number in range(30)]
     assert "... and 10 more degenerate" in called.out and "1 normalised, 30 degenerate, 30 failed" in lines[-1]
 
@@ -91,7 +98,7 @@ def test_an_output_that_cannot_be_written_fails_alone(call, images, tmp_path):
         write_patch(images / name)
     called = call("normalize", images, tmp_path / "out", "--overwrite", "--json")
     statuses = {Path(f["input"]).name: (f["status"], f["reason"]) for f in called.json["files"]}
-    assert called.code == 1 and statuses["good.png"] == ("normalised", "")
+    assert called.code == 3 and statuses["good.png"] == ("normalised", "")
     assert statuses["a" * 250 + ".png"][0] == "normalised", "the name of the temporary file is no longer"
     for name in ("folder.png", "deep.png"):
         assert statuses[name][0] == "failed" and "cannot be written" in statuses[name][1]
@@ -107,7 +114,7 @@ def test_link_loops_fifos_and_resource_forks(call, images, tmp_path):
     (images / "._good.png").write_bytes(b"\0\5\26\7")
     called = call("normalize", images, tmp_path / "out", "--json")
     found = {Path(f["input"]).name: (f["status"], f["reason"]) for f in called.json["files"]}
-    assert called.code == 1 and set(found) == {"good.png", "loop.png", "nowhere.png", "fifo.png"}
+    assert called.code == 3 and set(found) == {"good.png", "loop.png", "nowhere.png", "fifo.png"}
     assert found["good.png"][0] == "normalised"
     assert found["loop.png"][0] == found["nowhere.png"][0] == "failed"
     assert found["fifo.png"][0] == "skipped" and "FIFO" in found["fifo.png"][1]
@@ -117,7 +124,7 @@ def test_what_killed_runs_left_is_removed(call, images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".good.png.123.456.tmp").write_bytes(b"half")
     assert call("normalize", images, tmp_path / "out").code == 0
-    assert sorted(os.listdir(tmp_path / "out")) == [NAME, "good.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([JOURNAL, NAME, "good.png"])
 
 
 def test_tiff_stays_tiff(call, images, tmp_path):

@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 from ernet_fast import __version__
-from ernet_fast.cli import normalize_record
-from ernet_fast.cli.normalize_plan import plan
-from ernet_fast.cli.normalize_record import NAME, claim, one_run_overwrites, settings_of
 from ernet_fast.data.synthetic import generate_patch
+from ernet_fast.scale import run, run_folder
+from ernet_fast.scale.encode import decoder
+from ernet_fast.scale.inputs import plan
+from ernet_fast.scale.run_folder import NAME, claim, one_run, settings_of
+from ernet_fast.scale.target import make_method
 from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.stain.options import Options
 
 
 def write_patch(path, seed):
@@ -44,8 +47,9 @@ def test_the_record_says_how_the_images_were_made(call, images, tmp_path):
 
     fitted.fit(read_image(target))
     assert found == {
-        "ernet_fast": __version__, "Io": 240.0, "alpha": 1.0, "beta": 0.2, "percentile": "linear",
-        "on_degenerate": "reference", "target_image": str(target),
+        "ernet_fast": __version__, "method": "macenko", "Io": 240.0, "alpha": 1.0, "beta": 0.2, "percentile": "linear",
+        "on_degenerate": "reference", "fit": "per-image", "source": None, "format": "keep", "quality": None,
+        "transparent": "refuse", "decoder": decoder(), "target_image": str(target),
         "target": {"HERef": fitted.HERef.tolist(), "maxCRef": fitted.maxCRef.tolist()},
     }  # fmt: skip
 
@@ -77,7 +81,7 @@ def test_other_settings_do_not_keep_old_pixels(call, images, tmp_path, options, 
 
 def test_another_version_counts_as_another_setting(call, images, tmp_path, monkeypatch):
     assert call("normalize", images, tmp_path / "out").code == 0
-    monkeypatch.setattr(normalize_record, "__version__", "99")
+    monkeypatch.setattr(run_folder, "__version__", "99")
     called = call("normalize", images, tmp_path / "out")
     assert called.code == 2 and f"ernet_fast was '{__version__}', now '99'" in called.err
 
@@ -85,7 +89,7 @@ def test_another_version_counts_as_another_setting(call, images, tmp_path, monke
 def test_more_images_of_the_same_settings_join(call, images, tmp_path):
     assert call("normalize", images / "0.png", tmp_path / "out").code == 0
     called = call("normalize", images, tmp_path / "out")
-    assert called.code == 0 and "2 normalised, 1 skipped" in called.out
+    assert called.code == 0 and "2 normalised, 1 done before" in called.out
 
 
 def test_images_of_unknown_settings_are_not_taken_for_ours(call, images, tmp_path):
@@ -106,13 +110,12 @@ def test_overwriting_some_images_does_not_relabel_the_others(call, images, tmp_p
 def test_an_interrupted_change_of_settings_leaves_no_old_pixels(call, images, tmp_path, monkeypatch):
     """Otherwise the next run, under the new record, would skip images of the old settings."""
     assert call("normalize", images, tmp_path / "out").code == 0
-    from ernet_fast.cli import normalize
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(normalize, "normalize_files", interrupt)
+        patch.setattr(run, "normalize_each", interrupt)
         called = call("normalize", images, tmp_path / "out", "--beta", 0.2, "--overwrite")
         assert called.code == 1 and "stopped after 0 of 3 files" in called.err
     assert pixels(tmp_path / "out") == {}
@@ -122,13 +125,15 @@ def test_an_interrupted_change_of_settings_leaves_no_old_pixels(call, images, tm
 
 
 def test_of_two_runs_that_begin_at_once_one_is_refused(images, tmp_path):
-    jobs, _ = plan(images, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    jobs = plan([images], tmp_path / "out").jobs
     outcomes, start = [], threading.Barrier(2)
 
     def run(beta):
         start.wait()
         try:
-            claim(tmp_path / "out", jobs, settings_of(MacenkoNormalizer(beta=beta), None), overwrite=False)
+            settings = settings_of(make_method("published", "macenko", Options(beta=beta)), "published")
+            claim(tmp_path / "out", jobs, settings, overwrite=False)
             outcomes.append(beta)
         except ValueError:
             outcomes.append("refused")
@@ -177,19 +182,12 @@ class TestOneFile:
         assert (tmp_path / "out.png" / "0.png").is_file()
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["the first overwrites", "the second overwrites"])
-def test_a_run_that_overwrites_shares_its_folder_with_none(call, images, tmp_path, first):
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_a_second_run_is_refused_while_one_writes(call, images, tmp_path, options):
     assert call("normalize", images, tmp_path / "out").code == 0
     before = pixels(tmp_path / "out")
-    options = [] if first else ["--overwrite"]
-    with one_run_overwrites(tmp_path / "out", overwrite=first):
-        called = call("normalize", images, tmp_path / "out", "--beta", 0.2, *options)
-        assert called.code == 1 and "another run is writing to" in called.err and "--overwrite" in called.err
+    with one_run(tmp_path / "out"):
+        called = call("normalize", images, tmp_path / "out", *options)
+        assert called.code == 1 and "another run is writing to" in called.err
     assert pixels(tmp_path / "out") == before
-    assert call("normalize", images, tmp_path / "out", "--beta", 0.2, "--overwrite").code == 0
-
-
-def test_runs_that_overwrite_nothing_share_a_folder(call, images, tmp_path):
-    with one_run_overwrites(tmp_path / "out", overwrite=False):
-        assert call("normalize", images / "0.png", tmp_path / "out").code == 0
-    assert call("normalize", images, tmp_path / "out").code == 0
+    assert call("normalize", images, tmp_path / "out", *options).code == 0

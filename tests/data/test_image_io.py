@@ -102,8 +102,8 @@ def lossy_files() -> dict[str, tuple[bytes, str]]:
         "float tiff": (encoded(RGB[..., 0].astype(np.float32), "TIFF"), "16 or more bits"),
         "cmyk tiff": (encoded(np.dstack([RGB, RGB[..., 0]]), "TIFF", "CMYK"), "'CMYK'"),
         "tiff of two images": (tiff_of_two(), "2 images"),
-        "bmp": (encoded(RGB, "BMP"), "not a PNG, JPEG or TIFF"),
-        "text": (b"<html>404 not found</html>", "not a PNG, JPEG or TIFF"),
+        "bmp": (encoded(RGB, "BMP"), "not a PNG, JPEG, TIFF or WebP"),
+        "text": (b"<html>404 not found</html>", "not a PNG, JPEG, TIFF or WebP"),
         "empty": (b"", "empty"),
     }
 

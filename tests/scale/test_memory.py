@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 
 from ernet_fast import _backend
-from ernet_fast.cli.normalize_files import normalize, read
-from ernet_fast.cli.normalize_plan import Job, Outcome
 from ernet_fast.data.synthetic import generate_patch
-from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.scale.target import make_method
+from ernet_fast.scale.treat import Limits, normalize, open_picture
 
 # Pillow's 4 and the array's 3 bytes while decoding; 3 + 4 while encoding, and the encoder's rows.
 BYTES_A_PIXEL = 8
@@ -50,9 +49,7 @@ def test_a_large_file_is_held_once(tmp_path: Path) -> None:
 
 
 def test_pixels_stay_interleaved(tmp_path: Path) -> None:
-    image = read(Job(tissue_file(tmp_path / "a.png", 2), tmp_path / "b.png"), overwrite=False)
-    assert not isinstance(image, Outcome)
-    (result,), _ = normalize([image], MacenkoNormalizer())
-    for pixels in (image, result):
-        assert pixels.shape == (3, 256, 256) and pixels.dtype == torch.uint8
-        assert pixels.permute(1, 2, 0).is_contiguous()
+    picture = open_picture(tissue_file(tmp_path / "a.png", 2).read_bytes(), Limits())
+    result, _, _ = normalize(picture, make_method("published"), None)
+    for pixels in (torch.from_numpy(picture.pixels), result):
+        assert pixels.shape == (256, 256, 3) and pixels.dtype == torch.uint8 and pixels.is_contiguous()

@@ -1,0 +1,155 @@
+"""Whole slides: stains of tissue tiles of the whole slide, and every tile normalised with them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from ernet_fast._version import __version__
+from ernet_fast.data import ImageReadError
+from ernet_fast.scale import treat
+from ernet_fast.scale.inputs import Job
+from ernet_fast.scale.method import Method, Values
+from ernet_fast.scale.pipeline import Work, commit, open_output
+from ernet_fast.scale.slide_reader import SlideReader
+from ernet_fast.scale.slide_writer import COMPRESSIONS, Form, Tile, tiles_of, write_pyramid
+from ernet_fast.scale.status import FileStatus
+
+FORMATS = ("tif", "svs")
+
+
+@dataclass(frozen=True)
+class SlideForm:
+    """Which part of a slide is written, and how.
+
+    Attributes:
+        level: of the slide, that becomes the first of the output.
+        region: x, y, width and height of a part, in pixels of level 0; None for all.
+        tile: width and height of the output's tiles, a multiple of 16.
+        compression: "jpeg" (4:2:0) or "deflate" (without loss).
+        quality: of JPEG, 1 to 100.
+        format: of outputs in a folder: "tif", or "svs" (with a description as Aperio's scanners write it, by which
+            readers find the objective's magnification, too). The name of a single output says it itself.
+    """
+
+    level: int = 0
+    region: tuple[int, int, int, int] | None = None
+    tile: int = 512
+    compression: str = "jpeg"
+    quality: int = 90
+    format: str = "tif"
+
+    def __post_init__(self) -> None:
+        if self.level < 0:
+            raise ValueError(f"level={self.level}; expected 0 for the full size, or the number of a smaller level.")
+        if self.region is not None and (len(self.region) != 4 or min(self.region) < 0 or 0 in self.region[2:]):
+            raise ValueError(f"region={self.region!r}; expected x, y, width and height in pixels of level 0.")
+        if self.tile % 16 or not 16 <= self.tile <= 4096:
+            raise ValueError(f"tile={self.tile}; expected a multiple of 16 from 16 to 4096.")
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(f"compression={self.compression!r}; expected {' or '.join(map(repr, COMPRESSIONS))}.")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality={self.quality!r}; expected a number from 1 to 100.")
+        if self.format not in FORMATS:
+            raise ValueError(f"format={self.format!r}; expected {' or '.join(map(repr, FORMATS))}.")
+
+
+def normalize_whole_slide(
+    job: Job,
+    form: SlideForm,
+    work: Work,
+    known: Values | None,
+    begin: Callable[[int], None],
+    advance: Callable[[], None],
+) -> FileStatus:
+    """Write one slide as a pyramid; `known` are its stains, None to fit them. Raises errors that end everything.
+
+    `begin` is called with the number of tiles, `advance` after each.
+    """
+    try:
+        reader = SlideReader(job.input)
+    except ImageReadError as error:
+        return treat.failed(job, error)
+    try:
+        slide = _Slide(reader, form, work.method)
+        stains = work.method.fit_together(reader.fit_tiles(work.method.tissue_share))[0] if known is None else known
+        status = slide.status(job, stains)
+        if status.status == "error":
+            return status
+        begin(len([*tiles_of(*slide.size, form.tile)]))
+        return _write(job, slide, stains, status, work.workers, advance)
+    except ImageReadError as error:
+        return treat.failed(job, error)
+    finally:
+        reader.close()
+
+
+def _write(
+    job: Job, slide: _Slide, stains: Values, status: FileStatus, workers: int, advance: Callable[[], None]
+) -> FileStatus:
+    try:
+        pending = open_output(job)
+    except OSError as error:
+        return treat.unwritten(job, error)
+    try:
+        form = slide.written(job.output.suffix.lower() == ".svs", workers)
+        write_pyramid(pending.file, job.output.parent, slide.size, lambda tile: slide.tile(tile, stains), form, advance)
+    except BaseException as error:
+        pending.discard()
+        if isinstance(error, OSError):
+            return treat.unwritten(job, error)
+        raise
+    return commit(job, pending, replace(status, tissue_share=slide.tissue / (slide.size[0] * slide.size[1])))
+
+
+class _Slide:
+    """The part of a slide that is written, and what is known about it."""
+
+    def __init__(self, reader: SlideReader, form: SlideForm, method: Method) -> None:
+        self.reader, self.form, self.method = reader, form, method
+        if form.level >= len(reader.levels):
+            raise ImageReadError(f"level {form.level} is asked for, but the slide has {len(reader.levels)} levels")
+        self.scale = reader.downsample(form.level)
+        x, y, width, height = form.region or (0, 0, *reader.size)
+        if x + width > reader.size[0] or y + height > reader.size[1]:
+            raise ImageReadError(f"region {form.region} reaches beyond the slide's {reader.size[0]}x{reader.size[1]}")
+        self.corner = round(x / self.scale), round(y / self.scale)
+        level = reader.levels[form.level]
+        whole = form.region is None
+        part = max(1, round(width / self.scale)), max(1, round(height / self.scale))
+        self.size: tuple[int, int] = (level[0], level[1]) if whole else part
+        self.tissue, self._lock = 0.0, threading.Lock()
+
+    def tile(self, tile: Tile, stains: Values) -> np.ndarray:
+        """A normalised tile [h, w, 3]."""
+        x, y, width, height = tile
+        pixels = self.reader.read(self.corner[0] + x, self.corner[1] + y, width, height, self.form.level)
+        (result,), _, _ = self.method.normalize([torch.from_numpy(pixels)], stains)
+        with self._lock:
+            self.tissue += self.method.tissue_share(pixels) * width * height
+        return result.numpy()
+
+    def status(self, job: Job, stains: Values) -> FileStatus:
+        """What is to be said about the slide, before it is written."""
+        seen = FileStatus(str(job.input), str(job.output), "ok", "", *self.size, stains=stains)
+        if stains:
+            return seen
+        reason = "no stains can be fitted"
+        if self.method.options.on_degenerate == "raise":
+            return replace(seen, output=None, status="error", reason=reason)
+        return replace(seen, status="degenerate", reason=reason)
+
+    def written(self, as_svs: bool, workers: int) -> Form:
+        """How the pyramid is written."""
+        reader, form = self.reader, self.form
+        mpp = None if reader.mpp is None else (reader.mpp[0] * self.scale, reader.mpp[1] * self.scale)
+        text = f"stain-normalised by ernet_fast {__version__}, {self.method.name}"
+        if as_svs:
+            text = f"Aperio format, {text}\r\n{self.size[0]}x{self.size[1]} ({form.tile}x{form.tile})"
+            text += f"|AppMag = {reader.objective / self.scale:g}" if reader.objective else ""
+            text += f"|MPP = {mpp[0]:.6g}" if mpp else ""
+        return Form(form.tile, form.compression, form.quality, mpp, text, workers)

@@ -1,0 +1,174 @@
+"""Whole slides: every tile with the stains of the slide, in a pyramid that other readers open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ernet_fast.cli import main
+from ernet_fast.data.synthetic import generate_patch
+from ernet_fast.scale import SlideForm, normalize_files, normalize_slide
+from ernet_fast.scale.method import MacenkoMethod
+from ernet_fast.scale.slide_reader import FIT_TILES, SlideReader
+from ernet_fast.scale.slide_writer import Form, tiles_of, write_pyramid
+from ernet_fast.scale.target import make_method
+from ernet_fast.stain import ColourCounts, macenko_fit
+
+openslide = pytest.importorskip("openslide")
+tifffile = pytest.importorskip("tifffile")
+
+SIZE = 1300, 900  # width and height
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Tissue on the left, white on the right."""
+    patch = generate_patch("DC", size=(300, 325), seed=3).image.transpose(1, 2, 0)
+    image = np.full((SIZE[1], SIZE[0], 3), 244, np.uint8)
+    image[:, :650] = np.tile(patch, (3, 2, 1))
+    image[600:, :325] = np.roll(image[600:, :325], 50, axis=0)
+    return image
+
+
+@pytest.fixture
+def slide(tmp_path: Path, pixels) -> Path:
+    """A pyramid without loss, at 40x."""
+    path = tmp_path / "in" / "slide.svs"
+    path.parent.mkdir()
+    form = Form(tile=256, compression="deflate", mpp=(0.25, 0.25), description="Aperio test|AppMag = 40|MPP = 0.25")
+
+    def read(tile):
+        x, y, width, height = tile
+        return pixels[y : y + height, x : x + width]
+
+    with open(path, "wb") as file:
+        write_pyramid(file, tmp_path, SIZE, read, form, lambda: None)
+    return path
+
+
+def read_level(path: Path, level: int = 0) -> np.ndarray:
+    with openslide.OpenSlide(str(path)) as found:
+        return np.asarray(found.read_region((0, 0), level, found.level_dimensions[level]))[..., :3]
+
+
+def test_what_is_written_is_read_again(slide, pixels):
+    reader = SlideReader(slide)
+    assert reader.size == SIZE and reader.mpp == (0.25, 0.25) and reader.objective == 40
+    assert list(reader.levels) == [(1300, 900), (650, 450), (325, 225)]
+    assert np.array_equal(reader.read(100, 200, 300, 400), pixels[200:600, 100:400])
+    halved = pixels.reshape(450, 2, 650, 2, 3).astype(int).sum(axis=(1, 3)) + 2 >> 2
+    assert np.array_equal(reader.read(0, 0, 650, 450, 1), halved)
+
+
+class TestPixels:
+    def test_a_tile_is_what_it_is_alone_with_the_slides_stains(self, slide, pixels, tmp_path):
+        status = normalize_slide(slide, tmp_path / "out.tif", SlideForm(compression="deflate", tile=256), workers=2)
+        low = SlideReader(slide).read(0, 0, 325, 225, 2)  # 1 micrometre a pixel
+        counts = ColourCounts().add(np.ascontiguousarray(low), layout="HWC").fit()
+        assert status.status == "ok" and (status.width, status.height) == SIZE
+        assert status.stains[:3] == tuple(counts.stain_matrix[0, :, 0].tolist()), "all tiles together, exactly"
+        method = make_method("published")
+        right, _, _ = method.normalize([torch.from_numpy(pixels)], status.stains)
+        found = read_level(tmp_path / "out.tif")
+        assert np.array_equal(found, right[0].numpy())
+        assert found[:, 660:].min() >= 235, "background stays background"
+        assert status.tissue_share == pytest.approx(method.tissue_share(pixels), abs=1e-12)
+
+    def test_jpeg_threads_and_tiles(self, slide, tmp_path, write_patch):
+        options = {"target": write_patch(tmp_path / "target.png", 9)}
+        exact = normalize_slide(slide, tmp_path / "a.tif", SlideForm(compression="deflate"), workers=1, **options)
+        for workers in (1, 3):
+            status = normalize_slide(slide, tmp_path / f"{workers}.tif", SlideForm(tile=64), workers=workers, **options)
+            assert status.stains == exact.stains
+        assert (tmp_path / "1.tif").read_bytes() == (tmp_path / "3.tif").read_bytes()
+        difference = np.abs(read_level(tmp_path / "1.tif").astype(int) - read_level(tmp_path / "a.tif"))
+        assert difference.mean() < 6
+
+    def test_levels_and_regions(self, slide, tmp_path):
+        whole, part = SlideForm(compression="deflate"), SlideForm(compression="deflate", region=(200, 100, 800, 600))
+        normalize_slide(slide, tmp_path / "whole.tif", whole)
+        normalize_slide(slide, tmp_path / "part.tif", part)
+        assert np.array_equal(read_level(tmp_path / "part.tif"), read_level(tmp_path / "whole.tif")[100:700, 200:1000])
+        status = normalize_slide(slide, tmp_path / "small.svs", SlideForm(compression="deflate", level=1))
+        reader = SlideReader(tmp_path / "small.svs")
+        assert reader.size == (650, 450) and reader.mpp == (0.5, 0.5) and reader.objective == 20
+        for form, reason in (
+            (SlideForm(level=3), "has 3 levels"),
+            (SlideForm(region=(0, 0, 9999, 1)), "reaches beyond"),
+        ):
+            status = normalize_slide(slide, tmp_path / "no.tif", form)
+            assert status.status == "error" and reason in status.reason and not (tmp_path / "no.tif").exists()
+
+    def test_known_stains_and_no_stains(self, slide, pixels, tmp_path):
+        fit = macenko_fit(np.ascontiguousarray(pixels[:300, :300]))
+        status = normalize_slide(slide, tmp_path / "a.tif", fit="fixed", source=fit)
+        assert status.stains[:3] == tuple(fit.stain_matrix[0, :, 0].tolist())
+        status = normalize_slide(slide, tmp_path / "b.tif", SlideForm(region=(700, 0, 600, 900)))
+        assert status.status == "ok", "the stains are those of the whole slide"
+
+
+class TestRuns:
+    def test_a_folder_is_resumed(self, slide, tmp_path):
+        (slide.parent / "notes.txt").write_text("text")
+        (slide.parent / "broken.ndpi").write_bytes(b"broken")
+        out = tmp_path / "out"
+        command = ["normalize", str(slide.parent), str(out), "--as", "slides", "--quiet", "--slide-format", "svs"]
+        assert main([*command, "--status", str(tmp_path / "a.csv")]) == 3
+        before = (out / "slide.svs").stat().st_mtime_ns
+        assert main([*command, "--status", str(tmp_path / "b.csv")]) == 3
+        assert (out / "slide.svs").stat().st_mtime_ns == before
+        assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+        assert sorted(path.name for path in out.iterdir()) == [
+            "ernet-fast-normalize.journal", "ernet-fast-normalize.json", "slide.svs",
+        ]  # fmt: skip
+        with pytest.raises(ValueError, match="slides was .* now"):
+            normalize_files(slide.parent, out, slides=SlideForm(tile=256, format="svs"))
+
+    def test_nothing_but_the_image_is_written(self, slide, tmp_path):
+        normalize_slide(slide, tmp_path / "out.svs")
+        with openslide.OpenSlide(str(tmp_path / "out.svs")) as found:
+            assert not found.associated_images and found.properties["openslide.objective-power"] == "40"
+            assert "slide.svs" not in "".join(found.properties.values())
+        with tifffile.TiffFile(tmp_path / "out.svs") as file:
+            assert file.is_bigtiff and all(page.is_tiled for page in file.pages)
+
+    def test_nonsense(self, slide, tmp_path):
+        for wrong in ({"tile": 100}, {"level": -1}, {"region": (0, 0, 0, 5)}, {"compression": "lzw"}, {"quality": 0}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                SlideForm(**wrong)
+        with pytest.raises(ValueError, match="per-folder"):
+            normalize_files(slide, tmp_path / "out", slides=SlideForm(), fit="per-folder")
+        with pytest.raises(ValueError, match=r"ends in \.tif"):
+            normalize_slide(slide, tmp_path / "out.png")
+
+
+def test_tiles_with_tissue_are_fitted(slide, monkeypatch):
+    from ernet_fast.scale import slide_reader
+
+    method = make_method("published")
+    monkeypatch.setattr(slide_reader, "FIT_TILES", 4)
+    monkeypatch.setattr(slide_reader, "FIT_TILE", 64)
+    reader = SlideReader(slide)
+    tiles = list(reader.fit_tiles(method.tissue_share))
+    assert len(tiles) == 4 and all(method.tissue_share(tile) > 0.2 for tile in tiles) and FIT_TILES > 100
+
+
+def test_a_real_slide(real_images, tmp_path):
+    source = real_images / "slides" / "cmu_small_region.svs"
+    status = normalize_slide(source, tmp_path / "out.svs", SlideForm(compression="deflate"))
+    reader, written = SlideReader(source), SlideReader(tmp_path / "out.svs")
+    assert written.size == reader.size and written.mpp == pytest.approx(reader.mpp) and written.objective == 20
+    right, _, _ = make_method("published").normalize(
+        [torch.from_numpy(reader.read(900, 1000, 300, 200))], status.stains
+    )
+    assert np.array_equal(written.read(900, 1000, 300, 200), right[0].numpy())
+
+
+def test_every_pixel_is_in_one_tile():
+    seen = np.zeros((90, 130), int)
+    for x, y, width, height in tiles_of(130, 90, 32):
+        seen[y : y + height, x : x + width] += 1
+    assert (seen == 1).all() and MacenkoMethod.name == "macenko"
