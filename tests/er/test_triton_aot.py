@@ -97,8 +97,14 @@ def stage(dtype: torch.dtype, layout: torch.memory_format, num_maps: int, size: 
     return call
 
 
+def check_scalars(launch: Launch) -> None:
+    """No number is passed as a float: Triton makes a float32 of it, and the algebra is in float64."""
+    assert "fp32" not in launch.types(), f"{launch.kernel} takes {launch.types()}"
+
+
 def check(launch: Launch, machine: Machine, channels_last: bool) -> None:
     name = launch.kernel
+    check_scalars(launch)
     assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), f"{name} spills"
     assert machine.registers <= REGISTERS[name], f"{name} needs {machine.registers} registers"
     if name.startswith("merge"):
@@ -192,6 +198,7 @@ def check_algebra(launches: list[Launch], architecture: int, folder: Path) -> No
     """
     assert [launch.kernel for launch in launches] == ["block_coefficients_kernel", "map_coefficients_backward_kernel"]
     for launch in launches:
+        check_scalars(launch)
         machine = compile_for(launch, architecture, folder)
         assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), launch.kernel
         assert machine.registers <= REGISTERS[launch.kernel], (launch.kernel, machine.registers)

@@ -57,14 +57,16 @@ def _inverse_sqrt(x):
 
 @triton.jit
 def _count_batch(batches, momentum):
-    """The momentum for this batch; counts the batch, which for cumulative averages has been done before."""
+    """The momentum, whose bits are given, for this batch; counts the batch, which for cumulative averages has been done
+    before.
+    """
     if momentum is None:
         step = 1.0 / tl.load(batches).to(tl.float64)
     else:
         if batches is not None:
             if tl.program_id(0) == 0:
                 tl.store(batches, tl.load(batches) + 1)
-        step = tl.cast(momentum, tl.float64)
+        step = tl.cast(momentum, tl.int64).to(tl.float64, bitcast=True)
     return step
 
 

@@ -6,6 +6,7 @@ As in `map_launch`, nothing waits for the device, and calls can be captured in a
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -104,6 +105,11 @@ def _check_updates(table: Tensor, name: str, batches: Tensor | None, momentum: f
         fail(f"a momentum of None (a cumulative average) needs {name}")
 
 
+def _bits(number: float | None) -> int | None:
+    """A float64 as a kernel gets all of it: of a float Triton passes float32."""
+    return None if number is None else int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
 def block_coefficients(
     table: Tensor,
     index: int,
@@ -158,8 +164,8 @@ def block_coefficients(
             index,
             channels,
             elements,
-            norm.momentum,
-            shortcut.momentum,
+            _bits(norm.momentum),
+            _bits(shortcut.momentum),
             NORM_EPS=float(norm.eps),
             EPS=float(eps),
             BRANCH=int(norm.norm),
