@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ernet_fast.stain.upload import to_device
-
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,10 +46,17 @@ def _three(name: str, values: Any) -> list[float]:
     return numbers
 
 
+def _on(device: torch.device, three: torch.Tensor) -> torch.Tensor:
+    """Numbers of the host, written by the device itself: while a CUDA graph is captured nothing may be uploaded."""
+    if device.type == "cpu":
+        return three
+    return torch.stack([torch.full((), number, dtype=torch.float64, device=device) for number in three.tolist()])
+
+
 def scale(images: torch.Tensor, output: NetworkOutput, range: float) -> torch.Tensor:
     """Images [B, 3, H, W], scaled; differentiable."""
     unit = 255.0 if images.dtype == torch.uint8 else range
-    mean, std = (to_device(part, images.device)[:, None, None] for part in (output.mean, output.std))
+    mean, std = (_on(images.device, part)[:, None, None] for part in (output.mean, output.std))
     # Rounded to float32 first, as the operator does.
     scaled = ((images.double() / unit - mean) / std).float().to(output.dtype)
     return scaled.contiguous(memory_format=torch.channels_last)

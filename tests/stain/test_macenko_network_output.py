@@ -152,3 +152,23 @@ def test_options_are_checked(options, message):
         macenko_normalize(IMAGES[0], TARGET, **options)
     with pytest.raises(ValueError, match=message):
         MacenkoNormalizer(**options)
+
+
+def test_scaling_elsewhere_uploads_nothing(monkeypatch):
+    """While a CUDA graph is captured no copy from the host is allowed; a device without data stands for a GPU."""
+
+    images = torch.empty(2, 3, 4, 5, device="meta")
+    output = network_output.read_output(torch.float32, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    uploaded = []
+    for name in ("to", "cuda", "pin_memory"):
+        real = getattr(torch.Tensor, name)
+
+        def noted(tensor, *given, real=real, **named):
+            uploaded.extend([tensor] if tensor.device.type == "cpu" else [])
+            return real(tensor, *given, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    assert network_output.scale(images, output, 1.0).device.type == "meta"
+    assert uploaded == []
+    output.mean.to("meta")
+    assert len(uploaded) == 1, "what this test would see"

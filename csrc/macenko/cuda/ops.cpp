@@ -77,6 +77,13 @@ const Device& device_limits(int32_t device) {
   return known.emplace(device, limits).first->second;
 }
 
+// The answers of a device, or of a part of one (MIG), that has no room for a cluster of a plan's size: none fits, the
+// size is beyond it, or it knows no clusters.
+bool holds_no_cluster(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration || error == cudaErrorInvalidClusterSize ||
+         error == cudaErrorNotSupported;
+}
+
 class CudaImages {
  public:
   CudaImages(const Tensor& images, double range)
@@ -174,9 +181,8 @@ class CudaImages {
     if (plan.kind != PlanKind::streaming) {
       const cudaError_t error =
           ernet::cuda::macenko_resident(in_, parameters, plan, device, result, recipe, out, stream);
-      // A part of a device may hold no cluster of this size.
-      const bool elsewhere = error == cudaErrorInvalidConfiguration && plan.kind == PlanKind::cluster &&
-                             wanted.kind == PlanKind::automatic;
+      const bool elsewhere =
+          holds_no_cluster(error) && plan.kind == PlanKind::cluster && wanted.kind == PlanKind::automatic;
       if (!elsewhere) return check(error, "the Macenko kernel");
       cudaGetLastError();  // not for the next one to find
     }
