@@ -15,7 +15,7 @@ torch >= 2.11 and the test packages; else a virtual environment `.venv` is made 
     gpu   [ARGS]   on a machine with an NVIDIA GPU: build for it, test every kernel on it, record what was found
 
 Environment: ERNET_VENV (folder of the virtual environment, default .venv); ERNET_CUDA, ERNET_CUDA_ARCHS, MAX_JOBS (see
-setup.py).
+setup.py). Without a GPU, `demo`, `test` and `bench` build no GPU code unless one of the two is set.
 """
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ def choose_python(command: str) -> str:
     return str(make_venv())
 
 
+def what_to_build(command: str) -> dict[str, str]:
+    """Variables for setup.py: code for GPUs takes minutes, and is left out where none could run it and nobody asks."""
+    asked = command in ("build", "kernels") or {"ERNET_CUDA", "ERNET_CUDA_ARCHS"} & {*os.environ}
+    return {} if asked or gpu_present() else {"ERNET_CUDA": "0"}
+
+
 def build(python: str, environment: dict[str, str]) -> None:
     """Build the extension in place; does nothing where nothing has changed."""
     run([python, "setup.py", "--quiet", "build_ext", "--inplace"], "building the extension", environment)
@@ -166,6 +172,7 @@ def main(arguments: Sequence[str]) -> int:
         return subprocess.run([python, script, *rest], cwd=ROOT, env=environment, check=False).returncode
     if command == "kernels":
         environment |= {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "75;80;86;90a;100;120")}
+    environment |= what_to_build(command)
     build(python, environment)
     if command == "build":
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,19 @@ def test_gpu_check_without_a_gpu_is_one_line():
     assert result.returncode == 1
     assert result.stdout.strip().splitlines() == ["dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded."]
     assert result.stderr == ""
+
+
+def test_code_for_gpus_is_built_where_one_is_or_where_it_is_asked_for(monkeypatch):
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name in ("ERNET_CUDA", "ERNET_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(script, "gpu_present", lambda: False)
+    assert script.what_to_build("demo") == script.what_to_build("test") == {"ERNET_CUDA": "0"}
+    assert script.what_to_build("build") == script.what_to_build("kernels") == {}
+    monkeypatch.setenv("ERNET_CUDA_ARCHS", "90a")
+    assert script.what_to_build("test") == {}
+    monkeypatch.delenv("ERNET_CUDA_ARCHS")
+    monkeypatch.setattr(script, "gpu_present", lambda: True)
+    assert script.what_to_build("demo") == {}
