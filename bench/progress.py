@@ -19,6 +19,7 @@ ORDER = (
     "bench_er_overhead",
     "bench_er_memory",
     "bench_macenko_slide",
+    "bench_normalize_files",
     "bench_er_operators",
 )
 

@@ -6,7 +6,7 @@ import functools
 import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,17 +265,24 @@ def _check_outputs(jobs: list[Job], folder: Path) -> None:
     """No output may be an input, under whatever name, or outside `folder`, and no two outputs the same file."""
     real = functools.lru_cache(maxsize=None)(os.path.realpath)
     root = real(folder)
-    inputs = {_identity(job.input, real): job.input for job in jobs}
+
+    @functools.cache
+    def inside(parent: str) -> bool:
+        return os.path.commonpath([root, real(parent)]) == root
+
+    inputs = {_identity(job.input, real)[0]: job.input for job in jobs}
     taken: dict[str, Path] = {}
     for job in jobs:
-        place = os.path.join(real(job.output.parent), job.output.name)
-        if os.path.commonpath([root, place]) != root:
+        parent, name = os.path.split(job.output)
+        place = os.path.join(real(parent), name)
+        if not inside(parent):
             raise ValueError(
                 f"{str(job.output)!r} would be written outside the output folder, to {place!r}, through a link; "
                 "remove the link or choose another output folder."
             )
-        end = os.path.realpath(place) if os.path.islink(place) else place
-        clash = inputs.get(_identity(job.output, real)) or inputs.get(end)
+        identity, is_link = _identity(job.output, real)
+        end = os.path.realpath(place) if is_link else place
+        clash = inputs.get(identity) or inputs.get(end)
         if clash is not None:
             what = f"{str(job.output)!r} would overwrite the input {str(clash)!r}"
             raise ValueError(f"{what}; choose another output folder.")
@@ -285,10 +292,17 @@ def _check_outputs(jobs: list[Job], folder: Path) -> None:
             raise ValueError(f"{what}; use --format keep.")
 
 
-def _identity(path: Path, real: functools._lru_cache_wrapper[str]) -> str:
-    """Equal for two names of one file, hard links included."""
+def _identity(path: Path, real: Callable[[str], str]) -> tuple[str, bool]:
+    """Equal for two names of one file, hard links included; and whether the name is that of a link."""
+    text = os.fspath(path)
     try:
-        found = path.stat()
-    except OSError:  # not there, a loop of links, too long a name: reading or writing it will say so
-        return os.path.realpath(path) if os.path.islink(path) else os.path.join(real(path.parent), path.name)
-    return f"{found.st_dev}:{found.st_ino}"
+        found = os.lstat(text)
+    except OSError:  # not there, or too long a name: reading or writing it will say so
+        parent, name = os.path.split(text)
+        return os.path.join(real(parent), name), False
+    is_link = stat.S_ISLNK(found.st_mode)
+    try:
+        found = os.stat(text) if is_link else found
+    except OSError:  # a link to nothing, or a loop of links
+        return os.path.realpath(text), True
+    return f"{found.st_dev}:{found.st_ino}", is_link

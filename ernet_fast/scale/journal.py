@@ -17,7 +17,8 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ STEM, SUFFIX = "ernet-fast-normalize", ".journal"
 SYNC_SECONDS = 2.0
 """The journal reaches the disk at least so often; a machine that loses its power repeats what came after."""
 
-_OF_STATUS = ("status", "reason", "width", "height", "tissue_share", "stains", "sha256", "input_sha256")
+_FIELDS = tuple(FileStatus.__dataclass_fields__)
+_VALUES = itemgetter(*_FIELDS)
+_STAINS = _FIELDS.index("stains")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +82,21 @@ class Records:
 
 
 def _line(name: str, record: Record) -> dict[str, Any]:
-    status = asdict(record.status)
-    found = {"input": status["input"], "output": status["output"], **{key: status[key] for key in _OF_STATUS}}
-    line = {"done": name, "stamp": record.stamp, "key": record.key, "bytes": record.bytes, **found}
+    found = zip(_FIELDS, astuple(record.status), strict=True)
+    line = {"done": name, "stamp": record.stamp, "key": record.key, "bytes": record.bytes, **dict(found)}
     return {**line, "members": [astuple(member) for member in record.members]} if record.members else line
 
 
 def _record(line: dict[str, Any]) -> Record:
-    status = {**{key: line[key] for key in ("input", "output", *_OF_STATUS)}, "stains": tuple(line["stains"])}
+    status = _member(*_VALUES(line))
     members = tuple(_member(*values) for values in line.get("members", ()))
-    return Record(line["stamp"], line["key"], line["bytes"], FileStatus(**status), members)
+    return Record(line["stamp"], line["key"], line["bytes"], status, members)
 
 
 def _member(*values: Any) -> FileStatus:
-    status = FileStatus(*values)
-    return replace(status, stains=tuple(status.stains))
+    given = list(values)
+    given[_STAINS] = tuple(given[_STAINS])
+    return FileStatus(*given)
 
 
 def journal_of(folder: Path, shard: str = "") -> Path:
