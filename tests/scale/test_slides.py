@@ -19,6 +19,7 @@ from ernet_fast.stain import ColourCounts, macenko_fit
 
 openslide = pytest.importorskip("openslide")
 tifffile = pytest.importorskip("tifffile")
+pytest.importorskip("imagecodecs")
 
 SIZE = 1300, 900  # width and height
 
