@@ -187,9 +187,9 @@ int check_select(const MacenkoLoops& loops, int count, int kind) {
 }
 
 // Truncated levels may differ from those of float64 only where the value is within a millionth of an integer.
-int check_reconstruction(const MacenkoLoops& loops, const Image& image, int kind, double io) {
+int check_reconstruction(const MacenkoLoops& loops, const Image& image, int kind, double io, bool single) {
   const OdTable table = ernet::macenko::make_od_table(io, 0.15);
-  Reconstruction r = {{{.9, .3, -.2}, {.1, 1.1, .1}, {-.1, .2, .8}}, {0.1, -0.3, 0}, io, true, &table, nullptr};
+  Reconstruction r = {{{.9, .3, -.2}, {.1, 1.1, .1}, {-.1, .2, .8}}, {0.1, -0.3, 0}, io, single, true, &table, nullptr};
   std::vector<unsigned char> out[2];
   for (bool planar : {true, false}) {
     out[planar].resize(3 * image.pixels);
@@ -233,7 +233,7 @@ int check_exactness(bool few) {
           wrong += check_float_scans<float>(Pixel::f32, image, kind, io, beta);
           wrong += check_float_scans<double>(Pixel::f64, image, kind, io, beta);
         }
-        wrong += check_reconstruction(loops, image, kind, io);
+        for (bool single : {true, false}) wrong += check_reconstruction(loops, image, kind, io, single);
       }
       wrong += check_select(loops, pixels, kind);
     }

@@ -50,17 +50,18 @@ Strips one_strip() {
 
 namespace {
 
-// Largest exponent of one input channel, and of the shift: with all four 2^z stays within float32.
-constexpr double kSingleExponent = 25.0;
+// Largest exponent of one input channel, and of the shift: with all four 2^z stays within float32, and e^z within
+// float64.
+constexpr double kSingleExponent = 25.0, kDoubleExponent = 170.0;
 
-// True if every exponent M_ck OD_k of whole levels, and the shift, is small enough; false for NaN.
-bool fits_single(const double matrix[3][3], const double shift[3], const macenko::OdTable& table) {
+// True if every exponent M_ck OD_k of whole levels, and the shift, is below `largest`; false for NaN.
+bool fits(const double matrix[3][3], const double shift[3], const macenko::OdTable& table, double largest) {
   // OD falls with the level, so the ends bound the rest.
   const double od = std::fmax(std::fabs(table.od[0]), std::fabs(table.od[255]));
   bool fits = true;
   for (int c = 0; c < 3; ++c) {
-    fits &= std::fabs(shift[c]) < kSingleExponent;
-    for (int k = 0; k < 3; ++k) fits &= std::fabs(matrix[c][k]) * od < kSingleExponent;
+    fits &= std::fabs(shift[c]) < largest;
+    for (int k = 0; k < 3; ++k) fits &= std::fabs(matrix[c][k]) * od < largest;
   }
   return fits;
 }
@@ -154,7 +155,8 @@ Reconstruction make_reconstruction(const double matrix[3][3], const double shift
   }
   r.io = io;
   r.table = &table;
-  r.single = fits_single(matrix, shift, table);
+  r.single = fits(matrix, shift, table, kSingleExponent);
+  r.factors = fits(matrix, shift, table, kDoubleExponent);
   return r;
 }
 

@@ -114,7 +114,8 @@ struct Reconstruction {
   double matrix[3][3];
   double shift[3];
   double io;
-  bool single;  // float32 holds the exponents: whole levels may be reconstructed by factors
+  bool single;   // float32 holds the exponents, and factors of them: 8-bit images may be computed in it
+  bool factors;  // float64 holds factors of the exponents, from which whole levels may be reconstructed
   const macenko::OdTable* table;
   void* out;
 };
@@ -159,6 +160,7 @@ void scan_f64(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void moments_of_bytes(const ImageView&, PixelSpan, const macenko::OdTable&, double io, double beta, MomentSums&);
 void scan_bytes(const ImageView&, PixelSpan, const Keys&, Bracket&, Bracket&);
 void reconstruct_bytes(const ImageView&, PixelSpan, const Reconstruction*, int results);
+void reconstruct_levels_u8(const ImageView&, PixelSpan, const Reconstruction*, int results);
 void reconstruct_levels_f32(const ImageView&, PixelSpan, const Reconstruction*, int results);
 void reconstruct_levels_f64(const ImageView&, PixelSpan, const Reconstruction*, int results);
 bool whole_levels_f32(const void* values, int64_t count, double scale, uint8_t* levels);

@@ -124,30 +124,46 @@ void reconstruct_bytes(const ImageView& image, PixelSpan span, const Reconstruct
   }
 }
 
-// Floating-point results in the caller's range. A product of doubles is off by less than what a T is rounded by.
+// The levels of an image of T.
+template <class T> static const uint8_t* levels_of(const ImageView& image) { return image.levels; }
+template <> const uint8_t* levels_of<uint8_t>(const ImageView& image) {
+  return static_cast<const uint8_t*>(image.data);
+}
+
+// Results in the caller's range, truncated to bytes. A product of doubles is off by less than what a T is rounded by.
 template <class T>
 static void reconstruct_values(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
   const Factors<double>* factors[kMostResults];
   for (int j = 0; j < results; ++j) factors[j] = &factors_of<double>(r[j], j);
   const double inverse = 1 / image.scale;
   const int64_t stride = image.pixel_stride;
+  const int64_t channel_stride = sizeof(T) == 1 ? image.channel_stride : image.level_channel_stride;
   alignas(64) T out[4 * kBlock];
   for (int64_t begin = span.begin; begin < span.end; begin += kBlock) {
     const int count = int(span.end - begin < kBlock ? span.end - begin : kBlock);
-    const uint8_t* const red = image.levels + begin * stride;
-    const uint8_t* const green = red + image.level_channel_stride;
-    const uint8_t* const blue = green + image.level_channel_stride;
+    const uint8_t* const red = levels_of<T>(image) + begin * stride;
+    const uint8_t* const green = red + channel_stride;
+    const uint8_t* const blue = green + channel_stride;
     for (int j = 0; j < results; ++j) {
       for (int i = 0; i < count; ++i) {
         const int64_t at = i * stride;
         Four<double> value;
         clipped_product(*factors[j], red[at], green[at], blue[at], value);
-        const Four<T> stored = __builtin_convertvector(value * inverse, Four<T>);
+        Four<T> stored;
+        if constexpr (sizeof(T) == 1) {
+          stored = __builtin_convertvector(__builtin_convertvector(value, Four<int32_t>), Four<T>);
+        } else {
+          stored = __builtin_convertvector(value * inverse, Four<T>);
+        }
         memcpy(out + 4 * i, &stored, sizeof stored);
       }
       store_block(image, begin, count, r[j].out, out);
     }
   }
+}
+
+void reconstruct_levels_u8(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
+  reconstruct_values<uint8_t>(image, span, r, results);
 }
 
 void reconstruct_levels_f32(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {

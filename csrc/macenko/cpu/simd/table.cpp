@@ -149,24 +149,28 @@ constexpr ByteLoops bytes = {false, moments_vbmi, scan_vbmi, reconstruct_vbmi, r
 constexpr ByteLoops bytes = {true, moments_of_bytes, scan_bytes, reconstruct_bytes, nullptr};
 #endif
 
-template <class T>
-static void reconstruct_levels(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
-  const auto loop = sizeof(T) == 1   ? bytes.reconstruct
-                    : sizeof(T) == 4 ? reconstruct_levels_f32
-                                     : reconstruct_levels_f64;
-  loop(image, span, r, results);
+// How a result of an image of whole levels may be computed.
+enum class Way { exponents, factors, single };
+
+template <class T> static Way way_of(const Reconstruction& r) {
+  if (sizeof(T) == 1 && r.single) return Way::single;
+  return r.factors ? Way::factors : Way::exponents;
 }
 
 template <class T>
 static void reconstruct(const ImageView& image, PixelSpan span, const Reconstruction* r, int results) {
   if (sizeof(T) == 1 || image.levels != nullptr) {
-    int single = 0;
-    for (int j = 0; j < results; ++j) single += r[j].single;
-    if (single == results) return reconstruct_levels<T>(image, span, r, results);
-    if (single > 0) {  // each in its own way
-      for (int j = 0; j < results; ++j) reconstruct<T>(image, span, r + j, 1);
+    const Way way = way_of<T>(r[0]);
+    for (int j = 1; j < results; ++j) {
+      if (way_of<T>(r[j]) == way) continue;
+      for (int i = 0; i < results; ++i) reconstruct<T>(image, span, r + i, 1);  // each in its own way
       return;
     }
+    constexpr auto by_factors = sizeof(T) == 1   ? reconstruct_levels_u8
+                                : sizeof(T) == 4 ? reconstruct_levels_f32
+                                                 : reconstruct_levels_f64;
+    if (way == Way::single) return bytes.reconstruct(image, span, r, results);
+    if (way == Way::factors) return by_factors(image, span, r, results);
   }
   Keys keys = {};
   keys.table = r->table;
