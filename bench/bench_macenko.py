@@ -27,7 +27,7 @@ from contestants import contestants
 from copy_floor import copy_seconds_per_byte
 from macenko_calls import OWN, PEERS, calls_of, tensor_of
 from macenko_images import ADVERSARIAL, SIZES, Images, adversarial, different_images, large_image
-from macenko_isa import CONTESTANTS, RATIOS, times_on
+from macenko_isa import CONTESTANTS, IMAGES, RATIOS, times_on
 from this_tree import interleaved, processor
 
 from ernet_fast import _backend
@@ -125,7 +125,7 @@ def test_instruction_sets(interleave_images, record_row, most_images, isa, who):
     variants = (_backend.build_info() or {"isa_variants": []})["isa_variants"]
     if isa not in variants or isa not in processor.processor()["instruction_sets"]:
         pytest.skip(f"this CPU or this build has no {isa}")
-    count = most_images(COUNT)
+    count = most_images(IMAGES)
     found = interleave_images(lambda only: times_on(isa, count, only))
     if who == OWN[0]:
         group = "normalize 224x224 by instruction set"

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 SIZE, ROUNDS, BUDGET = "224x224", 15, 10
-MOST_OF_PEERS = 64  # images, half of the library's
+IMAGES = 512
+MOST_OF_PEERS = 64  # images, as they take long
 CONTESTANTS = ("ernet_fast", "torchstain torch")
 RATIOS = {"portable": 8, "avx2": 20, "avx512": 30, "avx512vbmi": 40}
 """How many times as fast as torchstain torch each instruction set is to be from 224x224 on."""
