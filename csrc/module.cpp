@@ -5,6 +5,7 @@
 #include "macenko/cuda/requested_plan.h"
 #endif
 #include "er/cache_shares.h"
+#include "er/streaming.h"
 #include "memory/output_cache.h"
 #include "simd/isa.h"
 
@@ -27,7 +28,14 @@ py::dict caches() {
   const ernet::CacheSizes& sizes = ernet::cache_sizes();
   const ernet::cpu::CacheShares& shares = ernet::cpu::cache_shares();
   return py::dict("first"_a = sizes.first, "second"_a = sizes.second, "last"_a = sizes.last, "source"_a = sizes.source,
-                  "channel_tile"_a = shares.channel_tile, "gradient"_a = shares.gradient, "stream"_a = shares.stream);
+                  "channel_tile"_a = shares.channel_tile, "gradient"_a = shares.gradient);
+}
+
+py::dict streaming() {
+  using namespace py::literals;
+  const ernet::cpu::Streaming& found = ernet::cpu::streaming();
+  return py::dict("fetch_ahead"_a = found.fetch_ahead, "stores"_a = found.stores, "source"_a = found.source,
+                  "seconds"_a = found.seconds);
 }
 
 py::dict map_buffers() {
@@ -43,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of ernet_fast";
   ernet::selected_isa();           // an impossible ERNET_ISA fails here, at import, with a clear error
   ernet::cache_sizes();            // so does an ERNET_CACHES that names no sizes,
+  ernet::cpu::check_streaming();   // an ERNET_STREAMING of another form,
   ernet::cpu::map_buffer_limit();  // and an ERNET_KEEP_MB that is no number
 #ifdef ERNET_WITH_CUDA
   ernet::cuda::read_requested_plan();
@@ -55,8 +64,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "caches", &caches,
       "Bytes of this machine's data caches (of the last level one CPU's share), who says so, and what the ER operators "
-      "make of them: bytes of a channel tile, of a gradient that stays in cache, and of outputs that bypass the "
-      "caches.");
+      "make of them: bytes of a channel tile and of a gradient that stays in cache.");
+  m.def(
+      "streaming", &streaming,
+      "Bytes that maps are prefetched ahead and from which on outputs bypass the caches, who says so, and the seconds "
+      "that the probe took, which runs once in a process.");
   m.def(
       "map_buffers", &map_buffers,
       "Memory of freed outputs that is kept for later ones: bytes kept, how many may be, buffers used again and new.");

@@ -86,6 +86,12 @@ def caches() -> dict[str, Any] | None:
     return None if module is None else module.caches()
 
 
+def streaming() -> dict[str, Any] | None:
+    """How the compiled operators stream maps (see `ernet_fast._C.streaming`), or None without them; may run its probe."""
+    module = extension()
+    return None if module is None else module.streaming()
+
+
 def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
     """Whether machine code for one of `architectures` ("80", "90a") runs on a device of this compute capability.
 
