@@ -87,7 +87,7 @@ def caches() -> dict[str, Any] | None:
 
 
 def streaming() -> dict[str, Any] | None:
-    """How the compiled operators stream maps (see `ernet_fast._C.streaming`), or None without them; may take a probe."""
+    """How the compiled operators stream maps (see `ernet_fast._C.streaming`), or None without them; it may probe."""
     module = extension()
     return None if module is None else module.streaming()
 
