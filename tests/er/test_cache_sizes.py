@@ -50,7 +50,8 @@ def digest() -> str:
     ],
 )
 def test_results_do_not_depend_on_the_machine(caches, sizes, streaming, bytes_of_maps):
-    code = "from test_cache_sizes import *; b = _backend; print(*b.streaming().values(), *b.caches().values(), digest())"
+    code = """import test_cache_sizes as t
+print(*t._backend.streaming().values(), *t._backend.caches().values(), t.digest())"""
     ahead, stores, source, seconds, *found, digest_there = run(
         code, ERNET_CACHES=caches, ERNET_STREAMING=streaming
     ).stdout.split()
