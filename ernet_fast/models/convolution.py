@@ -39,7 +39,7 @@ def _wanted() -> bool:
 _WANTED = _wanted()
 
 
-def convolution(x: Tensor, conv: nn.Module, *, fused: bool | None = None) -> Tensor:
+def convolution(x: Tensor, conv: Any, *, fused: bool | None = None) -> Tensor:
     """`conv(x)`.
 
     Args:
