@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from ernet_fast.console.atomic_file import remove_abandoned, write_json
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Skipped, Splits, parse_name
 from ernet_fast.train import metrics
+from ernet_fast.train.bootstrap import Bootstrap, all_intervals
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
-from ernet_fast.train.device import build_fabric, evaluation_pass
+from ernet_fast.train.device import build_fabric, evaluation_pass, is_first_process
 from ernet_fast.train.images import ImageSet, build_loader, evenly_chosen
+from ernet_fast.train.mistakes import Mistake, find_mistakes
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import find_checkpoint
@@ -29,7 +32,9 @@ class Evaluation:
     """Predictions on a set of images, and metrics of them.
 
     `seen_images` of the images were trained on, and `seen_patients` of their patients: if any, the metrics say less
-    about new patients. `inputs` are the settings that chose the images, as plain values.
+    about new patients. `inputs` are the settings that chose the images, `settings` those of the training, `history`
+    its epochs, all as plain values. `bootstrap` says how intervals are made; None makes none. `mistakes` are the images
+    that the network was most wrong about, as many as were asked for.
     """
 
     predictions: Predictions
@@ -40,10 +45,25 @@ class Evaluation:
     seen_images: int
     seen_patients: int
     inputs: dict[str, Any]
+    settings: dict[str, Any]
+    history: list[dict[str, Any]]
+    bootstrap: Bootstrap | None = None
+    mistakes: tuple[Mistake, ...] = ()
+
+    @cached_property
+    def intervals(self) -> dict[str, Any] | None:
+        """The interval of every figure, see `bootstrap.all_intervals`; None without `bootstrap`."""
+        return None if self.bootstrap is None else all_intervals(self.predictions, self.bootstrap)
 
     def figures(self) -> dict[str, Any]:
         """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
         scores = metrics.patient_scores(self.predictions)
+        by_patient = {
+            "overall": metrics.patient_metrics(self.predictions),
+            "by_magnification": {
+                name: metrics.patient_metrics(part) for name, part in self.predictions.by_magnification().items()
+            },
+        }
         return {
             "checkpoint": str(self.checkpoint),
             "epoch": self.epoch,
@@ -54,12 +74,18 @@ class Evaluation:
             "overall": metrics.compute_metrics(self.predictions),
             "by_magnification": metrics.metrics_by_magnification(self.predictions),
             "patients": len(scores),
-            "patient_recognition_rate": metrics.patient_recognition_rate(self.predictions),
+            "patient_recognition_rate": by_patient["overall"]["patient_recognition_rate"],
+            "patient_auc": by_patient["overall"]["patient_auc"],
+            "by_patient": by_patient,
             "patient_scores": scores,
+            "intervals": self.intervals,
             "confusion_matrix": metrics.confusion_matrix(self.predictions).tolist(),
+            "calibration": metrics.calibration_table(self.predictions).tolist(),
             "images_seen_in_training": self.seen_images,
             "patients_seen_in_training": self.seen_patients,
             "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
+            "mistakes": [mistake.facts(self.predictions.classes) for mistake in self.mistakes],
+            "settings": self.settings,
         }
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
@@ -88,6 +114,8 @@ def evaluate(
     num_workers: int = 0,
     device: str = "auto",
     on_error: str | None = None,
+    bootstrap: Bootstrap | None = Bootstrap(),  # noqa: B008, frozen
+    mistakes: int = 0,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Run the network of a checkpoint over a part of the data, prepared as in its training (size, stain normalisation).
@@ -105,11 +133,15 @@ def evaluate(
         num_workers: processes that read images.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         on_error: ``"raise"`` or ``"skip"`` for unusable images; default: as in training.
+        bootstrap: how the intervals of all figures are made; None makes none.
+        mistakes: keep this many of the worst mistakes, each with its Grad-CAM map.
         reporter: where progress goes; default: stderr.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint or data are missing, damaged or do not fit.
     """
+    if mistakes < 0:
+        raise ValueError(f"mistakes={mistakes}; expected 0 or more.")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images={max_images}; expected a positive number.")
     path = find_checkpoint(checkpoint)
@@ -139,17 +171,18 @@ def evaluate(
             f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
             "the figures do not measure how it does on new patients."
         )
-    predictions = _predict(config, state, path, images, reporter)
+    predictions, worst = _predict(config, state, path, images, mistakes, reporter)
     settings = config.to_dict() | {"max_images": max_images}
     inputs = {name: settings[name] for name in ("data", "magnifications", "split_file", "max_images")}
     return Evaluation(
-        predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs
-    )
+        predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs,
+        settings=state["config"], history=state["history"], bootstrap=bootstrap, mistakes=worst,
+    )  # fmt: skip
 
 
 def _predict(
-    config: TrainConfig, state: dict[str, Any], path: Path, images: ImageSet, reporter: Reporter
-) -> Predictions:
+    config: TrainConfig, state: dict[str, Any], path: Path, images: ImageSet, mistakes: int, reporter: Reporter
+) -> tuple[Predictions, tuple[Mistake, ...]]:
     fabric = build_fabric(config.device, config.precision)
     network = build_network(config, len(state["classes"]))
     load_network(network, state, path)
@@ -162,4 +195,6 @@ def _predict(
     )
     forward = evaluation_pass(fabric, network, channels_last)
     with reporter.task("evaluate", len(images)) as task:
-        return predict(network, forward, batches, images.samples, state["classes"], advance=task.advance)
+        found = predict(network, forward, batches, images.samples, state["classes"], advance=task.advance)
+    worst = find_mistakes(network, forward, images, found, mistakes) if mistakes and is_first_process() else ()
+    return found, worst
