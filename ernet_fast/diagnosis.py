@@ -58,6 +58,21 @@ def diagnose() -> dict[str, Any]:
     }
 
 
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its settings: versions, processor, devices, instruction set; plain values."""
+    machine, build = _machine(), _backend.build_info()
+    found = [
+        _package(*package) for package in _PACKAGES if package[0] != "torchvision"
+    ]  # whose version needs an import
+    return {
+        "ernet_fast": __version__,
+        **{name: machine[name] for name in ("python", "system", "processor", "cores", "threads")},
+        "instruction_set": build["isa"] if build else None,
+        "cuda": [device["name"] for device in _cuda()["devices"]],
+        "packages": {package["name"]: package["version"] for package in found if package["version"]},
+    }
+
+
 def _machine() -> dict[str, Any]:
     cpu = processor()
     return {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,93 +11,33 @@ import torch
 
 from ernet_fast.console.atomic_file import remove_abandoned, write_json
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import Skipped, Splits, parse_name
-from ernet_fast.train import metrics
-from ernet_fast.train.bootstrap import Bootstrap, all_intervals
+from ernet_fast.data import Splits, parse_name
+from ernet_fast.train.bootstrap import Bootstrap
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
 from ernet_fast.train.device import build_fabric, evaluation_pass, is_first_process
+from ernet_fast.train.findings import Findings
 from ernet_fast.train.images import ImageSet, build_loader, evenly_chosen
 from ernet_fast.train.mistakes import Mistake, find_mistakes
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import find_checkpoint
+from ernet_fast.train.run_report import write_run_report
 from ernet_fast.train.stain_choice import StainNormalization
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Predictions on a set of images, and metrics of them.
-
-    `seen_images` of the images were trained on, and `seen_patients` of their patients: if any, the metrics say less
-    about new patients. `inputs` are the settings that chose the images, `settings` those of the training, `history`
-    its epochs, all as plain values. `bootstrap` says how intervals are made; None makes none. `mistakes` are the images
-    that the network was most wrong about, as many as were asked for.
-    """
-
-    predictions: Predictions
-    checkpoint: Path
-    epoch: int
-    split: str
-    skipped: tuple[Skipped, ...]
-    seen_images: int
-    seen_patients: int
-    inputs: dict[str, Any]
-    settings: dict[str, Any]
-    history: list[dict[str, Any]]
-    bootstrap: Bootstrap | None = None
-    mistakes: tuple[Mistake, ...] = ()
-
-    @cached_property
-    def intervals(self) -> dict[str, Any] | None:
-        """The interval of every figure, see `bootstrap.all_intervals`; None without `bootstrap`."""
-        return None if self.bootstrap is None else all_intervals(self.predictions, self.bootstrap)
-
-    def figures(self) -> dict[str, Any]:
-        """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
-        scores = metrics.patient_scores(self.predictions)
-        by_patient = {
-            "overall": metrics.patient_metrics(self.predictions),
-            "by_magnification": {
-                name: metrics.patient_metrics(part) for name, part in self.predictions.by_magnification().items()
-            },
-        }
-        return {
-            "checkpoint": str(self.checkpoint),
-            "epoch": self.epoch,
-            "split": self.split,
-            **self.inputs,
-            "classes": list(self.predictions.classes),
-            "loss": self.predictions.loss(),
-            "overall": metrics.compute_metrics(self.predictions),
-            "by_magnification": metrics.metrics_by_magnification(self.predictions),
-            "patients": len(scores),
-            "patient_recognition_rate": by_patient["overall"]["patient_recognition_rate"],
-            "patient_auc": by_patient["overall"]["patient_auc"],
-            "by_patient": by_patient,
-            "patient_scores": scores,
-            "intervals": self.intervals,
-            "confusion_matrix": metrics.confusion_matrix(self.predictions).tolist(),
-            "calibration": metrics.calibration_table(self.predictions).tolist(),
-            "images_seen_in_training": self.seen_images,
-            "patients_seen_in_training": self.seen_patients,
-            "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
-            "mistakes": [mistake.facts(self.predictions.classes) for mistake in self.mistakes],
-            "settings": self.settings,
-        }
+class Evaluation(Findings):
+    """`Findings` that can be written to files."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `metrics.json`, `predictions.csv`, `confusion_matrix.png` and `roc.png` into `folder`; returns it."""
-        from ernet_fast.train.pictures import confusion_picture, roc_picture
-
+        """Write `report.html` with its pictures, `metrics.json` and `predictions.csv` into `folder`; returns it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
         write_json(folder / "metrics.json", self.figures())
         self.predictions.write_csv(folder / "predictions.csv")
-        confusion_picture(self.predictions, folder / "confusion_matrix.png")
-        roc_picture(self.predictions, folder / "roc.png")
+        write_run_report(self, folder)
         return folder
 
 

@@ -43,7 +43,7 @@ def _panels(count: int, width: float, height: float, columns: int = _COLUMNS) ->
 
 def _parts(predictions: Predictions) -> dict[str, Predictions]:
     by_magnification = predictions.by_magnification()
-    return {"all images": predictions, **(by_magnification if len(by_magnification) > 1 else {})}
+    return {"all": predictions, **(by_magnification if len(by_magnification) > 1 else {})}
 
 
 def confusion_panels(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -68,7 +68,7 @@ def roc_panels(predictions: Predictions, bootstrap: Bootstrap, path: str | os.Pa
             axes.fill_between(_RATES, *band, color=color, alpha=0.18, linewidth=0)
         for _, false_rate, true_rate, area in roc_curves(part)[:1]:
             axes.plot(false_rate, true_rate, color=color, linewidth=1.6)
-            text = f"AUC {format_figure(area)}\n{format_interval(intervals(part, drawn)['auc'])}"
+            text = f"AUC {format_figure(area)}\n{format_interval(intervals(part, bootstrap)['auc'])}"
             axes.text(0.97, 0.06, text, ha="right", size=8, color=INK)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), title=f"{name}, {len(part)} images")
         axes.set(xlabel="1 - specificity", ylabel="sensitivity")
