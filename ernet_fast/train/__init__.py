@@ -8,6 +8,7 @@ from __future__ import annotations
 from ernet_fast.console.progress import Reporter
 from ernet_fast.train.bootstrap import Bootstrap
 from ernet_fast.train.checkpoint import load_checkpoint
+from ernet_fast.train.comparison import Comparison, compare
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.evaluation import Evaluation, evaluate
 from ernet_fast.train.loop import TrainResult, fit
@@ -21,7 +22,7 @@ from ernet_fast.train.metrics import (
 from ernet_fast.train.predictions import Predictions
 
 __all__ = [
-    "Bootstrap", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult", "TrainingDivergedError",
-    "compute_metrics", "evaluate", "fit", "load_checkpoint", "metrics_by_magnification", "patient_metrics",
-    "patient_recognition_rate",
+    "Bootstrap", "Comparison", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult",
+    "TrainingDivergedError", "compare", "compute_metrics", "evaluate", "fit", "load_checkpoint",
+    "metrics_by_magnification", "patient_metrics", "patient_recognition_rate",
 ]  # fmt: skip

@@ -32,12 +32,17 @@ class Evaluation(Findings):
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write `report.html` with its pictures, `metrics.json` and `predictions.csv` into `folder`; returns it."""
+        folder = self.write_figures(folder)
+        write_run_report(self, folder)
+        return folder
+
+    def write_figures(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `predictions.csv` and then `metrics.json`, and no more; returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
-        write_json(folder / "metrics.json", self.figures())
         self.predictions.write_csv(folder / "predictions.csv")
-        write_run_report(self, folder)
+        write_json(folder / "metrics.json", self.figures())
         return folder
 
 

@@ -73,6 +73,7 @@ class Findings:
             "patients_seen_in_training": self.seen_patients,
             "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
             "mistakes": [mistake.facts(self.predictions.classes) for mistake in self.mistakes],
+            "validation": self.history[-1]["val"] if self.history else None,
             "settings": self.settings,
             "environment": environment(),
         }

@@ -1,0 +1,160 @@
+"""Two runs on the same images: differences of all figures, by the paired bootstrap over patients.
+
+Both runs are computed for the same draws of patients, so what makes some patients hard for both falls out of the
+difference. DeLong's test (Biometrics 44, 1988) takes images as independent, which those of a patient are not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ernet_fast.console.tables import format_figure, format_interval
+from ernet_fast.train.bootstrap import FIGURES, Bootstrap, PatientSums
+from ernet_fast.train.predictions import Predictions
+
+TABLE = "predictions.csv"
+_NAMED = 3
+
+
+class Difference(NamedTuple):
+    """A figure of two runs. None: undefined."""
+
+    figure: str
+    first: float | None
+    second: float | None
+    difference: float | None  # second - first
+    interval: list[float] | None  # of the difference
+    p_value: float | None  # two-sided, of no difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, overall and by magnification; `settings` are those of the runs that differ."""
+
+    images: int
+    patients: int
+    bootstrap: Bootstrap
+    overall: tuple[Difference, ...]
+    by_magnification: dict[str, tuple[Difference, ...]]
+    settings: dict[str, tuple[Any, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        bootstrap = self.bootstrap
+        parts = {name: [d._asdict() for d in found] for name, found in self.by_magnification.items()}
+        return {
+            "images": self.images, "patients": self.patients, "level": bootstrap.level,
+            "resamples": bootstrap.resamples, "seed": bootstrap.seed, "overall": [d._asdict() for d in self.overall],
+            "by_magnification": parts,
+            "settings": {name: list(values) for name, values in self.settings.items()},
+        }  # fmt: skip
+
+
+def compare(
+    first: Predictions,
+    second: Predictions,
+    bootstrap: Bootstrap = Bootstrap(),  # noqa: B008, frozen
+    *,
+    settings: tuple[dict[str, Any], dict[str, Any]] = ({}, {}),
+) -> Comparison:
+    """Differences (second - first) of the figures of two runs on the same images.
+
+    The p-value is twice the smaller share of resamples in which the difference is at most, or at least, 0, with one
+    added to counts and resamples: it is never below 2 / (resamples + 1). Nothing corrects it for the number of figures.
+
+    Raises:
+        ValueError: the images, their classes or patients, or the names of the classes are not the same.
+    """
+    second = _in_order_of(first, second)
+    patients = len({sample.patient for sample in first.samples})
+    mine, others = first.by_magnification(), second.by_magnification()
+    parts = {name: _differences(part, others[name], bootstrap) for name, part in mine.items()}
+    names = [name for name in {**settings[0], **settings[1]} if settings[0].get(name) != settings[1].get(name)]
+    return Comparison(
+        len(first), patients, bootstrap, _differences(first, second, bootstrap), parts if len(parts) > 1 else {},
+        {name: (settings[0].get(name), settings[1].get(name)) for name in names},
+    )  # fmt: skip
+
+
+def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
+    """`second` with its images in the order of `first`; ValueError names what is not the same."""
+    if first.classes != second.classes:
+        raise ValueError(f"the runs have classes {first.classes} and {second.classes}; expected the same.")
+    if not len(first):
+        raise ValueError("the first run has no images; expected the same images in both.")
+    rows = {sample.name: row for row, sample in enumerate(second.samples)}
+    names = [sample.name for sample in first.samples]
+    only = [sorted(set(names) - set(rows)), sorted(set(rows) - set(names))]
+    if any(only):
+        found = [
+            f"{len(images)} only in the {which} (e.g. {', '.join(images[:_NAMED])})"
+            for which, images in zip(("first", "second"), only, strict=True)
+            if images
+        ]
+        raise ValueError(
+            f"the runs are not of the same images: {'; '.join(found)}. Evaluate both with the same --data, --split and "
+            "--magnifications; runs with other seeds or split_by have other test images, unless --split-file names one."
+        )
+    if len(rows) != len(names) or len(rows) != len(second.samples):
+        raise ValueError("an image name occurs twice in a run; expected each once.")
+    order = [rows[name] for name in names]
+    for one, other in zip(first.samples, (second.samples[row] for row in order), strict=True):
+        if (one.label, one.patient, one.magnification) != (other.label, other.patient, other.magnification):
+            raise ValueError(
+                f"{one.name} is class {first.classes[one.label]}, patient {one.patient}, {one.magnification}X in the "
+                f"first run, and {first.classes[other.label]}, {other.patient}, {other.magnification}X in the second."
+            )
+    return Predictions(second.probabilities[order], tuple(second.samples[row] for row in order), second.classes)
+
+
+def _differences(first: Predictions, second: Predictions, bootstrap: Bootstrap) -> tuple[Difference, ...]:
+    sums = [PatientSums(first), PatientSums(second)]
+    patients = len(sums[0].scores)
+    ones = torch.ones(1, patients, dtype=torch.float64)
+    itself = [part.figures(ones) for part in sums]
+    weights = bootstrap.weights(patients)
+    drawn = [part.figures(weights) for part in sums]
+    found = []
+    for name in FIGURES:
+        values = [None if math.isnan(float(part[name])) else float(part[name]) for part in itself]
+        if None in values:
+            found.append(Difference(name, values[0], values[1], None, None, None))
+            continue
+        difference = float(itself[1][name] - itself[0][name])
+        spread = drawn[1][name] - drawn[0][name]
+        interval = bootstrap.interval(spread) if patients > 1 else None
+        p_value = None if interval is None else _p_value(spread[~spread.isnan()])
+        found.append(Difference(name, values[0], values[1], difference, interval, p_value))
+    return tuple(found)
+
+
+def _p_value(differences: Tensor) -> float:
+    counts = [int((differences <= 0).sum()), int((differences >= 0).sum())]
+    return min(1.0, 2 * (min(counts) + 1) / (len(differences) + 1))
+
+
+def read_predictions(folder: str | os.PathLike[str]) -> Predictions:
+    """The predictions that `ernet-fast evaluate --out` wrote into a folder."""
+    return Predictions.read_csv(Path(folder) / TABLE)
+
+
+HEADER = ("figure", "first", "second", "difference", "interval", "p")
+
+
+def difference_rows(differences: Sequence[Difference]) -> list[list[str]]:
+    """Rows of a table under `HEADER`."""
+    rows = []
+    for found in differences:
+        p = "-" if found.p_value is None else f"{found.p_value:.4f}"
+        sign = "-" if found.difference is None else f"{found.difference:+.3f}"
+        figures = [format_figure(found.first), format_figure(found.second), sign, format_interval(found.interval), p]
+        rows.append([found.figure.replace("_", " "), *figures])
+    return rows
