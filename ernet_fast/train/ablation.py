@@ -124,7 +124,8 @@ def run_cells(
         describe: an error as one sentence.
         reporter: gets a line for each cell.
     """
-    found, trained, failed = 0, 0, []
+    found, trained = 0, 0
+    failed: list[tuple[Cell, str]] = []
     for number, cell in enumerate(cells, 1):
         folder, result = cell_folder(out, cell), _result_file(out, cell)
         where = f"cell {number}/{len(cells)} {cell.name}"

@@ -46,7 +46,7 @@ class Findings:
     def figures(self) -> dict[str, Any]:
         """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
         scores = metrics.patient_scores(self.predictions)
-        by_patient = {
+        by_patient: dict[str, Any] = {
             "overall": metrics.patient_metrics(self.predictions),
             "by_magnification": {
                 name: metrics.patient_metrics(part) for name, part in self.predictions.by_magnification().items()

@@ -21,6 +21,14 @@ _COLUMNS = ("image", "patient", "magnification", "true", "predicted")
 _PROBABILITY = "p_"
 
 
+class _Recorded(Sample):
+    """A sample of a file of predictions: `path` is its name with a suffix, folders included where names have them."""
+
+    @property
+    def name(self) -> str:
+        return os.fspath(self.path.with_suffix(""))
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Class probabilities [n, K] float64 of n images, their samples in the same order, and the class names."""
@@ -73,7 +81,8 @@ class Predictions:
         rows: list[list[Any]] = [[*_COLUMNS, *(f"{_PROBABILITY}{name}" for name in self.classes)]]
         for sample, guess, row in zip(self.samples, self.predicted.tolist(), self.probabilities.tolist(), strict=True):
             names = self.classes[sample.label], self.classes[guess]
-            rows.append([sample.path.name, sample.patient, sample.magnification, *names, *map(repr, row)])
+            image = sample.name + sample.path.suffix
+            rows.append([image, sample.patient, sample.magnification, *names, *map(repr, row)])
         write_csv(path, rows)
 
     @classmethod
@@ -96,7 +105,7 @@ class Predictions:
                 try:
                     image, patient, magnification, true, _ = row[: len(_COLUMNS)]
                     where = {"patient": patient, "magnification": int(magnification), "slide": "", "sequence": ""}
-                    samples.append(Sample(path=Path(image), label=classes.index(true), subtype="", **where))  # type: ignore[arg-type]
+                    samples.append(_Recorded(path=Path(image), label=classes.index(true), subtype="", **where))  # type: ignore[arg-type]
                     rows.append([float(text) for text in row[len(_COLUMNS) :]])
                     if len(rows[-1]) != len(classes):
                         raise ValueError(f"it has {len(rows[-1])} probabilities of {len(classes)} classes")

@@ -26,7 +26,8 @@ FAKE = ("er_resnet18", "resnet18"), ("macenko", "none"), (0, 1, 2), (0,)
 
 def figures(accuracy: float | None) -> dict:
     return {
-        "overall": {"images": 10, "accuracy": accuracy, "f1": 0.4, "mcc": 0.0, "auc": 0.5}, "patients": 4, "epoch": 1, "loss": 0.7,
+        "overall": {"images": 10, "accuracy": accuracy, "f1": 0.4, "mcc": 0.0, "auc": 0.5},
+        "patients": 4, "epoch": 1, "loss": 0.7,
         "by_patient": {"overall": {"patient_recognition_rate": 0.25, "patient_auc": None}},
         "validation": {"auc": 0.6}, "by_magnification": {},
     }  # fmt: skip

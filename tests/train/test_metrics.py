@@ -212,6 +212,18 @@ def test_predictions_come_back_from_their_file_with_every_digit(tmp_path):
     assert [sample.name for sample in found.samples] == [sample.name for sample in exact.samples]
 
 
+def test_images_of_one_name_in_two_folders_stay_apart(tmp_path):
+    class InFolder(Sample):
+        @property
+        def name(self):
+            return f"{self.patient}/{self.path.stem}"
+
+    samples = tuple(InFolder(*sample(1, patient=patient)) for patient in ("a", "b"))
+    samples = tuple(one._replace(path=Path("x/1.png")) for one in samples)
+    Predictions(torch.full((2, 2), 0.5), samples, ("n", "p")).write_csv(tmp_path / "p.csv")
+    assert [one.name for one in Predictions.read_csv(tmp_path / "p.csv").samples] == ["a/1", "b/1"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
