@@ -109,7 +109,8 @@ def mistakes_picture(
         draw_image(plain, mistake.image)
         draw_image(mapped, mistake.image)
         mapped.imshow(mistake.heat.numpy(), cmap="inferno", alpha=0.5, vmin=0, vmax=1)
-        plain.set_title(f"{sample.patient}, {sample.magnification}X\n{names[sample.label]}", size=7, color=INK)
+        where = f"{sample.patient}, {sample.magnification}X" if sample.magnification else sample.patient
+        plain.set_title(f"{where}\n{names[sample.label]}", size=7, color=INK)
         guess = f"{names[mistake.predicted]} {mistake.probabilities[mistake.predicted]:.0%}"
         mapped.set_title(f"called\n{guess}", size=7, color=INK)
     return save_figure(figure, path)

@@ -73,7 +73,11 @@ def evaluation_blocks(evaluation: Findings, figures: dict[str, Any], folder: Pat
 
     Pictures are written into `folder`, if given, too.
     """
-    blocks = [_figures(figures), _pictures_by_magnification(evaluation, folder), _calibration(evaluation, folder)]
+    blocks = [
+        _figures(figures),
+        _pictures_by_magnification(evaluation, figures, folder),
+        _calibration(evaluation, folder),
+    ]
     return [*blocks, mistakes_block(evaluation, folder)] if evaluation.mistakes else blocks
 
 
@@ -109,12 +113,11 @@ def _drawn(
     return draw(None if folder is None else folder / name), text, caption
 
 
-def _pictures_by_magnification(evaluation: Findings, folder: Path | None) -> report.Block:
+def _pictures_by_magnification(evaluation: Findings, figures: dict[str, Any], folder: Path | None) -> report.Block:
     found, bootstrap = evaluation.predictions, evaluation.bootstrap
-    counts = evaluation.figures()["confusion_matrix"]
     shown = [
         _drawn(folder, "confusion_matrix.png", lambda path: pictures.confusion_picture(found, path),
-               f"Confusion matrix: {counts}"),
+               f"Confusion matrix: {figures['confusion_matrix']}"),
         _drawn(folder, "roc.png", lambda path: pictures.roc_picture(found, path), "ROC curves"),
     ]  # fmt: skip
     if len(found.by_magnification()) > 1:

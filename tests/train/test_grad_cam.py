@@ -33,9 +33,9 @@ def test_by_hand():
     assert torch.allclose(found, expected.float(), atol=1e-6)
 
 
-def er_network() -> nn.Module:
+def er_network(**settings) -> nn.Module:
     torch.manual_seed(1)
-    network = er_resnet18(2, base_channels=8)
+    network = er_resnet18(2, base_channels=8, **settings)
     network(torch.randn(4, 3, 64, 64))  # running statistics of something
     with torch.no_grad():  # what speaks against one class speaks for the other
         network.fc.weight[1] = -network.fc.weight[0]
@@ -53,9 +53,11 @@ def test_any_layer_of_an_er_network_can_be_looked_at(layer):
     assert torch.equal(network(images), before), "the hook is gone"
 
 
-def test_the_last_stage_is_weighed_by_the_classifier():
+@pytest.mark.parametrize("settings", [{}, {"memory": "lean"}, {"fused": False}, {"norm": "group", "num_groups": 4}])
+def test_the_last_stage_is_weighed_by_the_classifier(settings):
     """Pooling and a linear layer follow it."""
-    network, images, classes = er_network(), torch.randn(6, 3, 64, 64), torch.arange(6) % 2
+    network = er_network(**settings)
+    images, classes = torch.randn(6, 3, 64, 64), torch.arange(6) % 2
     maps = (network.fc.weight[classes][:, :, None, None] * network.forward_features(images)).sum(dim=1).relu()
     large = nn.functional.interpolate(maps[:, None], (64, 64), mode="bilinear")[:, 0]
     low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
