@@ -16,6 +16,9 @@ from ernet_fast.train import Bootstrap, Predictions, compare, evaluate
 from ernet_fast.train.comparison import HEADER, TABLE, difference_rows, read_predictions
 from ernet_fast.train.config import FREE
 
+_FEW = 20
+"""Patients below which percentile intervals are known to be too narrow."""
+
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -23,9 +26,9 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         "compare",
         parents=parents,
         help="compare two runs on the same images",
-        description="Differences (second - first) of all figures of two runs on the same images, with intervals and "
-        "p-values of the paired bootstrap over patients. A folder that `evaluate --out` wrote is read; a run or a "
-        "checkpoint is evaluated.",
+        description="Differences (second - first) of all figures of two runs on the same images, with intervals of the "
+        "paired bootstrap and p-values of the paired permutation test, over patients. A folder that `evaluate --out` "
+        "wrote is read; a run or a checkpoint is evaluated.",
     )
     add = parser.add_argument
     add("runs", metavar="RUN", nargs=2, help="folder of evaluate --out, folder of a run, or a checkpoint")
@@ -63,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         for name, differences in found.by_magnification.items():
             print(f"\n{name}\n" + format_table(HEADER, difference_rows(differences)))
     print("\np: of no difference, for one figure chosen beforehand; with many figures some are small by chance.")
+    if found.patients < _FEW:
+        print(f"With {found.patients} patients the intervals are too narrow.")
     return 0
 
 

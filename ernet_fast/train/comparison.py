@@ -1,7 +1,9 @@
-"""Two runs on the same images: differences of all figures, by the paired bootstrap over patients.
+"""Two runs on the same images: differences of all figures, over patients.
 
-Both runs are computed for the same draws of patients, so what makes some patients hard for both falls out of the
-difference. DeLong's test (Biometrics 44, 1988) takes images as independent, which those of a patient are not.
+Intervals are of the paired bootstrap: both runs are computed for the same draws of patients, so what makes some
+patients hard for both falls out of the difference. P-values are of the paired permutation test: were the runs alike,
+each patient's predictions might as well be exchanged between them; it holds its level with few patients, too. DeLong's
+test (Biometrics 44, 1988) takes images as independent, which those of a patient are not.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,8 +70,9 @@ def compare(
 ) -> Comparison:
     """Differences (second - first) of the figures of two runs on the same images.
 
-    The p-value is twice the smaller share of resamples in which the difference is at most, or at least, 0, with one
-    added to counts and resamples: it is never below 2 / (resamples + 1). Nothing corrects it for the number of figures.
+    The p-value is the share of exchanges of patients between the runs whose difference is at least as large, either
+    way: of all 2^patients of them, or, where these are more than `bootstrap.resamples`, of as many at random, one added
+    to both counts. It is never below 2 / 2^patients. Nothing corrects it for the number of figures.
 
     Raises:
         ValueError: the images, their classes or patients, or the names of the classes are not the same.
@@ -76,10 +80,10 @@ def compare(
     second = _in_order_of(first, second)
     patients = len({sample.patient for sample in first.samples})
     mine, others = first.by_magnification(), second.by_magnification()
-    parts = {name: _differences(part, others[name], bootstrap) for name, part in mine.items()}
+    parts = {name: _differences(part, others[name], bootstrap) for name, part in mine.items() if len(mine) > 1}
     names = [name for name in {**settings[0], **settings[1]} if settings[0].get(name) != settings[1].get(name)]
     return Comparison(
-        len(first), patients, bootstrap, _differences(first, second, bootstrap), parts if len(parts) > 1 else {},
+        len(first), patients, bootstrap, _differences(first, second, bootstrap), parts,
         {name: (settings[0].get(name), settings[1].get(name)) for name in names},
     )  # fmt: skip
 
@@ -119,26 +123,44 @@ def _differences(first: Predictions, second: Predictions, bootstrap: Bootstrap) 
     sums = [PatientSums(first), PatientSums(second)]
     patients = len(sums[0].scores)
     ones = torch.ones(1, patients, dtype=torch.float64)
-    itself = [part.figures(ones) for part in sums]
+    itself = [{name: float(value) for name, value in part.figures(ones).items()} for part in sums]
     weights = bootstrap.weights(patients)
     drawn = [part.figures(weights) for part in sums]
+    exchanged = _exchanged(first, second, bootstrap, patients)
     found = []
     for name in FIGURES:
-        values = [None if math.isnan(float(part[name])) else float(part[name]) for part in itself]
-        if None in values:
+        values = [None if math.isnan(part[name]) else part[name] for part in itself]
+        if None in values or patients < 2:
             found.append(Difference(name, values[0], values[1], None, None, None))
             continue
-        difference = float(itself[1][name] - itself[0][name])
-        spread = drawn[1][name] - drawn[0][name]
-        interval = bootstrap.interval(spread) if patients > 1 else None
-        p_value = None if interval is None else _p_value(spread[~spread.isnan()])
+        difference = itself[1][name] - itself[0][name]
+        p_value = _share(exchanged[name], difference, exact=2**patients <= bootstrap.resamples)
+        interval = bootstrap.interval(drawn[1][name] - drawn[0][name])
         found.append(Difference(name, values[0], values[1], difference, interval, p_value))
     return tuple(found)
 
 
-def _p_value(differences: Tensor) -> float:
-    counts = [int((differences <= 0).sum()), int((differences >= 0).sum())]
-    return min(1.0, 2 * (min(counts) + 1) / (len(differences) + 1))
+def _exchanged(first: Predictions, second: Predictions, bootstrap: Bootstrap, patients: int) -> dict[str, Tensor]:
+    """Differences of every figure where the runs have exchanged some patients: all choices of them, or random ones."""
+    samples = [s._replace(patient=f"{run}/{s.patient}") for run, p in enumerate((first, second)) for s in p.samples]
+    both = torch.cat([first.probabilities, second.probabilities])
+    sums = PatientSums(
+        Predictions(both, tuple(samples), first.classes)
+    )  # the patients of the first run, then of the other
+    if 2**patients <= bootstrap.resamples:
+        chosen = np.arange(2**patients)[:, None] >> np.arange(patients) & 1
+    else:
+        chosen = np.random.default_rng(bootstrap.seed).integers(0, 2, (bootstrap.resamples, patients))
+    moved = torch.from_numpy(chosen).double()
+    mine, others = (sums.figures(torch.cat(pair, dim=1)) for pair in ((1 - moved, moved), (moved, 1 - moved)))
+    return {name: others[name] - mine[name] for name in FIGURES}
+
+
+def _share(exchanged: Tensor, difference: float, *, exact: bool) -> float:
+    """The p-value: how many of the differences are as large as `difference`, but for rounding."""
+    found = exchanged[~exchanged.isnan()]
+    count = int((found.abs() >= abs(difference) - 1e-12).sum())
+    return count / len(found) if exact else (count + 1) / (len(found) + 1)
 
 
 def read_predictions(folder: str | os.PathLike[str]) -> Predictions:

@@ -68,7 +68,8 @@ def roc_panels(predictions: Predictions, bootstrap: Bootstrap, path: str | os.Pa
             axes.fill_between(_RATES, *band, color=color, alpha=0.18, linewidth=0)
         for _, false_rate, true_rate, area in roc_curves(part)[:1]:
             axes.plot(false_rate, true_rate, color=color, linewidth=1.6)
-            text = f"AUC {format_figure(area)}\n{format_interval(intervals(part, bootstrap)['auc'])}"
+            bounds = intervals(part, bootstrap)["auc"]
+            text = f"AUC {format_figure(area)}\n{'no interval' if bounds is None else format_interval(bounds)}"
             axes.text(0.97, 0.06, text, ha="right", size=8, color=INK)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), title=f"{name}, {len(part)} images")
         axes.set(xlabel="1 - specificity", ylabel="sensitivity")
