@@ -27,6 +27,7 @@ _PACKAGES = (
     ("torchmetrics", "torchmetrics", "train", "metrics"),
     ("matplotlib", "matplotlib", "train", "pictures"),
     ("rich", "rich", "train", "progress bars"),
+    ("scipy", "scipy", "study", "range tests of ernet-fast ablate"),
     ("safetensors", "safetensors", "optional", "weights in .safetensors files"),
     ("onnx", "onnx", "export", "ONNX files"),
     ("onnxruntime", "onnxruntime", "export", "running ONNX files"),

@@ -35,7 +35,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--data", metavar="FOLDER", help="images to evaluate on; default: those of each training")
     add("--split", choices=SPLIT_NAMES, default="test", help="which part of them (default: test)")
     add("--split-file", metavar="FILE", help="CSV split instead of each training's")
-    add("--resamples", type=int, metavar="N", default=10_000, help="draws of patients (default: 10000)")
+    add("--resamples", type=int, metavar="N", default=2000, help="draws of patients (default: 2000)")
     add("--seed", type=int, metavar="N", default=0, help="of the draws (default: 0)")
     add("--by-magnification", action="store_true", help="also print the differences at each magnification")
     add("--num-workers", type=int, metavar="N", default=0, help="processes that read images (default: 0)")
