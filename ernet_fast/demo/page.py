@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.console.tables import format_figure, metrics_header, metrics_rows
+from ernet_fast.console.tables import format_figure, interval_caption, metrics_header, metrics_rows
 from ernet_fast.demo.pace import MOST_EPOCHS
 from ernet_fast.demo.stain_tour import StainTour
 from ernet_fast.demo.timing import Timing, format_seconds
 from ernet_fast.diagnosis import diagnose
-from ernet_fast.train import report
+from ernet_fast.train import report, run_report
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.evaluation import Evaluation
 from ernet_fast.train.loop import TrainResult
@@ -49,6 +49,7 @@ def write_page(path: Path, found: DemoFindings) -> Path:
             _stain(found),
             _training(found),
             _evaluation(found, figures),
+            *([run_report.mistakes_block(found.evaluation, None)] if found.evaluation.mistakes else []),
             _speed(found),
             _machine(found, facts),
         ],
@@ -145,7 +146,20 @@ def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
                 (roc_picture(predictions), f"ROC curves, AUC {format_figure(figures['overall']['auc'])}", ""),
             ]
         ),
+        *_uncertainty(found, figures),
     )
+
+
+def _uncertainty(found: DemoFindings, figures: dict[str, Any]) -> list[report.Block]:
+    """Intervals, and the ROC curves with their bands; nothing without them."""
+    bootstrap = found.evaluation.bootstrap
+    if bootstrap is None or figures["intervals"] is None:
+        return []
+    caption = f"{interval_caption(figures['intervals'])}. What other patients might have given with this network."
+    return [
+        run_report.intervals_table(figures, caption),
+        report.pictures([run_report.roc_band_figure(found.evaluation, bootstrap, None)]),
+    ]
 
 
 def _speed(found: DemoFindings) -> report.Block:

@@ -28,6 +28,7 @@ from ernet_fast.train.stain_choice import most_typical
 _RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
 _TOTAL_SECONDS = 165.0  # leaves a little of the three minutes for starting Python
 _LATER_SECONDS = 55.0  # for evaluation, timing and report
+_MISTAKES = 6
 _SYNTHETIC: dict[str, Any] = {
     "patients": 24, "patches_per_patient": 12, "magnifications": [100, 200], "size": [224, 224], "staining": "shifted"
 }  # fmt: skip
@@ -104,8 +105,9 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
 
     reporter.line("4/6  evaluation on test patients")
     evaluation = evaluate(
-        trained.best_checkpoint, max_images=max(1, config.max_images // 2), device=config.device, reporter=reporter
-    )
+        trained.best_checkpoint, max_images=max(1, config.max_images // 2), device=config.device, mistakes=_MISTAKES,
+        reporter=reporter,
+    )  # fmt: skip
     evaluation.write(folder / "evaluation")
 
     reporter.line("5/6  speed")

@@ -78,9 +78,11 @@ def test_report_is_one_file(small_demo):
         "torch 2",
         "Speed",
         "one thread",
+        "bootstrap resamples of patients",
     ):
         assert part in text, part
-    assert page.tags.count("img") == 4, "before and after, history, confusion matrix, ROC"
+    pictures = 5 + bool(small_demo.figures["evaluation"]["mistakes"])
+    assert page.tags.count("img") == pictures, "before and after, history, confusion matrix, ROC, its bands, mistakes"
 
 
 def test_demo_leaves_pictures_and_figures(small_demo):
