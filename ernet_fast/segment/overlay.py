@@ -29,7 +29,7 @@ def draw_outlines(image: Any, found: SegmentedNuclei, *, colour: tuple[int, int,
     height, width = found.labels.shape
     if str(pixels.dtype) != "torch.uint8" or tuple(pixels.shape) != (1, 3, height, width):
         raise ValueError(
-            f"image is {pixels.dtype} with shape {tuple(pixels.shape[1:])}; expected one uint8 image of {height}x{width} "
+            f"image is {pixels.dtype} of shape {tuple(pixels.shape[1:])}; expected one uint8 image of {height}x{width} "
             "pixels, as the nuclei were found in."
         )
     segmentation = require("skimage.segmentation", extra="segment", purpose="drawing outlines of nuclei")
