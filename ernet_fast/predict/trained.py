@@ -1,0 +1,91 @@
+"""The network of a checkpoint, with everything that led images to it in training."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ernet_fast.data import PatchTransform
+from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
+from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.device import build_fabric, evaluation_pass
+from ernet_fast.train.network import build_network, uses_channels_last
+from ernet_fast.train.run_folder import find_checkpoint
+from ernet_fast.train.stain_choice import StainNormalization
+
+
+class TrainedNetwork:
+    """A checkpoint's network in evaluation mode, and the preparation of images that it was trained with.
+
+    Args:
+        checkpoint: a file of `ernet_fast.train.fit`, or the folder of a run, which stands for its `best.pt`.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+
+    Attributes:
+        path: of the checkpoint.
+        epoch: of the checkpoint.
+        config: the training's settings.
+        classes: names of the classes.
+        state: everything that the checkpoint holds.
+        network: the module, on its device.
+        prepare: uint8 [3, H, W] to float32 [3, S, S]: the training's stain normalisation, size and scale.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is missing or damaged.
+        ImportError: the extra ``train`` is not installed.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike[str], *, device: str = "auto") -> None:
+        self.path = find_checkpoint(checkpoint)
+        self.state = load_checkpoint(self.path)
+        with field_of(self.path, "config"):
+            self.config = TrainConfig.from_dict(self.state["config"] | {"weights": None})
+        self.epoch: int = self.state["epoch"]
+        self.classes: tuple[str, ...] = tuple(self.state["classes"])
+        with field_of(self.path, "stain"):
+            stain = StainNormalization.from_state(self.state["stain"])
+        self.prepare = PatchTransform(self.config.image_size, resize=self.config.resize, normalizer=stain)
+        self._fabric = build_fabric(device, self.config.precision)
+        network = build_network(self.config, len(self.classes))
+        load_network(network, self.state, self.path)
+        self._channels_last = uses_channels_last(self.config, self._fabric.device)
+        if self._channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = self._fabric.strategy.precision.convert_module(network).to(self._fabric.device)
+        self.network: nn.Module = network.eval()
+        self._forward = evaluation_pass(self._fabric, network, self._channels_last)
+
+    def logits(self, prepared: Tensor) -> Tensor:
+        """Output [N, K] of prepared images [N, 3, S, S], on the network's device; gradients flow where they are on."""
+        return self._forward(prepared)
+
+    @torch.no_grad()
+    def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
+        """Class probabilities float64 [N, K] of prepared images, on the CPU.
+
+        Raises FloatingPointError if the network's output is not finite.
+        """
+        found = self.logits(torch.stack(list(prepared))).double().softmax(dim=1).cpu()
+        if not found.isfinite().all():
+            raise FloatingPointError("the network's output is not finite.")
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """What decides predictions, as plain values: the checkpoint and its preparation of images."""
+        stain = self.state["stain"]
+        return {
+            "checkpoint": str(self.path),
+            "sha256": hashlib.sha256(Path(self.path).read_bytes()).hexdigest(),
+            "epoch": self.epoch,
+            "model": self.config.model,
+            "classes": list(self.classes),
+            "image_size": self.config.image_size,
+            "resize": self.config.resize,
+            "stain_target": None if stain is None else str(stain["source"]),
+        }
