@@ -65,6 +65,17 @@ class TrainedNetwork:
         """Output [N, K] of prepared images [N, 3, S, S], on the network's device; gradients flow where they are on."""
         return self._forward(prepared)
 
+    def embed(self, prepared: Tensor) -> tuple[Tensor, Tensor]:
+        """What the classifier gets of prepared images, [N, D], and makes of it, the logits [N, K]."""
+        taken: list[Tensor] = []
+        classifier = _classifier(self.network)
+        hook = classifier.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+        try:
+            logits = self.logits(prepared)
+        finally:
+            hook.remove()
+        return taken[0].flatten(1), logits
+
     @torch.no_grad()
     def probabilities(self, prepared: Sequence[Tensor]) -> Tensor:
         """Class probabilities float64 [N, K] of prepared images, on the CPU.
@@ -89,3 +100,14 @@ class TrainedNetwork:
             "resize": self.config.resize,
             "stain_target": None if stain is None else str(stain["source"]),
         }
+
+
+def _classifier(network: nn.Module) -> nn.Module:
+    """The linear layer that ends a network: the one it names, or the last one."""
+    named = getattr(network, "get_classifier", lambda: None)()
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if isinstance(named, nn.Linear):
+        return named
+    if not linear:
+        raise ValueError(f"{type(network).__name__} has no linear classifier, so no embeddings of images.")
+    return linear[-1]
