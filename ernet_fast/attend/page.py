@@ -111,7 +111,7 @@ def _strip(result: AttendResult, entry: BagResult) -> bytes:
         axes.spines[:].set_visible(False)
     for axes, place in zip(grid, shown, strict=False):
         sample = result.samples[entry.bag.fields[place]]
-        axes.imshow(read_image(sample.path).permute(1, 2, 0).numpy(), aspect="auto")
+        axes.imshow(read_image(sample.path).permute(1, 2, 0).numpy())
         times = entry.weights[place] * len(entry.weights)
         axes.set_xlabel(f"{sample.magnification}X, {times:.2f}x", size=8, color=INK)
     return save_figure(figure, None)

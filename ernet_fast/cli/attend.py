@@ -37,7 +37,8 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         help="predict slides or patients by attention over their fields",
         description="Train attention over the fields of each slide or patient, at all magnifications, on the "
         "embeddings of a trained network and by its own split, and predict every slide or patient. Writes "
-        "attention.pt, embeddings.pt, bags.csv, attention.csv (the weight of every field), metrics.json and report.html.",
+        "attention.pt, embeddings.pt, bags.csv, attention.csv (the weight of every field), metrics.json and "
+        "report.html.",
     )
     add = parser.add_argument
     add("checkpoint", metavar="RUN", help="folder of a run (its best.pt), or a file best.pt or last.pt")

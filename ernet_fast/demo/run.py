@@ -15,6 +15,7 @@ from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
 from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
+from ernet_fast.demo.nuclei_tour import show_nuclei
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import show_normalization
 from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
@@ -95,6 +96,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     tour = show_normalization([*train, *test], target, normalizer, folder / "before_after.png")
     reporter.line(f"     spread of mean colours {tour.spread_before:.1f} -> {tour.spread_after:.1f} grey levels")
 
+    nuclei = show_nuclei(test)
     reporter.line("3/6  training")
     for name in _RUN_FILES:  # of an earlier demo, and nothing else
         (folder / "run" / name).unlink(missing_ok=True)
@@ -114,7 +116,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     reporter.line("6/6  report")
     findings = DemoFindings(
         synthetic=config.data is None, data=data, settings=settings, counts={"train": len(train), "test": len(test)},
-        target=target.name, tour=tour, trained=trained, evaluation=evaluation, timings=timings,
+        target=target.name, tour=tour, nuclei=nuclei, trained=trained, evaluation=evaluation, timings=timings,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     report = write_page(folder / "report.html", findings)
@@ -181,6 +183,10 @@ def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, 
         "stain": {
             "target": findings.target, "spread_before": tour.spread_before, "spread_after": tour.spread_after,
             "images": tour.measured,
+        },
+        "nuclei": {
+            name: {"images": images, "nuclei": count, "density_per_mm2": density, "area_um2": area, "eccentricity": round_}
+            for name, (images, count, (density, area, round_)) in findings.nuclei.rows.items()
         },
         "history": findings.trained.history,
         "evaluation": findings.evaluation.figures(),

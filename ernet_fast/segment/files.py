@@ -56,8 +56,8 @@ def segment_files(
     Args:
         inputs: images, folders, patterns and lists of them.
         out: folder to write to, made if missing; files of an earlier call are replaced.
-        mpp: micrometres a pixel, one number or (along y, along x), or "breakhis", which takes the magnification from
-            the name and the size that BreakHis images of 700x460 pixels would have (`breakhis_mpp`).
+        mpp: micrometres a pixel, one number or (along y, along x), or "breakhis": `breakhis_mpp` of the
+            magnification in the name and the image's height, pixels taken to be square.
         settings: what counts as a nucleus.
         overlays: write a picture of each image with the outlines.
         reporter: where progress goes; default: stderr.
@@ -100,9 +100,8 @@ def _segment(
 ) -> SegmentedNuclei:
     image = read_image(path)
     if mpp is None:
-        height, width = image.shape[1:]
-        native = breakhis_mpp(parse_name(path).magnification)
-        mpp = native * 460 / height, native * 700 / width
+        side = breakhis_mpp(parse_name(path).magnification, image.shape[1])
+        mpp = side, side
     found = nuclei(image, mpp=mpp, settings=settings, layout="CHW")
     if overlay is not None:
         pil = require("PIL.Image", extra="train", purpose="writing pictures")

@@ -77,10 +77,11 @@ def test_report_is_one_file(small_demo):
         "Not for diagnostic use",
         "torch 2",
         "Speed",
+        "Nuclei",
         "one thread",
     ):
         assert part in text, part
-    assert page.tags.count("img") == 4, "before and after, history, confusion matrix, ROC"
+    assert page.tags.count("img") == 6, "before and after, nuclei of both classes, history, confusion matrix, ROC"
 
 
 def test_demo_leaves_pictures_and_figures(small_demo):

@@ -19,7 +19,7 @@ def test_version_and_help(call):
     assert call("--version").out.strip() == f"ernet_fast {ernet_fast.__version__}"
     top = call("--help")
     assert top.code == 0 and all(
-        name in top.out for name in ("demo", "train", "evaluate", "export", "normalize", "doctor")
+        name in top.out for name in ("demo", "train", "evaluate", "export", "normalize", "segment", "predict", "attend", "doctor")
     )
     for name in ("demo", "train", "evaluate", "export", "normalize", "doctor"):
         shown = call(name, "--help")
