@@ -17,12 +17,12 @@ from ernet_fast.train.images import evenly_chosen
 _MOST = 12
 """Images that are measured: a few seconds."""
 
-_FIGURES = ("density_per_mm2", "area_mean_um2", "eccentricity_mean")
+FIGURES = ("density_per_mm2", "area_mean_um2", "eccentricity_mean")
 
 
 @dataclass(frozen=True)
 class NucleiTour:
-    """Figures of each class, [images, nuclei, means of `_FIGURES`], pictures with outlines, or why there are none."""
+    """Figures of each class, [images, nuclei, means of `FIGURES`], pictures with outlines, or why there are none."""
 
     rows: dict[str, tuple[int, int, tuple[float | None, ...]]]
     pictures: tuple[tuple[bytes, str, str], ...]
@@ -53,7 +53,7 @@ def show_nuclei(samples: Sequence[Sample]) -> NucleiTour:
 
 def _row(figures: list[dict[str, float | None]]) -> tuple[int, int, tuple[float | None, ...]]:
     means = []
-    for key in _FIGURES:
+    for key in FIGURES:
         values = [value for entry in figures if (value := entry[key]) is not None]
         means.append(float(np.mean(values)) if values else None)
     return len(figures), int(sum(entry["nuclei"] or 0 for entry in figures)), tuple(means)

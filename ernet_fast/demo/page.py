@@ -117,7 +117,9 @@ def _nuclei(found: DemoFindings) -> report.Block:
             "Nuclei of a few test images: the haematoxylin channel, a band-pass in the frequency domain, a threshold "
             "and a watershed. Nuclei that others cover are missed, and lengths rest on an estimate of the pixel size."
         ),
-        report.table(["", "images", "nuclei", "per mm2", "area, um2", "eccentricity"], rows, caption="Means of images."),
+        report.table(
+            ["", "images", "nuclei", "per mm2", "um2", "eccentricity"], rows, caption="Means over the images."
+        ),
         report.pictures(tour.pictures),
     )
 

@@ -14,8 +14,8 @@ from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
+from ernet_fast.demo.nuclei_tour import FIGURES, show_nuclei
 from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
-from ernet_fast.demo.nuclei_tour import show_nuclei
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import show_normalization
 from ernet_fast.demo.timing import Timing, time_macenko, time_shortcuts, time_training_step
@@ -185,8 +185,8 @@ def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, 
             "images": tour.measured,
         },
         "nuclei": {
-            name: {"images": images, "nuclei": count, "density_per_mm2": density, "area_um2": area, "eccentricity": round_}
-            for name, (images, count, (density, area, round_)) in findings.nuclei.rows.items()
+            name: {"images": images, "nuclei": count, **dict(zip(FIGURES, means, strict=True))}
+            for name, (images, count, means) in findings.nuclei.rows.items()
         },
         "history": findings.trained.history,
         "evaluation": findings.evaluation.figures(),

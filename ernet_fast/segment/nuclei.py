@@ -103,16 +103,16 @@ def nuclei(
     settings = settings or NucleiSettings()
     if isinstance(images, (list, tuple)):
         fits = _fit_of_each(source, len(images))
-        whole = {"mpp": pixel, "settings": settings, "layout": layout}
-        return [nuclei(image, source=fit, **whole) for image, fit in zip(images, fits, strict=True)]
+        return [
+            nuclei(image, mpp=pixel, settings=settings, source=fit, layout=layout)
+            for image, fit in zip(images, fits, strict=True)
+        ]
     batch = read_images(images, layout)
     found = separate(batch.pixels, source, layout="CHW")
     haematoxylin = _finite(found.concentrations[:, 0])
     response = band_pass(haematoxylin, pixel, settings.finest, settings.coarsest)
-    results = [
-        _one(*(part.cpu().numpy() for part in parts), pixel, MacenkoStatus(status), settings)
-        for *parts, status in zip(haematoxylin, response, found.status.tolist(), strict=True)
-    ]
+    channels = zip(haematoxylin.cpu().numpy(), response.cpu().numpy(), found.status.tolist(), strict=True)
+    results = [_one(h, r, pixel, MacenkoStatus(status), settings) for h, r, status in channels]
     return results[0] if batch.single else results
 
 
