@@ -16,6 +16,9 @@ from ernet_fast.console.atomic_file import atomic_write
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.predict import TrainedNetwork
+from ernet_fast.stain import MacenkoFit
+
+Stains = dict[str, MacenkoFit | None]
 
 
 class Embeddings(NamedTuple):
@@ -25,12 +28,29 @@ class Embeddings(NamedTuple):
     probabilities: Tensor
 
 
-def prepared_batches(trained: TrainedNetwork, samples: Sequence[Sample], batch_size: int) -> Iterator[Tensor]:
-    """Images [N, 3, S, S] as the network takes them, in order. Errors name the file that cannot be read."""
+def prepared_batches(
+    trained: TrainedNetwork, samples: Sequence[Sample], batch_size: int, stains: Stains
+) -> Iterator[Tensor]:
+    """Images [N, 3, S, S] as the network takes them, in order. Errors name the file that cannot be read.
+
+    `stains` of the slides, if the training normalised by slide.
+    """
+
+    def prepared(sample: Sample) -> Tensor:
+        return trained.prepare(read_image(sample.path), stains.get(sample.slide))
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for begin in range(0, len(samples), batch_size):
             part = samples[begin : begin + batch_size]
-            yield torch.stack([*pool.map(lambda sample: trained.prepare(read_image(sample.path)), part)])
+            yield torch.stack([*pool.map(prepared, part)])
+
+
+def stains_of(trained: TrainedNetwork, samples: Sequence[Sample]) -> Stains:
+    """The stains of each slide of `samples`, of a training by slide; empty for others."""
+    slides: dict[str, list[Path]] = {}
+    for sample in samples if trained.by_slide else ():
+        slides.setdefault(sample.slide, []).append(sample.path)
+    return trained.slide_stains(slides)
 
 
 @torch.no_grad()
@@ -49,7 +69,7 @@ def embed_all(
         return kept
     values, probabilities = [], []
     with reporter.task("embed", len(samples)) as task:
-        for images in prepared_batches(trained, samples, trained.config.batch_size):
+        for images in prepared_batches(trained, samples, trained.config.batch_size, stains_of(trained, samples)):
             found, logits = trained.embed(images)
             values.append(found.float().cpu())
             probabilities.append(logits.double().softmax(dim=1).float().cpu())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ernet_fast._version import __version__
 from ernet_fast.attend.bags import Bag, make_bags
-from ernet_fast.attend.embeddings import Embeddings, embed_all, prepared_batches
+from ernet_fast.attend.embeddings import Embeddings, embed_all, prepared_batches, stains_of
 from ernet_fast.attend.fit import Bags, pooled, train_attention
 from ernet_fast.attend.page import write_page
 from ernet_fast.attend.result import PARTS, AttendResult, BagResult
@@ -112,10 +112,11 @@ def _kept(kept: Embeddings) -> Any:
 
 def _tuned(trained: TrainedNetwork, samples: Sequence[Sample]) -> Any:
     """Embeddings by the network as it is now; gradients flow where they are on."""
+    stains = stains_of(trained, samples)
 
     def look(places: Sequence[int]) -> Tensor:
         chosen = [samples[place] for place in places]
-        batches = prepared_batches(trained, chosen, max(1, trained.config.batch_size))
+        batches = prepared_batches(trained, chosen, trained.config.batch_size, stains)
         return torch.cat([trained.embed(images)[0].float() for images in batches])
 
     return look

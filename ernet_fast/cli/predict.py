@@ -10,6 +10,7 @@ from ernet_fast.console.progress import Reporter
 from ernet_fast.console.tables import format_table
 from ernet_fast.predict import Predicted, predict_files
 from ernet_fast.predict.files import KINDS
+from ernet_fast.predict.slide import STAINS
 from ernet_fast.train.checkpoint import load_checkpoint
 from ernet_fast.train.run_folder import find_checkpoint
 
@@ -45,6 +46,8 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     slide("--overlap", type=float, metavar="SHARE", default=0.0, help="overlap of neighbouring tiles (default: 0)")
     tissue = "least share of tissue of a tile that is looked at (default: %(default)g)"
     slide("--min-tissue", type=float, metavar="SHARE", default=0.1, help=tissue)
+    stains = "fit stains on each tile or on the whole slide; default: as in training"
+    slide("--stains", choices=STAINS, help=stains)
     shown = "class that heat maps show; default: of two the second, else the most probable on average"
     slide("--class", dest="shown", metavar="NAME", help=shown)
     parser.set_defaults(run=run)
@@ -52,7 +55,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Predict; returns 0, or 3 if a file failed."""
-    names = ("kind", "batch_size", "device", "shown", "field", "mpp", "overlap", "min_tissue")
+    names = ("kind", "batch_size", "device", "shown", "field", "mpp", "overlap", "min_tissue", "stains")
     done = predict_files(
         arguments.checkpoint, arguments.input, arguments.out, reporter=Reporter(quiet=arguments.quiet),
         **{name: getattr(arguments, name) for name in names},

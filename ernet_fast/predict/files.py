@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from ernet_fast._optional import require
 from ernet_fast._version import __version__
 from ernet_fast.console.atomic_file import atomic_write, remove_abandoned, write_csv, write_json
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import ImageReadError, read_image
+from ernet_fast.data import ImageReadError, parse_name, read_image
 from ernet_fast.predict import heat_map
 from ernet_fast.predict.slide import SlidePrediction, predict_slide, training_field
 from ernet_fast.predict.trained import TrainedNetwork
 from ernet_fast.scale.inputs import image_files
+from ernet_fast.stain import MacenkoFit
 
 KINDS = ("auto", "images", "slides")
 _SLIDES_ALONE = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide")
@@ -66,7 +68,7 @@ def predict_files(
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         shown: class whose probability heat maps show; default: of two the second, else the most probable on average.
         reporter: where progress goes; default: stderr.
-        slide_options: `field`, `mpp`, `overlap` and `min_tissue` of `predict_slide`.
+        slide_options: `field`, `mpp`, `overlap`, `min_tissue` and `stains` of `predict_slide`.
 
     Returns:
         One entry a file: images, slides, then what is not read.
@@ -129,9 +131,11 @@ def _find(inputs: Sequence[str | os.PathLike[str]], kind: str) -> tuple[list[Pat
 
 
 def _images(trained: TrainedNetwork, paths: Sequence[Path], batch_size: int, reporter: Reporter) -> Iterator[Predicted]:
+    sources = _sources(trained, paths, reporter)
+
     def prepared(path: Path) -> Tensor | str:
         try:
-            return trained.prepare(read_image(path))
+            return trained.prepare(read_image(path), sources.get(path))
         except (ImageReadError, FileNotFoundError, ValueError) as error:
             return str(error)
 
@@ -149,6 +153,24 @@ def _images(trained: TrainedNetwork, paths: Sequence[Path], batch_size: int, rep
                 else:
                     yield Predicted(path, "image", None, 0, image)
             task.advance(len(part))
+
+
+def _sources(trained: TrainedNetwork, paths: Sequence[Path], reporter: Reporter) -> dict[Path, MacenkoFit | None]:
+    """Of a training by slide: the stains of the slide of each image whose name, as in BreakHis, says which it is."""
+    if not trained.by_slide:
+        return {}
+    slides: dict[str, list[Path]] = {}
+    for path in paths:
+        with suppress(ValueError):
+            slides.setdefault(parse_name(path).slide, []).append(path)
+    unknown = len(paths) - sum(map(len, slides.values()))
+    if unknown:
+        reporter.warning(
+            f"the network was trained on images normalised by slide, and the names of {unknown} images do not say "
+            "which slide they are of: they are normalised by their own stains."
+        )
+    stains = trained.slide_stains(slides)
+    return {path: stains[slide] for slide, images in slides.items() for path in images}
 
 
 def _write_slide(found: SlidePrediction, folder: Path, shown: str | None) -> str:

@@ -19,9 +19,12 @@ from ernet_fast.data.pixel_size import BREAKHIS_HEIGHT, breakhis_mpp
 from ernet_fast.predict.grid import Grid, Tile
 from ernet_fast.predict.trained import TrainedNetwork
 from ernet_fast.scale.slide_reader import SlideReader
+from ernet_fast.stain import MacenkoFit
 
 TISSUE_LEVEL = 205
 """A pixel whose channels are all at most this bright is tissue: an optical density of 0.15, Macenko's threshold."""
+
+STAINS = ("tile", "slide")
 
 _PICTURE_SIDE = 1600
 """Pixels of the longer side of a thumbnail, as far as whole pixels a cell allow."""
@@ -80,14 +83,15 @@ def predict_slide(
     mpp: float | None = None,
     overlap: float = 0.0,
     min_tissue: float = 0.1,
+    stains: str | None = None,
     batch_size: int | None = None,
     reporter: Reporter | None = None,
 ) -> SlidePrediction:
     """Run a network over a slide, tile by tile.
 
     A tile shows as much tissue as a training image did, is read from the smallest level that has the pixels for it,
-    and prepared as in training (stains are normalised tile by tile, as image by image then). Memory holds a batch of
-    tiles, and for each tile its probabilities and a few pixels of the thumbnail.
+    and prepared as in training, with the stains of each tile, or of the whole slide if training was so. Memory holds a
+    batch of tiles, and for each tile its probabilities and a few pixels of the thumbnail.
 
     Args:
         trained: the network.
@@ -97,6 +101,7 @@ def predict_slide(
         mpp: micrometres a pixel of level 0, where the slide does not say or is wrong.
         overlap: share of a tile's side by which neighbours overlap, from 0 up to 0.95: a finer map.
         min_tissue: least share of tissue of a tile that is looked at.
+        stains: fitted on each ``"tile"``, or on tissue tiles of the whole ``"slide"``; default: as in training.
         batch_size: tiles a step; default: that of the training.
         reporter: where progress goes; default: stderr.
 
@@ -109,6 +114,9 @@ def predict_slide(
         raise ValueError(f"overlap={overlap}, min_tissue={min_tissue}; expected 0 to 0.95, and 0 to 1.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected a positive number.")
+    if stains not in (None, *STAINS):
+        raise ValueError(f"stains={stains!r}; expected one of {', '.join(map(repr, STAINS))}.")
+    stains = stains or ("slide" if trained.by_slide else "tile")
     field = training_field(trained) if field is None else field
     reporter, reader = reporter or Reporter(), SlideReader(Path(slide))
     try:
@@ -123,7 +131,8 @@ def predict_slide(
         tile = max(1, round(wide)), max(1, round(tall))
         step = max(1.0, wide * (1 - overlap)), max(1.0, tall * (1 - overlap))
         grid = Grid((reader.levels[level][0], reader.levels[level][1]), tile, step)
-        map_of = _Map(trained, grid, down, min_tissue)
+        source = trained.common_stains(map(_image, reader.fit_tiles(_tissue_share))) if stains == "slide" else None
+        map_of = _Map(trained, grid, down, min_tissue, source)
         with reporter.task(f"predict {Path(slide).name}", len(grid)) as task:
             for found in grid.tiles():
                 pixels = reader.read(found.x, found.y, found.width, found.height, level)
@@ -132,7 +141,7 @@ def predict_slide(
             map_of.flush()
         settings = {
             "field_um": field, "mpp": list(pixel), "overlap": overlap, "min_tissue": min_tissue, "level": level,
-            "tile_pixels": list(tile), "reader": reader.reader,
+            "tile_pixels": list(tile), "stains": stains, "reader": reader.reader,
         }  # fmt: skip
     finally:
         reader.close()
@@ -160,11 +169,21 @@ def _level(reader: SlideReader, tile: list[float], least: int) -> int:
     return max(fits, key=reader.downsample, default=0)
 
 
+def _image(pixels: NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _tissue_share(pixels: NDArray[np.uint8]) -> float:
+    return float((pixels.max(axis=2) <= TISSUE_LEVEL).mean())
+
+
 class _Map:
     """The answers so far, and the tiles that wait for a full batch."""
 
-    def __init__(self, trained: TrainedNetwork, grid: Grid, down: float, min_tissue: float) -> None:
-        self._trained, self._grid, self._down, self._min_tissue = trained, grid, down, min_tissue
+    def __init__(
+        self, trained: TrainedNetwork, grid: Grid, down: float, min_tissue: float, source: MacenkoFit | None
+    ) -> None:
+        self._trained, self._down, self._min_tissue, self._source = trained, down, min_tissue, source
         shape = grid.rows, grid.columns
         self.probabilities = np.full((*shape, len(trained.classes)), np.nan, np.float32)
         self.tissue = np.zeros(shape, np.float32)
@@ -180,12 +199,12 @@ class _Map:
     def add(self, tile: Tile, pixels: NDArray[np.uint8], batch_size: int) -> None:
         """Note a tile [h, w, 3]; the network looks when there is a batch."""
         where = tile.row, tile.column
-        share = float((pixels.max(axis=2) <= TISSUE_LEVEL).mean())
+        share = _tissue_share(pixels)
         self.tissue[where] = share
         self.boxes[where] = [round(v * self._down) for v in (tile.x, tile.y, tile.width, tile.height)]
         self._draw(tile, pixels)
         if share >= self._min_tissue and share > 0:
-            self._waiting.append((where, self._trained.prepare(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())))
+            self._waiting.append((where, self._trained.prepare(_image(pixels), self._source)))
         if len(self._waiting) >= batch_size:
             self.flush()
 

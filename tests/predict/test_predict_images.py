@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ernet_fast.cli import main
-from ernet_fast.data import read_image
+from ernet_fast.data import PatchTransform, parse_name, read_image
 from ernet_fast.predict import TrainedNetwork, predict_files
+from ernet_fast.stain import ColourCounts, macenko_normalize
 from ernet_fast.train import Reporter, evaluate, load_checkpoint
 from ernet_fast.train.stain_choice import StainNormalization
 
@@ -41,9 +42,37 @@ def test_stains_are_normalised_as_the_checkpoint_says(run_folder, tiny_breakhis)
     stain = StainNormalization.from_state(load_checkpoint(run_folder / "best.pt")["stain"])
     normalised = stain(image)
     assert not torch.equal(normalised, image)
-    trained.prepare.normalizer = None
-    expected = trained.prepare(normalised)
-    assert torch.equal(TrainedNetwork(run_folder, device="cpu").prepare(image), expected)
+    expected = PatchTransform(32)(normalised)
+    assert torch.equal(trained.prepare(image), expected)
+
+
+def test_after_a_training_by_slide_stains_are_those_of_slides(run_folder, tiny_breakhis, tmp_path, monkeypatch):
+    samples = [parse_name(path) for path in sorted(tiny_breakhis.rglob("*.png"))]
+    slide = [sample.path for sample in samples if sample.slide == samples[0].slide]
+    shutil.copy(slide[0], tmp_path / "x.png")
+    init = TrainedNetwork.__init__
+
+    def by_slide(self, *arguments, **options):
+        init(self, *arguments, **options)
+        self.by_slide = True
+
+    monkeypatch.setattr(TrainedNetwork, "__init__", by_slide)
+    with pytest.MonkeyPatch.context() as patch:
+        warned = []
+        patch.setattr(Reporter, "warning", lambda self, text: warned.append(text))
+        done = predict_files(run_folder, [*slide, tmp_path / "x.png"], tmp_path / "out", device="cpu")
+    assert len(warned) == 1 and "names of 1 images" in warned[0]
+    trained, counts = TrainedNetwork(run_folder, device="cpu"), ColourCounts()
+    for path in slide:
+        counts.add(read_image(path), layout="CHW")
+    target = StainNormalization.from_state(trained.state["stain"]).normalizer.target
+    by_path = {entry.path: entry.probabilities for entry in done}
+    for path in slide:
+        pixels = macenko_normalize(read_image(path), target, source=counts.fit(), layout="CHW")
+        expected = trained.probabilities([PatchTransform(32)(pixels)])[0].tolist()
+        assert by_path[path] == pytest.approx(expected, abs=1e-6)
+    own = trained.probabilities([trained.prepare(read_image(slide[0]))])[0].tolist()
+    assert by_path[tmp_path / "x.png"] == pytest.approx(own, abs=1e-6)
 
 
 def test_the_command_lists_what_failed(run_folder, tiny_breakhis, tmp_path, capsys):

@@ -89,6 +89,25 @@ def test_overlap_makes_a_finer_map_and_batches_do_not_matter(run_folder, slide):
     np.testing.assert_allclose(coarse.probabilities, fine.probabilities, atol=1e-6)
 
 
+def test_stains_of_the_whole_slide(run_folder, slide):
+    trained = TrainedNetwork(run_folder, device="cpu")
+    found = predict_slide(trained, slide, field=40, stains="slide", reporter=QUIET)
+    assert found.settings["stains"] == "slide"
+    reader = SlideReader(slide)
+    # stains are fitted on the level of 1 um a pixel, here one tile
+    whole = torch.from_numpy(reader.read(0, 0, *reader.levels[1], 1)).permute(2, 0, 1).contiguous()
+    x, y, _, _ = found.boxes[1, 1]
+    pixels = torch.from_numpy(reader.read(x // 2, y // 2, 40, 40, 1)).permute(2, 0, 1).contiguous()
+    reader.close()
+    expected = trained.probabilities([trained.prepare(pixels, trained.common_stains([whole]))])
+    np.testing.assert_allclose(found.probabilities[1, 1], expected[0], atol=1e-6)
+    other = predict_slide(trained, slide, field=40, reporter=QUIET)
+    assert other.settings["stains"] == "tile"
+    assert not np.allclose(found.probabilities[1, 1], other.probabilities[1, 1], atol=1e-6)
+    with pytest.raises(ValueError, match="stains='none'"):
+        predict_slide(trained, slide, stains="none")
+
+
 def test_the_command_writes_tables_and_maps(run_folder, slide, tmp_path, capsys):
     out = tmp_path / "out"
     # 152 um, from the training at 200X: the slide has two tiles by one
