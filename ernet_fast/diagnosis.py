@@ -33,6 +33,7 @@ _PACKAGES = (
     ("onnxruntime", "onnxruntime", "export", "running ONNX files"),
     ("timm", "timm", "timm", "model registry"),
     ("torchvision", "torchvision", "optional", "needed by timm only"),
+    ("skimage", "scikit-image", "segment", "nuclei"),
     ("openslide", "openslide-python", "slides", "whole-slide images"),
     ("tifffile", "tifffile", "slides", "TIFF images"),
     ("imagecodecs", "imagecodecs", "slides", "writing slides as JPEG"),

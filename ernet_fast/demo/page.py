@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ernet_fast.console.tables import format_figure, interval_caption, metrics_header, metrics_rows
+from ernet_fast.demo.nuclei_tour import NucleiTour
 from ernet_fast.demo.pace import MOST_EPOCHS
 from ernet_fast.demo.stain_tour import StainTour
 from ernet_fast.demo.timing import Timing, format_seconds
@@ -28,6 +29,7 @@ class DemoFindings:
     counts: dict[str, int]
     target: str
     tour: StainTour
+    nuclei: NucleiTour
     trained: TrainResult
     evaluation: Evaluation
     timings: list[Timing]
@@ -47,6 +49,7 @@ def write_page(path: Path, found: DemoFindings) -> Path:
             _summary(found, figures),
             report.note(_caution(found, figures)),
             _stain(found),
+            _nuclei(found),
             _training(found),
             _evaluation(found, figures),
             *([run_report.mistakes_block(found.evaluation, None)] if found.evaluation.mistakes else []),
@@ -98,6 +101,27 @@ def _stain(found: DemoFindings) -> report.Block:
         report.pictures(
             [(tour.picture, "Patches of six patients before and after stain normalisation, beside the target", "")]
         ),
+    )
+
+
+def _nuclei(found: DemoFindings) -> report.Block:
+    tour = found.nuclei
+    if tour.reason:
+        return report.section("Nuclei", report.paragraph(f"Not looked for: {tour.reason}"))
+    rows = []
+    for name, (images, count, means) in tour.rows.items():
+        shown = ["-" if v is None else f"{v:.{d}f}" for v, d in zip(means, (0, 1, 2), strict=True)]
+        rows.append([name, str(images), str(count), *shown])
+    return report.section(
+        "Nuclei",
+        report.paragraph(
+            "Nuclei of a few test images: the haematoxylin channel, a band-pass in the frequency domain, a threshold "
+            "and a watershed. Nuclei that others cover are missed, and lengths rest on an estimate of the pixel size."
+        ),
+        report.table(
+            ["", "images", "nuclei", "per mm2", "um2", "eccentricity"], rows, caption="Means over the images."
+        ),
+        report.pictures(tour.pictures),
     )
 
 

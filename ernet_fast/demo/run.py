@@ -14,6 +14,7 @@ from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
+from ernet_fast.demo.nuclei_tour import FIGURES, show_nuclei
 from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import show_normalization
@@ -96,6 +97,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     tour = show_normalization([*train, *test], target, normalizer, folder / "before_after.png")
     reporter.line(f"     spread of mean colours {tour.spread_before:.1f} -> {tour.spread_after:.1f} grey levels")
 
+    nuclei = show_nuclei(test)
     reporter.line("3/6  training")
     for name in _RUN_FILES:  # of an earlier demo, and nothing else
         (folder / "run" / name).unlink(missing_ok=True)
@@ -116,7 +118,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     reporter.line("6/6  report")
     findings = DemoFindings(
         synthetic=config.data is None, data=data, settings=settings, counts={"train": len(train), "test": len(test)},
-        target=target.name, tour=tour, trained=trained, evaluation=evaluation, timings=timings,
+        target=target.name, tour=tour, nuclei=nuclei, trained=trained, evaluation=evaluation, timings=timings,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     report = write_page(folder / "report.html", findings)
@@ -183,6 +185,10 @@ def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, 
         "stain": {
             "target": findings.target, "spread_before": tour.spread_before, "spread_after": tour.spread_after,
             "images": tour.measured,
+        },
+        "nuclei": {
+            name: {"images": images, "nuclei": count, **dict(zip(FIGURES, means, strict=True))}
+            for name, (images, count, means) in findings.nuclei.rows.items()
         },
         "history": findings.trained.history,
         "evaluation": findings.evaluation.figures(),
