@@ -13,8 +13,10 @@ from ernet_fast.train.loop import TrainResult, fit
 from ernet_fast.train.loss_watch import TrainingDivergedError
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification, patient_recognition_rate
 from ernet_fast.train.predictions import Predictions
+from ernet_fast.train.protocols import PROTOCOLS
+from ernet_fast.train.stop_signals import TrainingStoppedError
 
 __all__ = [
-    "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult", "TrainingDivergedError",
-    "compute_metrics", "evaluate", "fit", "load_checkpoint", "metrics_by_magnification", "patient_recognition_rate",
+    "PROTOCOLS", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult", "TrainingDivergedError",
+    "TrainingStoppedError", "compute_metrics", "evaluate", "fit", "load_checkpoint", "metrics_by_magnification", "patient_recognition_rate",
 ]  # fmt: skip

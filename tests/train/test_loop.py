@@ -19,7 +19,7 @@ def test_a_run_leaves_everything(make_config, quiet):
     result = fit(config, reporter=quiet)
     folder = Path(config.out)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best.pt", "config.json", "history.csv", "history.json", "last.pt", "split.csv",
+        "best.pt", "config.json", "history.csv", "history.json", "last-1.pt", "last.pt", "split.csv",
     ]  # fmt: skip
     history = json.loads((folder / "history.json").read_text())
     assert history == result.history and len(history) == 2

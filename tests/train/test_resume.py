@@ -37,8 +37,10 @@ def assert_same(found, expected, where="checkpoint"):
 def final_state(config: TrainConfig) -> dict:
     state = load_checkpoint(Path(config.out) / "last.pt")
     for record in (*state["history"], state["best"]):
-        record.pop("train_seconds", None)  # this and the folder may differ
-    del state["config"]["out"]
+        for name in ("train_seconds", "data_wait"):  # these and the folder may differ
+            record.pop(name, None)
+    for name in ("out", "save_steps"):
+        del state["config"][name]
     return state
 
 
