@@ -78,8 +78,8 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
             TrainConfig.from_dict(saved)
         return TrainConfig.from_dict(saved | given)
     if "data" not in given:
-        raise ValueError("--data is missing: the folder with the images (BreakHis layout).")
-    return TrainConfig.from_dict(given)
+        raise ValueError("--data is missing: the folder or list of images.")
+    return TrainConfig.from_dict(PROTOCOLS.get(given.get("protocol", ""), {}) | given)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -110,7 +110,9 @@ def _rows_of_list(path: Path) -> tuple[list[Sample], list[Skipped]]:
             reader = csv.DictReader(file, strict=True)
             missing = [column for column in ("image", "label") if column not in (reader.fieldnames or ())]
             if missing:
-                raise ValueError(f"{path}: no column {', '.join(missing)}; expected image, label and perhaps patient, ...")
+                raise ValueError(
+                    f"{path}: no column {', '.join(missing)}; expected image, label and perhaps patient, ..."
+                )
             for record in reader:
                 values = {key: (value or "").strip() for key, value in record.items() if isinstance(key, str)}
                 where, magnification = f"{path}, line {reader.line_num}", values.get("magnification", "") or "0"

@@ -40,7 +40,7 @@ def build_plain_resnet(
     base_channels: int = 64,
     **kw: Any,
 ) -> PlainResNet:
-    """The ResNet of `depth` layers with torchvision's architecture and names of parameters: the control of an ER-ResNet.
+    """The ResNet of `depth` layers, with torchvision's architecture and names: the control of an ER-ResNet.
 
     Convolutions and classifier start with the weights that the ER-ResNet has after the same `torch.manual_seed`, so
     that the two differ in their shortcuts alone.

@@ -1,33 +1,49 @@
-"""Statistics of BatchNorm over all processes of a run, on the CPU too, where torch's SyncBatchNorm has none."""
+"""Statistics of BatchNorm over all processes, on the CPU too, where torch's SyncBatchNorm does not run."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce
 
-from ernet_fast.er.process_group import group_of
-from ernet_fast.er.shortcut import ERShortcut
+from ernet_fast.er.process_group import ProcessGroup, active_group
 from ernet_fast.models.blocks import ERBlock
 
 
-class CPUSyncBatchNorm(nn.SyncBatchNorm):
-    """`nn.SyncBatchNorm` of maps on the CPU: the same result, by collectives that gradients flow through."""
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of every process's tensor, in all of them; so is that of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        total = dy.clone()
+        distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """What `nn.SyncBatchNorm` does, of maps on the CPU, by collectives that gradients flow through."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalised maps [N, C, ...]; in training by mean and variance over the maps of all processes."""
-        group = group_of(self) if self.training else None
-        if group is None or input.device.type != "cpu":
+        """Normalised maps [N, C, H, W]; in training by mean and variance over the maps of all processes."""
+        group = active_group(distributed.group.WORLD) if self.training else None
+        if group is None:
             return super().forward(input)
-        dims = [0, *range(2, input.ndim)]
-        shape = [1, -1, *[1] * (input.ndim - 2)]
+        dims, shape = (0, 2, 3), (1, -1, 1, 1)
         x = input if input.dtype == torch.float64 else input.float()
         count = torch.tensor([x.numel() / x.shape[1]], dtype=torch.float64)
         distributed.all_reduce(count, group=group)
         # two passes: the squares of deviations lose nothing where the mean is large
-        mean = all_reduce(x.double().sum(dims), group=group) / count
+        mean = _SumOverProcesses.apply(x.double().sum(dims), group) / count
         deviation = x.double() - mean.view(shape)
-        var = all_reduce(deviation.square().sum(dims), group=group) / count
+        var = _SumOverProcesses.apply(deviation.square().sum(dims), group) / count
         if self.track_running_stats:
             self._update(mean.detach(), var.detach(), float(count))
         scale = torch.rsqrt(var + self.eps).view(shape)
@@ -49,8 +65,9 @@ class CPUSyncBatchNorm(nn.SyncBatchNorm):
 def synchronise_norms(network: nn.Module, device: torch.device, *, timm: bool = False) -> nn.Module:
     """The network with every BatchNorm's statistics taken over all processes; may be another object.
 
-    ER stages synchronise by themselves where their BatchNorms are `nn.SyncBatchNorm`; on the CPU the others become
-    `CPUSyncBatchNorm`.
+    On CUDA devices every BatchNorm becomes `nn.SyncBatchNorm`, with which ER stages synchronise too. On the CPU, where
+    DistributedDataParallel refuses those, ER shortcuts get a process group, and the BatchNorms that are not fused with
+    them become `CPUSyncBatchNorm`. Names of parameters and buffers stay.
 
     Raises:
         ValueError: a timm model on the CPU, whose BatchNorms may hold their activation.
@@ -61,14 +78,14 @@ def synchronise_norms(network: nn.Module, device: torch.device, *, timm: bool = 
         from timm.layers import convert_sync_batchnorm
 
         return convert_sync_batchnorm(network)
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if device.type != "cpu":
-        return network
-    in_stages = {id(block.last_bn) for block in network.modules() if isinstance(block, ERBlock)}
-    for module in list(network.modules()):
-        if isinstance(module, ERShortcut):
-            in_stages |= {id(inner) for inner in module.modules()}
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    in_stages: set[int] = set()
+    for block in network.modules():
+        if isinstance(block, ERBlock) and block.shortcut.norm == "batch":  # norm="group" is of one sample
+            block.shortcut.process_group = distributed.group.WORLD
+            in_stages |= {id(block.last_bn), *(id(inner) for inner in block.shortcut.modules())}
     for module in network.modules():
-        if type(module) is nn.SyncBatchNorm and id(module) not in in_stages:
+        if type(module) is nn.BatchNorm2d and id(module) not in in_stages:
             module.__class__ = CPUSyncBatchNorm  # the same parameters and buffers, under the same names
     return network

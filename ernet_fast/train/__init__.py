@@ -18,5 +18,6 @@ from ernet_fast.train.stop_signals import TrainingStoppedError
 
 __all__ = [
     "PROTOCOLS", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult", "TrainingDivergedError",
-    "TrainingStoppedError", "compute_metrics", "evaluate", "fit", "load_checkpoint", "metrics_by_magnification", "patient_recognition_rate",
+    "TrainingStoppedError", "compute_metrics", "evaluate", "fit", "load_checkpoint", "metrics_by_magnification",
+    "patient_recognition_rate",
 ]  # fmt: skip

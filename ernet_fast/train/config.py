@@ -27,11 +27,7 @@ FREE = (
 
 
 def _setting(
-    default: Any,
-    meaning: str,
-    *choices: str,
-    number: tuple[type, float, float] | None = None,
-    pair: bool = False,
+    default: Any, meaning: str, *choices: str, number: tuple[type, float, float] | None = None, pair: bool = False
 ) -> Any:
     """One field: default, meaning, and either its allowed values or (int or float, smallest, largest); `pair`: two."""
     metadata = {"meaning": meaning, "choices": choices or None, "number": number, "pair": pair}
@@ -59,7 +55,7 @@ class TrainConfig:
 
     layout: str = _setting(
         "auto",
-        "what `data` is; auto looks: a CSV file, a folder with breast/benign and breast/malignant, or one folder a class",
+        "what `data` is; auto looks: a CSV file, breast/benign and breast/malignant, or one folder a class",
         "auto",
         "breakhis",
         "folders",
@@ -238,7 +234,9 @@ class TrainConfig:
         if self.norm == "batch" and self.num_groups is not None:
             raise ValueError(f"num_groups={self.num_groups} with norm='batch'; it belongs to norm='group'.")
         if self.sync_batchnorm and not self.fused:
-            raise ValueError("sync_batchnorm=True with fused=False; statistics over processes need the fused shortcuts.")
+            raise ValueError(
+                "sync_batchnorm=True with fused=False; statistics over processes need the fused shortcuts."
+            )
         self._check_model()
 
     def _check_model(self) -> None:
@@ -270,7 +268,7 @@ class TrainConfig:
 
     @classmethod
     def of_protocol(cls, protocol: str, **settings: Any) -> TrainConfig:
-        """The settings of a protocol, and `settings` in place of some of them. Raises ValueError for an unknown name."""
+        """The settings of a protocol, `settings` in place of some. Raises ValueError for an unknown name."""
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol={protocol!r}; expected one of {', '.join(map(repr, PROTOCOLS))}.")
         return cls(**(PROTOCOLS[protocol] | settings | {"protocol": protocol}))
@@ -309,8 +307,8 @@ def check_same_run(saved: dict[str, Any], config: TrainConfig) -> None:
         if config.schedule == "constant":
             return
         raise ValueError(
-            f"epochs was {saved['epochs']}, now {now['epochs']}: with schedule={config.schedule!r} the learning rate of "
-            "every step depends on the number of epochs, and the run cannot be prolonged; with schedule='constant' it "
+            f"epochs was {saved['epochs']}, now {now['epochs']}: with schedule={config.schedule!r} the learning rate "
+            "of every step depends on the number of epochs, and the run cannot be prolonged; with schedule='constant' it "
             f"could. Start a new run from its weights: --weights {config.folder / 'last.pt'}."
         )
     if changed:

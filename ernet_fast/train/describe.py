@@ -52,7 +52,8 @@ def describe_epoch(record: dict[str, Any], epochs: int, improved: bool) -> str:
         parts.append(f"val loss {record['val_loss']:.4f}")
         parts.append(f"accuracy {format_figure(val['accuracy'])}")
         parts.append(f"AUC {'undefined' if val['auc'] is None else format_figure(val['auc'])}")
-    parts.append(f"{record['train_seconds']:.1f} s, {record['data_wait']:.0%} waiting for data{'  (best)' if improved and record['val_loss'] is not None else ''}")
+    best = "  (best)" if improved and record["val_loss"] is not None else ""
+    parts.append(f"{record['train_seconds']:.1f} s, {record['data_wait']:.0%} waiting for data{best}")
     return "  ".join(parts)
 
 

@@ -15,7 +15,7 @@ from ernet_fast.data.augment import resized
 from ernet_fast.data.packed import PackedImages
 
 Batch = Any
-"""Images [N, 3, S, S], class indices int64 [N], positions in the sample list int64 [N], and in training what was wrong."""
+"""Images [N, 3, S, S], class indices and positions in the sample list int64 [N]; in training, what was wrong."""
 
 
 def mixed_seed(*parts: int) -> int:
@@ -202,9 +202,7 @@ def build_loader(
     """
     rank, world_size = (0, 1) if fabric is None else (fabric.global_rank, fabric.world_size)
     labels = [sample.label for sample in images.samples] if balanced else None
-    sampler = EpochSampler(
-        len(images), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, labels=labels
-    )
+    sampler = EpochSampler(len(images), shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, labels=labels)
     loader: DataLoader[Batch] = DataLoader(
         images,
         batch_size=batch_size,

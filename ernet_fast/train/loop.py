@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ernet_fast import _version
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Prefetcher, Skipped, Splits, write_split_csv
+from ernet_fast.models.sync_norm import synchronise_norms
 from ernet_fast.train import checkpoint, device
 from ernet_fast.train.config import TrainConfig, check_same_run
 from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
@@ -32,7 +32,6 @@ from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import BEST, LAST, keep_earlier, newest_checkpoint, only_run, take_back
 from ernet_fast.train.step_log import StepLog
 from ernet_fast.train.stop_signals import StopSignals, TrainingStoppedError
-from ernet_fast.models.sync_norm import synchronise_norms
 from ernet_fast.train.training_input import TrainingInput
 
 
@@ -434,7 +433,9 @@ class _Run:
         path, _, reason = problem.partition(": ")
         if path not in self.lost:
             self.lost[path] = reason
-            self.reporter.warning(f"unreadable since the run began, another image of its class takes its place: {problem}")
+            self.reporter.warning(
+                f"unreadable since the run began, another image of its class takes its place: {problem}"
+            )
 
     def _share_lost(self) -> None:
         """List in skipped.csv what any process has lost."""

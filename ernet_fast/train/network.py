@@ -64,14 +64,18 @@ def _timm_network(config: TrainConfig, num_classes: int) -> nn.Module:
         model: nn.Module = timm.create_model(config.model.removeprefix(TIMM), pretrained=False, num_classes=num_classes)
     except RuntimeError as error:
         known = ", ".join(ER_MODELS)
-        raise ValueError(f"model={config.model!r}: {error}; expected {known}, resnet18, ..., or a name of timm.") from None
+        raise ValueError(
+            f"model={config.model!r}: {error}; expected {known}, resnet18, ..., or a name of timm."
+        ) from None
     if config.weights is not None:
         own, state = model.state_dict(), models.read_weights(config.weights)
         fits = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
         missing = [name for name in own if name not in fits]
         head = tuple(f"{name}." for name in _classifier_names(model))
         if any(not name.startswith(head) for name in missing) or not fits:
-            raise ValueError(f"the weights are of another architecture than {config.model}: they lack {missing[:3]} ...")
+            raise ValueError(
+                f"the weights are of another architecture than {config.model}: they lack {missing[:3]} ..."
+            )
         model.load_state_dict(fits, strict=False)
     return model
 
@@ -83,8 +87,8 @@ def _classifier_names(model: Any) -> tuple[str, ...]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) do not decay, nor do ER
-    weights [L, C], which scale shortcuts and start at 1 as those of normalisation.
+    """AdamW, Adam or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) do not decay, nor do
+    ER weights [L, C], which scale shortcuts and start at 1 as those of normalisation.
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -85,9 +85,7 @@ def pack_images(
         "version": _version.__version__, "data": config.data, "image_size": image_size, "resize": resize,
         "stain": plain_state(stain),
     }  # fmt: skip
-    loader = DataLoader(
-        _Prepared(opened.samples, stain, image_size, resize), batch_size=None, num_workers=num_workers
-    )
+    loader = DataLoader(_Prepared(opened.samples, stain, image_size, resize), batch_size=None, num_workers=num_workers)
     with reporter.task("pack", len(opened.samples)) as task:
 
         def counted() -> Iterator[tuple[str, Tensor]]:

@@ -14,9 +14,7 @@ from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.pictures import INK, new_figure, save_figure
 from ernet_fast.train.training_input import draws_of, ranges_of, stain_changed
 
-_NOTHING = AugmentRanges(
-    flips=False, quarter_turns=False, rotation=0.0, translation=0.0, zoom=(1.0, 1.0), crop=1.0
-)
+_NOTHING = AugmentRanges(flips=False, quarter_turns=False, rotation=0.0, translation=0.0, zoom=(1.0, 1.0), crop=1.0)
 _INCH = 1.3  # of a picture
 
 

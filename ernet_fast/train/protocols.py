@@ -23,7 +23,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "translation": 0.05, "zoom": (0.9, 1.1), "crop": 1.0, "stain_gain": 0.0, "stain_shift": 0.0,
         "stain": "macenko", "stain_fit": "image", "clip_norm": 1.0, "ema": 0.999, "precision": "bf16-mixed",
     },
-    # The published folds of BreakHis: give one with split_file=dsfold1.txt. They hold out patients and validate on none.
+    # The published folds of BreakHis: give one with split_file=dsfold1.txt. They validate on none.
     "spanhol": {"split_by": "patient", "fit_on": "trainval", "target": "binary"},
 }  # fmt: skip
 """Protocol to its settings; whatever is not named has the default of `TrainConfig`."""

@@ -68,8 +68,8 @@ class StainNormalization(StainNormalize):
 class SlideNormalization(StainNormalization, SlideAware):
     """Normalisation of an image by the stains of all images of its slide, which are fitted together, once.
 
-    Fits are kept in `slides` and in the checkpoint: a slide that is known is not fitted again. A slide without stains to
-    fit is taken to have the target's.
+    Fits are kept in `slides` and in the checkpoint: a slide that is known is not fitted again. A slide without stains
+    to fit is taken to have the target's.
     """
 
     def __init__(self, normalizer: MacenkoNormalizer, source: str, slides: dict[str, MacenkoFit] | None = None) -> None:

@@ -236,7 +236,7 @@ def test_a_signal_ends_with_code_75_and_resume_goes_on(call, tiny_breakhis, tmp_
 
 def test_a_protocol_on_the_command_line(call, tiny_breakhis, tmp_path):
     out = tmp_path / "run"
-    options = ["--protocol", "paper", *TINY, "--epochs", 1, "--betas", 0.5, 0.9, "--stain", "none"]
+    options = ["--protocol", "paper", "--num-folds", 5, *TINY, "--epochs", 1, "--betas", 0.5, 0.9, "--stain", "none"]
     called = call("train", "--data", tiny_breakhis, "--out", out, *options)
     assert called.code == 0 and "protocol paper, but" in called.err and "betas (0.5, 0.9)" in called.err
     config = json.loads((out / "config.json").read_text())

@@ -53,7 +53,11 @@ def test_the_resampling_is_that_of_single_images():
 def test_a_crop_is_a_window_of_the_image_enlarged(right, down):
     ramp = torch.arange(32.0).expand(1, 3, 32, 32)
     across, along = (
-        augment_batch(x, torch.tensor([[0.0] * 7 + [1.0, right, down]]).double(), AugmentRanges(*list(vars(NOTHING).values())[:5], 0.5))
+        augment_batch(
+            x,
+            torch.tensor([[0.0] * 7 + [1.0, right, down]]).double(),
+            AugmentRanges(*list(vars(NOTHING).values())[:5], 0.5),
+        )
         for x in (ramp, ramp.mT)
     )
     inner = slice(2, 30)

@@ -98,9 +98,7 @@ def test_published_folds(make_tree, tmp_path):
     root = make_tree(patients=8)
     everything = BreakHis(root, "all").samples
     held_out = {s.patient for s in everything if int(s.patient) % 3 == 0}
-    lines = [
-        f"{s.path.name}|{s.magnification}|1|{'test' if s.patient in held_out else 'train'}" for s in everything
-    ]
+    lines = [f"{s.path.name}|{s.magnification}|1|{'test' if s.patient in held_out else 'train'}" for s in everything]
     path = tmp_path / "dsfold1.txt"
     path.write_text("\r\n".join(lines) + "\n")
     test = BreakHis(root, "test", split_file=path)

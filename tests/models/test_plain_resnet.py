@@ -27,7 +27,8 @@ def test_names_and_output_are_torchvisions(plain_resnet, depth, layers, bottlene
 
 
 @pytest.mark.parametrize(
-    ("depth", "parameters"), [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032), (101, 44_549_160), (152, 60_192_808)]
+    ("depth", "parameters"),
+    [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032), (101, 44_549_160), (152, 60_192_808)],
 )
 def test_parameter_counts_are_torchvisions(depth, parameters):
     with torch.device("meta"):
@@ -49,7 +50,9 @@ def test_weights_and_what_is_refused(tmp_path):
     source = build_plain_resnet(18, 2, base_channels=8)
     torch.save(source.state_dict(), tmp_path / "plain.pt")
     again = build_plain_resnet(18, 2, base_channels=8, weights=tmp_path / "plain.pt")
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     with pytest.raises(ValueError, match="depth=20; expected one of 18, 34, 50, 101, 152"):
         build_plain_resnet(20)
     again.reset_classifier(5)

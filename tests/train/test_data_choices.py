@@ -11,7 +11,7 @@ import pytest
 import torch
 from same_state import assert_same, final_state
 
-from ernet_fast.data import BreakHis, read_image
+from ernet_fast.data import BreakHis, ImageReadError, read_image
 from ernet_fast.data.packed import PackedImages, write_pack
 from ernet_fast.stain import MacenkoNormalizer, macenko_fit
 from ernet_fast.train import evaluate, fit, load_checkpoint
@@ -167,7 +167,7 @@ def test_an_unreadable_image_gives_way_to_one_of_its_class(tiny_breakhis):
     assert taken > 0 and label == bad.label == samples[taken].label and problem.startswith("/nowhere.png: ")
     assert images[1, 1][2:] == (1, "")
     only = ImageSet([bad], 32, training=True, on_error="skip")
-    with pytest.raises(OSError, match=r"no image of class 0 can be read any more.*nowhere"):
+    with pytest.raises(ImageReadError, match=r"no image of class 0 can be read any more.*nowhere"):
         only[1, 0]
 
 

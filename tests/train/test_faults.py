@@ -93,7 +93,9 @@ def test_a_signal_in_validation(make_config, quiet, monkeypatch):
     assert_same(final_state(config), final_state(whole))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:99] + b"?" + data[100:], lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-100], lambda data: data[:99] + b"?" + data[100:], lambda data: b""]
+)
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before(make_config, quiet, capsys, damage):
     whole, config = (make_config(name, epochs=2, stain="none") for name in ("whole", "parts"))
     fit(whole, reporter=quiet)
@@ -158,7 +160,9 @@ def test_an_image_that_goes_bad_is_replaced_and_said(make_config, quiet, tiny_br
     shutil.copytree(tiny_breakhis, data)
     config = make_config(epochs=2, data=str(data), stain="none", on_error="skip", batch_size=4)
     spoiled = []
-    result = fit(config, reporter=quiet, on_epoch=lambda record: spoiled.append(spoil_one(config)) if not spoiled else None)
+    result = fit(
+        config, reporter=quiet, on_epoch=lambda record: spoiled.append(spoil_one(config)) if not spoiled else None
+    )
     assert result.finished
     said = capsys.readouterr().err
     assert said.count("unreadable since the run began, another image of its class takes its place") == 1
@@ -188,9 +192,16 @@ def test_a_loss_that_is_not_finite_names_the_images(make_config, quiet, monkeypa
         return pixels
 
     monkeypatch.setattr(TrainingInput, "__call__", poisoned)
-    monkeypatch.setattr(loop, "build_network", lambda config, classes: torch.nn.Sequential(
-        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, classes)))
-    with pytest.raises(TrainingDivergedError, match=r"images without a finite output: SOB_[^,]*\.png\. The last") as caught:
+    monkeypatch.setattr(
+        loop,
+        "build_network",
+        lambda config, classes: torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, classes)
+        ),
+    )
+    with pytest.raises(
+        TrainingDivergedError, match=r"images without a finite output: SOB_[^,]*\.png\. The last"
+    ) as caught:
         fit(config, reporter=quiet)
     name = load_checkpoint(config.folder / "last.pt")["train_images"][3]
     assert f"{name}.png" in str(caught.value)

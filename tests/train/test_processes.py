@@ -16,7 +16,8 @@ from ernet_fast.train import TrainConfig, fit, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBAL_BATCH = 8
-TINY = {"epochs": 2, "base_channels": 8, "image_size": 32, "optimizer": "sgd", "lr": 0.02, "device": "cpu"}
+TINY = {"epochs": 1, "base_channels": 8, "image_size": 32, "optimizer": "sgd", "device": "cpu", "precision": "64-true"}
+"""In float64: BatchNorm over eight values, as in the last stage here, makes float32's last bits large within steps."""
 
 
 def torchrun(folder: Path, processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +28,7 @@ def torchrun(folder: Path, processes: int, *arguments: str) -> subprocess.Comple
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -40,7 +41,10 @@ def alone(tiny_breakhis, tmp_path_factory):
     from ernet_fast.train import Reporter
 
     out = tmp_path_factory.mktemp("alone") / "run"
-    fit(TrainConfig(data=str(tiny_breakhis), out=str(out), batch_size=GLOBAL_BATCH, **TINY), reporter=Reporter(quiet=True))
+    fit(
+        TrainConfig(data=str(tiny_breakhis), out=str(out), batch_size=GLOBAL_BATCH, **TINY),
+        reporter=Reporter(quiet=True),
+    )
     return load_checkpoint(out / "last.pt")
 
 
@@ -55,10 +59,10 @@ def test_processes_do_what_one_does(tiny_breakhis, tmp_path, alone, processes):
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == alone["step"]
     for found, expected in zip(state["history"], alone["history"], strict=True):
-        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
-        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-7)  # the losses are float32
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-9)
     for name, tensor in alone["model"].items():
-        torch.testing.assert_close(state["model"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(state["model"][name], tensor, rtol=1e-8, atol=1e-9, msg=name)
 
     with open(tmp_path / "run" / "split.csv", newline="") as file:
         validation = [row["image"] for row in csv.DictReader(file) if row["fold"] == "0"]

@@ -14,6 +14,12 @@ from ernet_fast.train.network import build_network, build_optimizer
 TINY = {"base_channels": 8, "image_size": 32, "epochs": 1, "batch_size": 8, "device": "cpu", "stain": "none"}
 
 
+def tiny_run(protocol, make_config):
+    """The protocol on the tiny data set, with a tiny network."""
+    places = make_config()
+    return TrainConfig.of_protocol(protocol, data=places.data, out=places.out, **TINY)
+
+
 def test_protocols_are_settings():
     known = {item.name for item in fields(TrainConfig) if item.default is not MISSING}
     assert set(PROTOCOLS) == {"paper", "recommended", "spanhol"}
@@ -31,8 +37,7 @@ def test_the_paper(make_config, quiet, capsys):
     assert (config.image_size, config.label_smoothing) == (224, 0.0)
     optimizer = build_optimizer(build_network(make_config(), 2), config)
     assert type(optimizer) is torch.optim.Adam and {group["betas"] for group in optimizer.param_groups} == {(0.6, 0.8)}
-    run = TrainConfig.of_protocol("paper", **vars(make_config(**TINY)) | {
-        name: value for name, value in PROTOCOLS["paper"].items() if name not in TINY})
+    run = tiny_run("paper", make_config)
     from ernet_fast.train import Reporter
 
     result = fit(run, reporter=Reporter(bars=False))
@@ -48,8 +53,7 @@ def test_recommended(make_config, quiet):
     config = TrainConfig.of_protocol("recommended", data="d", out="o")
     assert (config.split_by, config.optimizer, config.schedule) == ("patient", "adamw", "cosine")
     assert config.warmup_epochs > 0 and config.label_smoothing > 0 and config.ema and config.precision == "bf16-mixed"
-    run = TrainConfig.of_protocol("recommended", **vars(make_config(**TINY)) | {
-        name: value for name, value in PROTOCOLS["recommended"].items() if name not in TINY})
+    run = tiny_run("recommended", make_config)
     result = fit(run, reporter=quiet)
     again = evaluate(result.best_checkpoint, split="val", reporter=quiet).figures()
     assert again["overall"] == result.best["val"], "the averaged weights are those that are kept"
