@@ -53,8 +53,8 @@ def add_setting(group: Any, item: Field[Any]) -> None:
         kind, default = {"action": argparse.BooleanOptionalAction}, "on" if default else "off"
     elif choices is not None:
         kind = {"choices": choices}
-    elif item.metadata["pair"]:
-        kind, default = {"type": float, "nargs": 2, "metavar": "X"}, "{:g} {:g}".format(*default)
+    elif isinstance(default, tuple):
+        kind, default = {"type": float, "nargs": 2, "metavar": "X"}, " ".join(f"{value:g}" for value in default)
     elif number is not None:
         kind = {"type": number[0], "metavar": "N" if number[0] is int else "X"}
     elif item.name == "magnifications":

@@ -146,8 +146,8 @@ def make_splits(
         if count - taken[-1] < num_folds or (test_fraction > 0 and taken[-1] == 0):
             raise ValueError(
                 f"class {_class_name(samples, label)!r} has too few {by}s: of {count}, test_fraction={test_fraction} "
-                f"holds out {taken[-1]} and leaves {count - taken[-1]} for num_folds={num_folds}, but each part needs one. Lower "
-                f"num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
+                f"holds out {taken[-1]} and leaves {count - taken[-1]} for num_folds={num_folds}, but each part needs "
+                f"one. Lower num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
             )
         members = [unit for unit in units if unit.label == label]
         # Those held out are spread evenly over the strata: the rounded share of the first k, for every k.

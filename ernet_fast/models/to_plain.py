@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class PlainResNet(nn.Module):
     `plain_block` makes a block of the name and the ER block it is given; default: as `to_plain` does.
     """
 
-    def __init__(self, er: ERResNet, plain_block: Callable[[str, ERBlock], PlainBlock] | None = None) -> None:
+    def __init__(self, er: ERResNet, plain_block: Callable[[str, Any], PlainBlock] | None = None) -> None:
         super().__init__()
         plain_block = plain_block or _plain_block
         for name in ("conv1", "bn1", "relu", "maxpool"):
@@ -63,8 +64,9 @@ class PlainResNet(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new classifier `fc` with random weights."""
+        features: int = self.get_submodule("fc").in_features  # type: ignore[assignment]
         device = next(self.parameters()).device
-        self.add_module("fc", nn.Linear(self.get_submodule("fc").in_features, num_classes, device=device))
+        self.add_module("fc", nn.Linear(features, num_classes, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, in_channels, H, W]."""

@@ -285,7 +285,8 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"unknown setting(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
         lists = ("magnifications", *(item.name for item in fields(cls) if item.metadata["pair"]))
-        return cls(**{key: tuple(v) if key in lists and isinstance(v, list) else v for key, v in values.items()})
+        found: dict[str, Any] = {k: tuple(v) if k in lists and isinstance(v, list) else v for k, v in values.items()}
+        return cls(**found)
 
     @property
     def folder(self) -> Path:
@@ -308,8 +309,8 @@ def check_same_run(saved: dict[str, Any], config: TrainConfig) -> None:
             return
         raise ValueError(
             f"epochs was {saved['epochs']}, now {now['epochs']}: with schedule={config.schedule!r} the learning rate "
-            "of every step depends on the number of epochs, and the run cannot be prolonged; with schedule='constant' it "
-            f"could. Start a new run from its weights: --weights {config.folder / 'last.pt'}."
+            "of every step depends on the number of epochs, and the run cannot be prolonged; with schedule='constant' "
+            f"it could. Start a new run from its weights: --weights {config.folder / 'last.pt'}."
         )
     if changed:
         listed = ", ".join(f"{name} was {saved.get(name)!r}, now {now[name]!r}" for name in changed)
