@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ernet_fast.data import ImageReadError, PatchTransform, Sample, read_image
 from ernet_fast.data.augment import resized
 from ernet_fast.data.packed import PackedImages
+from ernet_fast.train.stop_signals import SIGNALS
 
 Batch = Any
 """Images [N, 3, S, S], class indices and positions in the sample list int64 [N]; in training, what was wrong."""
@@ -44,7 +46,7 @@ class ImageSet(Dataset[Any]):
     `size` are the pixels of the result's sides; `resize` and `normalizer` are those of `PatchTransform`. With `cache`
     each prepared image (uint8, after normalisation and resize) stays in memory. `random_crop` chooses the place of
     the crop by seed, epoch and position alone, so a resumed run sees what an uninterrupted one would have seen.
-    `packed` holds the images already, as `packed_form` describes.
+    `packed` holds the images, decoded and perhaps prepared, in place of their files.
     """
 
     def __init__(
@@ -186,6 +188,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return torch.cat(parts)
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A scheduler signals all processes of a job; a worker that ended would end the run before its checkpoint."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     images: ImageSet,
     *,
@@ -211,6 +219,7 @@ def build_loader(
         drop_last=shuffle and len(sampler) >= batch_size,
         pin_memory=fabric is not None and fabric.device.type == "cuda",
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
         # Its own: by default each pass draws from torch's, and validation would move the training's numbers.
         generator=torch.Generator().manual_seed(mixed_seed(seed, len(images))),
     )

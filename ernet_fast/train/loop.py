@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ernet_fast import _version
 from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Prefetcher, Skipped, Splits, write_split_csv
-from ernet_fast.models.sync_norm import synchronise_norms
 from ernet_fast.train import checkpoint, device
 from ernet_fast.train.config import TrainConfig, check_same_run
-from ernet_fast.train.data_sets import class_weights, open_run_data, report_skipped
+from ernet_fast.train.data_sets import open_run_data, report_skipped
 from ernet_fast.train.describe import describe_epoch, describe_run, flatten, write_history
 from ernet_fast.train.epoch import Clock, Progress
 from ernet_fast.train.images import build_loader, mixed_seed
+from ernet_fast.train.learner import Learner
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.metrics import compute_metrics, metrics_by_magnification
-from ernet_fast.train.moving_average import MovingAverage
-from ernet_fast.train.network import build_network, build_optimizer, build_schedule, check_moments, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
-from ernet_fast.train.run_folder import BEST, LAST, keep_earlier, newest_checkpoint, only_run, take_back
+from ernet_fast.train.run_folder import (
+    BEST,
+    LAST,
+    earlier_checkpoints,
+    keep_earlier,
+    newest_checkpoint,
+    only_run,
+    take_back,
+)
 from ernet_fast.train.step_log import StepLog
 from ernet_fast.train.stop_signals import StopSignals, TrainingStoppedError
-from ernet_fast.train.training_input import TrainingInput
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ def fit(
     """
     if stop_after is not None and stop_after < 1:
         raise ValueError(f"stop_after={stop_after}; expected a positive number of epochs.")
-    if resume:
-        newest_checkpoint(config.folder)  # before a lock is written to a folder without a run
+    if resume and not ((config.folder / LAST).is_file() or earlier_checkpoints(config.folder)):
+        raise FileNotFoundError(f"nothing to resume: no {LAST} in {config.out!r}.")
     with (
         only_run(config.folder) if device.is_first_process() else nullcontext(),
         device.deterministic_mode(config.deterministic),
@@ -143,7 +147,8 @@ class _Run:
         if not self.steps_per_epoch:
             raise ValueError(f"accumulate={config.accumulate}, but an epoch has {len(self.train_batches)} batch(es).")
         # The checkpoint brings all weights: those the run started from may be gone.
-        self._build_network(config if state is None else replace(config, weights=None))
+        own = config if state is None else replace(config, weights=None)
+        self.learner = Learner(own, self.fabric, self.data, self.steps_per_epoch)
         self.epoch = 0
         self.partial = Progress()
         self.history: list[dict[str, Any]] = []
@@ -154,39 +159,16 @@ class _Run:
         if self.fabric.world_size > 1:  # dropout must differ between processes
             torch.manual_seed(mixed_seed(config.seed, self.epoch, self.fabric.global_rank))
 
-    def _build_network(self, config: TrainConfig) -> None:
-        self.network = build_network(config, len(self.data.classes))
-        if config.sync_batchnorm and self.fabric.world_size > 1:
-            self.network = synchronise_norms(self.network, self.fabric.device, timm=config.is_timm)
-        channels_last = uses_channels_last(config, self.fabric.device)
-        if channels_last:
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = build_optimizer(self.network, config)
-        self.schedule = build_schedule(optimizer, config, self.steps_per_epoch)
-        self.model, self.optimizer = self.fabric.setup(self.network, optimizer)
-        self.average = None if config.ema is None else MovingAverage(self.network, config.ema)
-        weights = class_weights(self.data.train.samples, len(self.data.classes), config.class_weights)
-        loss = nn.CrossEntropyLoss(weight=weights, label_smoothing=config.label_smoothing)
-        self.loss = loss.to(self.fabric.device)
-        self.training_input = TrainingInput(config)
-        self.to_network = device.to_network(self.fabric, channels_last)
-        self.evaluation_pass = device.evaluation_pass(self.fabric, self.network, channels_last)
-
     @property
     def step(self) -> int:
         """Optimiser steps of the run so far."""
         return self.epoch * self.steps_per_epoch + self.partial.batches // self.config.accumulate
 
     def _state(self) -> dict[str, Any]:
-        own = self.network.state_dict()
         return {
             "format": checkpoint.FORMAT,
             "version": _version.__version__,
-            "model": own if self.average is None else self.average.state,
-            "training_model": None if self.average is None else own,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
+            **self.learner.state(),
             "epoch": self.epoch,
             "step": self.step,
             "partial": self.partial.to_dict(),
@@ -207,18 +189,7 @@ class _Run:
                 f"batches, but here an epoch has {self.steps_per_epoch}: the images or the number of processes have "
                 "changed."
             )
-        own = state.get("training_model")
-        checkpoint.load_network(self.network, state if own is None else state | {"model": own}, path)
-        if self.average is not None:
-            self.average.load(state["model"])
-        with checkpoint.field_of(path, "optimizer"):
-            self.optimizer.load_state_dict(state["optimizer"])
-            check_moments(self.optimizer)
-        with checkpoint.field_of(path, "schedule"):
-            self.schedule.load_state_dict(state["schedule"])
-        with checkpoint.field_of(path, "precision"):
-            if state["precision"]:
-                self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.learner.restore(path, state)
         with checkpoint.field_of(path, "rng"):
             checkpoint.restore_generators(state["rng"])
 
@@ -226,7 +197,8 @@ class _Run:
         """All epochs that are left, or `stop_after` of them."""
         config = self.config
         self._prepare_folder()
-        for line in describe_run(config, self.data, self.network, self.fabric.device, self.steps_per_epoch, self.epoch):
+        network, on = self.learner.network, self.fabric.device
+        for line in describe_run(config, self.data, network, on, self.steps_per_epoch, self.epoch):
             self.reporter.line(line)
         end = config.epochs if stop_after is None else min(config.epochs, self.epoch + stop_after)
         try:
@@ -305,9 +277,8 @@ class _Run:
         return not self.best or record["val_loss"] is None or rank(record) > rank(self.best)
 
     def _one_epoch(self, number: int) -> dict[str, Any]:
-        rate = self.optimizer.param_groups[0]["lr"] if self.partial.rate is None else self.partial.rate
+        rate = self.learner.rate if self.partial.rate is None else self.partial.rate
         self._train_epoch(number, rate)
-        device.share_buffers(self.network)
         try:
             predictions = self._validate(number)
         except _StopRequested:
@@ -326,19 +297,18 @@ class _Run:
 
     def _validate(self, number: int) -> Predictions:
         samples, classes = self.data.val.samples, self.data.classes
-        weights: AbstractContextManager[None] = nullcontext()
-        if self.average is not None:
-            for tensor in self.average.state.values() if self.fabric.world_size > 1 else ():
-                torch.distributed.broadcast(tensor, src=0)
-            weights = self.average.applied()
-        with weights, self.reporter.task(f"validate {number}/{self.config.epochs}", len(samples)) as task:
+        with (
+            self.learner.weights_to_keep(),
+            self.reporter.task(f"validate {number}/{self.config.epochs}", len(samples)) as task,
+        ):
 
             def advance(count: int) -> None:
                 task.advance(count)
                 if self.signals.received and self.fabric.world_size == 1:  # several would have to agree
                     raise _StopRequested
 
-            return predict(self.network, self.evaluation_pass, self.val_batches, samples, classes, advance=advance)
+            network, forward = self.learner.network, self.learner.evaluation_pass
+            return predict(network, forward, self.val_batches, samples, classes, advance=advance)
 
     def _stop(self) -> None:
         """Save what there is and end, as a signal to one of the processes asked for."""
@@ -352,7 +322,7 @@ class _Run:
     def _train_epoch(self, number: int, rate: float) -> None:
         """The batches that are left of an epoch; `partial` then holds all of it."""
         config, begun = self.config, self.partial
-        self.model.train()
+        self.learner.model.train()
         self.train_order.epoch, self.train_order.start = number, begun.batches * config.batch_size
         watch, clock = self._watch(number, begun), Clock(begun)
         total = self.steps_per_epoch * config.accumulate
@@ -361,8 +331,11 @@ class _Run:
             source = Prefetcher(self.train_batches, self.fabric.device)
         with self.reporter.task(f"train {number}/{config.epochs}", (total - begun.batches) * config.batch_size) as task:
             for done, batch in enumerate(clock.timed(islice(source, total - begun.batches)), start=begun.batches + 1):
-                self._train_batch(batch, number, done, watch)
-                task.advance(len(batch[1]), "" if watch.last is None else f"loss {watch.last:.4f}")
+                images, labels, where, problems = batch
+                for problem in filter(None, problems):
+                    self._lose(problem)
+                self.learner.learn(images, labels, where, number, done, watch)
+                task.advance(len(labels), "" if watch.last is None else f"loss {watch.last:.4f}")
                 if done % config.accumulate:
                     continue
                 self._log_step(number, done, watch, clock)
@@ -391,30 +364,6 @@ class _Run:
             totals=begun.totals if self.fabric.is_global_zero else Progress().totals,
         )  # fmt: skip
 
-    def _train_batch(self, batch: Any, number: int, done: int, watch: LossWatch) -> None:
-        """Gradients of the batch that is number `done` of the epoch, and a step with the last of `accumulate`."""
-        config = self.config
-        images, labels, where, problems = batch
-        for problem in filter(None, problems):
-            self._lose(problem)
-        first, last = (done - 1) % config.accumulate == 0, done % config.accumulate == 0
-        pixels = self.training_input(images.to(self.fabric.device, non_blocking=True), number, where.cpu())
-        apart = not last and self.fabric.world_size > 1
-        with self.fabric.no_backward_sync(self.model) if apart else nullcontext():
-            output: Tensor = self.model(self.to_network(pixels))
-            loss = self.loss(output.float(), labels.to(self.fabric.device, non_blocking=True))
-            watch.add(loss, output, where)
-            if first:
-                self.optimizer.zero_grad(set_to_none=True)
-            self.fabric.backward(loss / config.accumulate)
-        if last:
-            if config.clip_norm is not None:
-                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=config.clip_norm)
-            self.optimizer.step()
-            self.schedule.step()
-            if self.average is not None:
-                self.average.update((number - 1) * self.steps_per_epoch + done // config.accumulate)
-
     def _log_step(self, number: int, done: int, watch: LossWatch, clock: Clock) -> None:
         config = self.config
         step = (number - 1) * self.steps_per_epoch + done // config.accumulate
@@ -424,7 +373,7 @@ class _Run:
         loss = float("nan") if watch.last is None else watch.last
         images = batches * config.batch_size * self.fabric.world_size
         self.log.step(
-            step=step, epoch=number, loss=loss, lr=self.optimizer.param_groups[0]["lr"],
+            step=step, epoch=number, loss=loss, lr=self.learner.rate,
             images_per_second=round(images / max(seconds, 1e-9), 2), data_wait=round(waited / max(seconds, 1e-9), 4),
         )  # fmt: skip
 

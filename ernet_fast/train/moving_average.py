@@ -19,17 +19,18 @@ class MovingAverage:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay, self._network = decay, network
         self.state = {name: _wide(tensor).clone() for name, tensor in network.state_dict().items()}
+        self._floats = [name for name, mean in self.state.items() if mean.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the network's weights after its step number `step`, counted from 1."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        for name, tensor in self._network.state_dict().items():
-            mean = self.state[name]
-            if mean.is_floating_point():
-                mean.lerp_(tensor.to(mean.dtype), share)
-            else:
-                mean.copy_(tensor)
+        own = self._network.state_dict()
+        means = [self.state[name] for name in self._floats]
+        if means:
+            torch._foreach_lerp_(means, [_wide(own[name]) for name in self._floats], share)
+        for name in self.state.keys() - set(self._floats):
+            self.state[name].copy_(own[name])
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on with the average of a checkpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +16,15 @@ import torch
 from same_state import assert_same, final_state
 
 from ernet_fast.data import ImageReadError
-from ernet_fast.train import TrainingDivergedError, TrainingStoppedError, checkpoint, fit, load_checkpoint, loop
+from ernet_fast.train import (
+    TrainingDivergedError,
+    TrainingStoppedError,
+    checkpoint,
+    fit,
+    learner,
+    load_checkpoint,
+    loop,
+)
 from ernet_fast.train.loss_watch import LossWatch
 from ernet_fast.train.run_folder import keep_earlier, newest_checkpoint
 from ernet_fast.train.training_input import TrainingInput
@@ -62,11 +71,18 @@ def test_a_run_goes_on_within_an_epoch(make_config, quiet, monkeypatch, changes)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_a_run_behind_a_checkpoint(make_config, quiet, monkeypatch, number):
-    whole, config = (make_config(name, epochs=2, stain="none") for name in ("whole", "parts"))
+    """As a scheduler signals a job: the run and its workers."""
+    workers = int(number == signal.SIGTERM)
+    whole, config = (make_config(name, epochs=2, stain="none", num_workers=workers) for name in ("whole", "parts"))
     fit(whole, reporter=quiet)
     before = signal.getsignal(number)
+
+    def all_of_the_job():
+        for process in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+            os.kill(process, number)
+
     with monkeypatch.context() as patch:
-        at_batch(patch, 2, lambda: os.kill(os.getpid(), number))
+        at_batch(patch, 2, all_of_the_job)
         with pytest.raises(TrainingStoppedError, match=rf"stopped by {number.name} behind step 2: 0 of 2 epochs"):
             fit(config, reporter=quiet)
     assert signal.getsignal(number) is before
@@ -193,7 +209,7 @@ def test_a_loss_that_is_not_finite_names_the_images(make_config, quiet, monkeypa
 
     monkeypatch.setattr(TrainingInput, "__call__", poisoned)
     monkeypatch.setattr(
-        loop,
+        learner,
         "build_network",
         lambda config, classes: torch.nn.Sequential(
             torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, classes)

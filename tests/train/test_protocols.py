@@ -86,14 +86,14 @@ def test_an_unknown_protocol_is_named():
 
 def test_gradients_of_several_batches_are_one_step(make_config, quiet, monkeypatch):
     """Without statistics of batches, two batches of four are one of eight."""
-    from ernet_fast.train import loop
+    from ernet_fast.train import learner
 
     def network(config, classes):
         torch.manual_seed(0)
         layers = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
         return torch.nn.Sequential(*layers, torch.nn.Linear(4, classes))
 
-    monkeypatch.setattr(loop, "build_network", network)
+    monkeypatch.setattr(learner, "build_network", network)
     common = {**TINY, "optimizer": "sgd", "epochs": 2, "lr": 0.1}
     states = []
     for name, changes in (("whole", {"batch_size": 8}), ("parts", {"batch_size": 4, "accumulate": 2})):
