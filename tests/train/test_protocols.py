@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def test_protocols_are_settings():
         config = TrainConfig.of_protocol(name, data="d", out="o")
         assert config.protocol == name and config.departures() == {}
         assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_documentation_shows_what_each_protocol_sets():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    for name in {name for preset in PROTOCOLS.values() for name in preset}:
+        values = [f"`{preset[name]!r}`" if name in preset else "" for preset in PROTOCOLS.values()]
+        assert f"| `{name}` | {' | '.join(values)} |" in text, name
 
 
 def test_the_paper(make_config, quiet, capsys):
