@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
-    # The ERNet paper's training. Ranges of the augmentation, constant rate, no weight decay and squeeze are our reading.
+    # The ERNet paper's training. Ranges of augmentation, constant rate, no weight decay and squeeze are our reading.
     "paper": {
         "split_by": "image", "num_folds": 5, "image_size": 224, "resize": "squeeze",
         "optimizer": "adam", "lr": 1e-4, "betas": (0.6, 0.8), "weight_decay": 0.0, "schedule": "constant",

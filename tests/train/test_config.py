@@ -64,7 +64,8 @@ def test_lists_of_choices_agree_with_the_library():
 
 
 def test_the_documentation_lists_every_setting():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8").split("## Settings")[1]
+    page = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+    text = page.read_text(encoding="utf-8").split("## Settings")[1]
     for item in fields(TrainConfig):
         row = next(line for line in text.splitlines() if line.startswith(f"| `{item.name}` |"))
         assert item.metadata["meaning"] in row, item.name
