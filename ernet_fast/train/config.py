@@ -101,7 +101,7 @@ class TrainConfig:
         None, "validate on at most this many images, chosen in the same way", number=(int, 1, _INF)
     )
 
-    stain: str = _setting("macenko", "stain normalisation of every image", "macenko", "none")
+    stain: str = _setting("macenko", "stain normalisation of every image", "macenko", "reinhard", "none")
     stain_target: str | None = _setting(
         None, "image whose stains all others get; default: the training image with the most typical stains"
     )
@@ -227,8 +227,8 @@ class TrainConfig:
             raise ValueError(f"max_val_images={self.max_val_images} with fit_on='trainval', which validates on none.")
         if self.stain == "none" and self.stain_target is not None:
             raise ValueError(f"stain_target={self.stain_target!r} with stain='none'; drop one of the two.")
-        if self.stain == "none" and self.stain_fit == "slide":
-            raise ValueError("stain_fit='slide' with stain='none'; drop one of the two.")
+        if self.stain != "macenko" and self.stain_fit == "slide":
+            raise ValueError(f"stain_fit='slide' with stain={self.stain!r}; it belongs to stain='macenko'.")
         if self.zoom[0] > self.zoom[1]:
             raise ValueError(f"zoom={self.zoom!r}; expected the smaller factor first.")
         if self.norm == "batch" and self.num_groups is not None:

@@ -15,7 +15,7 @@ from ernet_fast.data.listed import layout_of
 from ernet_fast.data.packed import PackedImages
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.images import ImageSet, evenly_chosen
-from ernet_fast.train.stain_choice import StainNormalization, fit_to_image, most_typical, read_state
+from ernet_fast.train.stain_choice import StainNormalization, most_typical, normalise_to, read_state
 
 _LISTED = 10
 
@@ -109,7 +109,8 @@ def _stain_of(config: TrainConfig, chosen: list[Sample]) -> StainNormalization |
     """The normalisation of a new run: None, or to the target that is named, that of the pack, or the most typical."""
     if config.stain == "none" or (config.packed is not None and PackedImages(config.packed).settings["stain"]):
         return None
-    stain = most_typical(chosen)[1] if config.stain_target is None else fit_to_image(config.stain_target)
+    target = most_typical(chosen)[0] if config.stain_target is None else config.stain_target
+    stain = normalise_to(config.stain, target)
     return stain.by_slide() if config.stain_fit == "slide" else stain
 
 
@@ -137,9 +138,11 @@ def _check_packed(
     assert held is not None
     if config.stain == "none":
         raise ValueError(f"{where} holds images normalised to {held.source}; the run has stain='none'. Pack anew.")
+    if config.stain != held.method:
+        raise ValueError(f"{where} was normalised by {held.method}; the run has stain={config.stain!r}. Pack anew.")
     if ("slides" in settings["stain"]) != (config.stain_fit == "slide"):
         raise ValueError(f"{where} was packed with another stain_fit than {config.stain_fit!r}. Pack anew.")
-    wanted = stain if resumed or config.stain_target is None else fit_to_image(config.stain_target)
+    wanted = stain if resumed or config.stain_target is None else normalise_to(config.stain, config.stain_target)
     if wanted is not None and not held.same_target(wanted):
         raise ValueError(f"{where} is normalised to {held.source}, the run to {wanted.source}. Pack anew.")
     return held

@@ -16,6 +16,7 @@ from ernet_fast.stain import (
     MacenkoFit,
     MacenkoNormalizer,
     MacenkoStatus,
+    ReinhardNormalizer,
     StainNormalize,
     macenko_fit,
     macenko_normalize,
@@ -32,19 +33,21 @@ class StainNormalization(StainNormalize):
     An image without stains to fit (background) is taken to have the target's (``on_degenerate="reference"``).
     """
 
-    normalizer: MacenkoNormalizer
+    method = "macenko"
+    normalizer: Any
 
-    def __init__(self, normalizer: MacenkoNormalizer, source: str) -> None:
+    def __init__(self, normalizer: MacenkoNormalizer | ReinhardNormalizer, source: str) -> None:
         super().__init__(normalizer)
         self.source = source
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: method, where the target came from, and the normaliser's tensors."""
-        return {"method": "macenko", "source": self.source, "normalizer": self.normalizer.state_dict()}
+        return {"method": self.method, "source": self.source, "normalizer": self.normalizer.state_dict()}
 
     def same_target(self, other: StainNormalization) -> bool:
         """Whether both lead to the same stains, to the last bit."""
-        return all(torch.equal(a, b) for a, b in zip(self.normalizer.target, other.normalizer.target, strict=True))
+        own, theirs = self.normalizer.state_dict(), other.normalizer.state_dict()
+        return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
 
     def by_slide(self) -> SlideNormalization:
         """The same target, with the stains of an image fitted on its whole slide."""
@@ -55,14 +58,26 @@ class StainNormalization(StainNormalize):
         """The inverse of `state`; None for a run without normalisation. Raises ValueError for another method."""
         if state is None:
             return None
+        if state.get("method") == ReinhardNormalization.method:
+            reinhard = ReinhardNormalizer(layout="CHW")
+            reinhard.load_state_dict(state["normalizer"])
+            return ReinhardNormalization(reinhard, state["source"])
         if state.get("method") != "macenko":
-            raise ValueError(f"the checkpoint's stain normalisation is {state.get('method')!r}; expected 'macenko'.")
+            raise ValueError(
+                f"the checkpoint's stain normalisation is {state.get('method')!r}; expected 'macenko' or 'reinhard'."
+            )
         normalizer = MacenkoNormalizer(layout="CHW")
         normalizer.load_state_dict(state["normalizer"])
         if "slides" not in state:
             return StainNormalization(normalizer, state["source"])
         slides = {slide: MacenkoFit(*fit) for slide, fit in state["slides"].items()}
         return SlideNormalization(normalizer, state["source"], slides)
+
+
+class ReinhardNormalization(StainNormalization):
+    """Normalisation of each image's colour statistics to those of the target (Reinhard et al., 2001)."""
+
+    method = "reinhard"
 
 
 class SlideNormalization(StainNormalization, SlideAware):
@@ -134,6 +149,13 @@ def fit_to_image(path: str | os.PathLike[str]) -> StainNormalization:
             f"the stain target {os.fspath(path)!r} cannot be fitted: {status.reason}. Choose an image with tissue."
         )
     return _to_target(fit, path)
+
+
+def normalise_to(method: str, path: str | os.PathLike[str]) -> StainNormalization:
+    """Normalisation by "macenko" or "reinhard" to one image. Raises ValueError if it cannot be fitted."""
+    if method == ReinhardNormalization.method:
+        return ReinhardNormalization(ReinhardNormalizer(layout="CHW").fit(read_image(path)), Path(path).name)
+    return fit_to_image(path)
 
 
 def most_typical(samples: Sequence[Sample]) -> tuple[Path, StainNormalization]:

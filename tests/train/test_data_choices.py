@@ -13,7 +13,7 @@ from same_state import assert_same, final_state
 
 from ernet_fast.data import BreakHis, ImageReadError, read_image
 from ernet_fast.data.packed import PackedImages, write_pack
-from ernet_fast.stain import MacenkoNormalizer, macenko_fit
+from ernet_fast.stain import MacenkoNormalizer, ReinhardNormalizer, macenko_fit
 from ernet_fast.train import evaluate, fit, load_checkpoint
 from ernet_fast.train.images import EpochSampler, ImageSet
 from ernet_fast.train.pack import pack_images
@@ -71,6 +71,21 @@ def test_stains_by_slide(make_config, quiet, monkeypatch):
     again = evaluate(result.best_checkpoint, split="val", reporter=quiet).figures()
     assert again["overall"] == result.best["val"]
     assert len(evaluate(result.folder, reporter=quiet).predictions)
+
+
+def test_reinhards_method(make_config, quiet, tiny_breakhis):
+    """The target is the image that Macenko's would be; it is kept, applied, and the same in evaluation."""
+    result = fit(make_config(epochs=1, stain="reinhard"), reporter=quiet)
+    stain = StainNormalization.from_state(load_checkpoint(result.best_checkpoint)["stain"])
+    macenko = fit(make_config("macenko", epochs=1), reporter=quiet)
+    assert stain.source == load_checkpoint(macenko.best_checkpoint)["stain"]["source"]
+    samples = BreakHis(tiny_breakhis, "train").samples
+    target = next(sample.path for sample in samples if sample.path.name == stain.source)
+    image = read_image(samples[1].path)
+    expected = ReinhardNormalizer(layout="CHW").fit(read_image(target))
+    assert torch.equal(stain(image), expected(image)) and not torch.equal(stain(image), image)
+    again = evaluate(result.best_checkpoint, split="val", reporter=quiet).figures()
+    assert again["overall"] == result.best["val"]
 
 
 def test_a_slide_without_stains_has_the_targets(tmp_path, tiny_breakhis):

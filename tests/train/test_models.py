@@ -76,7 +76,7 @@ def test_a_model_of_timm(make_config, quiet, timm):
         ({"betas": (0.9, 1.0)}, r"betas=1\.0; expected a value between 0 and"),
         ({"betas": 0.9}, "betas=0.9; expected a pair"),
         ({"zoom": (1.1, 0.9)}, "expected the smaller factor first"),
-        ({"stain": "none", "stain_fit": "slide"}, "stain_fit='slide' with stain='none'"),
+        ({"stain": "none", "stain_fit": "slide"}, "stain_fit='slide' with stain='none'; it belongs to"),
     ],
 )
 def test_what_is_refused(changes, match):
