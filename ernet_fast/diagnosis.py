@@ -30,6 +30,7 @@ _PACKAGES = (
     ("safetensors", "safetensors", "optional", "weights in .safetensors files"),
     ("onnx", "onnx", "export", "ONNX files"),
     ("onnxruntime", "onnxruntime", "export", "running ONNX files"),
+    ("tensorboardX", "tensorboardX", "tensorboard", "event files of training for TensorBoard"),
     ("timm", "timm", "timm", "model registry"),
     ("torchvision", "torchvision", "optional", "needed by timm only"),
     ("openslide", "openslide-python", "slides", "whole-slide images"),
