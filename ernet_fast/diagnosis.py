@@ -31,6 +31,7 @@ _PACKAGES = (
     ("safetensors", "safetensors", "optional", "weights in .safetensors files"),
     ("onnx", "onnx", "export", "ONNX files"),
     ("onnxruntime", "onnxruntime", "export", "running ONNX files"),
+    ("tensorboardX", "tensorboardX", "tensorboard", "event files of training for TensorBoard"),
     ("timm", "timm", "timm", "model registry"),
     ("torchvision", "torchvision", "optional", "needed by timm only"),
     ("skimage", "scikit-image", "segment", "nuclei"),

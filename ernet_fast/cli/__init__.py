@@ -26,6 +26,8 @@ _COMMANDS = (
     "predict",
     "attend",
     "export",
+    "augment",
+    "pack",
     "normalize",
     "segment",
     "data",

@@ -1,4 +1,4 @@
-"""``ernet-fast train``: train an ER-ResNet on images in the BreakHis layout."""
+"""``ernet-fast train``: train an ER-ResNet, or a network to compare it with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 from ernet_fast.cli.streams import print_json
 from ernet_fast.console.progress import Reporter
-from ernet_fast.train import TrainConfig, fit, load_checkpoint
+from ernet_fast.train import TrainConfig, TrainingStoppedError, fit, load_checkpoint
 from ernet_fast.train.checkpoint import field_of
 from ernet_fast.train.device import finish_together, is_first_process
-from ernet_fast.train.run_folder import LAST
+from ernet_fast.train.protocols import PROTOCOLS
+from ernet_fast.train.run_folder import LAST, newest_checkpoint
 
 _GROUPS = {"data": "data", "stain": "images", "model": "network", "epochs": "training", "device": "machine"}
 """First field of each group of options -> its title."""
+_METAVARS = {"data": "FOLDER", "out": "FOLDER", "packed": "FOLDER", "model": "NAME"}
+STOPPED = 75
+"""Exit code of a run that a signal stopped behind a checkpoint (EX_TEMPFAIL of sysexits.h: try again)."""
 
 
 def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -23,14 +27,16 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "train",
         parents=parents,
-        help="train an ER-ResNet",
-        description="Train an ER-ResNet on images in the BreakHis layout, with validation on other patients.",
-        epilog="Several GPUs: torchrun --nproc-per-node=4 -m ernet_fast train ...",
+        help="train an ER-ResNet, or a network to compare it with",
+        description="Train an ER-ResNet, a plain ResNet or a model of timm, with validation on other patients. The "
+        "images are BreakHis, one folder a class, or a CSV list.",
+        epilog="Several GPUs: torchrun --nproc-per-node=4 -m ernet_fast train ... Exit code 75: a signal (SIGTERM, "
+        "SIGUSR1) stopped the run behind a checkpoint, and --resume goes on.",
     )
     for item in fields(TrainConfig):
         if item.name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[item.name])
-        _add_setting(group, item)
+        add_setting(group, item)
     group = parser.add_argument_group("run")
     group.add_argument("--resume", action="store_true", help="continue the run in --out with its settings")
     group.add_argument("--stop-after", type=int, metavar="N", help="end after N epochs of this call; --resume goes on")
@@ -38,15 +44,17 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_setting(group: Any, item: Field[Any]) -> None:
+def add_setting(group: Any, item: Field[Any]) -> None:
     """An option for one field; it leaves no trace in the arguments unless it is given."""
     meaning, choices, number = (item.metadata[key] for key in ("meaning", "choices", "number"))
     default = item.default
-    kind: dict[str, Any] = {"metavar": "FOLDER" if item.name in ("data", "out") else "FILE"}
+    kind: dict[str, Any] = {"metavar": _METAVARS.get(item.name, "FILE")}
     if isinstance(default, bool):
         kind, default = {"action": argparse.BooleanOptionalAction}, "on" if default else "off"
     elif choices is not None:
         kind = {"choices": choices}
+    elif isinstance(default, tuple):
+        kind, default = {"type": float, "nargs": 2, "metavar": "X"}, " ".join(f"{value:g}" for value in default)
     elif number is not None:
         kind = {"type": number[0], "metavar": "N" if number[0] is int else "X"}
     elif item.name == "magnifications":
@@ -64,16 +72,14 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
     if "out" not in given:
         raise ValueError("--out is missing: the folder for checkpoints and history.")
     if arguments.resume:
-        last = Path(given["out"]) / LAST
-        if not last.is_file():
-            raise FileNotFoundError(f"nothing to resume: no last.pt in {given['out']!r}.")
-        saved = load_checkpoint(last)["config"]
+        last, state, _ = newest_checkpoint(Path(given["out"]))
+        saved = state["config"]
         with field_of(last, "config"):
             TrainConfig.from_dict(saved)
-        given = saved | given
-    elif "data" not in given:
-        raise ValueError("--data is missing: the folder with the images (BreakHis layout).")
-    return TrainConfig.from_dict(given)
+        return TrainConfig.from_dict(saved | given)
+    if "data" not in given:
+        raise ValueError("--data is missing: the folder or list of images.")
+    return TrainConfig.from_dict(PROTOCOLS.get(given.get("protocol", ""), {}) | given)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,6 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     resume = f"ernet-fast train --out {config.out} --resume"
     try:
         result = fit(config, resume=arguments.resume, stop_after=arguments.stop_after, reporter=reporter)
+    except TrainingStoppedError as stopped:
+        finish_together()
+        reporter.warning(f"{stopped}; to go on: {resume}")
+        return STOPPED
     except (KeyboardInterrupt, OSError) as error:
         last = config.folder / LAST
         if last.is_file() and not isinstance(error, (FileExistsError, FileNotFoundError, NotADirectoryError)):

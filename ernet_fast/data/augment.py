@@ -152,18 +152,28 @@ def affine_matrix(
     `rotation` in degrees, counter-clockwise as seen on a screen; `translation` is (right, down) in shares of width
     and height. It maps coordinates of the result to those of the input, -1 and 1 being the image's outer edges.
     """
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    shift, angle, factor = (torch.tensor([value], **kind) for value in (translation, rotation, zoom))
+    return affine_matrices(size, rotation=angle, translation=shift, zoom=factor)[0]
+
+
+def affine_matrices(size: tuple[int, int], *, rotation: Tensor, translation: Tensor, zoom: Tensor) -> Tensor:
+    """`affine_matrix` of B images: rotation [B], translation [B, 2] and zoom [B] float64 to [B, 2, 3] float32."""
     height, width = size
-    cosine, sine = math.cos(math.radians(rotation)) / zoom, math.sin(math.radians(rotation)) / zoom
-    kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    linear = torch.tensor([[cosine, -sine * height / width], [sine * width / height, cosine]], **kind)
-    shift = torch.tensor([2 * translation[0], 2 * translation[1]], **kind)
-    return torch.cat([linear, -(linear @ shift)[:, None]], dim=1)
+    cosine, sine = torch.deg2rad(rotation).cos() / zoom, torch.deg2rad(rotation).sin() / zoom
+    rows = torch.stack([cosine, -sine * height / width, sine * width / height, cosine], dim=1)
+    linear = rows.view(-1, 2, 2)
+    return torch.cat([linear, -(linear @ (2 * translation)[..., None])], dim=2).float()
 
 
 def warp_affine(image: Tensor, matrix: Tensor) -> Tensor:
-    """Resample a float image [C, H, W] bilinearly through an `affine_matrix`, mirrored beyond its border."""
-    grid = F.affine_grid(matrix[None].to(image), [1, *image.shape], align_corners=False)
-    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="reflection", align_corners=False)[0]
+    """Resample a float image [C, H, W] bilinearly through an `affine_matrix`, mirrored beyond its border; or images
+    [B, C, H, W] through matrices [B, 2, 3].
+    """
+    batch = image if image.ndim == 4 else image[None]
+    grid = F.affine_grid(matrix.view(-1, 2, 3).to(image), list(batch.shape), align_corners=False)
+    warped = F.grid_sample(batch, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return warped if image.ndim == 4 else warped[0]
 
 
 def _check_image(image: Tensor, what: str) -> None:

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,8 +15,15 @@ from torch.utils.data import Dataset
 
 from ernet_fast.data import layout
 from ernet_fast.data.image_io import ImageReadError, read_image
-from ernet_fast.data.layout import LABELS, MAGNIFICATIONS, SUBTYPES, Sample, Skipped
-from ernet_fast.data.splits import SPLIT_NAMES, Splits, make_splits, read_split_csv
+from ernet_fast.data.layout import LABELS, SUBTYPES, Sample, Skipped
+from ernet_fast.data.splits import (
+    SPLIT_NAMES,
+    Splits,
+    is_published_fold,
+    make_splits,
+    read_published_fold,
+    read_split_csv,
+)
 
 _LISTED = 10  # files named in an error before "and N more"
 
@@ -86,21 +94,19 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         ):
             if value not in choices:
                 raise ValueError(f"{argument}={value!r}; expected one of {', '.join(map(repr, choices))}")
-        wanted = MAGNIFICATIONS if magnifications is None else layout.magnifications_of(magnifications)
-        self.root = layout.find_tree(root)
         self.split, self.fold, self.target = split, fold, target
         self.transform, self.target_transform = transform, target_transform
-        self.classes = list(LABELS) if target == "binary" else [kind.folder for kind in SUBTYPES.values()]
         self._skip = on_error == "skip"
         self.skipped: list[Skipped] = []
 
-        found, problems = layout.scan_tree(self.root)
+        wanted = None if magnifications is None else self._wanted(magnifications)
+        found, problems = self._scan(root)
         self._report(problems, f"image(s) of {self.root} cannot be used")
         if not found:
-            raise ValueError(f"no usable image below {str(self.root / 'breast')!r} ({len(problems)} unusable)")
+            raise ValueError(f"no usable image below {str(self.root)!r} ({len(problems)} unusable)")
         self.splits = splits
         if split_file is not None:
-            self.splits = read_split_csv(split_file)
+            self.splits = self._read_splits(split_file, num_folds=num_folds, seed=seed, by=split_by)
             if split_by == "patient" and self.splits.by == "image":
                 raise ValueError(
                     f"split_file {str(split_file)!r} has images of one patient in several parts; "
@@ -111,12 +117,35 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         elif split != "all":
             self.splits = make_splits(found, by=split_by, num_folds=num_folds, seed=seed)
         chosen = found if self.splits is None else self.splits.select(found, split, fold)
-        self.samples = self._relabel(s for s in chosen if s.magnification in wanted)
+        self.samples = self._relabel(s for s in chosen if wanted is None or s.magnification in wanted)
         if self.samples and (self._skip if verify is None else verify):
             self._verify()
         self._check_not_empty(chosen, wanted)
         self.targets = [sample.label for sample in self.samples]
         self._warn_of_missing_classes(found)
+
+    root: Path
+    classes: list[str]
+
+    def _wanted(self, magnifications: int | Iterable[int]) -> tuple[int, ...]:
+        """The magnifications asked for, in ascending order."""
+        return layout.magnifications_of(magnifications)
+
+    def _scan(self, root: str | os.PathLike[str]) -> tuple[list[Sample], list[Skipped]]:
+        """All images, and those that cannot be used; sets `root` and `classes`."""
+        self.root = layout.find_tree(root)
+        self.classes = list(LABELS) if self.target == "binary" else [kind.folder for kind in SUBTYPES.values()]
+        return layout.scan_tree(self.root)
+
+    def _read_splits(self, path: str | os.PathLike[str], **options: Any) -> Splits:
+        if os.path.isfile(path) and is_published_fold(path):
+            return read_published_fold(path, **options)
+        return read_split_csv(path)
+
+    def _path_of(self, image: str) -> Path:
+        """Where the image of a name lies, or would."""
+        s = layout.parse_name(image + ".png")
+        return layout.image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -132,7 +161,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
     def __repr__(self) -> str:
         patients = len({sample.patient for sample in self.samples})
         classes = ", ".join(f"{name} {self.targets.count(index)}" for index, name in enumerate(self.classes))
-        what = f"BreakHis({str(self.root)!r}, split={self.split!r}, fold={self.fold})"
+        what = f"{type(self).__name__}({str(self.root)!r}, split={self.split!r}, fold={self.fold})"
         return f"{what}: {len(self)} images, {patients} patients ({classes})"
 
     def _report(self, problems: Sequence[Skipped], what: str) -> None:
@@ -151,8 +180,7 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         problems = [Skipped(s.path, f"not listed in {source}") for s in found if s.name not in splits.fold_of]
         there = {sample.name for sample in found} | {problem.path.stem for problem in self.skipped}
         for image in splits.fold_of.keys() - there:
-            s = layout.parse_name(image + ".png")
-            path = layout.image_path(self.root, s.subtype, s.slide, s.magnification, s.sequence)
+            path = self._path_of(image)
             problems.append(Skipped(path, f"listed in {source}, but there is no such image"))
         self._report(sorted(problems), f"image(s) differ between {self.root} and {source}")
         return [sample for sample in found if sample.name in splits.fold_of]
@@ -179,12 +207,12 @@ class BreakHis(Dataset[tuple[Any, Any]]):
         self.skipped.extend(damaged)
         self.samples = [s for s, why in zip(self.samples, reasons, strict=True) if why is None]
 
-    def _check_not_empty(self, chosen: Sequence[Sample], wanted: Sequence[int]) -> None:
+    def _check_not_empty(self, chosen: Sequence[Sample], wanted: Sequence[int] | None) -> None:
         if not self.samples:
             there = Counter(sample.magnification for sample in chosen)
             counts = ", ".join(f"{count} at {m}X" for m, count in sorted(there.items())) or "none"
             raise ValueError(
-                f"no image is left for split={self.split!r}, fold={self.fold}, magnifications={tuple(wanted)} "
+                f"no image is left for split={self.split!r}, fold={self.fold}, magnifications={wanted or 'all'} "
                 f"of {self.root} (in this split: {counts}; skipped as unusable: {len(self.skipped)})"
             )
 

@@ -61,6 +61,11 @@ class Sample(NamedTuple):
         """1 for a malignant tumour, 0 for a benign one, whatever the target."""
         return SUBTYPES[self.subtype].malignant
 
+    @property
+    def split_class(self) -> int:
+        """The class that a split is stratified by."""
+        return self.malignant
+
 
 class Skipped(NamedTuple):
     """A file that was left out, and why."""
@@ -135,7 +140,7 @@ def find_tree(root: str | os.PathLike[str]) -> Path:
     if root.name == "breast" and _is_breast(root):
         return root.parent
     trees, seen = [], set()
-    for folder, children, _ in _walk(root, OSError):
+    for folder, children, _ in walk(root, OSError):
         real = os.path.realpath(folder)
         is_tree = "breast" in children and _is_breast(folder / "breast")
         if is_tree and real not in seen:
@@ -162,7 +167,7 @@ def _is_breast(folder: Path) -> bool:
     return any((folder / label).is_dir() for label in LABELS)
 
 
-def _walk(
+def walk(
     folder: Path, *ignored: type[OSError], above: frozenset[str] = frozenset()
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
     """As `os.walk`, in name order: follows links but not in circles, omits hidden entries, raises all but `ignored`."""
@@ -174,7 +179,7 @@ def _walk(
     children = [name for name, is_dir in visible if is_dir]
     yield folder, children, [name for name, is_dir in visible if not is_dir]
     for child in children:
-        yield from _walk(folder / child, *ignored, above=above | {real})
+        yield from walk(folder / child, *ignored, above=above | {real})
 
 
 def scan_tree(tree: Path) -> tuple[list[Sample], list[Skipped]]:
@@ -188,7 +193,7 @@ def scan_tree(tree: Path) -> tuple[list[Sample], list[Skipped]]:
     """
     found: dict[str, list[Sample]] = {}
     problems: list[Skipped] = []
-    for folder, _, files in _walk(tree / "breast"):
+    for folder, _, files in walk(tree / "breast"):
         for file in files:
             path = folder / file
             if path.suffix.lower() in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:

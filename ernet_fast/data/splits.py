@@ -56,8 +56,12 @@ class Splits:
         return "patient" if all(parts.setdefault(row.patient, row.fold) == row.fold for row in self.rows) else "image"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint: the number of folds, and image name to fold."""
-        return {"num_folds": self.num_folds, "fold_of": dict(self.fold_of)}
+        """Plain values, for a checkpoint: the number of folds, and image name to fold; to patient and class, where the
+        names do not say them.
+        """
+        values: dict[str, Any] = {"num_folds": self.num_folds, "fold_of": dict(self.fold_of)}
+        foreign = {row.image: [row.patient, row.subtype] for row in self.rows if not _says(row)}
+        return values | {"named": foreign} if foreign else values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Splits:
@@ -66,8 +70,11 @@ class Splits:
         for image, fold in values["fold_of"].items():
             if fold is not None and not 0 <= fold < num_folds:
                 raise ValueError(f"image {image!r} is in fold {fold!r} of {num_folds}")
-            named = parse_name(f"{image}.png")
-            rows.append(SplitRow(image, named.patient, named.subtype, fold))
+            if image in values.get("named", {}):
+                patient, subtype = values["named"][image]
+            else:
+                patient, subtype = parse_name(f"{image}.png").patient, parse_name(f"{image}.png").subtype
+            rows.append(SplitRow(image, patient, subtype, fold))
         return cls(tuple(sorted(rows)), num_folds)
 
     def select(self, samples: Iterable[Sample], split: str, fold: int = 0) -> list[Sample]:
@@ -89,6 +96,15 @@ class Splits:
             "all": lambda part: True,
         }[split]
         return [sample for sample in samples if belongs(self.fold_of[sample.name])]
+
+
+def _says(row: SplitRow) -> bool:
+    """Whether the image's name is one of BreakHis and says patient and class itself."""
+    try:
+        named = parse_name(f"{row.image}.png")
+    except ValueError:
+        return False
+    return (named.patient, named.subtype) == (row.patient, row.subtype)
 
 
 class _Unit(NamedTuple):
@@ -129,9 +145,9 @@ def make_splits(
         taken = [math.floor(test_fraction * k + 0.5 + 1e-9) for k in range(count + 1)]
         if count - taken[-1] < num_folds or (test_fraction > 0 and taken[-1] == 0):
             raise ValueError(
-                f"class {LABELS[label]!r} has too few {by}s: of {count}, test_fraction={test_fraction} holds out "
-                f"{taken[-1]} and leaves {count - taken[-1]} for num_folds={num_folds}, but each part needs one. Lower "
-                f"num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
+                f"class {_class_name(samples, label)!r} has too few {by}s: of {count}, test_fraction={test_fraction} "
+                f"holds out {taken[-1]} and leaves {count - taken[-1]} for num_folds={num_folds}, but each part needs "
+                f"one. Lower num_folds or change test_fraction" + (", or split by image" if by == "patient" else "")
             )
         members = [unit for unit in units if unit.label == label]
         # Those held out are spread evenly over the strata: the rounded share of the first k, for every k.
@@ -143,6 +159,11 @@ def make_splits(
         fold |= _most_even(kept, [1 / num_folds] * num_folds, seed, trials, folds)
     rows = [SplitRow(s.name, s.patient, s.subtype, fold.get(unit.key)) for unit in units for s in unit.samples]
     return Splits(tuple(sorted(rows)), num_folds)
+
+
+def _class_name(samples: Sequence[Sample], label: int) -> str:
+    first = next(sample for sample in samples if sample.split_class == label)
+    return LABELS[label] if type(first) is Sample else first.subtype
 
 
 def _check_arguments(samples: Sequence[Sample], by: str, test_fraction: float, num_folds: int) -> None:
@@ -166,7 +187,8 @@ def _units(samples: Sequence[Sample], by: str) -> list[_Unit]:
         groups.setdefault(s.patient if by == "patient" else f"{s.slide}-{s.magnification}-{s.sequence}", []).append(s)
     units = []
     for key, members in groups.items():
-        label = int(2 * sum(sample.malignant for sample in members) >= len(members))
+        times = Counter(sample.split_class for sample in members)
+        label = max(times, key=lambda found: (times[found], found))
         stratum: tuple[int | str, ...] = (label,)
         if by == "image":
             stratum = (label, "+".join(sample.subtype for sample in members), members[0].magnification)
@@ -181,7 +203,8 @@ def _most_even(
 
     A deal orders the units by stratum, at random within each, and gives each the part in the same place of `parts`.
     """
-    counts = {unit.key: _image_counts(unit) for unit in units}
+    kinds = _Kinds.of(sample for unit in units for sample in unit.samples)
+    counts = {unit.key: _image_counts(unit, kinds) for unit in units}
     expected = np.outer(shares, np.sum(list(counts.values()), axis=0))
     best: tuple[float, dict[str, int]] = math.inf, {}
     for trial in range(trials):
@@ -197,13 +220,28 @@ def _most_even(
     return best[1]
 
 
-def _image_counts(unit: _Unit) -> list[int]:
+def _image_counts(unit: _Unit, kinds: _Kinds) -> list[int]:
     """Images in all (fourfold, to weigh as much as the magnifications), by subtype, by class and magnification."""
     subtypes = Counter(sample.subtype for sample in unit.samples)
-    cells = Counter((sample.malignant, sample.magnification) for sample in unit.samples)
+    cells = Counter((sample.split_class, sample.magnification) for sample in unit.samples)
     total = [len(unit.samples)] * len(MAGNIFICATIONS)
-    by_cell = [cells[label, m] for label in range(2) for m in MAGNIFICATIONS]
-    return total + [subtypes[code] for code in SUBTYPES] + by_cell
+    return total + [subtypes[code] for code in kinds.subtypes] + [cells[cell] for cell in kinds.cells]
+
+
+class _Kinds(NamedTuple):
+    """What images are counted by."""
+
+    subtypes: tuple[str, ...]
+    cells: tuple[tuple[int, int], ...]  # class and magnification
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> _Kinds:
+        """Those of BreakHis, whether there are images or not; of other data, those that occur."""
+        samples = list(samples)
+        if all(type(sample) is Sample for sample in samples):
+            return cls(tuple(SUBTYPES), tuple((label, m) for label in range(2) for m in MAGNIFICATIONS))
+        subtypes = sorted({sample.subtype for sample in samples})
+        return cls(tuple(subtypes), tuple(sorted({(s.split_class, s.magnification) for s in samples})))
 
 
 def write_split_csv(path: str | os.PathLike[str], splits: Splits) -> Path:
@@ -213,8 +251,10 @@ def write_split_csv(path: str | os.PathLike[str], splits: Splits) -> Path:
     return Path(path)
 
 
-def read_split_csv(path: str | os.PathLike[str]) -> Splits:
+def read_split_csv(path: str | os.PathLike[str], *, any_names: bool = False) -> Splits:
     """Read a file that `write_split_csv` wrote, or one made by hand with the same columns in any order.
+
+    With `any_names` images need not have names of BreakHis, which the other columns are compared with.
 
     Raises:
         FileNotFoundError: no such file.
@@ -233,7 +273,7 @@ def read_split_csv(path: str | os.PathLike[str]) -> Splits:
                 raise ValueError(f"{path}: no column {', '.join(missing)}; expected {','.join(_COLUMNS)}")
             for record in reader:
                 where = f"{path}, line {reader.line_num}"
-                row = _parse_row(record, where)
+                row = _parse_row(record, where, any_names)
                 if rows.setdefault(row.image, row) is not row:
                     raise ValueError(f"{where}: image {row.image!r} is listed twice")
     except (UnicodeDecodeError, csv.Error) as error:
@@ -246,13 +286,55 @@ def read_split_csv(path: str | os.PathLike[str]) -> Splits:
     return Splits(tuple(sorted(rows.values())), len(used))
 
 
-def _parse_row(record: dict[str | None, str | None], where: str) -> SplitRow:
+def read_published_fold(
+    path: str | os.PathLike[str], *, num_folds: int = 5, seed: int = 0, by: str = "patient"
+) -> Splits:
+    """Read one of the published folds of BreakHis, ``dsfold1.txt`` to ``dsfold5.txt`` (Spanhol et al., IEEE TBME 2016).
+
+    A line is ``image|magnification|fold|train`` or ``...|test``. The images of ``test`` are the test set; those of
+    ``train`` are dealt into `num_folds` folds as by `make_splits`, to validate on, which the published ones do not.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that reads otherwise, or an image that is listed twice; the message has file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file with a fold at {str(path)!r}")
+    parts: dict[str, str] = {}
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        where, columns = f"{path}, line {number}", [column.strip() for column in line.split("|")]
+        if columns == [""]:
+            continue
+        if len(columns) != 4 or columns[3] not in ("train", "test"):
+            raise ValueError(f"{where}: {line[:60]!r}; expected image|magnification|fold|train, or test")
+        try:
+            sample = parse_name(columns[0])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if parts.setdefault(sample.name, columns[3]) != columns[3] or columns[1] != str(sample.magnification):
+            raise ValueError(f"{where}: image {sample.name!r} is in both parts, or its magnification another")
+        samples.append(sample)
+    trained = {sample.name: sample for sample in samples if parts[sample.name] == "train"}
+    rows = list(make_splits(trained.values(), by=by, test_fraction=0.0, num_folds=num_folds, seed=seed).rows)
+    held_out = {s.name: SplitRow(s.name, s.patient, s.subtype, None) for s in samples if s.name not in trained}
+    return Splits(tuple(sorted([*rows, *held_out.values()])), num_folds)
+
+
+def is_published_fold(path: str | os.PathLike[str]) -> bool:
+    """Whether the first line of a file is one of a published fold."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return file.readline().count("|") == 3
+
+
+def _parse_row(record: dict[str | None, str | None], where: str, any_names: bool) -> SplitRow:
     image, patient, subtype, split, fold = ((record.get(column) or "").strip() for column in _COLUMNS)
     try:
-        named = parse_name(image + ".png")
+        named = None if any_names else parse_name(image + ".png")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if (named.patient, named.subtype) != (patient, subtype):
+    if named is not None and (named.patient, named.subtype) != (patient, subtype):
         raise ValueError(
             f"{where}: patient {patient!r}, subtype {subtype!r}; "
             f"the image name {image!r} says {named.patient!r}, {named.subtype!r}"

@@ -26,7 +26,16 @@ from ernet_fast.train.images import evenly_chosen
 from ernet_fast.train.loop import fit
 from ernet_fast.train.stain_choice import most_typical
 
-_RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
+_RUN_FILES = (
+    "last.pt",
+    "last-1.pt",
+    "best.pt",
+    "history.json",
+    "history.csv",
+    "config.json",
+    "split.csv",
+    "skipped.csv",
+)
 _TOTAL_SECONDS = 165.0  # leaves a little of the three minutes for starting Python
 _LATER_SECONDS = 55.0  # for evaluation, timing and report
 _MISTAKES = 6

@@ -11,6 +11,7 @@ from ernet_fast.models.export import export_network, load_exported
 from ernet_fast.models.flops import FlopCount, count_flops
 from ernet_fast.models.folding import fold_for_inference
 from ernet_fast.models.inference import optimize_for_inference
+from ernet_fast.models.plain_resnet import build_plain_resnet
 from ernet_fast.models.resnet import ERResNet
 from ernet_fast.models.stage import ERStage
 from ernet_fast.models.to_plain import to_plain
@@ -18,7 +19,8 @@ from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 
 __all__ = [
     "Agreement", "ERBasicBlock", "ERBlock", "ERBlock133", "ERBottleneck", "ERResNet", "ERStage", "Explanation",
-    "FlopCount", "ProjectionBlock", "StageExplanation", "convert_resnet", "count_flops", "er_resnet18", "er_resnet34",
-    "er_resnet50", "er_resnet101", "er_resnet152", "explain", "export_network", "fold_for_inference", "load_exported",
-    "load_torchvision_state_dict", "logit_agreement", "optimize_for_inference", "read_weights", "to_plain",
+    "FlopCount", "ProjectionBlock", "StageExplanation", "build_plain_resnet", "convert_resnet", "count_flops",
+    "er_resnet18", "er_resnet34", "er_resnet50", "er_resnet101", "er_resnet152", "explain", "export_network",
+    "fold_for_inference", "load_exported", "load_torchvision_state_dict", "logit_agreement", "optimize_for_inference",
+    "read_weights", "to_plain",
 ]  # fmt: skip

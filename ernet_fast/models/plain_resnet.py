@@ -1,14 +1,19 @@
-"""Recognition of a plain ResNet: by the names and kinds of its modules, and by what it computes."""
+"""Plain ResNets: one is built without torchvision, and others are recognised by their modules and what they compute."""
 
 from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ernet_fast.models.resnet import STAGE_NAMES
+from ernet_fast.models.depths import Weights
+from ernet_fast.models.resnet import FAMILY, LAYERS, STAGE_NAMES, ERResNet
+from ernet_fast.models.to_plain import PlainBlock as PlainResidualBlock
+from ernet_fast.models.to_plain import PlainResNet
+from ernet_fast.models.weights import load_torchvision_state_dict, read_weights
 
 _NEEDED = ("conv1", "bn1", "maxpool", *STAGE_NAMES, "fc")
 _KERNELS = ((3, 3), (1, 3, 1))
@@ -24,6 +29,41 @@ _LOST = "The conversion would lose what it does besides: convert a torchvision o
 
 PlainBlock = tuple[tuple[int, ...], int]
 """Kernel sizes and output channels of a residual block."""
+
+
+def build_plain_resnet(
+    depth: int,
+    num_classes: int = 1000,
+    *,
+    weights: Weights | None = None,
+    block: str = "standard",
+    base_channels: int = 64,
+    **kw: Any,
+) -> PlainResNet:
+    """The ResNet of `depth` layers, with torchvision's architecture and names: the control of an ER-ResNet.
+
+    Convolutions and classifier start with the weights that the ER-ResNet has after the same `torch.manual_seed`, so
+    that the two differ in their shortcuts alone.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        num_classes: outputs of the classifier.
+        weights: a state dict, or the path of a file with one, of torchvision's ResNet of this depth.
+        block: "standard", or "er133" for the residual blocks of the ER-ResNet of that name.
+        base_channels: channels of the stem.
+        **kw: further arguments of `ERResNet` that are not about its shortcuts: in_channels, drop_rate.
+
+    Raises:
+        ValueError: a depth that is none of these, or weights that do not fit.
+        FileNotFoundError: `weights` names no file.
+    """
+    if depth not in LAYERS:
+        raise ValueError(f"depth={depth!r}; expected one of {', '.join(map(str, LAYERS))}")
+    er = ERResNet(FAMILY[depth], LAYERS[depth], num_classes, block=block, base_channels=base_channels, **kw)
+    model = PlainResNet(er, lambda name, er_block: PlainResidualBlock(er_block, shortcut=True))
+    if weights is not None:
+        load_torchvision_state_dict(model, read_weights(weights))
+    return model
 
 
 def check_plain_resnet(model: nn.Module) -> list[list[PlainBlock]]:

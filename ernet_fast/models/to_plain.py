@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,21 +42,31 @@ class PlainBlock(ResidualBranch):
 
 
 class PlainResNet(nn.Module):
-    """A plain ResNet with torchvision's names of modules: `conv1`, `bn1`, `layer1` ... `layer4`, `fc`."""
+    """A plain ResNet with torchvision's names of modules: `conv1`, `bn1`, `layer1` ... `layer4`, `fc`.
 
-    def __init__(self, er: ERResNet) -> None:
+    `plain_block` makes a block of the name and the ER block it is given; default: as `to_plain` does.
+    """
+
+    def __init__(self, er: ERResNet, plain_block: Callable[[str, Any], PlainBlock] | None = None) -> None:
         super().__init__()
+        plain_block = plain_block or _plain_block
         for name in ("conv1", "bn1", "relu", "maxpool"):
             self.add_module(name, copy.deepcopy(er.get_submodule(name)))
         for name in STAGE_NAMES:
             opening, *blocks = er.get_submodule(name).children()
-            plain = [_plain_block(f"{name}.{k}", block) for k, block in enumerate(blocks, start=1)]
+            plain = [plain_block(f"{name}.{k}", block) for k, block in enumerate(blocks, start=1)]
             self.add_module(name, nn.Sequential(copy.deepcopy(opening), *plain))
         for name in ("avgpool", "fc"):
             self.add_module(name, copy.deepcopy(er.get_submodule(name)))
         self.drop_rate = er.drop_rate
         for module in (self, *(self.get_submodule(name) for name in STAGE_NAMES)):
             module.training = er.training
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier `fc` with random weights."""
+        features: int = self.get_submodule("fc").in_features  # type: ignore[assignment]
+        device = next(self.parameters()).device
+        self.add_module("fc", nn.Linear(features, num_classes, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, in_channels, H, W]."""

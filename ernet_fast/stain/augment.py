@@ -25,6 +25,7 @@ def macenko_augment(
     gain: float = 0.2,
     shift: float = 0.2,
     generator: torch.Generator | None = None,
+    changes: tuple[torch.Tensor, torch.Tensor] | None = None,
     Io: float = 240,
     alpha: float = 1,
     beta: float = 0.15,
@@ -51,6 +52,7 @@ def macenko_augment(
         gain: half the width of the distribution of g, in [0, 1).
         shift: half the width of the distribution of s, in [0, 4].
         generator: where the numbers come from; torch's default CPU generator if None.
+        changes: g and s, [B, 2] each of haematoxylin and eosin, to use instead of drawing them by `gain` and `shift`.
         Io: as in `macenko_fit`.
         alpha: as in `macenko_fit`.
         beta: as in `macenko_fit`.
@@ -74,8 +76,12 @@ def macenko_augment(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator.")
     collection = pipeline.read(images, options)
-    drawn = draw_changes(collection.count, gain, shift, generator)
-    gains, shifts = (to_device(values, collection.device) for values in drawn)
+    drawn = draw_changes(collection.count, gain, shift, generator) if changes is None else changes
+    if any(tuple(values.shape) != (collection.count, 2) for values in drawn):
+        raise ValueError(
+            f"changes are {[list(values.shape) for values in drawn]}; expected two tensors [{collection.count}, 2]."
+        )
+    gains, shifts = (to_device(values.double(), collection.device) for values in drawn)
 
     def fused(part: Part) -> tuple[torch.Tensor, MacenkoFit] | None:
         return operators.augment(part.pixels, published_stains(), part.take(gains), part.take(shifts), options)

@@ -20,9 +20,11 @@ from ernet_fast.train.metrics import (
     patient_recognition_rate,
 )  # fmt: skip
 from ernet_fast.train.predictions import Predictions
+from ernet_fast.train.protocols import PROTOCOLS
+from ernet_fast.train.stop_signals import TrainingStoppedError
 
 __all__ = [
-    "Bootstrap", "Comparison", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult",
-    "TrainingDivergedError", "compare", "compute_metrics", "evaluate", "fit", "load_checkpoint",
-    "metrics_by_magnification", "patient_metrics", "patient_recognition_rate",
+    "PROTOCOLS", "Bootstrap", "Comparison", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult",
+    "TrainingDivergedError", "TrainingStoppedError", "compare", "compute_metrics", "evaluate", "fit",
+    "load_checkpoint", "metrics_by_magnification", "patient_metrics", "patient_recognition_rate",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import random
@@ -25,15 +26,23 @@ _TRAILER = b"sha256:"
 """Behind the file of `torch.save`, which stays readable by `torch.load`; 64 hexadecimal digits follow."""
 
 
+_TARGETS: dict[str, dict[str, tuple[tuple[int, ...], float]]] = {
+    "macenko": {"HERef": ((3, 2), 0.0), "maxCRef": ((2,), 0.0)},
+    "reinhard": {"target_means": ((3,), -math.inf), "target_stds": ((3,), 0.0)},
+}
+"""Method of stain normalisation to the tensors of its target: shape and least value."""
+
+
 def _stain(found: Any) -> bool:
     if found is None:
         return True
     tensors = found.get("normalizer") if isinstance(found, dict) else None
+    expected = _TARGETS["reinhard" if isinstance(found, dict) and found.get("method") == "reinhard" else "macenko"]
     return isinstance(tensors, dict) and all(
         isinstance(tensor := tensors.get(name), Tensor)
         and tuple(tensor.shape) == shape
-        and bool((tensor.isfinite() & (tensor >= 0)).all())
-        for name, shape in {"HERef": (3, 2), "maxCRef": (2,)}.items()
+        and bool((tensor.isfinite() & (tensor >= least)).all())
+        for name, (shape, least) in expected.items()
     )
 
 
@@ -53,7 +62,11 @@ _FIELDS: dict[str, tuple[type, type, str]] = {
     "split": (dict, object, "a split"),
     "train_images": (list, str, "a list of names"),
     "val_images": (list, str, "a list of names"),
-    "stain": (object, object, "None or a target with finite HERef [3, 2] and maxCRef [2], not negative"),
+    "stain": (
+        object,
+        object,
+        "None or a target with finite HERef [3, 2] and maxCRef [2], not negative; Reinhard's: means and deviations [3]",
+    ),
 }
 """Fields of a checkpoint beside `format`: type, type of what it holds, and what is expected; keys are strings."""
 

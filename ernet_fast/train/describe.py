@@ -33,6 +33,9 @@ def describe_run(
         f"model   {config.model}, {parameters:.2f} million parameters",
         f"on      {on}, {config.precision}; {config.epochs} epochs of {steps} steps of {config.batch_size} images",
     ]
+    if config.protocol is not None:
+        changed = [f"{name} {own!r} instead of {theirs!r}" for name, (theirs, own) in config.departures().items()]
+        lines.insert(0, f"plan    protocol {config.protocol}{', but ' if changed else ''}{', '.join(changed)}")
     return [*lines, f"resumed after epoch {epoch}"] if epoch else lines
 
 
@@ -49,7 +52,8 @@ def describe_epoch(record: dict[str, Any], epochs: int, improved: bool) -> str:
         parts.append(f"val loss {record['val_loss']:.4f}")
         parts.append(f"accuracy {format_figure(val['accuracy'])}")
         parts.append(f"AUC {'undefined' if val['auc'] is None else format_figure(val['auc'])}")
-    parts.append(f"{record['train_seconds']:.1f} s{'  (best)' if improved and record['val_loss'] is not None else ''}")
+    best = "  (best)" if improved and record["val_loss"] is not None else ""
+    parts.append(f"{record['train_seconds']:.1f} s, {record['data_wait']:.0%} waiting for data{best}")
     return "  ".join(parts)
 
 

@@ -108,7 +108,7 @@ def evaluate(
     reporter = reporter or Reporter()
     trained_on = set(state["train_images"])
     seen_images = sum(sample.name in trained_on for sample in images.samples)
-    patients = {parse_name(f"{name}.png").patient for name in trained_on}
+    patients = set(state.get("train_patients") or (parse_name(f"{name}.png").patient for name in trained_on))
     seen_patients = len({sample.patient for sample in images.samples} & patients)
     if seen_patients and split not in ("train", "trainval"):
         reporter.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ernet_fast import models
+from ernet_fast._optional import require
+from ernet_fast.models.plain_resnet import build_plain_resnet
 from ernet_fast.models.weights import is_shortcut_entry
-from ernet_fast.train.config import TrainConfig
+from ernet_fast.train.config import ER_MODELS, TIMM, TrainConfig
 
 _VECTOR_WIDTH = 16  # float32 values in the widest vector register
 
@@ -31,8 +34,14 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
     Weights with another number of classes bring everything but the classifier, which then starts at random. Errors
     are those of `models.read_weights` and `models.load_torchvision_state_dict`.
     """
-    build = getattr(models, config.model)
-    names = ("norm", "fused", "memory", "block", "base_channels", "num_groups")
+    if config.is_timm:
+        return _timm_network(config, num_classes)
+    names: tuple[str, ...] = ("block", "base_channels")
+    if config.model in ER_MODELS:
+        names += ("norm", "fused", "memory", "num_groups")
+        build: Any = getattr(models, config.model)
+    else:
+        build = partial(build_plain_resnet, int(config.model.removeprefix("resnet")))
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.weights is None:
         return build(num_classes, **settings)
@@ -44,9 +53,42 @@ def build_network(config: TrainConfig, num_classes: int) -> nn.Module:
     return model
 
 
+def _timm_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """A model of timm with random weights, or those of a file of its own, of which the classifier may be another's.
+
+    Raises:
+        ValueError: timm has no such model, or the weights do not fit.
+    """
+    timm = require("timm", extra="timm", purpose=f"model {config.model!r}")
+    try:
+        model: nn.Module = timm.create_model(config.model.removeprefix(TIMM), pretrained=False, num_classes=num_classes)
+    except RuntimeError as error:
+        known = ", ".join(ER_MODELS)
+        raise ValueError(
+            f"model={config.model!r}: {error}; expected {known}, resnet18, ..., or a name of timm."
+        ) from None
+    if config.weights is not None:
+        own, state = model.state_dict(), models.read_weights(config.weights)
+        fits = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
+        missing = [name for name in own if name not in fits]
+        head = tuple(f"{name}." for name in _classifier_names(model))
+        if any(not name.startswith(head) for name in missing) or not fits:
+            raise ValueError(
+                f"the weights are of another architecture than {config.model}: they lack {missing[:3]} ..."
+            )
+        model.load_state_dict(fits, strict=False)
+    return model
+
+
+def _classifier_names(model: Any) -> tuple[str, ...]:
+    """Where a timm model keeps its classifier."""
+    found = (getattr(model, "default_cfg", None) or {}).get("classifier", "fc")
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) do not decay, nor do ER
-    weights [L, C], which scale shortcuts and start at 1 as those of normalisation.
+    """AdamW, Adam or SGD with Nesterov momentum; weights of one dimension (biases, normalisation) do not decay, nor do
+    ER weights [L, C], which scale shortcuts and start at 1 as those of normalisation.
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -57,7 +99,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in pairs if parameters]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=config.betas)
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:

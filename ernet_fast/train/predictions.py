@@ -63,8 +63,8 @@ class Predictions:
         return Predictions(self.probabilities[rows], tuple(self.samples[i] for i in rows), self.classes)
 
     def by_magnification(self) -> dict[str, Predictions]:
-        """The images of each magnification there is, by ``"40X"`` and so on."""
-        found = sorted({sample.magnification for sample in self.samples})
+        """The images of each magnification there is, by ``"40X"`` and so on; not of those whose none is known."""
+        found = sorted({sample.magnification for sample in self.samples} - {0})
         return {f"{m}X": self.subset(lambda sample, m=m: sample.magnification == m) for m in found}  # type: ignore[misc]
 
     def loss(self) -> float | None:

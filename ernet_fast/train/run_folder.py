@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
+import secrets
+import shutil
 import socket
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ernet_fast.console.atomic_file import remove_abandoned
+from ernet_fast.train.checkpoint import load_checkpoint
 
 LAST, BEST = "last.pt", "best.pt"
 _LOCK = ".lock"
@@ -27,6 +32,67 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         hint = f"; its {LAST} is of a run without a complete epoch" if (path / LAST).is_file() else ""
         raise FileNotFoundError(f"no {BEST} in the folder {str(path)!r}{hint}.")
     return path / BEST
+
+
+def earlier_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints before ``last.pt``, the newest first: last-1.pt, last-2.pt, ..."""
+    found = {}
+    for path in folder.glob("last-*.pt"):
+        if number := re.fullmatch(r"last-(\d+)\.pt", path.name):
+            found[int(number[1])] = path
+    return [found[number] for number in sorted(found)]
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest checkpoint of a run that can be read, its state, and why newer ones cannot.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: all are damaged; the error is that of the newest.
+    """
+    errors: list[ValueError] = []
+    for path in (folder / LAST, *earlier_checkpoints(folder)):
+        if path.is_file():
+            try:
+                return path, load_checkpoint(path), [str(error) for error in errors]
+            except ValueError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0]
+    raise FileNotFoundError(f"nothing to resume: no {LAST} in {str(folder)!r}.")
+
+
+def take_back(path: Path) -> None:
+    """Make an earlier checkpoint ``last.pt`` again, in place of damaged ones, which are removed."""
+    for newer in (path.with_name(LAST), *earlier_checkpoints(path.parent)):
+        if newer == path:
+            break
+        if newer.name != LAST:
+            newer.unlink()
+    os.replace(path, path.with_name(LAST))
+
+
+def keep_earlier(folder: Path, count: int) -> None:
+    """Before a new ``last.pt`` is written: the present one becomes last-1.pt as well, that one last-2.pt, and so on.
+
+    ``last.pt`` is there at every moment. Checkpoints beyond `count` are removed.
+    """
+    names = [folder / LAST, *(folder / f"last-{k}.pt" for k in range(1, count + 1))]
+    for path in earlier_checkpoints(folder):
+        if path not in names:
+            path.unlink()
+    for older, newer in reversed(list(pairwise(names))):
+        if not older.is_file():
+            continue
+        if older.name != LAST:
+            os.replace(older, newer)
+            continue
+        twin = folder / f".{newer.name}.{os.getpid()}.{secrets.randbits(60)}.tmp"
+        try:
+            os.link(older, twin)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(older, twin)
+        os.replace(twin, newer)
 
 
 @contextlib.contextmanager

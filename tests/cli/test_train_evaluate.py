@@ -226,3 +226,56 @@ def test_what_export_refuses(call, trained, tmp_path):
     assert taken.code == 2 and "is the checkpoint: name another file" in taken.err
     nothing = call("export", tmp_path / "none.pt", "--format", "pt2")
     assert nothing.code == 2 and "no checkpoint at" in nothing.err
+
+
+def test_a_signal_ends_with_code_75_and_resume_goes_on(call, tiny_breakhis, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from ernet_fast.train.loss_watch import LossWatch
+
+    out, real, steps = tmp_path / "run", LossWatch.add, []
+
+    def add(self, *arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        real(self, *arguments)
+
+    monkeypatch.setattr(LossWatch, "add", add)
+    called = call("train", "--data", tiny_breakhis, "--out", out, "--epochs", 1, *TINY, "--stain", "none")
+    assert called.code == 75 and "stopped by SIGUSR1 behind step 2" in called.err
+    assert f"--out {out} --resume" in called.err
+    again = call("train", "--out", out, "--resume")
+    assert again.code == 0 and "best epoch 1" in again.out
+
+
+def test_a_protocol_on_the_command_line(call, tiny_breakhis, tmp_path):
+    out = tmp_path / "run"
+    options = ["--protocol", "paper", "--num-folds", 5, *TINY, "--epochs", 1, "--betas", 0.5, 0.9, "--stain", "none"]
+    called = call("train", "--data", tiny_breakhis, "--out", out, *options)
+    assert called.code == 0 and "protocol paper, but" in called.err and "betas (0.5, 0.9)" in called.err
+    config = json.loads((out / "config.json").read_text())
+    assert config["split_by"] == "image" and config["optimizer"] == "adam" and config["betas"] == [0.5, 0.9]
+    damaged = out / "last.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    again = call("train", "--out", out, "--resume")
+    assert again.code == 0 and "going on from last-1.pt" in again.err
+
+
+def test_pack_and_preview(call, tiny_breakhis, tmp_path):
+    packed = call("pack", "--data", tiny_breakhis, "--out", tmp_path / "pack", "--image-size", 32, "--json")
+    assert packed.code == 0 and packed.json["images"] == 64 and packed.json["damaged"] == []
+    assert call("pack", "--data", tiny_breakhis, "--out", tmp_path / "pack").code == 2
+    assert call("pack", "--out", tmp_path / "new").code == 2
+    shard = next((tmp_path / "pack").glob("*.u8"))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 255
+    shard.write_bytes(data)
+    checked = call("pack", "--out", tmp_path / "pack", "--verify")
+    assert checked.code == 1 and f"damaged: {shard.name}" in checked.out
+    image = next(tiny_breakhis.rglob("*.png"))
+    sheet = tmp_path / "sheet.png"
+    options = ["--protocol", "paper", "--stain-gain", 0.2, "--stain-shift", 0.1, "--image-size", 48]
+    shown = call("augment", image, "--preview", sheet, *options)
+    assert shown.code == 0 and sheet.read_bytes().startswith(b"\x89PNG")

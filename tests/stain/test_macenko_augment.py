@@ -173,3 +173,15 @@ def test_half_precision_and_unit_range(dtype):
 def test_arguments_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         macenko_augment(IMAGES[0], **options)
+
+
+def test_changes_that_were_drawn_before():
+    """They take the place of the draw, and are checked."""
+    images = torch.from_numpy(np.stack(IMAGES))
+    drawn = draw_changes(4, 0.2, 0.3, seeded(3))
+    expected = macenko_augment(images, gain=0.2, shift=0.3, generator=seeded(3))
+    assert torch.equal(macenko_augment(images, changes=drawn), expected)
+    alone = macenko_augment(images[2], changes=tuple(values[2:3] for values in drawn))
+    assert torch.equal(alone, expected[2])
+    with pytest.raises(ValueError, match=r"changes are \[\[4, 2\], \[4, 2\]\]; expected two tensors \[1, 2\]"):
+        macenko_augment(images[0], changes=drawn)

@@ -1,7 +1,8 @@
-"""Runs small enough for tests."""
+"""Runs small enough for tests. Makes same_state importable: tests are collected with importmode=importlib."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from ernet_fast.train import Reporter, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,9 @@ import torch
 
 from ernet_fast.data import BreakHis
 from ernet_fast.stain import MacenkoNormalizer
+from ernet_fast.train import TrainConfig
 from ernet_fast.train.images import EpochSampler, ImageSet, build_loader, evenly_chosen
+from ernet_fast.train.training_input import TrainingInput
 
 
 @pytest.fixture
@@ -19,12 +21,14 @@ def samples(tiny_breakhis):
 
 def epoch_images(samples, epoch, **changes):
     normalizer = MacenkoNormalizer(layout="CHW")  # its operator must also work in processes that were forked
-    settings = {"size": 32, "augment": True, "seed": 4, "normalizer": normalizer} | changes
+    settings = {"size": 32, "training": True, "random_crop": True, "seed": 4, "normalizer": normalizer} | changes
     workers = settings.pop("num_workers", 0)
     loader, order = build_loader(ImageSet(samples, **settings), batch_size=4, shuffle=True, seed=4, num_workers=workers)
     order.epoch = epoch
+    change = TrainingInput(TrainConfig(data="d", out="o", seed=4, stain_gain=0.2, stain_shift=0.1, crop=0.7))
     batches = list(loader)
-    return torch.cat([batch[0] for batch in batches]), torch.cat([batch[2] for batch in batches])
+    where = [batch[2] for batch in batches]
+    return torch.cat([change(batch[0], epoch, batch[2]) for batch in batches]), torch.cat(where)
 
 
 def test_an_epoch_is_the_same_with_workers_cache_and_another_history(samples):
@@ -39,14 +43,16 @@ def test_epochs_and_seeds_differ(samples):
     first, order = epoch_images(samples, 1)
     second, other = epoch_images(samples, 2)
     assert not torch.equal(order, other) and not torch.equal(first, second)
-    images = ImageSet(samples, 32, augment=True, seed=4)
-    assert not torch.equal(images[1, 0][0], images[2, 0][0])
-    assert not torch.equal(images[1, 0][0], ImageSet(samples, 32, augment=True, seed=5)[1, 0][0])
+    image = ImageSet(samples, 32, training=True)[1, 0][0][None]
+    changes = [TrainingInput(TrainConfig(data="d", out="o", seed=seed)) for seed in (4, 5)]
+    place = torch.tensor([0])
+    assert not torch.equal(changes[0](image, 1, place), changes[0](image, 2, place))
+    assert not torch.equal(changes[0](image, 1, place), changes[1](image, 1, place))
 
 
 def test_augmentation_leaves_torchs_generator_alone(samples):
     before = torch.get_rng_state()
-    ImageSet(samples, 32, augment=True)[1, 0]
+    epoch_images(samples, 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -57,7 +63,7 @@ def test_a_cached_image_is_prepared_once_and_not_changed(samples):
         calls.append(1)
         return image
 
-    images = ImageSet(samples, 32, normalizer=normalizer, augment=True, cache=True)
+    images = ImageSet(samples, 32, normalizer=normalizer, training=True, cache=True)
     first = images.prepared(0).clone()
     for epoch in range(3):
         images[epoch, 0]

@@ -10,36 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_state import assert_same, final_state
 
 from ernet_fast.data import BreakHis, make_splits, write_split_csv
-from ernet_fast.train import TrainConfig, checkpoint, evaluate, fit, load_checkpoint
+from ernet_fast.train import checkpoint, evaluate, fit, load_checkpoint
 from ernet_fast.train.checkpoint import save_checkpoint
 from ernet_fast.train.describe import write_history
-
-
-def assert_same(found, expected, where="checkpoint"):
-    """Equal to the last bit: tensors, numbers and structure."""
-    assert type(found) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype and torch.equal(found, expected), where
-    elif isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}.{key}")
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert found == expected, where
-
-
-def final_state(config: TrainConfig) -> dict:
-    state = load_checkpoint(Path(config.out) / "last.pt")
-    for record in (*state["history"], state["best"]):
-        record.pop("train_seconds", None)  # this and the folder may differ
-    del state["config"]["out"]
-    return state
 
 
 @pytest.mark.parametrize(
