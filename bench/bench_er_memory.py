@@ -18,12 +18,11 @@ import pytest
 import torch
 from er_networks import FUSED
 from er_stage_epilogues import STAGES
-from plain_resnet import plain_resnet
 from tensor_memory import MemoryUse, memory_use
+from this_tree import rival_networks
 from torch import Tensor, nn
 
 BATCH = 8
-STEM = 2  # modules of a plain ResNet before its first stage
 
 
 def stages(name: str) -> dict[str, nn.Module]:
@@ -32,7 +31,11 @@ def stages(name: str) -> dict[str, nn.Module]:
     fused = FUSED[depth]().stages[index]
     naive = copy.deepcopy(fused)
     naive.fused = False
-    found = {"plain": plain_resnet(depth)[STEM + index], "naive": naive, "fused": fused}
+    found = {
+        "plain": rival_networks.PlainResNet(depth).get_submodule(f"layer{index + 1}"),
+        "naive": naive,
+        "fused": fused,
+    }
     return {who: stage.to(memory_format=torch.channels_last) for who, stage in found.items()}
 
 

@@ -23,11 +23,12 @@ def module(name: str) -> ModuleType:
 
 
 interleaved, processor = module("benchmark/interleaved"), module("processor")
+_WITH_TORCH = {"macenko_peers": "benchmark/macenko_peers", "rival_networks": "reference/rival_networks"}
 percentiles, time_interleaved = interleaved.percentiles, interleaved.time_interleaved
 
 
 def __getattr__(name: str) -> Any:
-    """`macenko_peers`, loaded when it is asked for: it imports torch, which a description of the machine does not."""
-    if name == "macenko_peers":
-        return module("benchmark/macenko_peers")
+    """Modules loaded when they are asked for: they import torch, which a description of the machine does not."""
+    if name in _WITH_TORCH:
+        return module(_WITH_TORCH[name])
     raise AttributeError(name)
