@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "ernet_fast"
 
 
 def module(name: str) -> ModuleType:
-    """Load one of the modules that import nothing from the package, such as "benchmark/interleaved"."""
+    """Load one of the modules that import next to nothing from the package, such as "benchmark/interleaved"."""
     known = f"ernet_fast_of_this_tree_{name.replace('/', '_')}"
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
