@@ -139,6 +139,7 @@ def tuning_picture(records: Records) -> Any:
             places = [first + epoch["epoch"] for epoch in history]
             label = row.extra_info["title"].rpartition(", ")[0]
             axes.plot(places, [epoch[key] for epoch in history], color=colour, marker="o", ms=3, label=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axvline(begin, color="#e4e7eb", linewidth=1.0)
         axes.set(xlabel="epoch", title=f"{title}, patients held out")
         style_axes(axes)
