@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -17,7 +18,7 @@ from ernet_fast.reference.rival_networks import DenseNet121, PlainResNet
 
 QUIET = Reporter(mute=True)
 SMALL = ModelBenchConfig("er_resnet18", batch=2, size=32, seconds=0.01, device="cpu", compiled=False)
-KEYS = ["plain", "naive", "er", "lean"]
+KEYS = ["plain", "naive", "compiled", "er", "lean"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +32,11 @@ def narrow_networks(monkeypatch):
     torch.set_num_threads(threads)
 
 
-def test_every_network_is_measured(tmp_path):
-    figures = run_model_bench(SMALL, QUIET)
+def test_every_network_is_measured(tmp_path, monkeypatch):
+    """The naive one under torch.compile too, here by a backend that compiles no C++."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compiler(network, backend="eager", **options))
+    figures = run_model_bench(dataclasses.replace(SMALL, compiled=True), QUIET)
     assert [row["key"] for row in figures["networks"]] == KEYS and figures["missing"] == []
     rows = dict(zip(KEYS, figures["networks"], strict=True))
     for row in rows.values():
@@ -41,7 +45,7 @@ def test_every_network_is_measured(tmp_path):
         assert row["step_images_per_second"] == pytest.approx(2e3 / step["p50_ms"])
         # three times the parameters: they, their gradients, the momentum
         assert row["peak_bytes"] > 12 * row["parameters"] and row["activation_bytes"] > 0
-    assert [key for key in KEYS if "inference" in rows[key]] == ["plain", "naive", "er"]
+    assert [key for key in KEYS if "inference" in rows[key]] == ["plain", "naive", "compiled", "er"]
     assert rows["er"]["parameters"] == rows["naive"]["parameters"] > rows["plain"]["parameters"]
     assert {"model": "er_resnet18", "batch": 2, "size": 32}.items() <= figures.items()
     text = model_text(figures)
