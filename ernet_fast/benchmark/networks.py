@@ -64,16 +64,10 @@ def networks(model: str, device: torch.device, compiled: bool, base_channels: in
         ("lean", f"ER-ResNet-{depth}, memory lean", lean, None),
         ("densenet", "DenseNet-121", DenseNet121(CLASSES), folded),
     ]
-    found = [
-        Network(
-            key,
-            name,
-            module.to(device=device, memory_format=torch.channels_last),
-            prepare,
-            twin=module in (er, naive, lean),
-        )  # type: ignore[call-overload]
-        for key, name, module, prepare in made
-    ]
+    found = []
+    for key, name, module, prepare in made:
+        module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        found.append(Network(key, name, module, prepare, twin=module in (er, naive, lean)))
     if compiled:
         copied = copy.deepcopy(naive)
         graph = torch.compile(copied, dynamic=False)

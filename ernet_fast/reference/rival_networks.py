@@ -6,6 +6,7 @@ Names of modules and the operations are torchvision's, so that state dicts inter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def _transition(channels: int) -> nn.Sequential:
     return made
 
 
-def _initialise(model: nn.Module, mode: str) -> None:
+def _initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
     """As torchvision does: He's for convolutions, outputs counted ("fan_out") in ResNets and inputs in DenseNets."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
