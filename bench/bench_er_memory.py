@@ -3,7 +3,8 @@
 One row is a whole stage of a network, float32, channels-last, the same convolutions in all, in training mode. Bytes are
 those of tensors, by the allocator (`tensor_memory.py`): what is in use after forward, its result included, and the
 most during forward + backward. `extra_*` is what there is beyond the plain stage, `extra_per_image` how much of it
-another image adds: vectors of channels do not grow with the batch, maps do.
+another image adds: vectors of channels do not grow with the batch, maps do. `lean` is the fused stage with
+memory="lean", whose backward computes maps again.
 
 Run: python3 dev.py bench bench_er_memory
 """
@@ -18,21 +19,40 @@ import pytest
 import torch
 from er_networks import FUSED
 from er_stage_epilogues import STAGES
-from plain_resnet import plain_resnet
 from tensor_memory import MemoryUse, memory_use
+from this_tree import rival_networks
 from torch import Tensor, nn
 
+from ernet_fast.er.lean import lean_memory
+
 BATCH = 8
-STEM = 2  # modules of a plain ResNet before its first stage
+
+
+class Lean(nn.Module):
+    """A stage as a network with memory="lean" runs it."""
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        with lean_memory():
+            return self.stage(x)
 
 
 def stages(name: str) -> dict[str, nn.Module]:
-    """The stage `name`, such as "resnet50-1", of the plain ResNet, the naive and the fused ER-ResNet."""
+    """The stage `name`, such as "resnet50-1", of the plain ResNet, and of the ER-ResNet naive, fused and lean."""
     depth, index = int(name.removeprefix("resnet").split("-")[0]), int(name[-1]) - 1
     fused = FUSED[depth]().stages[index]
     naive = copy.deepcopy(fused)
     naive.fused = False
-    found = {"plain": plain_resnet(depth)[STEM + index], "naive": naive, "fused": fused}
+    lean = Lean(copy.deepcopy(fused))
+    found = {
+        "plain": rival_networks.PlainResNet(depth).get_submodule(f"layer{index + 1}"),
+        "naive": naive,
+        "fused": fused,
+        "lean": lean,
+    }
     return {who: stage.to(memory_format=torch.channels_last) for who, stage in found.items()}
 
 
@@ -79,6 +99,7 @@ def test_stage_memory(record_row, torch_threads, stage):
         extra_vectors=extra["fused"][1] / (4 * channels),
         extra_maps_naive=extra["naive"][1] / (4 * BATCH * channels * size**2), extra_per_image=per_image["fused"],
         extra_per_image_naive=per_image["naive"], peak_share=peaks["fused"] / peaks["plain"],
+        lean_kept_share=kept["lean"][1] / kept["plain"][1], lean_peak_share=peaks["lean"] / peaks["plain"],
         pairs=num_maps * (num_maps - 1) // 2, blocks=num_maps - 1,
         target=["extra_per_image <= 0", "peak_share <= 1.05"],
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from plain_resnet import plain_resnet
+from this_tree import rival_networks
 from torch import Tensor, nn
 
 from ernet_fast import er_resnet50, er_resnet101
@@ -30,7 +30,7 @@ def network(name: str, depth: int, device: str = "cpu", **kw: Any) -> nn.Module:
     if name in ("fused", "lean"):
         model: nn.Module = FUSED[depth](memory="lean" if name == "lean" else "usual", **kw)
     else:
-        model = {"plain": plain_resnet, "naive": naive_er_resnet}[name](depth, **kw)
+        model = {"plain": rival_networks.PlainResNet, "naive": naive_er_resnet}[name](depth, **kw)
     return model.to(device=device, memory_format=torch.channels_last)
 
 

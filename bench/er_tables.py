@@ -96,20 +96,24 @@ FUSED = Column("fused", lambda row: f"**{time_of(row.p50)}**{row.few}")
 STEPS = (
     NETWORK, figure("plain", "plain_ms", time_of), figure("naive", "naive_ms", time_of), FUSED,
     Column("fused / plain", lambda row: number(row.extra_info["fused_ms"] / row.extra_info["plain_ms"])),
-    figure("times naive", "ratio_naive"), TARGETS,
+    figure("times naive", "ratio_naive"), figure("lean", "lean_ms", time_of), figure("lean / plain", "lean_share"),
+    TARGETS,
 )  # fmt: skip
+EVALUATION = (*STEPS[:-3], TARGETS)
 MEMORY = (
     NETWORK,
     *(column for name, key in (("process", "peak"), ("tensors", "tensors")) for column in (
         *(figure(f"{name}: {who}, MiB", f"{key}_{who}", factor=MIB) for who in NETWORKS),
         figure(f"{name}: fused / plain", f"{key}_share"))),
-    TARGETS,
+    *(figure(f"activations: {who}, MiB", f"activations_{who}", factor=MIB) for who in (*NETWORKS, "lean")),
+    figure("lean / plain", "lean_activations_share"), TARGETS,
 )  # fmt: skip
 STAGE_MEMORY = (
     STAGE, *(figure(f"{who}, MiB", f"kept_{who}", factor=MIB) for who in NETWORKS),
     figure("fused beyond plain, bytes", "extra_fused"), figure("in vectors of C", "extra_vectors"),
     figure("of these an image", "extra_per_image"), figure("naive beyond plain, maps", "extra_maps_naive"),
-    figure("peak, fused / plain", "peak_share"),
+    figure("peak, fused / plain", "peak_share"), figure("lean, MiB", "kept_lean", factor=MIB),
+    figure("kept, lean / plain", "lean_kept_share"), figure("peak, lean / plain", "lean_peak_share"),
 )  # fmt: skip
 CALLS = (param("call", "name"), P50._replace(head="µs"), figure("torch.add beside it, µs", "add_us"), TARGETS)
 MEANS = (
@@ -166,7 +170,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     "er-stage-memory": Table("bench_er_memory", "stage_memory", STAGE_MEMORY),
     "er-steps": Table("bench_er_training", "training_step", STEPS),
     "er-memory": Table("bench_er_training", "training_memory", MEMORY),
-    "er-evaluation": Table("bench_er_training", "evaluation", STEPS),
+    "er-evaluation": Table("bench_er_training", "evaluation", EVALUATION),
     "er-calls": Table("bench_er_overhead", "call", CALLS),
     "readme-stages": readme_stages,
 }

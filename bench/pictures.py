@@ -8,6 +8,7 @@ from typing import Any
 
 from er_tables import EPILOGUES, by_setting, typical
 from macenko_tables import OPERATIONS, OWN, one_image
+from model_tables import PICTURES as OF_MODELS
 from record import Row
 from records import Records
 from tables import cpu_name
@@ -102,15 +103,23 @@ def _pixels(rows: list[Row]) -> list[int]:
     return [row.params["pixels"] for row in rows]
 
 
-PICTURES: dict[str, Callable[[Records], Any]] = {"er_speed.png": epilogues, "macenko_speed.png": macenko}
+PICTURES: dict[str, Callable[[Records], Any]] = {"er_speed.png": epilogues, "macenko_speed.png": macenko, **OF_MODELS}
+"""A picture is made of records, or None where they have nothing for it."""
+
+
+def missing(records: Records, folder: Path) -> list[Path]:
+    """The pictures that there is something for, and that are not there."""
+    return [folder / name for name, make in PICTURES.items() if not (folder / name).exists() and make(records)]
 
 
 def draw(records: Records, folder: Path) -> list[Path]:
     """Draw all pictures; returns those that are not what they were."""
     changed = []
     for name, make in PICTURES.items():
-        path = folder / name
+        path, figure = folder / name, make(records)
+        if figure is None:
+            continue
         before = path.read_bytes() if path.exists() else b""
-        make(records).savefig(path, dpi=110, metadata={"Software": None})
+        figure.savefig(path, dpi=110, metadata={"Software": None})
         changed += [path] if path.read_bytes() != before else []
     return changed

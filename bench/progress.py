@@ -13,6 +13,7 @@ ORDER = (
     "bench_macenko",
     "bench_er_stage",
     "bench_er_training",
+    "bench_er_inference",
     "bench_er_norms",
     "bench_er_functional",
     "bench_macenko_parity",
@@ -21,6 +22,7 @@ ORDER = (
     "bench_macenko_slide",
     "bench_normalize_files",
     "bench_er_operators",
+    "bench_models",  # five minutes and more
 )
 
 

@@ -25,7 +25,7 @@ def peer(row: Row) -> str:
 def spread(row: Row) -> str:
     """Of a row over images the 99th percentile and the worst image, and how many there are."""
     info = row.extra_info
-    if "images" not in info:
+    if "p99" not in info:
         return NONE
     return f"{number(info['p99'])}, {number(info['max'])} of {info['images']}"
 

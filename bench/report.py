@@ -21,6 +21,7 @@ from pathlib import Path
 
 import er_tables
 import macenko_tables
+import model_tables
 import pictures
 import record_tables
 import target_tables
@@ -28,7 +29,7 @@ from record import ROOT
 from records import Records
 
 TABLES: dict[str, Callable[[Records], str]] = {
-    **target_tables.TABLES, **record_tables.TABLES, **er_tables.TABLES, **macenko_tables.TABLES
+    **target_tables.TABLES, **record_tables.TABLES, **er_tables.TABLES, **macenko_tables.TABLES, **model_tables.TABLES
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.S)
 
@@ -63,7 +64,7 @@ def update(root: Path, records: Records, check: bool) -> list[Path]:
 def update_pictures(folder: Path, records: Records, check: bool) -> list[Path]:
     """Draw the pictures, or with `check` only look whether they are there; returns those that changed or lack."""
     if check:
-        return [folder / name for name in pictures.PICTURES if not (folder / name).exists()]
+        return pictures.missing(records, folder)
     return pictures.draw(records, folder)
 
 

@@ -1,74 +1,9 @@
-"""Memory that tensors take during a call, as PyTorch's allocator reports it to the profiler.
-
-The CPU operators keep the memory of freed outputs beside that allocator; while something is measured here they do not,
-so that their outputs are counted as all others are. What a process takes in the end is in `process_memory.py`.
-"""
+"""Memory that tensors take during a call, measured as `ernet-fast bench model` of this tree does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import accumulate
-from typing import Any, NamedTuple
+from this_tree import module
 
-import torch
-from torch import Tensor
-
-from ernet_fast.output_cache import kept_memory, set_kept_memory_limit
-
-
-class MemoryUse(NamedTuple):
-    """Bytes above what was in use when the call began."""
-
-    peak: int
-    kept: int
-    """In use when the call ended, its result included."""
-
-
-@contextmanager
-def no_kept_memory() -> Iterator[None]:
-    """While active, the CPU operators take their outputs from PyTorch's allocator, where a profiler sees them."""
-    limit = kept_memory().limit_bytes
-    set_kept_memory_limit(0)
-    try:
-        yield
-    finally:
-        set_kept_memory_limit(limit)
-
-
-def memory_use(call: Callable[[], Any]) -> MemoryUse:
-    """What `call` allocates on the CPU. The profiler does not see the release of what was allocated before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with no_kept_memory(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    changes = [event.nbytes() for event in events]
-    del result
-    return MemoryUse(max(accumulate(changes), default=0), sum(changes))
-
-
-def held_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of tensors, each counted once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def training_peak(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> int:
-    """Bytes in use at the peak of a training step that follows another one.
-
-    Parameters, buffers and the state of the optimizer are counted, gradients as they come.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    return held_bytes([*model.parameters(), *model.buffers(), *state]) + memory_use(step).peak
-
-
-def activation_peak(model: torch.nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes at the peak of forward, loss and backward, beside parameters, their gradients and the optimizer."""
-
-    def forward_and_backward() -> None:
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-
-    forward_and_backward()  # after which every gradient has its memory
-    return memory_use(forward_and_backward).peak
+_measure = module("benchmark/tensor_memory")
+MemoryUse, memory_use, no_kept_memory = _measure.MemoryUse, _measure.memory_use, _measure.no_kept_memory
+held_bytes, training_peak, activation_peak = _measure.held_bytes, _measure.training_peak, _measure.activation_peak

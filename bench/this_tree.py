@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "ernet_fast"
 
 
 def module(name: str) -> ModuleType:
-    """Load one of the modules that import nothing from the package, such as "benchmark/interleaved"."""
+    """Load one of the modules that import next to nothing from the package, such as "benchmark/interleaved"."""
     known = f"ernet_fast_of_this_tree_{name.replace('/', '_')}"
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
@@ -23,11 +23,12 @@ def module(name: str) -> ModuleType:
 
 
 interleaved, processor = module("benchmark/interleaved"), module("processor")
+_WITH_TORCH = {"macenko_peers": "benchmark/macenko_peers", "rival_networks": "reference/rival_networks"}
 percentiles, time_interleaved = interleaved.percentiles, interleaved.time_interleaved
 
 
 def __getattr__(name: str) -> Any:
-    """`macenko_peers`, loaded when it is asked for: it imports torch, which a description of the machine does not."""
-    if name == "macenko_peers":
-        return module("benchmark/macenko_peers")
+    """Modules loaded when they are asked for: they import torch, which a description of the machine does not."""
+    if name in _WITH_TORCH:
+        return module(_WITH_TORCH[name])
     raise AttributeError(name)

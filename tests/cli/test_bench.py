@@ -97,3 +97,23 @@ def test_wrong_usage(call, arguments, words):
 def test_no_such_device(call):
     called = call("bench", "--device", "cuda")
     assert called.code == 2 and "no CUDA device here" in called.err
+
+
+def test_model(call, tmp_path, monkeypatch):
+    """The command measures, prints and writes; what is measured has its own tests."""
+    from ernet_fast.benchmark.networks import networks
+
+    keep = {"plain", "er"}
+    monkeypatch.setattr(
+        "ernet_fast.benchmark.model.networks",
+        lambda *asked: [one for one in networks(*asked, base_channels=16) if one.key in keep],
+    )
+    monkeypatch.setattr("ernet_fast.benchmark.model._check_twins", lambda *_: None)
+    small = ("bench", "model", "--model", "er_resnet18", "--batch", 2, "--size", 32, "--seconds", 0.01, "--no-compile")
+    called = call(*small, "--out", tmp_path)
+    assert called.code == 0 and "2 images of 32 x 32, float32, channels-last, 1 thread" in called.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.png"]
+    found = json.loads((tmp_path / "model.json").read_text())
+    assert [row["name"] for row in found["networks"]] == ["ResNet-18", "ER-ResNet-18"] and found["compiled"] is False
+    called = call("bench", "model", "--batch", 1)
+    assert called.code == 2 and "batch=1; expected 2 to 4096 images" in called.err and called.out == ""

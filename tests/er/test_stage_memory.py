@@ -10,8 +10,8 @@ import torch
 from er_kernel_counts import profiled_kernels
 from er_networks import train_step
 from er_stage_epilogues import EpilogueStage, StageShape, make_maps, map_accesses, train_epilogues
-from plain_resnet import plain_resnet
 from tensor_memory import held_bytes, memory_use, training_peak
+from this_tree import rival_networks
 from torch import Tensor, nn
 from traffic import bytes_moved
 
@@ -152,7 +152,7 @@ def test_peak_of_a_training_step():
     torch.manual_seed(0)
     images, labels = torch.randn(4, 3, 96, 96), torch.randint(0, 10, (4,))
     peaks = []
-    for model in (plain_resnet(50, 10, base_channels=16), er_resnet50(10, base_channels=16)):
+    for model in (rival_networks.PlainResNet(50, 10, base_channels=16), er_resnet50(10, base_channels=16)):
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         step = functools.partial(train_step, model, optimizer, images, labels)
         step()

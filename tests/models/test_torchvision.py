@@ -10,6 +10,7 @@ import torch
 
 from ernet_fast import convert_resnet, er_resnet18, er_resnet50, er_resnet101
 from ernet_fast.models import ERResNet, load_torchvision_state_dict
+from ernet_fast.reference.rival_networks import DenseNet121, PlainResNet
 
 try:
     import torchvision
@@ -126,6 +127,57 @@ def test_dilated_backbones(dilated: tuple[bool, bool, bool]) -> None:
     ]
     assert sizes[0] == sizes[1] and sizes[0]["out"][2] == (8 if dilated[1] else 4)
     assert [level["reduction"] for level in converted.feature_info][-1] == (8 if dilated[1] else 16)
+
+
+def test_deeplab_with_an_auxiliary_head() -> None:
+    """Its segmentation networks read two layers by name (`return_layers`), of a dilated backbone."""
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation import DeepLabV3
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+    from torchvision.models.segmentation.fcn import FCNHead
+
+    torch.manual_seed(0)
+    backbone = er_resnet50(base_channels=8, replace_stride_with_dilation=(False, True, True))
+    widths = {level["module"]: level["num_chs"] for level in backbone.feature_info}
+    layers = IntermediateLayerGetter(backbone, return_layers={"layer4": "out", "layer3": "aux"})
+    model = DeepLabV3(layers, DeepLabHead(widths["layer4"], 4, (3, 6, 9)), FCNHead(widths["layer3"], 4))
+    found = model.train()(torch.randn(2, 3, 64, 64))
+    assert {name: tuple(y.shape) for name, y in found.items()} == {"out": (2, 4, 64, 64), "aux": (2, 4, 64, 64)}
+    (found["out"].sum() + found["aux"].sum()).backward()
+    assert all(p.grad is not None for name, p in backbone.named_parameters() if not name.startswith("fc."))
+
+
+def test_detection_network() -> None:
+    """RetinaNet on a feature pyramid of an ER-ResNet: losses in training, boxes in evaluation."""
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    backbone = _resnet_fpn_extractor(small(), 5, returned_layers=[2, 3, 4])
+    model = RetinaNet(backbone, num_classes=2, min_size=64, max_size=64, anchor_generator=_anchors())
+    images = [torch.rand(3, 64, 64), torch.rand(3, 48, 64)]
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 36.0]])
+    losses = model.train()(images, [{"boxes": boxes, "labels": torch.tensor([1])}] * 2)
+    sum(losses.values()).backward()
+    assert bool(backbone.body.layer2[1].shortcut.weight.grad.isfinite().all())
+    assert [sorted(found) for found in model.eval()(images)] == [["boxes", "labels", "scores"]] * 2
+
+
+def _anchors() -> torch.nn.Module:
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    return AnchorGenerator(tuple((8 * 2**k,) for k in range(4)), ((0.5, 1.0, 2.0),) * 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121"])
+def test_the_rivals_of_the_benches_are_its_networks(name: str) -> None:
+    """Its weights load into them, and the outputs are the same, in training and in evaluation."""
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(num_classes=3)
+    ours = DenseNet121(3) if name == "densenet121" else PlainResNet(int(name.removeprefix("resnet")), 3)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for training in (True, False):
+        torch.testing.assert_close(ours.train(training)(x), theirs.train(training)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
