@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import PurePath
 from typing import IO, Any
@@ -10,6 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 from ernet_fast._optional import require
+from ernet_fast.data import fast_jpeg
 from ernet_fast.data.file_form import FileForm
 
 QUALITY = 95
@@ -40,8 +40,12 @@ def encode(file: IO[bytes], pixels: np.ndarray, name: str, form: FileForm, quali
     """
     pil = require("PIL.Image", extra="train", purpose="writing images")
     kind = _FORMATS[PurePath(name).suffix.lower()]
-    picture = pil.fromarray(pixels)
-    picture.save(_WithoutDescriptor(file), format=kind, **_options(kind, form, quality))
+    options = _options(kind, form, quality)
+    data = fast_jpeg.encode(pixels, **{"quality": None, "qtables": None, **options}) if kind == "JPEG" else None
+    if data is not None:
+        file.write(data)
+    else:
+        pil.fromarray(pixels).save(_WithoutDescriptor(file), format=kind, **options)
 
 
 def _options(kind: str, form: FileForm, quality: int | None) -> dict[str, Any]:
@@ -70,7 +74,6 @@ def _options(kind: str, form: FileForm, quality: int | None) -> dict[str, Any]:
     return options
 
 
-@functools.cache
 def decoder() -> str:
     """Versions of the libraries that decode and encode: between them, decoded JPEG images differ by a grey level."""
     features = require("PIL.features", extra="train", purpose="reading and writing images")
@@ -80,6 +83,8 @@ def decoder() -> str:
         version = features.version(name)
         if version and not (name == "jpg" and features.version("libjpeg_turbo")):
             parts.append(f"{name} {version}")
+    if fast_jpeg.version():
+        parts.append(fast_jpeg.version())
     return ", ".join(parts)
 
 

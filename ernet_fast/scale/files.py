@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ernet_fast.data.slide_reader import reader_version
 from ernet_fast.scale.encode import decoder
 from ernet_fast.scale.folder_fit import folder_of
 from ernet_fast.scale.inputs import SLIDE_OUTPUTS, SUFFIX_OF, Plan, plan
@@ -19,7 +20,6 @@ from ernet_fast.scale.preview import check_preview_path, write_preview
 from ernet_fast.scale.run import Progress, Run
 from ernet_fast.scale.run_folder import settings_of
 from ernet_fast.scale.shard import Shard, read_shard, status_of_shard
-from ernet_fast.scale.slide_reader import reader_version
 from ernet_fast.scale.slide_writer import needs_writer
 from ernet_fast.scale.slides import SlideForm
 from ernet_fast.scale.status import FileStatus, Summary, check_status_path, write_status

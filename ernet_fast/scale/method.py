@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ernet_fast.stain import (
-    ColourCounts,
     MacenkoFit,
     MacenkoStatus,
     ReinhardFit,
@@ -20,11 +19,10 @@ from ernet_fast.stain import (
     reinhard_fit,
     reinhard_normalize,
 )
+from ernet_fast.stain.joined_fit import macenko_fit_together, reinhard_fit_together
 from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import expand_fit
-
-JOINED_PIXELS = 1 << 23
-"""Images of no more pixels together are fitted as one, which takes less time and memory than counting colours."""
+from ernet_fast.stain.tissue import Tissue
 
 Values = tuple[float, ...]
 """Stains of an image as plain numbers, in the order of the method's `columns`; empty for none."""
@@ -37,6 +35,7 @@ class Method(ABC):
         name: as on the command line.
         columns: what the numbers of a fit are.
         options: constants, and `on_degenerate`.
+        tissue: which pixels are tissue.
     """
 
     name: str
@@ -47,9 +46,7 @@ class Method(ABC):
         # what is not to be written is found out by its status, one image at a time
         policy = "identity" if options.on_degenerate == "raise" else options.on_degenerate
         self.working = replace(options, on_degenerate=policy, range=255, layout="HWC")
-        levels = np.arange(256)
-        dense = -np.log((levels + 1) / options.Io) >= options.beta
-        self._tissue_level = int(levels[dense].max()) if dense.any() else -1  # the brightest grey level of tissue
+        self.tissue = Tissue(options.Io, options.beta)
 
     @abstractmethod
     def normalize(
@@ -70,11 +67,6 @@ class Method(ABC):
     @abstractmethod
     def target_values(self) -> dict[str, Any]:
         """The target as plain numbers, under the names of the normaliser's buffers."""
-
-    def tissue_share(self, image: np.ndarray) -> float:
-        """The share of pixels whose three optical densities -ln((I + 1) / Io) are at least beta."""
-        brightest = np.maximum(np.maximum(image[..., 0], image[..., 1]), image[..., 2])
-        return float(np.count_nonzero(brightest <= self._tissue_level)) / max(1, brightest.size)
 
 
 class MacenkoMethod(Method):
@@ -120,20 +112,7 @@ class MacenkoMethod(Method):
 
     def fit_together(self, images: Iterable[np.ndarray]) -> tuple[Values, MacenkoStatus]:
         """The exact stains of the image that holds all their pixels, in 384 MiB whatever their number."""
-        o, counts, few, pixels = self.options, None, [], 0
-        for image in images:
-            few.append(image.reshape(1, -1, 3))
-            pixels += few[-1].shape[1]
-            if pixels > JOINED_PIXELS:
-                counts = counts or ColourCounts()
-                counts.add(few.pop(0) if len(few) == 1 else np.concatenate(few, axis=1), layout="HWC")
-                few.clear()
-        if not pixels:
-            return (), MacenkoStatus.TOO_FEW_TISSUE_PIXELS
-        if counts is not None:
-            fit = counts.fit(Io=o.Io, alpha=o.alpha, beta=o.beta, percentile=o.percentile)
-        else:
-            fit = operators.fit(pipeline.read(np.concatenate(few, axis=1), self.working).parts[0].pixels, self.working)
+        fit = macenko_fit_together(images, self.working)
         return values_of(fit), MacenkoStatus(int(fit.status[0]))
 
     @property
@@ -166,18 +145,8 @@ class ReinhardMethod(Method):
 
     def fit_together(self, images: Iterable[np.ndarray]) -> tuple[Values, MacenkoStatus]:
         """Means and standard deviations over all pixels, from those of each image."""
-        count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-        for image in images:
-            fit = reinhard_fit(image, layout="HWC")
-            n = image.shape[0] * image.shape[1]
-            count += n
-            total += n * fit.mean[0]
-            squares += n * (fit.std[0].square() + fit.mean[0].square())
-        if not count:
-            return (), MacenkoStatus.TOO_FEW_TISSUE_PIXELS
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        return (*mean.tolist(), *std.tolist()), MacenkoStatus.OK
+        fit = reinhard_fit_together(images)
+        return values_of(fit), MacenkoStatus(int(fit.status[0]))
 
     @property
     def target_values(self) -> dict[str, Any]:

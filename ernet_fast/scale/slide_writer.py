@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from ernet_fast._optional import require
+from ernet_fast.data.slide_reader import colour_of
 
 COMPRESSIONS = ("jpeg", "deflate")
 SMALLEST = 512
@@ -115,12 +116,16 @@ def _write_level(
     level: int, pool: ThreadPoolExecutor, advance: Callable[[], None],
 ) -> None:  # fmt: skip
     """Write one level, and the next one of half its size into `smaller`."""
+    blank: dict[tuple[int, int, int], bytes] = {}  # encoded tiles of one colour
 
     def make(tile: Tile) -> bytes:
         pixels = read(tile)
         if smaller is not None:
             _halve(pixels, tile, smaller)
-        return _encoded(pixels, form)
+        colour = colour_of(pixels)
+        if colour is None or colour in blank:
+            return _encoded(pixels, form) if colour is None else blank[colour]
+        return blank.setdefault(colour, _encoded(pixels, form))
 
     def encoded() -> Iterator[bytes]:
         waiting: deque[Any] = deque()

@@ -11,13 +11,14 @@ import torch
 
 from ernet_fast._version import __version__
 from ernet_fast.data import ImageReadError
+from ernet_fast.data.slide_reader import SlideReader, colour_of
 from ernet_fast.scale import treat
 from ernet_fast.scale.inputs import Job
 from ernet_fast.scale.method import Method, Values
 from ernet_fast.scale.pipeline import Work, commit, open_output
-from ernet_fast.scale.slide_reader import SlideReader
 from ernet_fast.scale.slide_writer import COMPRESSIONS, Form, Tile, tiles_of, write_pyramid
 from ernet_fast.scale.status import FileStatus
+from ernet_fast.stain.slide_fit import fit_tiles
 
 FORMATS = ("tif", "svs")
 
@@ -76,7 +77,9 @@ def normalize_whole_slide(
         return treat.failed(job, error)
     try:
         slide = _Slide(reader, form, work.method)
-        stains = work.method.fit_together(reader.fit_tiles(work.method.tissue_share))[0] if known is None else known
+        stains = known
+        if stains is None:
+            stains = work.method.fit_together(fit_tiles(reader, work.method.tissue))[0]
         status = slide.status(job, stains)
         if status.status == "error":
             return status
@@ -128,10 +131,12 @@ class _Slide:
         """A normalised tile [h, w, 3]."""
         x, y, width, height = tile
         pixels = self.reader.read(self.corner[0] + x, self.corner[1] + y, width, height, self.form.level)
-        (result,), _, _ = self.method.normalize([torch.from_numpy(pixels)], stains)
+        alike = colour_of(pixels) is not None  # one pixel then says what becomes of all
+        seen = np.ascontiguousarray(pixels[:1, :1]) if alike else pixels
+        (result,), _, _ = self.method.normalize([torch.from_numpy(seen)], stains)
         with self._lock:
-            self.tissue += self.method.tissue_share(pixels) * width * height
-        return result.numpy()
+            self.tissue += self.method.tissue.share(seen) * width * height
+        return np.broadcast_to(result.numpy(), pixels.shape)
 
     def status(self, job: Job, stains: Values) -> FileStatus:
         """What is to be said about the slide, before it is written."""

@@ -13,9 +13,16 @@ from PIL import Image
 
 from ernet_fast.console.progress import pace
 from ernet_fast.data import image_io, read_image
-from ernet_fast.scale import Limits, method, normalize_files
+from ernet_fast.scale import Limits, normalize_files
 from ernet_fast.scale.encode import decoder
-from ernet_fast.stain import MacenkoNormalizer, ReinhardNormalizer, macenko_fit, macenko_normalize, reinhard_normalize
+from ernet_fast.stain import (
+    MacenkoNormalizer,
+    ReinhardNormalizer,
+    joined_fit,
+    macenko_fit,
+    macenko_normalize,
+    reinhard_normalize,
+)
 from ernet_fast.stain.options import Options
 
 
@@ -225,7 +232,7 @@ class TestTargets:
 class TestFits:
     @pytest.mark.parametrize("joined", [1 << 23, 2000], ids=["one image", "counted colours"])
     def test_per_folder_is_the_fit_of_all_its_pixels(self, archive, tmp_path, monkeypatch, joined):
-        monkeypatch.setattr(method, "JOINED_PIXELS", joined)
+        monkeypatch.setattr(joined_fit, "JOINED_PIXELS", joined)
         (archive / "slide 1" / "broken.png").write_bytes(b"")
         summary = normalize_files(archive, tmp_path / "out", fit="per-folder", format="png")
         parts = [pixels(archive / "slide 1" / name).reshape(1, -1, 3) for name in ("a.png", "b.jpg")]

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from ernet_fast.cli import main
+from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.scale import SlideForm, normalize_files, normalize_slide
 from ernet_fast.scale.method import MacenkoMethod
-from ernet_fast.scale.slide_reader import FIT_TILES, SlideReader
 from ernet_fast.scale.slide_writer import Form, tiles_of, write_pyramid
 from ernet_fast.scale.target import make_method
-from ernet_fast.stain import ColourCounts, macenko_fit
+from ernet_fast.stain import ColourCounts, macenko_fit, slide_fit
+from ernet_fast.stain.tissue import Tissue
 
 openslide = pytest.importorskip("openslide")
 tifffile = pytest.importorskip("tifffile")
@@ -76,7 +77,7 @@ class TestPixels:
         found = read_level(tmp_path / "out.tif")
         assert np.array_equal(found, right[0].numpy())
         assert found[:, 660:].min() >= 235, "background stays background"
-        assert status.tissue_share == pytest.approx(method.tissue_share(pixels), abs=1e-12)
+        assert status.tissue_share == pytest.approx(method.tissue.share(pixels), abs=1e-12)
 
     def test_jpeg_threads_and_tiles(self, slide, tmp_path, write_patch):
         options = {"target": write_patch(tmp_path / "target.png", 9)}
@@ -146,15 +147,64 @@ class TestRuns:
             normalize_slide(slide, tmp_path / "out.png")
 
 
-def test_tiles_with_tissue_are_fitted(slide, monkeypatch):
-    from ernet_fast.scale import slide_reader
+class TestFit:
+    def test_tiles_with_tissue_are_fitted(self, slide, monkeypatch):
+        tissue = Tissue()
+        monkeypatch.setattr(slide_fit, "FIT_TILES", 4)
+        monkeypatch.setattr(slide_fit, "FIT_TILE", 64)
+        tiles = list(slide_fit.fit_tiles(SlideReader(slide), tissue))
+        assert len(tiles) == 4 and all(tissue.share(tile) > 0.2 for tile in tiles)
 
-    method = make_method("published")
-    monkeypatch.setattr(slide_reader, "FIT_TILES", 4)
-    monkeypatch.setattr(slide_reader, "FIT_TILE", 64)
-    reader = SlideReader(slide)
-    tiles = list(reader.fit_tiles(method.tissue_share))
-    assert len(tiles) == 4 and all(method.tissue_share(tile) > 0.2 for tile in tiles) and FIT_TILES > 100
+    def test_without_a_small_level_tiles_are_tried(self, slide, monkeypatch):
+        """The white ones of one colour among them are not decoded again."""
+        tissue = Tissue()
+        for name, value in {"FIT_TILES": 12, "FIT_TILE": 64, "_MASK_PIXELS": 0}.items():
+            monkeypatch.setattr(slide_fit, name, value)
+        reader = SlideReader(slide)
+        tiles = list(slide_fit.fit_tiles(reader, tissue))
+        assert len(tiles) == 12 and all(tissue.share(tile) >= 0.05 for tile in tiles)
+        tried = reader.decoded
+        assert tried > 12 and reader._blank
+        for place in list(reader._blank):
+            assert (reader.read_at(*place) == 244).all()
+        assert reader.decoded == tried
+
+    def test_tissue_map(self, slide, pixels):
+        tissue = Tissue()
+        cells = slide_fit.tissue_map(SlideReader(slide), tissue)
+        assert cells.share.shape == (225, 325) and cells.cell == 4
+        assert cells.of(0, 0, *SIZE) == pytest.approx(tissue.share(pixels), abs=0.1)
+        assert cells.of(700, 0, 600, 900) == 0 < cells.of(0, 0, 640, 900) and cells.of(2000, 0, 9, 9) == 0
+
+    def test_tissue_map_of_large_cells(self, slide, pixels, monkeypatch):
+        monkeypatch.setattr(slide_fit, "_MAP_CELLS", 1000)
+        monkeypatch.setattr(slide_fit, "_STRIPE", 100)
+        small = SlideReader(slide).read(0, 0, 325, 225, 2)
+        cells = slide_fit.tissue_map(SlideReader(slide), Tissue())
+        expected = [[Tissue().share(small[y : y + 9, x : x + 9]) for x in range(0, 325, 9)] for y in range(0, 225, 9)]
+        assert cells.cell == 36 and np.allclose(cells.share, expected)
+
+
+def test_a_blank_tile_is_normalised_and_encoded_once(slide, pixels, tmp_path, monkeypatch):
+    from ernet_fast.scale import slide_writer
+
+    encoded, seen = [], []
+    encode, normalize = slide_writer._encoded, MacenkoMethod.normalize
+
+    def counted(self, images, source=None):
+        seen.append(tuple(images[0].shape))
+        return normalize(self, images, source)
+
+    monkeypatch.setattr(slide_writer, "_encoded", lambda tile, form: encoded.append(tile) or encode(tile, form))
+    monkeypatch.setattr(MacenkoMethod, "normalize", counted)
+    form = SlideForm(compression="deflate", tile=128)
+    status = normalize_slide(slide, tmp_path / "out.tif", form, workers=1)
+    blank = sum((pixels[y : y + h, x : x + w] == 244).all() for x, y, w, h in tiles_of(*SIZE, 128))
+    assert blank > 30 and seen.count((1, 1, 3)) == blank, "of a white tile one pixel is normalised"
+    levels = ((1300, 900), (650, 450), (325, 225))
+    assert len(encoded) <= sum(len([*tiles_of(*size, 128)]) for size in levels) - blank
+    (right,), _, _ = normalize(make_method("published"), [torch.from_numpy(pixels)], status.stains)
+    assert np.array_equal(read_level(tmp_path / "out.tif"), right.numpy())
 
 
 def test_a_real_slide(real_images, tmp_path):
