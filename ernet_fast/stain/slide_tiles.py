@@ -56,7 +56,8 @@ class SlideTiles(Dataset[SlideTile]):
     `ernet_fast.scale.normalize_slide` fits and writes.
 
     Workers, whether forked or spawned, open slides of their own, at most `OPEN_SLIDES` at a time. Tiles are in the
-    order of the slides, row by row. Everything is computed on the CPU. To normalise on a GPU, take tiles without a normaliser, and normalise batches in the process that holds the GPU:
+    order of the slides, row by row. Everything is computed on the CPU. To normalise on a GPU, take tiles without a
+    normaliser, and normalise batches in the process that holds the GPU:
     ``normalizer.cuda()(batch.image.cuda(), tiles.sources(batch.slide))`` with `sources` given here (such as the `fits`
     of a data set with a normaliser).
 
