@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ernet_fast._optional import require
 from ernet_fast.data import fast_jpeg
 from ernet_fast.data.file_form import FileForm
+from ernet_fast.scale import zarr_file
 
 QUALITY = 95
 """Of JPEG and lossy WebP files whose source says none."""
@@ -35,9 +35,12 @@ def encode(file: IO[bytes], pixels: np.ndarray, name: str, form: FileForm, quali
         name: of the file.
         form: that of the image's source. Its resolution and metadata are kept; its quantisation tables, chroma
             subsampling and compression where the format is the same. Otherwise JPEG has `QUALITY` without subsampling,
-            TIFF LZW, WebP is lossless unless the source is lossy.
+            TIFF LZW, WebP is lossless unless the source is lossy. Zarr keeps the resolution alone.
         quality: of JPEG and lossy WebP in place of the source's, 1 to 100.
     """
+    if name.lower().endswith(zarr_file.SUFFIX):
+        zarr_file.write_image(file, pixels, form.resolution)
+        return
     pil = require("PIL.Image", extra="train", purpose="writing images")
     kind = _FORMATS[PurePath(name).suffix.lower()]
     options = _options(kind, form, quality)
@@ -94,8 +97,3 @@ class _WithoutDescriptor:
     def __init__(self, file: IO[bytes]) -> None:
         self.write, self.flush, self.seek, self.tell = file.write, file.flush, file.seek, file.tell
         self.read = getattr(file, "read", None)
-
-
-def can_write(name: str | os.PathLike[str]) -> bool:
-    """Whether files of this name are written."""
-    return PurePath(name).suffix.lower() in _FORMATS

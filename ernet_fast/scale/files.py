@@ -79,13 +79,13 @@ def normalize_files(
         source: for "fixed": as `target`.
         slide_pattern: for "per-slide" of images, a regular expression that finds the slide in the path of an image
             below `base`: its first group, or all that it matches. Not for archives.
-        format: "keep", or "png", "jpeg", "tiff", "webp".
+        format: "keep", or "png", "jpeg", "tiff", "webp", "zarr" (OME-Zarr in a zip file).
         quality: of JPEG and lossy WebP files in place of the source's, 1 to 100.
         base: outputs are named by the paths of inputs below this folder; default: the deepest that holds all inputs.
         limits: what a file may hold.
         slides: inputs are whole slides, and become pyramids in this form (extra "slides"). Stains are fitted on tiles
             with tissue of the whole slide ("per-slide", the same as "per-image"). Not with "per-folder", `format`,
-            `quality`, a preview, and "cuda".
+            `quality` and "cuda".
         overwrite: write outputs that exist again, and replace those of other settings.
         checksum: inputs are unchanged if their SHA-256 is that of the time when they were done; by default, if their
             size and time of change are.
@@ -96,7 +96,7 @@ def normalize_files(
             fitted together are not divided.
         status: a .csv or .parquet file to write with one row a file; that of a shard is called status.2-of-8.csv.
         preview: a .png or .jpg file to draw pairs of images before and after into: those whose stains differ most from
-            the median of all, and some others.
+            the median of all, and some others; of slides with the outline of their tissue.
         workers: images in memory at a time, each on a thread; default: one a core.
         device: "cpu", or "cuda" for batches on a GPU.
         progress: hears what is going on.
@@ -123,7 +123,7 @@ def normalize_files(
     known = None if source is None else known_stains(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     planned = plan(paths, output, format=format, base=base, slides="" if slides is None else f".{slides.format}")
-    written = {} if slides is None else _check_slides(slides, fit, format, quality, preview, device)
+    written = {} if slides is None else _check_slides(slides, fit, format, quality, device)
     check_groups(planned.jobs, group)
     part = read_shard(shard) if isinstance(shard, str) else shard
     if part is not None:
@@ -152,7 +152,7 @@ def normalize_files(
     if status is not None:
         write_status(status_of_shard(status, part), summary.files, summary.columns)
     if preview is not None:
-        write_preview(status_of_shard(preview, part), summary)
+        write_preview(status_of_shard(preview, part), summary, None if slides is None else chosen.tissue)
     return summary
 
 
@@ -163,7 +163,7 @@ def normalize_slide(
 
     Args:
         slide: the file, of any format that OpenSlide reads.
-        output: the file to write, .tif or .svs.
+        output: the file to write, .tif (generic), .ome.tif, .svs or .zarr.zip.
         form: which part, and how it is written.
         options: of `normalize_files`: target, method, options, fit ("fixed" for known stains), source, overwrite,
             workers, progress.
@@ -172,8 +172,10 @@ def normalize_slide(
         ImportError: the extra "slides" is missing.
         ValueError, OSError: as `normalize_files`.
     """
-    if Path(output).is_dir() or Path(output).suffix.lower() not in SLIDE_OUTPUTS:
-        raise ValueError(f"output {str(output)!r} is no name of a slide; expected one that ends in .tif or .svs.")
+    if Path(output).is_dir() or not str(output).lower().endswith(SLIDE_OUTPUTS):
+        raise ValueError(
+            f"output {str(output)!r} is no name of a slide; expected one that ends in .tif, .svs or .zarr.zip."
+        )
     return normalize_files(slide, output, slides=form or SlideForm(), **options).files[0]
 
 
@@ -205,11 +207,11 @@ def _check(fit: str, source: Any, format: str, quality: int | None, status: Any,
         raise ValueError("device='cuda' (--device cuda), but torch sees no CUDA device here.")
 
 
-def _check_slides(slides: SlideForm, fit: str, format: str, quality: Any, preview: Any, device: str) -> dict[str, Any]:
+def _check_slides(slides: SlideForm, fit: str, format: str, quality: Any, device: str) -> dict[str, Any]:
     """What the settings say about slides; ValueError for what does not go with them."""
     for name, found in (
         ("fit='per-folder'", fit == "per-folder"), ("format", format != "keep"), ("quality", quality is not None),
-        ("preview", preview is not None), ("device='cuda'", device != "cpu"),
+        ("device='cuda'", device != "cpu"),
     ):  # fmt: skip
         if found:
             raise ValueError(f"{name} is for images, not for whole slides.")

@@ -13,15 +13,16 @@ from pathlib import Path
 from ernet_fast.data.layout import IMAGE_SUFFIXES as SUFFIXES
 from ernet_fast.data.layout import OTHER_IMAGE_SUFFIXES, is_hidden
 from ernet_fast.scale.status import FileStatus
+from ernet_fast.scale.zarr_file import SUFFIX as ZARR
 
 READABLE = "PNG, JPEG, TIFF or WebP"
 IMAGE_SUFFIXES = (*SUFFIXES, ".webp")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif", "webp": ".webp"}
+SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif", "webp": ".webp", "zarr": ZARR}
 """Suffix of the outputs in each format that can be asked for."""
 
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".tif", ".tiff")
-SLIDE_OUTPUTS = (".tif", ".tiff", ".svs")
+SLIDE_OUTPUTS = (".tif", ".tiff", ".svs", ZARR)
 _OTHER_PICTURES = (*OTHER_IMAGE_SUFFIXES, ".svs", ".ndpi", ".mrxs")
 _WILD = frozenset("*?[")
 
@@ -127,9 +128,9 @@ def is_single(source: Path, output: Path, slides: str = "") -> bool:
     if not source.is_file() or output.is_dir():
         return False
     if slides:
-        return output.suffix.lower() in SLIDE_OUTPUTS
+        return output.name.lower().endswith(SLIDE_OUTPUTS)
     archive = archive_suffix(source.name)
-    return archive_suffix(output.name) == archive if archive else output.suffix.lower() in IMAGE_SUFFIXES
+    return archive_suffix(output.name) == archive if archive else output.name.lower().endswith((*IMAGE_SUFFIXES, ZARR))
 
 
 def archive_suffix(name: str) -> str:
@@ -139,12 +140,12 @@ def archive_suffix(name: str) -> str:
 
 def is_output(name: str) -> bool:
     """Whether a file of this name may be an output of a run."""
-    return Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_OUTPUTS) or bool(archive_suffix(name))
+    return name.lower().endswith((*IMAGE_SUFFIXES, *SLIDE_OUTPUTS, *ARCHIVE_SUFFIXES))
 
 
 def renamed(name: str, format: str) -> str:
     """The name of the output in `format` of an image `name`."""
-    if format == "keep" or SUFFIX_OF[format] == _plain_suffix(Path(name)):
+    if format == "keep" or SUFFIX_OF[format] == _plain_suffix(Path(name)) or name.lower().endswith(SUFFIX_OF[format]):
         return name
     return os.path.splitext(name)[0] + SUFFIX_OF[format]
 

@@ -59,24 +59,38 @@ class TissueMap:
 
 def tissue_map(reader: SlideReader, tissue: Tissue) -> TissueMap:
     """The tissue of a slide, from its smallest level, which is read stripe by stripe."""
+    width, height = reader.levels[-1]
+    size = max(1, math.ceil(math.sqrt(width * height / _MAP_CELLS)))  # pixels of a cell, each way
+    return TissueMap(_cells(reader, size, tissue.mask), size * reader.downsample(len(reader.levels) - 1))
+
+
+def thumbnail(reader: SlideReader, most: int) -> np.ndarray:
+    """A slide as an image uint8 [h, w, 3] of at most `most` pixels each way, from its smallest level."""
+    means = _cells(reader, max(1, math.ceil(max(reader.levels[-1]) / most)), lambda pixels: pixels)
+    return means.round().astype(np.uint8)
+
+
+def _cells(reader: SlideReader, size: int, values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Means of what is made of the smallest level, over squares of size x size, read part by part."""
     level = len(reader.levels) - 1
     width, height = reader.levels[level]
-    size = max(1, math.ceil(math.sqrt(width * height / _MAP_CELLS)))  # pixels of a cell, each way
-    share = np.zeros((-(-height // size), -(-width // size)))
     step = _STRIPE // size * size or size
+    rows = []
     for y in range(0, height, step):
-        for x in range(0, width, step):
-            mask = tissue.mask(reader.read(x, y, min(step, width - x), min(step, height - y), level))
-            share[y // size : (y + step) // size, x // size : (x + step) // size] = _means(mask, size)
-    return TissueMap(share, size * reader.downsample(level))
+        parts = [
+            _means(values(reader.read(x, y, min(step, width - x), min(step, height - y), level)), size)
+            for x in range(0, width, step)
+        ]
+        rows.append(np.concatenate(parts, axis=1))
+    return np.concatenate(rows)
 
 
-def _means(mask: np.ndarray, size: int) -> np.ndarray:
-    """Means over squares of size x size; those at the edges are smaller."""
-    rows, columns = (np.arange(0, length, size) for length in mask.shape)
-    sums = np.add.reduceat(np.add.reduceat(mask, rows, axis=0, dtype=np.int64), columns, axis=1)
-    heights, widths = (np.diff([*at, length]) for at, length in zip((rows, columns), mask.shape, strict=True))
-    return sums / np.outer(heights, widths)
+def _means(values: np.ndarray, size: int) -> np.ndarray:
+    """Means over squares of size x size of [h, w, ...]; those at the edges are smaller."""
+    rows, columns = (np.arange(0, length, size) for length in values.shape[:2])
+    sums = np.add.reduceat(np.add.reduceat(values, rows, axis=0, dtype=np.int64), columns, axis=1)
+    heights, widths = (np.diff([*at, length]) for at, length in zip((rows, columns), values.shape[:2], strict=True))
+    return sums / np.outer(heights, widths).reshape(len(rows), len(columns), *[1] * (values.ndim - 2))
 
 
 def fit_tiles(reader: SlideReader, tissue: Tissue) -> Iterator[np.ndarray]:

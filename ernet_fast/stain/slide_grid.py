@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,23 +56,45 @@ class GridForm:
             raise ValueError(f"tissue={self.tissue!r}; expected a share from 0 to 1.")
 
 
-def grid_of(reader: SlideReader, form: GridForm, tissue: Tissue) -> Grid:
-    """The tiles of a slide that lie wholly in it and have tissue. ValueError if the slide has no such resolution."""
+def grid_of(reader: SlideReader, form: GridForm, tissue: Tissue, places: Any = None) -> Grid:
+    """The tiles of a slide that lie wholly in it and have tissue, or those of the given places.
+
+    Raises:
+        ValueError: the slide has no such resolution, or a place lies outside of it.
+    """
     scale = _scale(reader, form)  # pixels of level 0 for one of a tile, in x and y
     width, height = (form.size * one for one in scale)
     level = max(i for i in range(len(reader.levels)) if reader.downsample(i) <= min(scale) * ALIKE or i == 0)
     down = reader.downsample(level)
     read = [form.size if 1 / ALIKE <= one / down <= ALIKE else round(form.size * one / down) for one in scale]
-    step = form.size - form.overlap
-    axes = []
-    for length, extent, one in zip(reader.size, (width, height), scale, strict=True):
-        count = max(0, math.floor((length - extent) / (step * one) + 1e-6) + 1)
+    found = _places(reader, form, tissue, scale) if places is None else _checked(places, reader, (width, height))
+    return Grid(level, (read[0], read[1]), (width, height), found)
+
+
+def _places(reader: SlideReader, form: GridForm, tissue: Tissue, scale: tuple[float, float]) -> np.ndarray:
+    """The tiles of the grid that lie wholly in the slide and have tissue."""
+    step, axes = form.size - form.overlap, []
+    width, height = (form.size * one for one in scale)
+    for length, one in zip(reader.size, scale, strict=True):
+        count = max(0, math.floor((length - form.size * one) / (step * one) + 1e-6) + 1)
         axes.append([round(number * step * one) for number in range(count)])
     places = [(x, y) for y in axes[1] for x in axes[0]]
     if form.tissue > 0:
         cells = tissue_map(reader, tissue)
         places = [(x, y) for x, y in places if cells.of(x, y, width, height) >= form.tissue]
-    return Grid(level, (read[0], read[1]), (width, height), np.array(places, np.int64).reshape(-1, 2))
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def _checked(places: Any, reader: SlideReader, extent: tuple[float, float]) -> np.ndarray:
+    """Places that were given, as [tiles, 2] int64."""
+    found = np.asarray(places) if len(places) else np.zeros((0, 2), np.int64)
+    if found.ndim != 2 or found.shape[1] != 2 or not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(
+            f"places of {str(reader.path)!r} are {found.dtype} {found.shape}; expected whole numbers [tiles, 2]: x, y."
+        )
+    if len(found) and (found.min() < 0 or (found + np.floor(extent) > reader.size).any()):
+        raise ValueError(f"some places of {str(reader.path)!r} lie outside of its {reader.size[0]}x{reader.size[1]}.")
+    return found.astype(np.int64)
 
 
 def _scale(reader: SlideReader, form: GridForm) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -56,10 +57,9 @@ class SlideTiles(Dataset[SlideTile]):
     `ernet_fast.scale.normalize_slide` fits and writes.
 
     Workers, whether forked or spawned, open slides of their own, at most `OPEN_SLIDES` at a time. Tiles are in the
-    order of the slides, row by row. Everything is computed on the CPU. To normalise on a GPU, take tiles without a
-    normaliser, and normalise batches in the process that holds the GPU:
-    ``normalizer.cuda()(batch.image.cuda(), tiles.sources(batch.slide))`` with `sources` given here (such as the `fits`
-    of a data set with a normaliser).
+    order of the slides, row by row. Everything is computed on the CPU. To normalise on a GPU, normalise batches in the
+    process that holds it:
+    ``normalizer.cuda()(batch.image.cuda(), tiles.sources(batch.slide))`` with batches of ``tiles.unnormalized()``.
 
     Args:
         slides: files that OpenSlide (or tiffslide) reads; extra "slides".
@@ -73,6 +73,8 @@ class SlideTiles(Dataset[SlideTile]):
             Tissue is what the normaliser's `Io` and `beta` say (240 and 0.15 without one).
         stains: "slide": fitted on tiles with tissue of the whole slide; "tile": of each tile alone.
         sources: stains that slides are known to have, one fit (B = 1) each or None; the others are fitted here.
+        places: x and y of the tiles of each slide, [tiles, 2] in pixels of level 0, in place of the grid: those that
+            another program found.
         slide_mpp: micrometres a pixel of level 0 of slides that do not say it.
         transform: called with each image, where it is read.
         progress: called with (slides done, slides) while the slides are looked through.
@@ -99,6 +101,7 @@ class SlideTiles(Dataset[SlideTile]):
         tissue: float = 0.25,
         stains: str = "slide",
         sources: Sequence[Fit | None] | None = None,
+        places: Sequence[Any] | None = None,
         slide_mpp: float | None = None,
         transform: Callable[[Any], Any] | None = None,
         progress: Callable[[int, int], Any] | None = None,
@@ -106,8 +109,9 @@ class SlideTiles(Dataset[SlideTile]):
         self.slides = [Path(slides)] if isinstance(slides, (str, os.PathLike)) else [Path(slide) for slide in slides]
         _check(normalizer, stains)
         self.form = GridForm(size, mpp, overlap, tissue, slide_mpp)
-        if sources is not None and len(sources) != len(self.slides):
-            raise ValueError(f"sources holds {len(sources)} fits for {len(self.slides)} slides; expected one each.")
+        for name, given in (("sources", sources), ("places", places)):
+            if given is not None and len(given) != len(self.slides):
+                raise ValueError(f"{name} holds {len(given)} entries for {len(self.slides)} slides; expected one each.")
         if sources is not None and stains == "tile":
             raise ValueError("stains='tile' fits each tile alone; sources are of slides. Pass one of the two.")
         self.normalizer, self.stains, self.transform = normalizer, stains, transform
@@ -118,7 +122,8 @@ class SlideTiles(Dataset[SlideTile]):
         self._grids: list[Grid] = []
         for number in range(len(self.slides)):
             reader = self._reader(number)
-            self._grids.append(grid_of(reader, self.form, self._definition))
+            own = None if places is None else places[number]
+            self._grids.append(grid_of(reader, self.form, self._definition, own))
             known = None if sources is None else sources[number]
             self.fits.append(self._fit(reader) if known is None else known)
             if progress is not None:
@@ -188,6 +193,12 @@ class SlideTiles(Dataset[SlideTile]):
             raise ValueError("no stains are known: give a normaliser, and stains='slide'.")
         return type(fits[0])(*(torch.cat(parts) for parts in zip(*fits, strict=True)))  # type: ignore[arg-type]
 
+    def unnormalized(self) -> SlideTiles:
+        """The same tiles as they are in the slides, with the stains that were fitted (`sources`)."""
+        tiles = copy.copy(self)
+        tiles._open, tiles.normalizer = OrderedDict(), None
+        return tiles
+
     def _normalized(self, pixels: np.ndarray, number: int) -> torch.Tensor:
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         if self.normalizer is None:
@@ -196,8 +207,8 @@ class SlideTiles(Dataset[SlideTile]):
             where = " in a worker process" if get_worker_info() is not None else ""
             raise RuntimeError(
                 f"the normaliser{where} is on a GPU; tiles are normalised on the CPU. Give SlideTiles a normaliser "
-                "of its own (copy.deepcopy(normalizer).cpu()), or normalizer=None, and normalise batches in the "
-                "process that holds the GPU."
+                "of its own (copy.deepcopy(normalizer).cpu()), or take tiles.unnormalized(), and normalise batches in "
+                "the process that holds the GPU."
             )
         return self.normalizer(image[None], self.fits[number])[0]
 

@@ -112,6 +112,70 @@ class TestPixels:
         assert status.status == "ok", "the stains are those of the whole slide"
 
 
+class TestContainers:
+    """Other forms of a pyramid, with the pixels of the generic one."""
+
+    @pytest.fixture
+    def right(self, slide, tmp_path):
+        normalize_slide(slide, tmp_path / "right.tif", SlideForm(compression="deflate"))
+        return [read_level(tmp_path / "right.tif", level) for level in range(3)]
+
+    def test_ome_tiff(self, slide, tmp_path, right):
+        path = tmp_path / "a.ome.tif"
+        written = []
+        for workers in (1, 2):
+            normalize_slide(slide, path, SlideForm(compression="deflate"), workers=workers, overwrite=True)
+            written.append(path.read_bytes())
+        assert written[0] == written[1]
+        with tifffile.TiffFile(path) as file:
+            assert file.is_ome and file.is_bigtiff and len(file.series) == 1 and len(file.pages) == 1
+            for level, pixels in zip(file.series[0].levels, right, strict=True):
+                assert np.array_equal(level.asarray(), pixels)
+            image = tifffile.xml2dict(file.ome_metadata)["OME"]
+        assert image["Image"]["Pixels"]["PhysicalSizeX"] == 0.25 and image["Image"]["Pixels"]["SizeX"] == SIZE[0]
+        assert image["Instrument"]["Objective"]["NominalMagnification"] == 40
+        assert np.array_equal(read_level(path), right[0]), "OpenSlide opens it, too"
+        normalize_slide(slide, tmp_path / "b.ome.tif", SlideForm(quality=80))
+        with tifffile.TiffFile(tmp_path / "b.ome.tif") as file:
+            assert np.abs(file.series[0].asarray().astype(int) - right[0]).mean() < 8
+
+    def test_zarr(self, slide, tmp_path, right):
+        zarr = pytest.importorskip("zarr")
+        paths = [tmp_path / f"{workers}.zarr.zip" for workers in (1, 2)]
+        for path, workers in zip(paths, (1, 2), strict=True):
+            status = normalize_slide(slide, path, SlideForm(tile=256), workers=workers)
+            assert status.status == "ok"
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        group = zarr.open_group(zarr.storage.ZipStore(paths[0], read_only=True), mode="r")
+        (scales,) = group.attrs["multiscales"]
+        assert [axis["name"] for axis in scales["axes"]] == ["c", "y", "x"] and scales["version"] == "0.4"
+        assert scales["axes"][1]["unit"] == "micrometer"
+        for number, (part, pixels) in enumerate(zip(scales["datasets"], right, strict=True)):
+            assert np.array_equal(np.moveaxis(group[part["path"]][:], 0, 2), pixels)
+            assert part["coordinateTransformations"][0]["scale"] == [1, 0.25 * 2**number, 0.25 * 2**number]
+
+    def test_folders(self, slide, tmp_path):
+        for format in ("ome.tif", "zarr.zip"):
+            out = tmp_path / f"as {format[:3]}"
+            options = {"slides": SlideForm(format=format), "preview": tmp_path / f"{format}.png"}
+            assert normalize_files(slide.parent, out, **options).counts == {"ok": 1}
+            assert (out / f"slide.{format}").is_file()
+            assert len(normalize_files(slide.parent, out, **options).done_before) == 1
+
+
+def test_preview(slide, pixels, tmp_path):
+    from PIL import Image
+
+    normalize_files(slide.parent, tmp_path / "out", slides=SlideForm(), preview=tmp_path / "preview.png")
+    sheet = np.asarray(Image.open(tmp_path / "preview.png"))
+    green = (sheet == (0, 160, 0)).all(axis=2)
+    assert green.sum() > 20, "the outline of tissue"
+    assert green[:, : 8 + 75 + 2].sum() == green.sum(), "in the left half of the slide as it was"
+    reader = SlideReader(slide)
+    small = slide_fit.thumbnail(reader, 150)
+    assert small.shape == (75, 109, 3) and np.abs(small.mean(axis=(0, 1)) - pixels.mean(axis=(0, 1))).max() < 1
+
+
 class TestRuns:
     def test_a_folder_is_resumed(self, slide, tmp_path):
         (slide.parent / "notes.txt").write_text("text")

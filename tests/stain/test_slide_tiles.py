@@ -110,6 +110,19 @@ class TestGrid:
         assert SlideTiles(path, size=50, slide_mpp=0.25, tissue=0).patch_size(0) == (100, 100)
         assert len(SlideTiles(path, size=400, mpp=None)) == 0, "a slide smaller than a tile"
 
+    def test_places_of_another_program(self, slides, images):
+        places = [[(3, 5), (900, 540)], np.zeros((0, 2), int)]
+        tiles = SlideTiles(slides, size=100, mpp=None, places=places)
+        assert [tiles.place(i) for i in range(len(tiles))] == [(0, 3, 5), (0, 900, 540)]
+        assert np.array_equal(tiles[1].image.permute(1, 2, 0).numpy(), images[0][540:, 900:])
+        for wrong, message in (
+            ([[(901, 0)], []], "outside"),
+            ([[(0.5, 1.0)], []], "whole numbers"),
+            ([[(0, 0)]], "expected one each"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                SlideTiles(slides, size=100, mpp=None, places=wrong)
+
     def test_nonsense(self, slides, normalizer):
         for wrong in ({"size": 0}, {"size": 9, "overlap": 9}, {"mpp": 0.0}, {"tissue": 2}, {"stains": "all"}):
             with pytest.raises(ValueError, match=str(next(iter(wrong)))):
@@ -149,7 +162,9 @@ class TestStains:
 
     def test_batches_normalised_elsewhere(self, slides, normalizer):
         fitted = SlideTiles(slides, normalizer, size=100, mpp=0.25)
-        raw = SlideTiles(slides, size=100, mpp=0.25, sources=fitted.fits)
+        fitted[0]
+        raw = fitted.unnormalized()
+        assert fitted.normalizer is normalizer and raw.normalizer is None and not raw._open and len(raw) == len(fitted)
         batch = next(iter(DataLoader(raw, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(0))))
         assert set(batch.slide.tolist()) == {0, 1}
         found = normalizer(batch.image, raw.sources(batch.slide))
@@ -199,7 +214,7 @@ class TestWorkers:
     def test_a_normaliser_on_a_gpu_says_what_to_do(self, slides, normalizer):
         tiles = SlideTiles(slides, normalizer, size=100, mpp=0.25)
         tiles.normalizer = copy.deepcopy(normalizer).to("meta")  # stands for a GPU
-        with pytest.raises(RuntimeError, match="normalizer=None, and normalise batches"):
+        with pytest.raises(RuntimeError, match=r"unnormalized\(\), and normalise batches"):
             tiles[0]
         with pytest.raises(RuntimeError, match="in a worker process"):
             next(iter(DataLoader(Subset(tiles, [0]), num_workers=1, multiprocessing_context="fork")))
