@@ -121,7 +121,7 @@ class _TiffSink:
         """One level, of which `tiles` are the tiles row by row."""
         form, jpeg = self.form, self.form.compression == "jpeg"
         resolution = None if form.mpp is None else tuple(1e4 / value / 2**level for value in form.mpp)
-        first = {"description": form.description}
+        first: dict[str, Any] = {"description": form.description}
         if form.container == "ome" and self.levels > 1:
             first["subifds"] = self.levels - 1
         self.writer.write(

@@ -67,7 +67,7 @@ class ZarrSink:
 
 def zarr_chunk(pixels: np.ndarray) -> bytes:
     """A full chunk [h, w, 3] as it is stored."""
-    return zlib.compress(np.ascontiguousarray(pixels.transpose(2, 0, 1)), _LEVEL)
+    return zlib.compress(pixels.transpose(2, 0, 1).tobytes(), _LEVEL)
 
 
 def write_image(file: IO[bytes], pixels: np.ndarray, resolution: tuple[float, float] | None) -> None:

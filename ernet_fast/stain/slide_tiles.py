@@ -188,10 +188,10 @@ class SlideTiles(Dataset[SlideTile]):
         Raises:
             ValueError: stains were not fitted: there is no normaliser, or `stains` is "tile".
         """
-        fits = [self.fits[int(number)] for number in slides]
-        if not fits or any(fit is None for fit in fits):
+        fits = [fit for number in slides if (fit := self.fits[int(number)]) is not None]
+        if not fits or len(fits) != len(slides):
             raise ValueError("no stains are known: give a normaliser, and stains='slide'.")
-        return type(fits[0])(*(torch.cat(parts) for parts in zip(*fits, strict=True)))  # type: ignore[arg-type]
+        return type(fits[0])(*map(torch.cat, zip(*fits, strict=True)))
 
     def unnormalized(self) -> SlideTiles:
         """The same tiles as they are in the slides, with the stains that were fitted (`sources`)."""
