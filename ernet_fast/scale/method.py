@@ -86,18 +86,18 @@ class MacenkoMethod(Method):
         self, images: Sequence[torch.Tensor], source: Values | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """As `Method.normalize`, with the pixels of `macenko_normalize`."""
-        alone = len(images) == 1  # needs no list, and less time for it
-        collection = pipeline.read(images[0] if alone else list(images), self.working)
-        results, fits = [], []
-        for part in collection.parts:
-            done = None if source is not None else operators.normalize(part.pixels, self.target, self.working)
-            out, fit = self._apart(part.pixels, source) if done is None else done
-            results.append(out)
-            fits.append(fit)
-        fit = collection.gather_fit(fits)
-        values = torch.cat([fit.stain_matrix.transpose(1, 2).flatten(1), fit.max_concentration], dim=1)
-        restored = collection.restore(results)
-        return [restored] if alone else restored, values, fit.status
+        if len(images) == 1:  # needs no collection
+            out, fit = self._part(images[0].permute(2, 0, 1).unsqueeze(0), source)
+            return [out[0].permute(1, 2, 0)], _values(fit), fit.status
+        collection = pipeline.read(list(images), self.working)
+        done = [self._part(part.pixels, source) for part in collection.parts]
+        fit = collection.gather_fit([fit for _, fit in done])
+        return collection.restore([out for out, _ in done]), _values(fit), fit.status
+
+    def _part(self, pixels: torch.Tensor, source: Values | None) -> tuple[torch.Tensor, MacenkoFit]:
+        """Images [b, 3, H, W] of one shape, in one operator where stains are to be fitted and there is one."""
+        done = None if source is not None else operators.normalize(pixels, self.target, self.working)
+        return self._apart(pixels, source) if done is None else done
 
     def _apart(self, pixels: torch.Tensor, source: Values | None) -> tuple[torch.Tensor, MacenkoFit]:
         """Images [b, 3, H, W] reconstructed from their stains, which are fitted first if they are not known."""
@@ -161,6 +161,11 @@ def values_of(fit: MacenkoFit | ReinhardFit) -> Values:
     if isinstance(fit, ReinhardFit):
         return (*fit.mean[0].tolist(), *fit.std[0].tolist())
     return (*fit.stain_matrix[0].T.flatten().tolist(), *fit.max_concentration[0].tolist())
+
+
+def _values(fit: MacenkoFit) -> torch.Tensor:
+    """The numbers of each image's fit [B, columns]."""
+    return torch.cat([fit.stain_matrix.transpose(1, 2).flatten(1), fit.max_concentration], dim=1)
 
 
 def _macenko_fit(values: Values) -> MacenkoFit:
