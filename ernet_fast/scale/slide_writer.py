@@ -83,13 +83,14 @@ def write_pyramid(
         advance: called for each tile of the first level.
     """
     with ThreadPoolExecutor(form.workers) as pool, _sink(file, size, form) as sink:
-        level = 0
+        level, source = 0, None
         while True:
             smaller = None if max(size) <= SMALLEST else _level_file(beside, size)
-            sink.write(_encoded_tiles(size, read, smaller, form, pool, advance), size, level)
+            mapped = [one for one in (source, smaller) if one is not None]
+            sink.write(_encoded_tiles(size, read, smaller, mapped, form, pool, advance), size, level)
             if smaller is None:
                 return
-            level, size = level + 1, (smaller.shape[1], smaller.shape[0])
+            level, size, source = level + 1, (smaller.shape[1], smaller.shape[0]), smaller
             read, advance = _reader_of(smaller), _nothing
 
 
@@ -155,10 +156,13 @@ def _reader_of(level: np.memmap) -> Callable[[Tile], np.ndarray]:
 
 
 def _encoded_tiles(
-    size: tuple[int, int], read: Callable[[Tile], np.ndarray], smaller: np.memmap | None, form: Form,
-    pool: ThreadPoolExecutor, advance: Callable[[], None],
+    size: tuple[int, int], read: Callable[[Tile], np.ndarray], smaller: np.memmap | None, mapped: list[np.memmap],
+    form: Form, pool: ThreadPoolExecutor, advance: Callable[[], None],
 ) -> Iterator[bytes]:  # fmt: skip
-    """The tiles of one level as they stand in the file; beside it the next level, of half its size, into `smaller`."""
+    """The tiles of one level as they stand in the file; beside it the next level, of half its size, into `smaller`.
+
+    After each row of tiles the pages of the `mapped` levels, read and written, are given back to the system.
+    """
     blank: dict[tuple[int, int, int], bytes] = {}  # encoded tiles of one colour
 
     def make(tile: Tile) -> bytes:
@@ -177,9 +181,10 @@ def _encoded_tiles(
         if len(waiting) > 2 * form.workers:
             yield waiting.popleft().result()
             advance()
-        if tile[1] != row and smaller is not None:
+        if tile[1] != row:
             row = tile[1]
-            let_go(smaller)
+            for one in mapped:
+                let_go(one)
     while waiting:
         yield waiting.popleft().result()
         advance()

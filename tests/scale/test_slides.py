@@ -271,6 +271,21 @@ def test_a_blank_tile_is_normalised_and_encoded_once(slide, pixels, tmp_path, mo
     assert np.array_equal(read_level(tmp_path / "out.tif"), right.numpy())
 
 
+def test_levels_on_the_disk_are_let_go_of(tmp_path, monkeypatch):
+    """While they are written, and while they are read again: else memory would grow with the slide."""
+    from ernet_fast.scale import slide_writer
+
+    let_go, shapes = slide_writer.let_go, []
+    monkeypatch.setattr(slide_writer, "let_go", lambda level: shapes.append(level.shape) or let_go(level))
+    with open(tmp_path / "a.tif", "wb") as file:
+        form = Form(tile=128, compression="deflate")
+        write_pyramid(file, tmp_path, (1100, 1200), lambda t: np.zeros((t[3], t[2], 3), np.uint8), form, lambda: None)
+    rows = {1200: 9, 600: 4, 300: 2}  # of tiles that are followed by another
+    assert (
+        shapes.count((600, 550, 3)) == rows[1200] + rows[600] and shapes.count((300, 275, 3)) == rows[600] + rows[300]
+    )
+
+
 def test_a_real_slide(real_images, tmp_path):
     source = real_images / "slides" / "cmu_small_region.svs"
     status = normalize_slide(source, tmp_path / "out.svs", SlideForm(compression="deflate"))
