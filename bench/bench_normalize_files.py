@@ -9,6 +9,7 @@ Run: python3 dev.py bench --slow bench_normalize_files     2,000 patches of 700 
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import random
@@ -97,8 +98,9 @@ def copying(source: Path, out: Path) -> Run:
         def normalize(self, images, source=None):  # type: ignore[no-untyped-def]
             return list(images), torch.ones(len(images), 8).double(), torch.zeros(len(images), dtype=torch.int32)
 
-        def tissue_share(self, image):  # type: ignore[no-untyped-def]
-            return 0.0
+        def __init__(self, *arguments):  # type: ignore[no-untyped-def]
+            super().__init__(*arguments)
+            self.tissue.share = lambda image: 0.0  # type: ignore[method-assign]
 
     import ernet_fast.scale.target as target
 
@@ -156,6 +158,50 @@ def test_rate(record_row, tmp_path, size, count):
     )  # fmt: skip
     figures = f"{middle['whole']:.0f}/s, {share:.2f} of copying, {ratio:.1f} x torchstain, {busy:.2f} busy"
     print(f"\n{size}, {number} files: {figures}")
+
+
+def encoded_by(package: str) -> tuple[Callable[[bytes], np.ndarray], Callable[[np.ndarray], bytes]]:
+    """How JPEG of 4:2:0 and quality 90 is decoded, and encoded, by a package."""
+    if package == "pillow":
+
+        def decode(data: bytes) -> np.ndarray:
+            return np.asarray(pil.open(io.BytesIO(data)))
+
+        def encode(pixels: np.ndarray) -> bytes:
+            out = io.BytesIO()
+            pil.fromarray(pixels).save(out, "JPEG", quality=90, subsampling=2)
+            return out.getvalue()
+
+        return decode, encode
+    library = pytest.importorskip(package)
+    if package == "imagecodecs":
+        return library.jpeg8_decode, lambda pixels: library.jpeg8_encode(pixels, level=90, subsampling=(2, 2))
+    return library.decode_jpeg, lambda pixels: library.encode_jpeg(pixels, 90, colorsubsampling="420", fastdct=False)
+
+
+@pytest.mark.parametrize("package", ["pillow", "imagecodecs", "simplejpeg"])
+@pytest.mark.parametrize("size", SIZES)
+def test_codecs(record_row, tmp_path, size, package):
+    """Decoding and encoding one patch on one core, and whether that gives the pixels and bytes of Pillow's."""
+    decode, encode = encoded_by(package)
+    files = [path.read_bytes() for path in sorted(patches(tmp_path, SIZES[size], 16).rglob("*.jpg"))]
+    (right_pixels, right_bytes), times = encoded_by("pillow"), []
+    for _ in range(5):
+        for data in files:
+            begin = time.perf_counter()
+            pixels = decode(data)
+            middle = time.perf_counter()
+            written = encode(pixels)
+            times.append((middle - begin, time.perf_counter() - middle))
+            same = np.array_equal(pixels, right_pixels(data)), written == right_bytes(pixels)
+    decoding, encoding = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
+    record_row(
+        "archive", decoding + encoding, decoding + encoding, decoding + encoding, "ms", repeats=len(times),
+        name=f"JPEG by {package} {size}", params={"size": size, "package": package},
+        title=f"a JPEG patch of {size} decoded and encoded by {package}", same_pixels=same[0], same_bytes=same[1],
+        detail=f"{decoding:.2f} ms decoded, {encoding:.2f} ms encoded",
+    )  # fmt: skip
+    print(f"\n{package} {size}: {decoding:.2f} + {encoding:.2f} ms; same pixels {same[0]}, same bytes {same[1]}")
 
 
 @counts

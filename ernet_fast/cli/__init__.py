@@ -37,8 +37,8 @@ _COMMANDS = (
 _EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 3 done but for some files."
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def build_parser(first: str = "") -> argparse.ArgumentParser:
+    """The parser of all commands, or of the one that is the `first` argument: to import the others takes its time."""
     parser = argparse.ArgumentParser(
         prog="ernet-fast",
         description="Fused ER-ResNets and Macenko stain normalisation for histology images.",
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--debug", action="store_true", help="show the full traceback of an error")
     group.add_argument("--quiet", action="store_true", help="no progress, only warnings, errors and the result")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for name in _COMMANDS:
+    for name in [first] if first in _COMMANDS else _COMMANDS:
         try:
             command = importlib.import_module(f"ernet_fast.cli.{name}")
         except ImportError as error:  # even numpy may be missing, and doctor is there to say so
@@ -75,7 +75,8 @@ def _add_unavailable(commands: Any, general: argparse.ArgumentParser, name: str,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process); returns the exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
+        given = list(sys.argv[1:] if argv is None else argv)
+        arguments = build_parser(given[0] if given else "").parse_args(given)
     except SystemExit as stop:  # argparse has printed its message
         return stop.code if isinstance(stop.code, int) else 2
     try:

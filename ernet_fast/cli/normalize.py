@@ -58,7 +58,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
     add("--target", metavar="FILE", default=PUBLISHED, help=target)
     status = "write a table with one row a file: status, reason, stains, share of tissue, checksum"
-    add("--status", metavar="FILE.csv", help=status)
+    add("--status", metavar="FILE", help=f"{status} (.csv, or .parquet with the extra parquet)")
     preview = "draw images before and after: those whose stains differ most from the others', and some typical ones"
     add("--preview", metavar="FILE.png", help=preview)
     overwrite = "replace outputs that exist (default: skip them, if they were made with the same settings)"
@@ -130,8 +130,12 @@ def _slides(arguments: argparse.Namespace) -> SlideForm | None:
 def _add_method(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="macenko", help="default: macenko")
-    fits = "whose stains an image is taken to have: its own, those of its folder's images together, or --source's"
+    fits = "the stains an image is taken to have: its own, of its folder's or slide's images together, or --source's"
     add("--fit", choices=FITS, default="per-image", help=f"{fits} (default: per-image)")
+    pattern = (
+        "with --fit per-slide: regular expression for the slide (its first group) in an image's path below the base"
+    )
+    add("--slide-pattern", metavar="REGEX", help=pattern)
     add("--source", metavar="FILE", help="with --fit fixed: the stains that all images have, given as --target")
     usual = Options()
     for option, meaning in (
@@ -162,10 +166,11 @@ def run(arguments: argparse.Namespace) -> int:
         quality = None if arguments.kind == "slides" else arguments.quality
         summary = normalize_files(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
-            options=_options(arguments), fit=arguments.fit, source=arguments.source, format=arguments.format,
-            quality=quality, slides=_slides(arguments), base=arguments.base, overwrite=arguments.overwrite,
-            checksum=arguments.checksum, verify=arguments.verify, shard=arguments.shard, status=arguments.status,
-            preview=arguments.preview, workers=arguments.workers, device=arguments.device, progress=progress,
+            options=_options(arguments), fit=arguments.fit, source=arguments.source,
+            slide_pattern=arguments.slide_pattern, format=arguments.format, quality=quality, slides=_slides(arguments),
+            base=arguments.base, overwrite=arguments.overwrite, checksum=arguments.checksum, verify=arguments.verify,
+            shard=arguments.shard, status=arguments.status, preview=arguments.preview, workers=arguments.workers,
+            device=arguments.device, progress=progress,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
         )  # fmt: skip
     if arguments.json:
@@ -182,8 +187,9 @@ def _write_tables(arguments: argparse.Namespace) -> int:
     with _Shown(Reporter(quiet=arguments.quiet)) as progress:
         tables = write_tables(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
-            options=_options(arguments), fit=arguments.fit, source=arguments.source, points=arguments.points,
-            base=arguments.base, overwrite=arguments.overwrite, progress=progress,
+            options=_options(arguments), fit=arguments.fit, source=arguments.source,
+            slide_pattern=arguments.slide_pattern, points=arguments.points, base=arguments.base,
+            overwrite=arguments.overwrite, progress=progress,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
         )  # fmt: skip
     if arguments.json:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ernet_fast._optional import require
+from ernet_fast.data import fast_jpeg
 from ernet_fast.data.file_form import FileForm, form_of, metadata_of
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -33,6 +34,7 @@ MAX_PIXELS = 1 << 29
 
 _BAND_PIXELS = 1 << 22
 
+_ORIENTATION = 274
 _BITS_PER_SAMPLE, _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 258, 273, 279, 324, 325
 _opening = threading.Lock()
 
@@ -93,6 +95,8 @@ def decode(data: bytes, *, max_pixels: int | None = None, transparent: str = "re
         with _open(pil, data) as image:
             _check_image(image, len(data), limit)
             form = form_of(image, data)
+            if image.getexif().get(_ORIENTATION, 1) == 1 and (pixels := fast_jpeg.decode(image, data)) is not None:
+                return pixels, replace(form, metadata=metadata_of(image))
             image.load()
             operations.exif_transpose(image, in_place=True)  # which otherwise copies what is the right way up, too
             form = replace(form, metadata=metadata_of(image))

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import ImageReadError
 from ernet_fast.data.pixel_size import BREAKHIS_HEIGHT, breakhis_mpp
+from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.predict.grid import Grid, Tile
 from ernet_fast.predict.trained import TrainedNetwork
-from ernet_fast.scale.slide_reader import SlideReader
 from ernet_fast.stain import MacenkoFit
 
 TISSUE_LEVEL = 205

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from pathlib import PurePath
 from typing import IO, Any
 
 import numpy as np
 
 from ernet_fast._optional import require
+from ernet_fast.data import fast_jpeg
 from ernet_fast.data.file_form import FileForm
+from ernet_fast.scale import zarr_file
 
 QUALITY = 95
 """Of JPEG and lossy WebP files whose source says none."""
@@ -35,13 +35,20 @@ def encode(file: IO[bytes], pixels: np.ndarray, name: str, form: FileForm, quali
         name: of the file.
         form: that of the image's source. Its resolution and metadata are kept; its quantisation tables, chroma
             subsampling and compression where the format is the same. Otherwise JPEG has `QUALITY` without subsampling,
-            TIFF LZW, WebP is lossless unless the source is lossy.
+            TIFF LZW, WebP is lossless unless the source is lossy. Zarr keeps the resolution alone.
         quality: of JPEG and lossy WebP in place of the source's, 1 to 100.
     """
+    if name.lower().endswith(zarr_file.SUFFIX):
+        zarr_file.write_image(file, pixels, form.resolution)
+        return
     pil = require("PIL.Image", extra="train", purpose="writing images")
     kind = _FORMATS[PurePath(name).suffix.lower()]
-    picture = pil.fromarray(pixels)
-    picture.save(_WithoutDescriptor(file), format=kind, **_options(kind, form, quality))
+    options = _options(kind, form, quality)
+    data = fast_jpeg.encode(pixels, **{"quality": None, "qtables": None, **options}) if kind == "JPEG" else None
+    if data is not None:
+        file.write(data)
+    else:
+        pil.fromarray(pixels).save(_WithoutDescriptor(file), format=kind, **options)
 
 
 def _options(kind: str, form: FileForm, quality: int | None) -> dict[str, Any]:
@@ -70,7 +77,6 @@ def _options(kind: str, form: FileForm, quality: int | None) -> dict[str, Any]:
     return options
 
 
-@functools.cache
 def decoder() -> str:
     """Versions of the libraries that decode and encode: between them, decoded JPEG images differ by a grey level."""
     features = require("PIL.features", extra="train", purpose="reading and writing images")
@@ -80,6 +86,8 @@ def decoder() -> str:
         version = features.version(name)
         if version and not (name == "jpg" and features.version("libjpeg_turbo")):
             parts.append(f"{name} {version}")
+    if fast_jpeg.version():
+        parts.append(fast_jpeg.version())
     return ", ".join(parts)
 
 
@@ -89,8 +97,3 @@ class _WithoutDescriptor:
     def __init__(self, file: IO[bytes]) -> None:
         self.write, self.flush, self.seek, self.tell = file.write, file.flush, file.seek, file.tell
         self.read = getattr(file, "read", None)
-
-
-def can_write(name: str | os.PathLike[str]) -> bool:
-    """Whether files of this name are written."""
-    return PurePath(name).suffix.lower() in _FORMATS

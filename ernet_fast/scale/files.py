@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
+from ernet_fast.data.slide_reader import reader_version
 from ernet_fast.scale.encode import decoder
-from ernet_fast.scale.folder_fit import folder_of
+from ernet_fast.scale.folder_fit import Grouping, check_groups, grouping
 from ernet_fast.scale.inputs import SLIDE_OUTPUTS, SUFFIX_OF, Plan, plan
 from ernet_fast.scale.method import Values, values_of
 from ernet_fast.scale.pipeline import Work
 from ernet_fast.scale.preview import check_preview_path, write_preview
-from ernet_fast.scale.run import Progress, Run
+from ernet_fast.scale.run import TOGETHER, Progress, Run
 from ernet_fast.scale.run_folder import settings_of
 from ernet_fast.scale.shard import Shard, read_shard, status_of_shard
-from ernet_fast.scale.slide_reader import reader_version
 from ernet_fast.scale.slide_writer import needs_writer
 from ernet_fast.scale.slides import SlideForm
 from ernet_fast.scale.status import FileStatus, Summary, check_status_path, write_status
@@ -28,7 +28,7 @@ from ernet_fast.scale.treat import USUAL_LIMITS, Limits
 from ernet_fast.stain import MacenkoFit, ReinhardFit
 from ernet_fast.stain.options import Options
 
-FITS = ("per-image", "per-folder", "fixed")
+FITS = ("per-image", "per-folder", "per-slide", "fixed")
 FORMATS = ("keep", *SUFFIX_OF)
 Stains = str | os.PathLike[str] | MacenkoFit | ReinhardFit
 
@@ -42,6 +42,7 @@ def normalize_files(
     options: Options | None = None,
     fit: str = "per-image",
     source: Stains | None = None,
+    slide_pattern: str | None = None,
     format: str = "keep",
     quality: int | None = None,
     base: str | os.PathLike[str] | None = None,
@@ -74,24 +75,28 @@ def normalize_files(
         options: constants of the method and what to do with images without stains of their own (`on_degenerate`; under
             "raise" they are errors). Default: the constants saved with the target, or the usual ones.
         fit: whose stains an image is taken to have: its own ("per-image"), those of all images of its folder together
-            ("per-folder"), or those of `source` ("fixed").
+            ("per-folder"), those of all images of its slide together ("per-slide"), or those of `source` ("fixed").
         source: for "fixed": as `target`.
-        format: "keep", or "png", "jpeg", "tiff", "webp".
+        slide_pattern: for "per-slide" of images, a regular expression that finds the slide in the path of an image
+            below `base`: its first group, or all that it matches. Not for archives.
+        format: "keep", or "png", "jpeg", "tiff", "webp", "zarr" (OME-Zarr in a zip file).
         quality: of JPEG and lossy WebP files in place of the source's, 1 to 100.
         base: outputs are named by the paths of inputs below this folder; default: the deepest that holds all inputs.
         limits: what a file may hold.
         slides: inputs are whole slides, and become pyramids in this form (extra "slides"). Stains are fitted on tiles
-            with tissue of the whole slide. Not with "per-folder", `format`, `quality`, a preview, and "cuda".
+            with tissue of the whole slide ("per-slide", the same as "per-image"). Not with "per-folder", `format`,
+            `quality` and "cuda".
         overwrite: write outputs that exist again, and replace those of other settings.
         checksum: inputs are unchanged if their SHA-256 is that of the time when they were done; by default, if their
             size and time of change are.
         verify: write nothing, but hold every output against the record: files that are missing, changed, or made of
             another input have the status "error".
         shard: do only what falls to this one of several machines: "I/N", or "auto" for what the environment of a job
-            says, see `ernet_fast.scale.shard.read_shard`. With "per-folder" folders are not divided.
-        status: a .csv file to write with one row a file; that of a shard is called status.2-of-8.csv.
+            says, see `ernet_fast.scale.shard.read_shard`. Folders or slides that are
+            fitted together are not divided.
+        status: a .csv or .parquet file to write with one row a file; that of a shard is called status.2-of-8.csv.
         preview: a .png or .jpg file to draw pairs of images before and after into: those whose stains differ most from
-            the median of all, and some others.
+            the median of all, and some others; of slides with the outline of their tissue.
         workers: images in memory at a time, each on a thread; default: one a core.
         device: "cpu", or "cuda" for batches on a GPU.
         progress: hears what is going on.
@@ -108,6 +113,9 @@ def normalize_files(
         OSError: a full disk, or a folder that cannot be written to. What is done remains, and the next call goes on.
     """
     _check(fit, source, format, quality, status, device)
+    if slides is not None and fit == "per-image":
+        fit = "per-slide"
+    group = grouping("per-image" if slides is not None else fit, slide_pattern)
     if preview is not None:
         check_preview_path(preview)
     workers = _workers(workers)
@@ -115,13 +123,14 @@ def normalize_files(
     known = None if source is None else known_stains(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     planned = plan(paths, output, format=format, base=base, slides="" if slides is None else f".{slides.format}")
-    written = {} if slides is None else _check_slides(slides, fit, format, quality, preview, device)
+    written = {} if slides is None else _check_slides(slides, fit, format, quality, device)
+    check_groups(planned.jobs, group)
     part = read_shard(shard) if isinstance(shard, str) else shard
     if part is not None:
-        planned = _share(planned, part, fit, overwrite)
+        planned = _share(planned, part, group if slides is None and fit in TOGETHER else None, overwrite)
     work = Work(chosen, limits=limits, quality=quality, workers=workers)
     said = progress or Progress()
-    run = Run(planned, Path(output), work, fit, known, format, device, overwrite, checksum, part, slides, said)
+    run = Run(planned, Path(output), work, fit, known, format, device, overwrite, checksum, part, slides, said, group)
     before: frozenset[str] = frozenset()
     if planned.single:
         if verify:
@@ -132,6 +141,7 @@ def normalize_files(
             chosen, _name_of(target), fit=fit, source=None if known is None else list(known), format=format,
             quality=quality, transparent=limits.transparent, decoder=decoder(),
             **written,
+            **({} if slide_pattern is None else {"slide_pattern": slide_pattern}),
             **({} if source is None else {"source_image": _name_of(source)}),
         )  # fmt: skip
         if verify:
@@ -142,7 +152,7 @@ def normalize_files(
     if status is not None:
         write_status(status_of_shard(status, part), summary.files, summary.columns)
     if preview is not None:
-        write_preview(status_of_shard(preview, part), summary)
+        write_preview(status_of_shard(preview, part), summary, None if slides is None else chosen.tissue)
     return summary
 
 
@@ -153,7 +163,7 @@ def normalize_slide(
 
     Args:
         slide: the file, of any format that OpenSlide reads.
-        output: the file to write, .tif or .svs.
+        output: the file to write, .tif (generic), .ome.tif, .svs or .zarr.zip.
         form: which part, and how it is written.
         options: of `normalize_files`: target, method, options, fit ("fixed" for known stains), source, overwrite,
             workers, progress.
@@ -162,21 +172,22 @@ def normalize_slide(
         ImportError: the extra "slides" is missing.
         ValueError, OSError: as `normalize_files`.
     """
-    if Path(output).is_dir() or Path(output).suffix.lower() not in SLIDE_OUTPUTS:
-        raise ValueError(f"output {str(output)!r} is no name of a slide; expected one that ends in .tif or .svs.")
+    if Path(output).is_dir() or not str(output).lower().endswith(SLIDE_OUTPUTS):
+        raise ValueError(
+            f"output {str(output)!r} is no name of a slide; expected one that ends in .tif, .svs or .zarr.zip."
+        )
     return normalize_files(slide, output, slides=form or SlideForm(), **options).files[0]
 
 
-def _share(planned: Plan, shard: Shard, fit: str, overwrite: bool) -> Plan:
-    """The part of the plan that falls to a shard."""
+def _share(planned: Plan, shard: Shard, group: Grouping | None, overwrite: bool) -> Plan:
+    """The part of the plan that falls to a shard; images of one `group` stay together."""
     if planned.single:
         raise ValueError("--shard divides the files of a folder; the output is a single file.")
     if overwrite:
         raise ValueError(
             "--overwrite begins a folder anew, which shards cannot do together; remove the folder, or choose another."
         )
-    whole = fit == "per-folder"
-    jobs = [job for job in planned.jobs if shard.takes(folder_of(job) if whole and not job.is_archive else job.name)]
+    jobs = [job for job in planned.jobs if shard.takes(job.name if group is None or job.is_archive else group(job))]
     ignored = [
         file for file in planned.ignored if shard.takes(os.path.relpath(os.path.abspath(file.input), planned.base))
     ]
@@ -196,11 +207,11 @@ def _check(fit: str, source: Any, format: str, quality: int | None, status: Any,
         raise ValueError("device='cuda' (--device cuda), but torch sees no CUDA device here.")
 
 
-def _check_slides(slides: SlideForm, fit: str, format: str, quality: Any, preview: Any, device: str) -> dict[str, Any]:
+def _check_slides(slides: SlideForm, fit: str, format: str, quality: Any, device: str) -> dict[str, Any]:
     """What the settings say about slides; ValueError for what does not go with them."""
     for name, found in (
         ("fit='per-folder'", fit == "per-folder"), ("format", format != "keep"), ("quality", quality is not None),
-        ("preview", preview is not None), ("device='cuda'", device != "cpu"),
+        ("device='cuda'", device != "cpu"),
     ):  # fmt: skip
         if found:
             raise ValueError(f"{name} is for images, not for whole slides.")

@@ -13,15 +13,16 @@ from pathlib import Path
 from ernet_fast.data.layout import IMAGE_SUFFIXES as SUFFIXES
 from ernet_fast.data.layout import OTHER_IMAGE_SUFFIXES, is_hidden
 from ernet_fast.scale.status import FileStatus
+from ernet_fast.scale.zarr_file import SUFFIX as ZARR
 
 READABLE = "PNG, JPEG, TIFF or WebP"
 IMAGE_SUFFIXES = (*SUFFIXES, ".webp")
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
-SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif", "webp": ".webp"}
+SUFFIX_OF = {"png": ".png", "jpeg": ".jpg", "tiff": ".tif", "webp": ".webp", "zarr": ZARR}
 """Suffix of the outputs in each format that can be asked for."""
 
 SLIDE_SUFFIXES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".tif", ".tiff")
-SLIDE_OUTPUTS = (".tif", ".tiff", ".svs")
+SLIDE_OUTPUTS = (".tif", ".tiff", ".svs", ZARR)
 _OTHER_PICTURES = (*OTHER_IMAGE_SUFFIXES, ".svs", ".ndpi", ".mrxs")
 _WILD = frozenset("*?[")
 
@@ -107,8 +108,10 @@ def plan(
     if format != "keep" and single and renamed(output.name, format) != output.name and not archive_suffix(output.name):
         raise ValueError(f"--format {format}, but the output is {str(output)!r}; drop one of the two.")
     jobs = []
-    for path in found:
-        name = output.name if single else os.path.relpath(os.path.abspath(path), root)
+    below = os.path.join(root, "")
+    for key, path in found.items():  # a path is looked at as often as it must, of a hundred thousand
+        inside = key.removeprefix(below) if key.startswith(below) else os.path.relpath(key, root)
+        name = output.name if single else inside
         if slides and not single:
             name = os.path.splitext(name)[0] + slides
         elif not archive_suffix(name):
@@ -147,9 +150,9 @@ def is_single(source: Path, output: Path, slides: str = "") -> bool:
     if not source.is_file() or output.is_dir():
         return False
     if slides:
-        return output.suffix.lower() in SLIDE_OUTPUTS
+        return output.name.lower().endswith(SLIDE_OUTPUTS)
     archive = archive_suffix(source.name)
-    return archive_suffix(output.name) == archive if archive else output.suffix.lower() in IMAGE_SUFFIXES
+    return archive_suffix(output.name) == archive if archive else output.name.lower().endswith((*IMAGE_SUFFIXES, ZARR))
 
 
 def archive_suffix(name: str) -> str:
@@ -159,12 +162,12 @@ def archive_suffix(name: str) -> str:
 
 def is_output(name: str) -> bool:
     """Whether a file of this name may be an output of a run."""
-    return Path(name).suffix.lower() in (*IMAGE_SUFFIXES, *SLIDE_OUTPUTS) or bool(archive_suffix(name))
+    return name.lower().endswith((*IMAGE_SUFFIXES, *SLIDE_OUTPUTS, *ARCHIVE_SUFFIXES))
 
 
 def renamed(name: str, format: str) -> str:
     """The name of the output in `format` of an image `name`."""
-    if format == "keep" or SUFFIX_OF[format] == _plain_suffix(Path(name)):
+    if format == "keep" or SUFFIX_OF[format] == _plain_suffix(Path(name)) or name.lower().endswith(SUFFIX_OF[format]):
         return name
     return os.path.splitext(name)[0] + SUFFIX_OF[format]
 
@@ -237,14 +240,13 @@ def _check_apart(sources: list[Path], output: Path) -> None:
             )
 
 
-def _sorted_out(sources: list[Path], slides: str) -> tuple[list[Path], list[FileStatus]]:
-    """The images to read, and what looks like one and is not read."""
+def _sorted_out(sources: list[Path], slides: str) -> tuple[dict[str, Path], list[FileStatus]]:
+    """The images to read by their absolute paths, in order, and what looks like one and is not read."""
     inputs: dict[str, Path] = {}
     ignored: dict[str, FileStatus] = {}
     others = () if slides else _OTHER_PICTURES
     for source in sources:
-        for path in files_below(source):
-            key = os.path.abspath(path)
+        for key, path in _below(source):
             suffixes, what = (SLIDE_SUFFIXES, "whole slides are") if slides else (IMAGE_SUFFIXES, f"{READABLE} is")
             readable = path.suffix.lower() in suffixes or (not slides and bool(archive_suffix(path.name)))
             reason = _not_a_file(path)
@@ -254,7 +256,7 @@ def _sorted_out(sources: list[Path], slides: str) -> tuple[list[Path], list[File
                 inputs.setdefault(key, path)
             elif readable or path.suffix.lower() in others or path.is_dir() or path == source:
                 ignored.setdefault(key, FileStatus(str(path), None, "skipped", reason))
-    return [inputs[key] for key in sorted(inputs)], list(ignored.values())
+    return dict(sorted(inputs.items())), list(ignored.values())
 
 
 def _not_a_file(path: Path) -> str | None:
@@ -270,8 +272,13 @@ def _not_a_file(path: Path) -> str | None:
 
 def files_below(source: Path) -> Iterator[Path]:
     """The files, and links to folders, below `source` in the order of their names; hidden ones are left out."""
+    return (path for _, path in _below(source))
+
+
+def _below(source: Path) -> Iterator[tuple[str, Path]]:
+    """As `files_below`, with their absolute paths."""
     if not source.is_dir():
-        yield source
+        yield os.path.abspath(source), source
         return
 
     def fail(error: OSError) -> None:
@@ -280,7 +287,8 @@ def files_below(source: Path) -> Iterator[Path]:
     for folder, children, names in os.walk(source, onerror=fail):
         children[:] = sorted(name for name in children if not is_hidden(name))
         links = [name for name in children if os.path.islink(os.path.join(folder, name))]
-        yield from (Path(folder) / name for name in sorted([*names, *links]) if not is_hidden(name))
+        place, parent = os.path.join(os.path.abspath(folder), ""), Path(folder)
+        yield from ((place + name, parent / name) for name in sorted([*names, *links]) if not is_hidden(name))
 
 
 def _check_outputs(jobs: list[Job], folder: Path) -> None:

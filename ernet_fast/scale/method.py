@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ernet_fast.stain import (
-    ColourCounts,
     MacenkoFit,
     MacenkoStatus,
     ReinhardFit,
@@ -20,11 +19,10 @@ from ernet_fast.stain import (
     reinhard_fit,
     reinhard_normalize,
 )
+from ernet_fast.stain.joined_fit import macenko_fit_together, reinhard_fit_together
 from ernet_fast.stain.options import Options
 from ernet_fast.stain.result import expand_fit
-
-JOINED_PIXELS = 1 << 23
-"""Images of no more pixels together are fitted as one, which takes less time and memory than counting colours."""
+from ernet_fast.stain.tissue import Tissue
 
 Values = tuple[float, ...]
 """Stains of an image as plain numbers, in the order of the method's `columns`; empty for none."""
@@ -37,6 +35,7 @@ class Method(ABC):
         name: as on the command line.
         columns: what the numbers of a fit are.
         options: constants, and `on_degenerate`.
+        tissue: which pixels are tissue.
     """
 
     name: str
@@ -47,9 +46,7 @@ class Method(ABC):
         # what is not to be written is found out by its status, one image at a time
         policy = "identity" if options.on_degenerate == "raise" else options.on_degenerate
         self.working = replace(options, on_degenerate=policy, range=255, layout="HWC")
-        levels = np.arange(256)
-        dense = -np.log((levels + 1) / options.Io) >= options.beta
-        self._tissue_level = int(levels[dense].max()) if dense.any() else -1  # the brightest grey level of tissue
+        self.tissue = Tissue(options.Io, options.beta)
 
     @abstractmethod
     def normalize(
@@ -71,11 +68,6 @@ class Method(ABC):
     def target_values(self) -> dict[str, Any]:
         """The target as plain numbers, under the names of the normaliser's buffers."""
 
-    def tissue_share(self, image: np.ndarray) -> float:
-        """The share of pixels whose three optical densities -ln((I + 1) / Io) are at least beta."""
-        brightest = np.maximum(np.maximum(image[..., 0], image[..., 1]), image[..., 2])
-        return float(np.count_nonzero(brightest <= self._tissue_level)) / max(1, brightest.size)
-
 
 class MacenkoMethod(Method):
     """Macenko normalisation to the stains of a target (B = 1)."""
@@ -94,18 +86,18 @@ class MacenkoMethod(Method):
         self, images: Sequence[torch.Tensor], source: Values | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """As `Method.normalize`, with the pixels of `macenko_normalize`."""
-        alone = len(images) == 1  # needs no list, and less time for it
-        collection = pipeline.read(images[0] if alone else list(images), self.working)
-        results, fits = [], []
-        for part in collection.parts:
-            done = None if source is not None else operators.normalize(part.pixels, self.target, self.working)
-            out, fit = self._apart(part.pixels, source) if done is None else done
-            results.append(out)
-            fits.append(fit)
-        fit = collection.gather_fit(fits)
-        values = torch.cat([fit.stain_matrix.transpose(1, 2).flatten(1), fit.max_concentration], dim=1)
-        restored = collection.restore(results)
-        return [restored] if alone else restored, values, fit.status
+        if len(images) == 1:  # needs no collection
+            out, fit = self._part(images[0].permute(2, 0, 1).unsqueeze(0), source)
+            return [out[0].permute(1, 2, 0)], _values(fit), fit.status
+        collection = pipeline.read(list(images), self.working)
+        done = [self._part(part.pixels, source) for part in collection.parts]
+        fit = collection.gather_fit([fit for _, fit in done])
+        return collection.restore([out for out, _ in done]), _values(fit), fit.status
+
+    def _part(self, pixels: torch.Tensor, source: Values | None) -> tuple[torch.Tensor, MacenkoFit]:
+        """Images [b, 3, H, W] of one shape, in one operator where stains are to be fitted and there is one."""
+        done = None if source is not None else operators.normalize(pixels, self.target, self.working)
+        return self._apart(pixels, source) if done is None else done
 
     def _apart(self, pixels: torch.Tensor, source: Values | None) -> tuple[torch.Tensor, MacenkoFit]:
         """Images [b, 3, H, W] reconstructed from their stains, which are fitted first if they are not known."""
@@ -120,20 +112,7 @@ class MacenkoMethod(Method):
 
     def fit_together(self, images: Iterable[np.ndarray]) -> tuple[Values, MacenkoStatus]:
         """The exact stains of the image that holds all their pixels, in 384 MiB whatever their number."""
-        o, counts, few, pixels = self.options, None, [], 0
-        for image in images:
-            few.append(image.reshape(1, -1, 3))
-            pixels += few[-1].shape[1]
-            if pixels > JOINED_PIXELS:
-                counts = counts or ColourCounts()
-                counts.add(few.pop(0) if len(few) == 1 else np.concatenate(few, axis=1), layout="HWC")
-                few.clear()
-        if not pixels:
-            return (), MacenkoStatus.TOO_FEW_TISSUE_PIXELS
-        if counts is not None:
-            fit = counts.fit(Io=o.Io, alpha=o.alpha, beta=o.beta, percentile=o.percentile)
-        else:
-            fit = operators.fit(pipeline.read(np.concatenate(few, axis=1), self.working).parts[0].pixels, self.working)
+        fit = macenko_fit_together(images, self.working)
         return values_of(fit), MacenkoStatus(int(fit.status[0]))
 
     @property
@@ -166,18 +145,8 @@ class ReinhardMethod(Method):
 
     def fit_together(self, images: Iterable[np.ndarray]) -> tuple[Values, MacenkoStatus]:
         """Means and standard deviations over all pixels, from those of each image."""
-        count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-        for image in images:
-            fit = reinhard_fit(image, layout="HWC")
-            n = image.shape[0] * image.shape[1]
-            count += n
-            total += n * fit.mean[0]
-            squares += n * (fit.std[0].square() + fit.mean[0].square())
-        if not count:
-            return (), MacenkoStatus.TOO_FEW_TISSUE_PIXELS
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        return (*mean.tolist(), *std.tolist()), MacenkoStatus.OK
+        fit = reinhard_fit_together(images)
+        return values_of(fit), MacenkoStatus(int(fit.status[0]))
 
     @property
     def target_values(self) -> dict[str, Any]:
@@ -192,6 +161,11 @@ def values_of(fit: MacenkoFit | ReinhardFit) -> Values:
     if isinstance(fit, ReinhardFit):
         return (*fit.mean[0].tolist(), *fit.std[0].tolist())
     return (*fit.stain_matrix[0].T.flatten().tolist(), *fit.max_concentration[0].tolist())
+
+
+def _values(fit: MacenkoFit) -> torch.Tensor:
+    """The numbers of each image's fit [B, columns]."""
+    return torch.cat([fit.stain_matrix.transpose(1, 2).flatten(1), fit.max_concentration], dim=1)
 
 
 def _macenko_fit(values: Values) -> MacenkoFit:

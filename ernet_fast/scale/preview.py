@@ -15,14 +15,18 @@ from ernet_fast._optional import require
 from ernet_fast.console.atomic_file import atomic_write
 from ernet_fast.data import ImageReadError
 from ernet_fast.data.image_io import decode, read_file
+from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.scale.containers import ArchiveError, open_archive, reading
 from ernet_fast.scale.status import FileStatus, Summary
+from ernet_fast.stain.slide_fit import thumbnail
+from ernet_fast.stain.tissue import Tissue
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 TYPICAL, OUTLIERS = 12, 12
 """Pairs shown of each kind."""
 
 _COLUMNS, _THUMBNAIL, _GAP, _LINE = 4, 150, 8, 14
+_OUTLINE = (0, 160, 0)  # colour of the outline of tissue
 _PURPOSE = {"extra": "train", "purpose": "drawing a preview"}
 
 
@@ -80,10 +84,15 @@ def chosen(summary: Summary) -> dict[str, list[Deviation]]:
     }
 
 
-def write_preview(path: str | os.PathLike[str], summary: Summary) -> None:
+def write_preview(path: str | os.PathLike[str], summary: Summary, slides: Tissue | None = None) -> None:
     """Draw the contact sheet of a run into a PNG or JPEG file: pairs of before (left) and after (right).
 
     Images are read again from inputs and outputs, in archives too; one that cannot be read stays grey.
+
+    Args:
+        path: where to.
+        summary: of the run.
+        slides: whole slides were normalised, and the outline of this tissue is drawn into those before.
 
     Raises:
         ValueError: another suffix.
@@ -92,7 +101,11 @@ def write_preview(path: str | os.PathLike[str], summary: Summary) -> None:
     check_preview_path(path)
     sections = {title: found for title, found in chosen(summary).items() if found}
     names = {name for found in sections.values() for one in found for name in (one.file.input, one.file.output or "")}
-    sheet = _draw(summary, sections, thumbnails(names))
+    small = thumbnails(names)
+    if slides is not None:
+        before = {one.file.input for found in sections.values() for one in found}
+        small |= _of_slides({name: slides if name in before else None for name in names - small.keys()})
+    sheet = _draw(summary, sections, small)
     with atomic_write(path) as file:
         sheet.save(file, format="PNG" if Path(path).suffix.lower() == ".png" else "JPEG")
 
@@ -118,6 +131,28 @@ def thumbnails(names: Iterable[str]) -> dict[str, Any]:
                     with contextlib.suppress(ImageReadError):
                         found[f"{archive}::{one.name}"] = _thumbnail(source.open(one).read())
     return found
+
+
+def _of_slides(names: dict[str, Tissue | None]) -> dict[str, Any]:
+    """Small Pillow images of slides, those with a tissue with its outline; slides that cannot be read are missing."""
+    found = {}
+    for name, tissue in names.items():
+        with contextlib.suppress(ImageReadError):
+            reader = SlideReader(Path(name))
+            try:
+                pixels = thumbnail(reader, _THUMBNAIL)
+            finally:
+                reader.close()
+            if tissue is not None:
+                pixels[_outline(tissue.mask(pixels))] = _OUTLINE
+            found[name] = require("PIL.Image", **_PURPOSE).fromarray(pixels)
+    return found
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a mask [h, w] that have a neighbour outside of it."""
+    inner = np.pad(mask, 1, mode="edge")
+    return mask & ~(inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:])
 
 
 def _thumbnail(data: bytes) -> Any:

@@ -15,7 +15,7 @@ from ernet_fast.console.atomic_file import remove_abandoned
 from ernet_fast.scale.archives import images_of_archive, normalize_archive
 from ernet_fast.scale.batches import normalize_batches
 from ernet_fast.scale.containers import ArchiveError
-from ernet_fast.scale.folder_fit import fingerprint, folder_of, folders, images_of
+from ernet_fast.scale.folder_fit import Grouping, fingerprint, groups, images_of
 from ernet_fast.scale.inputs import Job, Plan
 from ernet_fast.scale.journal import Journal, Record, Records, journal_of, merge_journals, read_journals
 from ernet_fast.scale.method import Values
@@ -28,6 +28,9 @@ from ernet_fast.scale.treat import failed
 
 Finished = tuple[Job, FileStatus, tuple[FileStatus, ...]]
 """A job, its status, and those of the images of an archive."""
+
+TOGETHER = ("per-folder", "per-slide")
+"""Fits of several images together."""
 
 WRITTEN = ("ok", "degenerate")
 _REPLACE = "(--overwrite replaces it)"
@@ -62,7 +65,8 @@ class Run:
     shard: Shard | None
     slides: SlideForm | None
     progress: Progress
-    keys: dict[str, str] = field(default_factory=dict)  # folder -> what its fit was made of, for "per-folder"
+    group: Grouping = field(default_factory=Grouping)
+    keys: dict[str, str] = field(default_factory=dict)  # folder or slide -> what its fit was made of
 
     def do_single(self) -> list[FileStatus]:
         """One file into another."""
@@ -117,14 +121,19 @@ class Run:
                     digests.append(digest)
                     self.progress.advance()
             jobs = [replace(job, sha256=digest) for job, digest in zip(jobs, digests, strict=True)]
-        if self.fit == "per-folder":
-            self.keys = {folder: fingerprint(own) for folder, own in folders(jobs).items()}
+        if self.together:
+            self.keys = {name: fingerprint(own) for name, own in groups(jobs, self.group).items()}
         self.planned = replace(self.planned, jobs=jobs)
         return jobs
 
+    @property
+    def together(self) -> bool:
+        """Whether images of a folder or a slide are fitted together."""
+        return self.slides is None and self.fit in TOGETHER
+
     def key(self, job: Job) -> str:
         """What the stains that the job's image is taken to have depend on, beside the settings."""
-        return "" if job.is_archive else self.keys.get(folder_of(job), "")
+        return "" if job.is_archive or not self.together else self.keys.get(self.group(job), "")
 
     def is_current(self, job: Job, record: Record) -> bool:
         """Whether a record is of the input as it is now, with the stains it is taken to have now."""
@@ -153,7 +162,9 @@ class Run:
                 changed += record.status.status in WRITTEN
                 missing.append(job)
         if changed:
-            self.progress.warning(f"{changed} inputs (or others of their folders) changed since; they are done again")
+            self.progress.warning(
+                f"{changed} inputs (or others of their folders or slides) changed since; they are done again"
+            )
         return before, missing, kept
 
     def remove_outdated(self, jobs: list[Job], records: Records) -> None:
@@ -171,7 +182,7 @@ class Run:
         if record is None:
             return [replace(wrong, reason="not done yet")]
         if not self.is_current(job, record):
-            return [replace(wrong, reason="the input (or another of its folder) has changed since")]
+            return [replace(wrong, reason="the input (or another of its folder or slide) has changed since")]
         if record.status.status not in WRITTEN:
             return recorded(job, record)
         try:
@@ -217,8 +228,7 @@ class Run:
                 known = self.work.method.fit_together(images_of_archive(job, self.work.limits))[0]
             except ArchiveError as error:
                 return failed(job, error), ()
-        given = None if self.fit == "per-image" else known
-        return normalize_archive(job, replace(self.work, sources=lambda job: given), self.format)
+        return normalize_archive(job, replace(self.work, sources=lambda job: known), self.format)
 
     def normalize_slide(self, job: Job) -> FileStatus:
         """One whole slide."""
@@ -232,24 +242,23 @@ class Run:
 
     def sources(self, jobs: list[Job], records: Records, journal: Journal | None) -> Callable[[Job], Values | None]:
         """The stains that the jobs' images are known to have."""
-        if self.fit == "per-image":
-            return lambda job: None
         if self.fit == "fixed":
             return lambda job: self.known
-        wanted = {folder_of(job) for job in jobs}
+        if not self.together:
+            return lambda job: None
+        wanted = {self.group(job) for job in jobs}
         stains = {name: found for name, (key, found) in records.fits.items() if key == self.keys.get(name)}
-        of_folder = {
-            name: own for name, own in folders(self.planned.jobs).items() if name in wanted and name not in stains
-        }
-        self.progress.begin("fit", sum(map(len, of_folder.values())))
-        for name, own in of_folder.items():
-            stains[name] = self.fit_folder(own)
+        missing = wanted - stains.keys()
+        of_group = {name: own for name, own in groups(self.planned.jobs, self.group).items() if name in missing}
+        self.progress.begin("fit", sum(map(len, of_group.values())))
+        for name, own in of_group.items():
+            stains[name] = self.fit_group(own)
             if journal is not None:
                 journal.fit(name, self.keys[name], stains[name])
-        return lambda job: stains[folder_of(job)]
+        return lambda job: stains[self.group(job)]
 
-    def fit_folder(self, jobs: list[Job]) -> Values:
-        """The stains of all images of a folder together."""
+    def fit_group(self, jobs: list[Job]) -> Values:
+        """The stains of all images of a folder or slide together."""
 
         def counted() -> Iterator[Any]:
             for image in images_of(jobs, self.work):

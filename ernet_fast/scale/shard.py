@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ernet_fast.console.atomic_file import write_csv
+from ernet_fast.scale.status import check_status_path, read_parquet, write_parquet
 
 AUTO = "auto"
 
@@ -86,13 +88,17 @@ def merge_status(tables: Sequence[str | os.PathLike[str]], output: str | os.Path
     shards, byte for byte.
 
     Raises:
-        ValueError: a file that is no table of statuses, or of another method than the first.
+        ValueError: a file that is no table of statuses, of another method than the first, or of another kind (CSV,
+            Parquet) than the output.
     """
-    rows: dict[str, list[str]] = {}
-    header: list[str] | None = None
+    check_status_path(output)
+    suffix = Path(output).suffix.lower()
+    rows: dict[str, list[Any]] = {}
+    header: list[Any] | None = None
     for table in tables:
-        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            first, *others = [*csv.reader(file)] or [[]]
+        if Path(table).suffix.lower() != suffix:
+            raise ValueError(f"{str(table)!r} does not end in {suffix}, as the output does; tables of one kind merge.")
+        first, *others = _read(table, suffix) or [[]]
         if first[:1] != ["input"] or any(len(row) != len(first) for row in others):
             raise ValueError(f"{str(table)!r} is no table of statuses.")
         header = header or first
@@ -101,5 +107,16 @@ def merge_status(tables: Sequence[str | os.PathLike[str]], output: str | os.Path
         rows.update((row[0], row) for row in others)
     if header is None:
         raise ValueError("no tables to merge.")
-    write_csv(output, [header, *(rows[name] for name in sorted(rows))])
+    merged = [rows[name] for name in sorted(rows)]
+    if suffix == ".csv":
+        write_csv(output, [header, *merged])
+    else:
+        write_parquet(output, header, merged)
     return len(rows)
+
+
+def _read(table: str | os.PathLike[str], suffix: str) -> list[list[Any]]:
+    if suffix == ".parquet":
+        return read_parquet(table)
+    with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return [*csv.reader(file)]

@@ -1,4 +1,4 @@
-"""Pyramidal, tiled BigTIFF files, written tile by tile in constant memory."""
+"""Pyramids, as tiled BigTIFF or OME-Zarr files, written tile by tile in constant memory."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import IO, Any
 import numpy as np
 
 from ernet_fast._optional import require
+from ernet_fast.data.slide_reader import colour_of
+from ernet_fast.scale.zarr_file import ZarrSink, zarr_chunk
 
 COMPRESSIONS = ("jpeg", "deflate")
 SMALLEST = 512
@@ -38,6 +40,8 @@ class Form:
         mpp: micrometres per pixel of the first level in x and y, or None.
         description: of the first level.
         workers: threads.
+        container: "tiff"; "ome" (OME-TIFF, with `description` as its XML) or "zarr" (OME-Zarr in a zip file, whose name
+            is `description`), without loss whatever `compression` is.
     """
 
     tile: int = 512
@@ -46,6 +50,7 @@ class Form:
     mpp: tuple[float, float] | None = None
     description: str = ""
     workers: int = 1
+    container: str = "tiff"
 
 
 def needs_writer(compression: str) -> None:
@@ -77,16 +82,56 @@ def write_pyramid(
         form: how it is written.
         advance: called for each tile of the first level.
     """
-    tifffile = require("tifffile", extra="slides", purpose="writing whole slides")
-    with tifffile.TiffWriter(file, bigtiff=True) as writer, ThreadPoolExecutor(form.workers) as pool:
-        level = 0
+    with ThreadPoolExecutor(form.workers) as pool, _sink(file, size, form) as sink:
+        level, source = 0, None
         while True:
             smaller = None if max(size) <= SMALLEST else _level_file(beside, size)
-            _write_level(writer, size, read, smaller, form, level, pool, advance)
+            mapped = [one for one in (source, smaller) if one is not None]
+            sink.write(_encoded_tiles(size, read, smaller, mapped, form, pool, advance), size, level)
             if smaller is None:
                 return
-            level, size = level + 1, (smaller.shape[1], smaller.shape[0])
+            level, size, source = level + 1, (smaller.shape[1], smaller.shape[0]), smaller
             read, advance = _reader_of(smaller), _nothing
+
+
+def _sink(file: IO[bytes], size: tuple[int, int], form: Form) -> Any:
+    """What the levels of a pyramid are written to."""
+    sizes = [size]
+    while max(sizes[-1]) > SMALLEST:
+        sizes.append((max(1, sizes[-1][0] // 2), max(1, sizes[-1][1] // 2)))
+    if form.container == "zarr":
+        return ZarrSink(file, sizes, form.tile, form.mpp, form.description)
+    return _TiffSink(file, form, len(sizes))
+
+
+class _TiffSink:
+    """BigTIFF: levels are pages, or in OME-TIFF sub-images of the first."""
+
+    def __init__(self, file: IO[bytes], form: Form, levels: int) -> None:
+        tifffile = require("tifffile", extra="slides", purpose="writing whole slides")
+        self.form, self.levels = form, levels
+        self.writer = tifffile.TiffWriter(file, bigtiff=True)
+
+    def __enter__(self) -> _TiffSink:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.writer.close()
+
+    def write(self, tiles: Iterator[bytes], size: tuple[int, int], level: int) -> None:
+        """One level, of which `tiles` are the tiles row by row."""
+        form, jpeg = self.form, self.form.compression == "jpeg"
+        resolution = None if form.mpp is None else tuple(1e4 / value / 2**level for value in form.mpp)
+        first: dict[str, Any] = {"description": form.description}
+        if form.container == "ome" and self.levels > 1:
+            first["subifds"] = self.levels - 1
+        self.writer.write(
+            tiles, shape=(size[1], size[0], 3), dtype=np.uint8, tile=(form.tile, form.tile), metadata=None,
+            compression="jpeg" if jpeg else "zlib", photometric="ycbcr" if jpeg else "rgb",
+            subsampling=(_SUBSAMPLING, _SUBSAMPLING) if jpeg else None, planarconfig="contig",
+            resolution=resolution, resolutionunit="CENTIMETER" if resolution else None, software=False,
+            subfiletype=1 if level else 0, **({} if level else first),
+        )  # fmt: skip
 
 
 def _nothing() -> None:
@@ -110,42 +155,39 @@ def _reader_of(level: np.memmap) -> Callable[[Tile], np.ndarray]:
     return read
 
 
-def _write_level(
-    writer: Any, size: tuple[int, int], read: Callable[[Tile], np.ndarray], smaller: np.memmap | None, form: Form,
-    level: int, pool: ThreadPoolExecutor, advance: Callable[[], None],
-) -> None:  # fmt: skip
-    """Write one level, and the next one of half its size into `smaller`."""
+def _encoded_tiles(
+    size: tuple[int, int], read: Callable[[Tile], np.ndarray], smaller: np.memmap | None, mapped: list[np.memmap],
+    form: Form, pool: ThreadPoolExecutor, advance: Callable[[], None],
+) -> Iterator[bytes]:  # fmt: skip
+    """The tiles of one level as they stand in the file; beside it the next level, of half its size, into `smaller`.
+
+    After each row of tiles the pages of the `mapped` levels, read and written, are given back to the system.
+    """
+    blank: dict[tuple[int, int, int], bytes] = {}  # encoded tiles of one colour
 
     def make(tile: Tile) -> bytes:
         pixels = read(tile)
         if smaller is not None:
             _halve(pixels, tile, smaller)
-        return _encoded(pixels, form)
+        colour = colour_of(pixels)
+        if colour is None or colour in blank:
+            return _encoded(pixels, form) if colour is None else blank[colour]
+        return blank.setdefault(colour, _encoded(pixels, form))
 
-    def encoded() -> Iterator[bytes]:
-        waiting: deque[Any] = deque()
-        row = 0
-        for tile in tiles_of(*size, form.tile):
-            waiting.append(pool.submit(make, tile))
-            if len(waiting) > 2 * form.workers:
-                yield waiting.popleft().result()
-                advance()
-            if tile[1] != row and smaller is not None:
-                row = tile[1]
-                let_go(smaller)
-        while waiting:
+    waiting: deque[Any] = deque()
+    row = 0
+    for tile in tiles_of(*size, form.tile):
+        waiting.append(pool.submit(make, tile))
+        if len(waiting) > 2 * form.workers:
             yield waiting.popleft().result()
             advance()
-
-    jpeg = form.compression == "jpeg"
-    resolution = None if form.mpp is None else tuple(1e4 / value / 2**level for value in form.mpp)
-    writer.write(
-        encoded(), shape=(size[1], size[0], 3), dtype=np.uint8, tile=(form.tile, form.tile), metadata=None,
-        compression="jpeg" if jpeg else "zlib", photometric="ycbcr" if jpeg else "rgb",
-        subsampling=(_SUBSAMPLING, _SUBSAMPLING) if jpeg else None, planarconfig="contig",
-        resolution=resolution, resolutionunit="CENTIMETER" if resolution else None, software=False,
-        description=form.description if level == 0 else None, subfiletype=1 if level else 0,
-    )  # fmt: skip
+        if tile[1] != row:
+            row = tile[1]
+            for one in mapped:
+                let_go(one)
+    while waiting:
+        yield waiting.popleft().result()
+        advance()
 
 
 def _halve(pixels: np.ndarray, tile: Tile, smaller: np.memmap) -> None:
@@ -164,6 +206,8 @@ def _encoded(pixels: np.ndarray, form: Form) -> bytes:
     missing = [(0, form.tile - length) for length in pixels.shape[:2]]
     if any(after for _, after in missing):
         pixels = np.pad(pixels, (*missing, (0, 0)), mode="edge")
+    if form.container == "zarr":
+        return zarr_chunk(pixels)
     if form.compression == "deflate":
         return zlib.compress(np.ascontiguousarray(pixels).tobytes(), 6)
     out = io.BytesIO()

@@ -11,15 +11,17 @@ import torch
 
 from ernet_fast._version import __version__
 from ernet_fast.data import ImageReadError
+from ernet_fast.data.slide_reader import SlideReader, colour_of
 from ernet_fast.scale import treat
 from ernet_fast.scale.inputs import Job
 from ernet_fast.scale.method import Method, Values
 from ernet_fast.scale.pipeline import Work, commit, open_output
-from ernet_fast.scale.slide_reader import SlideReader
 from ernet_fast.scale.slide_writer import COMPRESSIONS, Form, Tile, tiles_of, write_pyramid
 from ernet_fast.scale.status import FileStatus
+from ernet_fast.scale.zarr_file import SUFFIX as ZARR
+from ernet_fast.stain.slide_fit import fit_tiles
 
-FORMATS = ("tif", "svs")
+FORMATS = ("tif", "svs", "ome.tif", "zarr.zip")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class SlideForm:
         compression: "jpeg" (4:2:0) or "deflate" (without loss).
         quality: of JPEG, 1 to 100.
         format: of outputs in a folder: "tif", or "svs" (with a description as Aperio's scanners write it, by which
-            readers find the objective's magnification, too). The name of a single output says it itself.
+            readers find the objective's magnification, too), "ome.tif" (OME-TIFF, which says it in its XML) or
+            "zarr.zip" (OME-Zarr, without loss). The name of a single output says it itself.
     """
 
     level: int = 0
@@ -55,7 +58,7 @@ class SlideForm:
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality!r}; expected a number from 1 to 100.")
         if self.format not in FORMATS:
-            raise ValueError(f"format={self.format!r}; expected {' or '.join(map(repr, FORMATS))}.")
+            raise ValueError(f"format={self.format!r}; expected one of {', '.join(map(repr, FORMATS))}.")
 
 
 def normalize_whole_slide(
@@ -76,7 +79,9 @@ def normalize_whole_slide(
         return treat.failed(job, error)
     try:
         slide = _Slide(reader, form, work.method)
-        stains = work.method.fit_together(reader.fit_tiles(work.method.tissue_share))[0] if known is None else known
+        stains = known
+        if stains is None:
+            stains = work.method.fit_together(fit_tiles(reader, work.method.tissue))[0]
         status = slide.status(job, stains)
         if status.status == "error":
             return status
@@ -96,7 +101,7 @@ def _write(
     except OSError as error:
         return treat.unwritten(job, error)
     try:
-        form = slide.written(job.output.suffix.lower() == ".svs", workers)
+        form = slide.written(job.output.name, workers)
         write_pyramid(pending.file, job.output.parent, slide.size, lambda tile: slide.tile(tile, stains), form, advance)
     except BaseException as error:
         pending.discard()
@@ -128,10 +133,12 @@ class _Slide:
         """A normalised tile [h, w, 3]."""
         x, y, width, height = tile
         pixels = self.reader.read(self.corner[0] + x, self.corner[1] + y, width, height, self.form.level)
-        (result,), _, _ = self.method.normalize([torch.from_numpy(pixels)], stains)
+        alike = colour_of(pixels) is not None  # one pixel then says what becomes of all
+        seen = np.ascontiguousarray(pixels[:1, :1]) if alike else pixels
+        (result,), _, _ = self.method.normalize([torch.from_numpy(seen)], stains)
         with self._lock:
-            self.tissue += self.method.tissue_share(pixels) * width * height
-        return result.numpy()
+            self.tissue += self.method.tissue.share(seen) * width * height
+        return np.broadcast_to(result.numpy(), pixels.shape)
 
     def status(self, job: Job, stains: Values) -> FileStatus:
         """What is to be said about the slide, before it is written."""
@@ -143,13 +150,32 @@ class _Slide:
             return replace(seen, output=None, status="error", reason=reason)
         return replace(seen, status="degenerate", reason=reason)
 
-    def written(self, as_svs: bool, workers: int) -> Form:
-        """How the pyramid is written."""
+    def written(self, name: str, workers: int) -> Form:
+        """How the pyramid is written to a file of this name."""
         reader, form = self.reader, self.form
         mpp = None if reader.mpp is None else (reader.mpp[0] * self.scale, reader.mpp[1] * self.scale)
-        text = f"stain-normalised by ernet_fast {__version__}, {self.method.name}"
-        if as_svs:
+        objective = None if reader.objective is None else reader.objective / self.scale
+        text, container = f"stain-normalised by ernet_fast {__version__}, {self.method.name}", "tiff"
+        if name.lower().endswith(".svs"):
             text = f"Aperio format, {text}\r\n{self.size[0]}x{self.size[1]} ({form.tile}x{form.tile})"
-            text += f"|AppMag = {reader.objective / self.scale:g}" if reader.objective else ""
+            text += f"|AppMag = {objective:g}" if objective else ""
             text += f"|MPP = {mpp[0]:.6g}" if mpp else ""
-        return Form(form.tile, form.compression, form.quality, mpp, text, workers)
+        elif name.lower().endswith((".ome.tif", ".ome.tiff")):
+            text, container = ome_xml(self.size, mpp, objective, text), "ome"
+        elif name.lower().endswith(ZARR):
+            container = "zarr"
+        return Form(form.tile, form.compression, form.quality, mpp, text, workers, container)
+
+
+def ome_xml(size: tuple[int, int], mpp: tuple[float, float] | None, objective: float | None, text: str) -> str:
+    """The description of an RGB image in OME-TIFF (schema 2016-06; sizes of pixels are in micrometres there)."""
+    pixel = "" if mpp is None else f' PhysicalSizeX="{mpp[0]:.9g}" PhysicalSizeY="{mpp[1]:.9g}"'
+    lens = "" if objective is None else f'<Objective ID="Objective:0" NominalMagnification="{objective:g}"/>'
+    used = '<InstrumentRef ID="Instrument:0"/><ObjectiveSettings ID="Objective:0"/>' if lens else ""
+    return (
+        '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+        + (f'<Instrument ID="Instrument:0">{lens}</Instrument>' if lens else "")
+        + f'<Image ID="Image:0"><Description>{text}</Description>{used}<Pixels ID="Pixels:0" DimensionOrder="XYCZT" '
+        f'Type="uint8" SizeX="{size[0]}" SizeY="{size[1]}" SizeC="3" SizeZ="1" SizeT="1" Interleaved="true"{pixel}>'
+        '<Channel ID="Channel:0:0" SamplesPerPixel="3"/><TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>'
+    )

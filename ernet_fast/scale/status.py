@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ernet_fast.console.atomic_file import write_csv
+from ernet_fast._optional import require
+from ernet_fast.console.atomic_file import atomic_write, write_csv
 
 STATUSES = ("ok", "degenerate", "skipped", "error")
 
@@ -62,13 +64,49 @@ class Summary:
 
 
 def write_status(path: str | os.PathLike[str], files: Iterable[FileStatus], columns: Sequence[str]) -> None:
-    """A CSV file of one row a file, with a header; numbers are written in full, fields without a value stay empty.
+    """A table of one row a file: CSV with a header, numbers in full, fields without a value empty; or Parquet.
 
     Raises:
-        ValueError: `path` does not end in .csv.
+        ValueError: `path` ends neither in .csv nor in .parquet.
+        ImportError: pyarrow is missing, for Parquet.
     """
     check_status_path(path)
-    write_csv(path, [(*FIELDS, *columns), *(_row(file, len(columns)) for file in files)])
+    header = (*FIELDS, *columns)
+    rows = [_row(file, len(columns)) for file in files]
+    if Path(path).suffix.lower() == ".csv":
+        write_csv(path, [header, *rows])
+    else:
+        write_parquet(path, header, rows)
+
+
+def write_parquet(path: str | os.PathLike[str], header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """The same table as Parquet (pyarrow): text, whole numbers, and float64 columns, null where there is no value."""
+    arrow, parquet = _arrow("pyarrow"), _arrow("pyarrow.parquet")
+    kinds = {"width": arrow.int64(), "height": arrow.int64(), "tissue_share": arrow.float64()}
+    types = [kinds.get(name, arrow.string() if name in FIELDS else arrow.float64()) for name in header]
+    columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in header]
+    table = arrow.table(
+        [arrow.array([_text(value) for value in column], kind) for column, kind in zip(columns, types, strict=True)],
+        names=list(header),
+    )
+    with atomic_write(path) as file:
+        parquet.write_table(table, file)
+
+
+def read_parquet(path: str | os.PathLike[str]) -> list[list[object]]:
+    """The header and the rows of a Parquet table."""
+    table = _arrow("pyarrow.parquet").read_table(path)
+    columns = [column.to_pylist() for column in table.columns]
+    return [list(table.column_names), *(list(row) for row in zip(*columns, strict=True))]
+
+
+def _arrow(module: str) -> Any:
+    return require(module, extra="parquet", purpose="tables in Parquet")
+
+
+def _text(value: object) -> object:
+    """File names that are not UTF-8 as Parquet can hold them."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if isinstance(value, str) else value
 
 
 def _row(file: FileStatus, columns: int) -> list[object]:
@@ -79,6 +117,9 @@ def _row(file: FileStatus, columns: int) -> list[object]:
 
 
 def check_status_path(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless `path` names a CSV file."""
-    if Path(path).suffix.lower() != ".csv":
-        raise ValueError(f"the table of statuses is {str(path)!r}; expected a name that ends in .csv.")
+    """Raise ValueError unless `path` names a table that is written; ImportError if its package is missing."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise ValueError(f"the table of statuses is {str(path)!r}; expected a name that ends in .csv or .parquet.")
+    if suffix == ".parquet":
+        _arrow("pyarrow")

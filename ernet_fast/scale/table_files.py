@@ -14,11 +14,11 @@ from ernet_fast.data import ImageReadError
 from ernet_fast.scale import treat
 from ernet_fast.scale.colour_table import POINTS, ColourTable
 from ernet_fast.scale.files import Stains, check_fit, known_stains
-from ernet_fast.scale.folder_fit import folders, images_of
+from ernet_fast.scale.folder_fit import Grouping, check_groups, grouping, groups, images_of
 from ernet_fast.scale.inputs import Job, plan
 from ernet_fast.scale.method import Method, Values
 from ernet_fast.scale.pipeline import Work
-from ernet_fast.scale.run import Progress
+from ernet_fast.scale.run import TOGETHER, Progress
 from ernet_fast.scale.target import PUBLISHED, make_method
 from ernet_fast.scale.treat import USUAL_LIMITS, Limits
 from ernet_fast.stain.options import Options
@@ -58,29 +58,33 @@ def write_tables(
     options: Options | None = None,
     fit: str = "per-image",
     source: Stains | None = None,
+    slide_pattern: str | None = None,
     points: int = 33,
     base: str | os.PathLike[str] | None = None,
     limits: Limits = USUAL_LIMITS,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[TableStatus]:
-    """Write the normalisation of each image, each folder ("per-folder") or all ("fixed") as NAME.cube and NAME.icc.
+    """Write the normalisation of each image, each folder or slide or all ("fixed") as NAME.cube and NAME.icc.
 
     Arguments as in `normalize_files`; `points` of each channel, 33 or 65. The tables of a folder lie beside it
-    (slides/a/ gives a.cube), that of all is called all.cube. Existing tables are replaced only with `overwrite`.
+    (slides/a/ gives a.cube), those of slides have their names, that of all is called all.cube. Existing tables are
+    replaced only with `overwrite`.
 
     Raises:
         FileExistsError: a table exists.
         FileNotFoundError, ValueError: as `normalize_files`.
     """
     check_fit(fit, source)
+    group = grouping(fit, slide_pattern)
     if points not in POINTS:
         raise ValueError(f"points={points!r}; expected {' or '.join(map(str, POINTS))}.")
     chosen = make_method(target, method, options)
     known = None if source is None else known_stains(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
     planned = plan(paths, output, base=base)
-    units = _units([job for job in planned.jobs if not job.is_archive], fit, planned.base.name)
+    check_groups(planned.jobs, group)
+    units = _units([job for job in planned.jobs if not job.is_archive], fit, group, planned.base.name)
     places = {name: Path(output) / name for name in units}
     existing = [place for place in places.values() if place.with_name(f"{place.name}.cube").exists()]
     if existing and not overwrite:
@@ -91,12 +95,12 @@ def write_tables(
     return [tables.write(name, jobs, places[name]) for name, jobs in units.items()]
 
 
-def _units(jobs: list[Job], fit: str, base: str) -> dict[str, list[Job]]:
+def _units(jobs: list[Job], fit: str, group: Grouping, base: str) -> dict[str, list[Job]]:
     """The images of every table, by its name."""
     if fit == "fixed":
         return {"all": jobs}
-    if fit == "per-folder":
-        return {base if name == "." else name: own for name, own in folders(jobs).items()}
+    if fit in TOGETHER:
+        return {base if name == "." else name: own for name, own in groups(jobs, group).items()}
     return {os.path.splitext(job.name)[0]: [job] for job in jobs}
 
 
@@ -143,7 +147,7 @@ class _Tables:
         """What the images are taken to be stained like; empty if that cannot be fitted."""
         if self.fit == "fixed":
             return self.known or ()
-        if self.fit == "per-folder":
+        if self.fit in TOGETHER:
             return method.fit_together(images_of(jobs, self.work))[0]
         try:
             picture = treat.open_picture(treat.load(jobs[0], self.work.limits), self.work.limits)

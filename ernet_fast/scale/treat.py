@@ -89,7 +89,7 @@ def judged(job: Job, picture: Picture, values: Values, status: MacenkoStatus, me
     """The status of a normalised image; it is not to be written if that is "error"."""
     height, width, _ = picture.pixels.shape
     on_degenerate = method.options.on_degenerate
-    seen = (width, height, method.tissue_share(picture.pixels), values, "", picture.sha256)
+    seen = (width, height, method.tissue.share(picture.pixels), values, "", picture.sha256)
     if status == MacenkoStatus.OK:
         return FileStatus(str(job.input), str(job.output), "ok", "", *seen)
     if on_degenerate == "raise":

@@ -11,10 +11,11 @@ from ernet_fast.stain.reinhard import ReinhardFit, ReinhardNormalizer, reinhard_
 from ernet_fast.stain.result import MacenkoFit, MacenkoStatus
 from ernet_fast.stain.separate import Separation, separate
 from ernet_fast.stain.slide import macenko_normalize_slide
+from ernet_fast.stain.slide_tiles import SlideTile, SlideTiles
 from ernet_fast.stain.transforms import StainAugment, StainNormalize, as_v2
 
 __all__ = [
     "ColourCounts", "MacenkoFit", "MacenkoNormalizer", "MacenkoStatus", "ReinhardFit", "ReinhardNormalizer",
-    "Separation", "StainAugment", "StainNormalize", "as_v2", "macenko_augment", "macenko_fit", "macenko_normalize",
-    "macenko_normalize_slide", "reinhard_fit", "reinhard_normalize", "separate",
+    "Separation", "SlideTile", "SlideTiles", "StainAugment", "StainNormalize", "as_v2", "macenko_augment",
+    "macenko_fit", "macenko_normalize", "macenko_normalize_slide", "reinhard_fit", "reinhard_normalize", "separate",
 ]  # fmt: skip

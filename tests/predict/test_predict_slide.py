@@ -13,11 +13,11 @@ from PIL import Image
 
 from ernet_fast.cli import main
 from ernet_fast.data import ImageReadError
+from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.predict import TrainedNetwork, predict_slide
 from ernet_fast.predict.grid import Grid
 from ernet_fast.scale import slide_writer
-from ernet_fast.scale.slide_reader import SlideReader
 from ernet_fast.train import Reporter
 
 pytest.importorskip("openslide", reason="openslide (extra slides) is not installed")

@@ -13,9 +13,16 @@ from PIL import Image
 
 from ernet_fast.console.progress import pace
 from ernet_fast.data import image_io, read_image
-from ernet_fast.scale import Limits, method, normalize_files
+from ernet_fast.scale import Limits, normalize_files
 from ernet_fast.scale.encode import decoder
-from ernet_fast.stain import MacenkoNormalizer, ReinhardNormalizer, macenko_fit, macenko_normalize, reinhard_normalize
+from ernet_fast.stain import (
+    MacenkoNormalizer,
+    ReinhardNormalizer,
+    joined_fit,
+    macenko_fit,
+    macenko_normalize,
+    reinhard_normalize,
+)
 from ernet_fast.stain.options import Options
 
 
@@ -225,7 +232,7 @@ class TestTargets:
 class TestFits:
     @pytest.mark.parametrize("joined", [1 << 23, 2000], ids=["one image", "counted colours"])
     def test_per_folder_is_the_fit_of_all_its_pixels(self, archive, tmp_path, monkeypatch, joined):
-        monkeypatch.setattr(method, "JOINED_PIXELS", joined)
+        monkeypatch.setattr(joined_fit, "JOINED_PIXELS", joined)
         (archive / "slide 1" / "broken.png").write_bytes(b"")
         summary = normalize_files(archive, tmp_path / "out", fit="per-folder", format="png")
         parts = [pixels(archive / "slide 1" / name).reshape(1, -1, 3) for name in ("a.png", "b.jpg")]
@@ -316,3 +323,17 @@ def test_the_decoder_is_named():
 def test_pace():
     assert pace(100, 1000, 50) == "2/s, 7 min 30 s left"
     assert pace(1, 20_000, 1) == "1/s, 5 h 33 min left" and pace(5, 10, 5) == "1/s, 5 s left"
+
+
+def test_zarr(archive, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    summary = normalize_files(archive, out, format="zarr")
+    normalize_files(archive, plain, format="png")
+    assert summary.counts == {"ok": 4}
+    for name in ("slide 1/a", "slide 2/d"):
+        group = zarr.open_group(zarr.storage.ZipStore(out / f"{name}.zarr.zip", read_only=True), mode="r")
+        assert np.array_equal(np.moveaxis(group["0"][:], 0, 2), pixels(plain / f"{name}.png"))
+    assert len(normalize_files(archive, out, format="zarr").done_before) == 4
+    single = normalize_files(archive / "slide 1" / "a.png", tmp_path / "one.zarr.zip")
+    assert single.files[0].sha256 == summary.files[0].sha256

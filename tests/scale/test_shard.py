@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
@@ -108,3 +109,25 @@ def test_only_tables_of_one_kind_merge(archive, tmp_path):
         with pytest.raises(ValueError, match="tables of one method|no table of statuses"):
             merge_status([tmp_path / "a.csv", tmp_path / other], tmp_path / "merged.csv")
     assert not os.path.exists(tmp_path / "merged.csv")
+
+
+def test_tables_in_parquet_say_the_same(archive, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = tmp_path / "out"
+    for number in (1, 2):
+        normalize_files(archive, out, shard=f"{number}/2", status=tmp_path / "status.parquet")
+    whole = normalize_files(archive, out, status=tmp_path / "whole.parquet")
+    normalize_files(archive, out, status=tmp_path / "whole.csv")
+    shards = [tmp_path / f"status.{number}-of-2.parquet" for number in (2, 1)]
+    assert merge_status(shards, tmp_path / "merged.parquet") == len(whole.files)
+    merged, table = (parquet.read_table(tmp_path / f"{name}.parquet") for name in ("merged", "whole"))
+    assert merged.equals(table)
+    with open(tmp_path / "whole.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    columns = [column.to_pylist() for column in table.columns]
+    assert table.column_names == header and table.column("width").type == "int64"
+    assert [["" if value is None else str(value) for value in row] for row in zip(*columns, strict=True)] == rows
+    with pytest.raises(ValueError, match="tables of one kind"):
+        merge_status([tmp_path / "whole.csv"], tmp_path / "merged.parquet")
+    with pytest.raises(ValueError, match=r"ends in \.csv or \.parquet"):
+        normalize_files(archive, out, status=tmp_path / "status.xlsx")

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from ernet_fast.cli import main
+from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.scale import SlideForm, normalize_files, normalize_slide
 from ernet_fast.scale.method import MacenkoMethod
-from ernet_fast.scale.slide_reader import FIT_TILES, SlideReader
 from ernet_fast.scale.slide_writer import Form, tiles_of, write_pyramid
 from ernet_fast.scale.target import make_method
-from ernet_fast.stain import ColourCounts, macenko_fit
+from ernet_fast.stain import ColourCounts, macenko_fit, slide_fit
+from ernet_fast.stain.tissue import Tissue
 
 openslide = pytest.importorskip("openslide")
 tifffile = pytest.importorskip("tifffile")
@@ -76,7 +77,7 @@ class TestPixels:
         found = read_level(tmp_path / "out.tif")
         assert np.array_equal(found, right[0].numpy())
         assert found[:, 660:].min() >= 235, "background stays background"
-        assert status.tissue_share == pytest.approx(method.tissue_share(pixels), abs=1e-12)
+        assert status.tissue_share == pytest.approx(method.tissue.share(pixels), abs=1e-12)
 
     def test_jpeg_threads_and_tiles(self, slide, tmp_path, write_patch):
         options = {"target": write_patch(tmp_path / "target.png", 9)}
@@ -109,6 +110,70 @@ class TestPixels:
         assert status.stains[:3] == tuple(fit.stain_matrix[0, :, 0].tolist())
         status = normalize_slide(slide, tmp_path / "b.tif", SlideForm(region=(700, 0, 600, 900)))
         assert status.status == "ok", "the stains are those of the whole slide"
+
+
+class TestContainers:
+    """Other forms of a pyramid, with the pixels of the generic one."""
+
+    @pytest.fixture
+    def right(self, slide, tmp_path):
+        normalize_slide(slide, tmp_path / "right.tif", SlideForm(compression="deflate"))
+        return [read_level(tmp_path / "right.tif", level) for level in range(3)]
+
+    def test_ome_tiff(self, slide, tmp_path, right):
+        path = tmp_path / "a.ome.tif"
+        written = []
+        for workers in (1, 2):
+            normalize_slide(slide, path, SlideForm(compression="deflate"), workers=workers, overwrite=True)
+            written.append(path.read_bytes())
+        assert written[0] == written[1]
+        with tifffile.TiffFile(path) as file:
+            assert file.is_ome and file.is_bigtiff and len(file.series) == 1 and len(file.pages) == 1
+            for level, pixels in zip(file.series[0].levels, right, strict=True):
+                assert np.array_equal(level.asarray(), pixels)
+            image = tifffile.xml2dict(file.ome_metadata)["OME"]
+        assert image["Image"]["Pixels"]["PhysicalSizeX"] == 0.25 and image["Image"]["Pixels"]["SizeX"] == SIZE[0]
+        assert image["Instrument"]["Objective"]["NominalMagnification"] == 40
+        assert np.array_equal(read_level(path), right[0]), "OpenSlide opens it, too"
+        normalize_slide(slide, tmp_path / "b.ome.tif", SlideForm(quality=80))
+        with tifffile.TiffFile(tmp_path / "b.ome.tif") as file:
+            assert np.abs(file.series[0].asarray().astype(int) - right[0]).mean() < 8
+
+    def test_zarr(self, slide, tmp_path, right):
+        zarr = pytest.importorskip("zarr")
+        paths = [tmp_path / f"{workers}.zarr.zip" for workers in (1, 2)]
+        for path, workers in zip(paths, (1, 2), strict=True):
+            status = normalize_slide(slide, path, SlideForm(tile=256), workers=workers)
+            assert status.status == "ok"
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        group = zarr.open_group(zarr.storage.ZipStore(paths[0], read_only=True), mode="r")
+        (scales,) = group.attrs["multiscales"]
+        assert [axis["name"] for axis in scales["axes"]] == ["c", "y", "x"] and scales["version"] == "0.4"
+        assert scales["axes"][1]["unit"] == "micrometer"
+        for number, (part, pixels) in enumerate(zip(scales["datasets"], right, strict=True)):
+            assert np.array_equal(np.moveaxis(group[part["path"]][:], 0, 2), pixels)
+            assert part["coordinateTransformations"][0]["scale"] == [1, 0.25 * 2**number, 0.25 * 2**number]
+
+    def test_folders(self, slide, tmp_path):
+        for format in ("ome.tif", "zarr.zip"):
+            out = tmp_path / f"as {format[:3]}"
+            options = {"slides": SlideForm(format=format), "preview": tmp_path / f"{format}.png"}
+            assert normalize_files(slide.parent, out, **options).counts == {"ok": 1}
+            assert (out / f"slide.{format}").is_file()
+            assert len(normalize_files(slide.parent, out, **options).done_before) == 1
+
+
+def test_preview(slide, pixels, tmp_path):
+    from PIL import Image
+
+    normalize_files(slide.parent, tmp_path / "out", slides=SlideForm(), preview=tmp_path / "preview.png")
+    sheet = np.asarray(Image.open(tmp_path / "preview.png"))
+    green = (sheet == (0, 160, 0)).all(axis=2)
+    assert green.sum() > 20, "the outline of tissue"
+    assert green[:, : 8 + 75 + 2].sum() == green.sum(), "in the left half of the slide as it was"
+    reader = SlideReader(slide)
+    small = slide_fit.thumbnail(reader, 150)
+    assert small.shape == (75, 109, 3) and np.abs(small.mean(axis=(0, 1)) - pixels.mean(axis=(0, 1))).max() < 1
 
 
 class TestRuns:
@@ -146,15 +211,79 @@ class TestRuns:
             normalize_slide(slide, tmp_path / "out.png")
 
 
-def test_tiles_with_tissue_are_fitted(slide, monkeypatch):
-    from ernet_fast.scale import slide_reader
+class TestFit:
+    def test_tiles_with_tissue_are_fitted(self, slide, monkeypatch):
+        tissue = Tissue()
+        monkeypatch.setattr(slide_fit, "FIT_TILES", 4)
+        monkeypatch.setattr(slide_fit, "FIT_TILE", 64)
+        tiles = list(slide_fit.fit_tiles(SlideReader(slide), tissue))
+        assert len(tiles) == 4 and all(tissue.share(tile) > 0.2 for tile in tiles)
 
-    method = make_method("published")
-    monkeypatch.setattr(slide_reader, "FIT_TILES", 4)
-    monkeypatch.setattr(slide_reader, "FIT_TILE", 64)
-    reader = SlideReader(slide)
-    tiles = list(reader.fit_tiles(method.tissue_share))
-    assert len(tiles) == 4 and all(method.tissue_share(tile) > 0.2 for tile in tiles) and FIT_TILES > 100
+    def test_without_a_small_level_tiles_are_tried(self, slide, monkeypatch):
+        """The white ones of one colour among them are not decoded again."""
+        tissue = Tissue()
+        for name, value in {"FIT_TILES": 12, "FIT_TILE": 64, "_MASK_PIXELS": 0}.items():
+            monkeypatch.setattr(slide_fit, name, value)
+        reader = SlideReader(slide)
+        tiles = list(slide_fit.fit_tiles(reader, tissue))
+        assert len(tiles) == 12 and all(tissue.share(tile) >= 0.05 for tile in tiles)
+        tried = reader.decoded
+        assert tried > 12 and reader._blank
+        for place in list(reader._blank):
+            assert (reader.read_at(*place) == 244).all()
+        assert reader.decoded == tried
+
+    def test_tissue_map(self, slide, pixels):
+        tissue = Tissue()
+        cells = slide_fit.tissue_map(SlideReader(slide), tissue)
+        assert cells.share.shape == (225, 325) and cells.cell == 4
+        assert cells.of(0, 0, *SIZE) == pytest.approx(tissue.share(pixels), abs=0.1)
+        assert cells.of(700, 0, 600, 900) == 0 < cells.of(0, 0, 640, 900) and cells.of(2000, 0, 9, 9) == 0
+
+    def test_tissue_map_of_large_cells(self, slide, pixels, monkeypatch):
+        monkeypatch.setattr(slide_fit, "_MAP_CELLS", 1000)
+        monkeypatch.setattr(slide_fit, "_STRIPE", 100)
+        small = SlideReader(slide).read(0, 0, 325, 225, 2)
+        cells = slide_fit.tissue_map(SlideReader(slide), Tissue())
+        expected = [[Tissue().share(small[y : y + 9, x : x + 9]) for x in range(0, 325, 9)] for y in range(0, 225, 9)]
+        assert cells.cell == 36 and np.allclose(cells.share, expected)
+
+
+def test_a_blank_tile_is_normalised_and_encoded_once(slide, pixels, tmp_path, monkeypatch):
+    from ernet_fast.scale import slide_writer
+
+    encoded, seen = [], []
+    encode, normalize = slide_writer._encoded, MacenkoMethod.normalize
+
+    def counted(self, images, source=None):
+        seen.append(tuple(images[0].shape))
+        return normalize(self, images, source)
+
+    monkeypatch.setattr(slide_writer, "_encoded", lambda tile, form: encoded.append(tile) or encode(tile, form))
+    monkeypatch.setattr(MacenkoMethod, "normalize", counted)
+    form = SlideForm(compression="deflate", tile=128)
+    status = normalize_slide(slide, tmp_path / "out.tif", form, workers=1)
+    blank = sum((pixels[y : y + h, x : x + w] == 244).all() for x, y, w, h in tiles_of(*SIZE, 128))
+    assert blank > 30 and seen.count((1, 1, 3)) == blank, "of a white tile one pixel is normalised"
+    levels = ((1300, 900), (650, 450), (325, 225))
+    assert len(encoded) <= sum(len([*tiles_of(*size, 128)]) for size in levels) - blank
+    (right,), _, _ = normalize(make_method("published"), [torch.from_numpy(pixels)], status.stains)
+    assert np.array_equal(read_level(tmp_path / "out.tif"), right.numpy())
+
+
+def test_levels_on_the_disk_are_let_go_of(tmp_path, monkeypatch):
+    """While they are written, and while they are read again: else memory would grow with the slide."""
+    from ernet_fast.scale import slide_writer
+
+    let_go, shapes = slide_writer.let_go, []
+    monkeypatch.setattr(slide_writer, "let_go", lambda level: shapes.append(level.shape) or let_go(level))
+    with open(tmp_path / "a.tif", "wb") as file:
+        form = Form(tile=128, compression="deflate")
+        write_pyramid(file, tmp_path, (1100, 1200), lambda t: np.zeros((t[3], t[2], 3), np.uint8), form, lambda: None)
+    rows = {1200: 9, 600: 4, 300: 2}  # of tiles that are followed by another
+    assert (
+        shapes.count((600, 550, 3)) == rows[1200] + rows[600] and shapes.count((300, 275, 3)) == rows[600] + rows[300]
+    )
 
 
 def test_a_real_slide(real_images, tmp_path):
