@@ -125,6 +125,7 @@ template <class T, class Better> T exchange_if(T* address, T value, Better bette
 #define __clusterRelativeBlockRank() (simt::block_rank)
 #define __clusterSizeInBlocks() (simt::cluster_blocks)
 #define __cluster_barrier_arrive()
+#define __cluster_barrier_arrive_relaxed()
 #define __cluster_barrier_wait() simt::cluster_barrier()
 #define __cluster_map_shared_rank(p, rank) simt::map_shared(p, rank)
 #define ERNET_RECORD_LIST(first, keys, listed, missed) simt::record_list(first, keys, listed, missed)
