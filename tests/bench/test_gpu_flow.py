@@ -174,8 +174,8 @@ def test_the_whole_flow(folder, tmp_path, capfd, monkeypatch):
     machine, rows = read(made.record.path)
     status = {row.name: row.status for row in rows}
     assert status == {
-        "build": "pass", "binary built elsewhere": "skipped", "copy bandwidth": "measured", "tests.simt.no_such": "FAIL",
-        "compute-sanitizer memcheck": "skipped", "compute-sanitizer racecheck": "skipped",
+        "build": "pass", "binary built elsewhere": "skipped", "copy bandwidth": "measured",
+        "tests.simt.no_such": "FAIL", "compute-sanitizer memcheck": "skipped", "compute-sanitizer racecheck": "skipped",
         "compute-sanitizer initcheck": "skipped", "good": "measured", "raises": "FAIL", "device breaks": "FAIL",
         "dies": "FAIL", "hangs": "FAIL", "too long": "no time left", "later": "measured",
         "of the same kernel": "skipped",

@@ -71,6 +71,9 @@ cudaError_t launch_persistent(void (*kernel)(Job), const Plan& plan, const Devic
   // Always the same limit: another thread may be about to launch with other plans.
   const int limit = int(device.block_shared_bytes);
   cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error == cudaSuccess) {  // memory for as many blocks as the plan counts on
+    error = cudaFuncSetAttribute(entry, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess && plan.blocks > kPortableCluster) {
     error = cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
