@@ -177,7 +177,7 @@ def rows_of_file(name: str, code: int, detail: str, running: list[str]) -> Itera
     if code == TIMED_OUT:
         yield without_figures("tests", name, "no time left", f"{detail.partition(':')[0]}{during}; what ran is listed")
     elif code == NO_TESTS:
-        yield without_figures("tests", name, "skipped", "no test of it is chosen")
+        yield without_figures("tests", name, "FAIL", "no test of it was found or chosen")
     elif code not in (0, 1):
         yield without_figures("tests", name, "FAIL", f"{detail}{during}"[:400])
 
