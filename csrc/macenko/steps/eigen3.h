@@ -48,10 +48,8 @@ ERNET_HOST_DEVICE bool rotations_change_nothing(const double a[3][3], const doub
   double limit = smaller(smaller(fabs(a[0][0] - a[1][1]), fabs(a[0][0] - a[2][2])), fabs(a[1][1] - a[2][2]));
   limit *= 0x1p-56;  // of what one rotation may change, over the value that it changes
   bool nothing = true;
-#pragma unroll
   for (int i = 0; i < 3; ++i) {
     nothing &= off * off < limit * fabs(a[i][i]);
-#pragma unroll
     for (int k = 0; k < 3; ++k) nothing &= off < limit * fabs(v[i][k]);
   }
   return nothing;
