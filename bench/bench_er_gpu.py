@@ -75,8 +75,8 @@ def gpu_cases() -> list[GpuCase]:
     return [
         GpuCase(
             f"{operator} {stage}", functools.partial(measure, stage, operator), importance=0 if targets else 1,
-            seconds=6, smoke=stage == "resnet50-1", group="ER operators, CUDA", targets=targets,
-            title=f"{operator}, {channels} x {size} x {size}, {maps} maps",
+            seconds=6, smoke=stage == "resnet50-1", headline=bool(targets) and stage == "resnet50-1", kernel=operator,
+            group="ER operators, CUDA", targets=targets, title=f"{operator}, {channels} x {size} x {size}, {maps} maps",
         )
         for operator, targets in OPERATORS.items()
         for stage, (channels, size, maps) in STAGES.items()

@@ -160,5 +160,9 @@ def gpu_cases() -> list[GpuCase]:
              {"importance": 0, "seconds": 20, "title": f"inference, {network}, one image, CUDA graph",
               "targets": ["ratio_naive >= 3"]}),
         ):  # fmt: skip
-            cases.append(GpuCase(name, functools.partial(run, name, setting), group=group, **options))
+            headline = depth == 50 and options.get("importance") == 0
+            cases.append(GpuCase(
+                name, functools.partial(run, name, setting), group=group, headline=headline,
+                kernel="stage forward and backward", **options,
+            ))  # fmt: skip
     return cases

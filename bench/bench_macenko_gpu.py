@@ -6,7 +6,8 @@ a plan ask for it (ERNET_MACENKO_PLAN); the others take what the library chooses
 bandwidth of a copy from page-locked memory in the same run. Peers are timed interleaved with ours, per image.
 
 Before anything is timed the result of the configuration is compared with the CPU path: at most one grey level and
-0.05 % of the values; batches repeat a few images, and every repeat must have the bits of the first.
+0.05 % of the values; batches repeat a few images, generated or from `crops.py`, and every repeat must have the bits of
+the first.
 
 Run: python3 dev.py gpu --only bench_macenko_gpu
 """
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 from agreement import Error, asking_for, levels, relative, require
+from crops import SIZE as CROPS_SIZE
+from crops import given_crops
 from gpu_case import Ceilings, GpuCase
 from gpu_timing import milliseconds, wait
 from measured import key_of
@@ -45,10 +48,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def batch_of(size: str, count: int, channels_last: bool = False) -> tuple[Tensor, Tensor]:
     """The different images on the CPU, and a batch on the device that repeats them."""
-    base = tissue(min(count, DIFFERENT), *SIZES[size], channels_last)
+    crops = given_crops() if size == CROPS_SIZE else None
+    if crops is None:
+        base = tissue(min(count, DIFFERENT), *SIZES[size], channels_last)
+    else:
+        base = crops.images[:count]
+        base = base.contiguous(memory_format=torch.channels_last) if channels_last else base
     repeats = -(-count // len(base))
     batch = base.to(DEVICE).repeat(repeats, 1, 1, 1)[:count]
     return base, batch.contiguous(memory_format=torch.channels_last) if channels_last else batch
+
+
+def origin_of(size: str, base: Tensor) -> str:
+    """How many different images a batch holds, and where they are from."""
+    crops = given_crops() if size == CROPS_SIZE else None
+    return f"{len(base)} generated" if crops is None else f"{len(base)} of {crops.origin}"
 
 
 def require_repeats(what: str, found: Tensor, period: int) -> None:
@@ -112,6 +126,7 @@ def measure(operation: str, size: str, count: int, channels_last: bool, ceilings
         {**where, "layout": "NHWC" if channels_last else "NCHW", "plan": plan or "chosen"},
         **timing, unit="ms", repeats=REPEATS,
         extra_info={
+            "different_images": origin_of(size, base),
             "images_per_second": 1e3 * count / timing["p50"],
             "gigapixels_per_second": count * height * width / timing["p50"] / 1e6,
             "copy_time": moved / ceilings.copy_gigabytes_per_second / 1e6,
@@ -194,7 +209,9 @@ def case(
 ) -> GpuCase:
     run = functools.partial(measure, operation, size, count, channels_last, plan=plan)
     name = name_of(operation, size, count, channels_last, plan)
-    return GpuCase(name, run, seconds=8, group=f"{operation}, CUDA", title=f"Macenko, {title}", **options)
+    kernel = f"macenko {plan}" if plan else "macenko_normalize"
+    group = f"{operation}, CUDA"
+    return GpuCase(name, run, seconds=8, kernel=kernel, group=group, title=f"Macenko, {title}", **options)
 
 
 def gpu_cases() -> list[GpuCase]:
@@ -203,7 +220,8 @@ def gpu_cases() -> list[GpuCase]:
         for count in batches_of(size):
             options: dict[str, Any] = {}
             if size in LEAST and count == max(batches_of(size)):
-                options = {"importance": 0, "smoke": True, "targets": [f"images_per_second >= {LEAST[size]}"]}
+                options = {"importance": 0, "smoke": True, "headline": True}
+                options["targets"] = [f"images_per_second >= {LEAST[size]}"]
             cases.append(case("normalize", size, count, f"{count} images of {size}", **options))
     others = ["fit", "augment", "normalize, stains given", "normalize to bfloat16 input"]
     for size in ("224x224", "700x460"):

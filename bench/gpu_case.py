@@ -44,7 +44,10 @@ class GpuCase:
     run: Callable[[Ceilings], Row | Sequence[Row]]
     importance: int = 1  # 0: a target of the design; 1: explains one; 2: nice to know. Run in this order.
     seconds: float = 10.0  # about what it takes, reference and compilation included
+    limit: float | None = None  # seconds after which it is stopped; None: five times `seconds`, and not at once
     smoke: bool = False  # also part of the smoke level; one an operator
+    headline: bool = False  # measured before the tests run
+    kernel: str = ""  # what it stands or falls with: where one case hangs, later ones of the same kernel are left out
     title: str = ""
     group: str = ""
     targets: Sequence[str] = ()

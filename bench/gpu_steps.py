@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,15 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_runner import last_lines
-from machine import ROOT, describe
+from gpu_runner import Deadline, last_lines
+from machine import ROOT, cores, describe
 from record import Row, without_figures
 
 MARKED = re.compile(r"^(pytestmark = .*|@)pytest\.mark\.gpu", re.M)
@@ -30,6 +31,11 @@ SIMULATED = ROOT / "bench" / "simulated"
 WORKER = Path(__file__).with_name("gpu_worker.py")
 TIMED_OUT = 124
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+TEST_GROUPS = ("stain", "er")
+STAIN_FOLDERS = ("stain", "cli", "data")  # of the tests; the others are those of ER networks
+TEST_PROCESSES = 8  # that run tests at the same time
+TEST_SECONDS = 25  # that one test has, where pytest-timeout is installed
+NO_TESTS = 5  # pytest's exit code
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 
 
@@ -40,14 +46,21 @@ class GpuDevice:
     machine: dict[str, Any]
     folder: Path
     build: list[str]
-    tests: list[str]
+    tests: dict[str, list[str]]
+    """Files by group, of TEST_GROUPS."""
     sanitizer: str | None = None
     build_environment: dict[str, str] = field(default_factory=dict)
+    marked: Sequence[str] = ()
+    """Arguments that choose among the tests of a file."""
 
 
-def marked_tests(folder: Path = ROOT / "tests") -> list[str]:
+def marked_tests(folder: Path = ROOT / "tests") -> dict[str, list[str]]:
     """The files with tests marked `gpu`: the others may import what is not installed beside the device's torch."""
-    return sorted(str(path) for path in folder.rglob("test_*.py") if MARKED.search(path.read_text()))
+    groups: dict[str, list[str]] = {group: [] for group in TEST_GROUPS}
+    for path in sorted(folder.rglob("test_*.py")):
+        if MARKED.search(path.read_text()):
+            groups["stain" if path.parent.name in STAIN_FOLDERS else "er"].append(str(path))
+    return groups
 
 
 def device_at_hand() -> GpuDevice:
@@ -58,9 +71,10 @@ def device_at_hand() -> GpuDevice:
         machine=describe("gpu"),
         folder=ROOT / "bench",
         build=[sys.executable, "setup.py", "build_ext", "--inplace"],
-        tests=["-m", "gpu", *marked_tests()],
+        tests=marked_tests(),
         sanitizer=known or (str(beside) if beside.exists() else None),
         build_environment={"ERNET_CUDA": "1"},
+        marked=("-m", "gpu"),
     )
 
 
@@ -70,15 +84,12 @@ def emulator(folder: Path) -> GpuDevice:
         machine=describe("gpu-simulated") | {"name": "simulated-gpu"},
         folder=folder,
         build=[sys.executable, str(SIMULATED / "emulated.py"), str(ROOT / "build" / "simt")],
-        tests=["tests/simt/test_emulator.py"],
+        tests={"stain": ["tests/bench/test_record.py"], "er": []},
     )
 
 
-def call(command: list[str], log: Path, seconds: float, grace: float = 0.0, **environment: str) -> int:
-    """Run a command with its output in `log`; returns the exit code, TIMED_OUT when it had to be stopped.
-
-    With `grace` it is first interrupted, and has so many seconds to write down what it knows.
-    """
+def call(command: list[str], log: Path, seconds: float, **environment: str) -> int:
+    """Run a command with its output in `log`; returns the exit code, TIMED_OUT when it had to be stopped."""
     with log.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=subprocess.STDOUT,
@@ -88,10 +99,6 @@ def call(command: list[str], log: Path, seconds: float, grace: float = 0.0, **en
         try:
             return process.wait(timeout=max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            if grace:
-                process.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=grace)
             _kill(process)
             process.wait()
             return TIMED_OUT
@@ -128,21 +135,54 @@ def build(device: GpuDevice, logs: Path, seconds: float) -> Row:
     return row_of("build", "pass", f"{time.perf_counter() - start:.0f} s")
 
 
-def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
-    """Run the tests that need the device; one row for each test function."""
+def tests(device: GpuDevice, group: str, logs: Path, deadline: Deadline) -> Iterator[Row]:
+    """Run the tests of a group that need the device, a process a file, the rows of each file as it ends.
+
+    A hang, a crash or a file that cannot be collected costs that file alone, and not the outcomes that it had before.
+    """
+    files = device.tests[group]
     if importlib.util.find_spec("pytest") is None:
-        yield without_figures("tests", "all", "skipped", "pytest is not installed for this interpreter")
+        yield without_figures("tests", group, "skipped", "pytest is not installed for this interpreter")
         return
-    log, report = logs / "tests.log", logs / "tests.xml"
+    each = min(TEST_PROCESSES, cores()) // max(1, len(files))
+    with ThreadPoolExecutor(TEST_PROCESSES) as pool:
+        found = [pool.submit(run_test_file, device, file, logs, deadline, each) for file in files]
+        for future in as_completed(found):
+            yield from future.result()
+
+
+def run_test_file(device: GpuDevice, file: str, logs: Path, deadline: Deadline, processes: int) -> list[Row]:
+    """One row for each test function of a file, and one for the file if something ended its run."""
+    name = name_of_file(file)
+    log, report = logs / f"{name}.log", (logs / f"{name}.jsonl").resolve()
     report.unlink(missing_ok=True)
-    options = ["-o", "addopts=--import-mode=importlib", "-q", "-ra", f"--junitxml={report}", "-p", "no:cacheprovider"]
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    code = call([sys.executable, "-m", "pytest", *options, *device.tests], log, seconds, 15.0, **environment)
+    options = ["-o", "addopts=--import-mode=importlib", "-q", "-p", "no:cacheprovider", "-p", "gpu_outcomes"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        options += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+    if importlib.util.find_spec("xdist") is not None and processes > 1:
+        options += ["-n", str(processes)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "ERNET_TEST_OUTCOMES": str(report)}
+    seconds = deadline.left()
+    if seconds < 1:
+        return [without_figures("tests", name, "no time left", "it was not begun")]
+    code = call([sys.executable, "-m", "pytest", *options, *device.marked, file], log, seconds, **environment)
+    groups, running = outcomes_of(report)
+    return [*rows_of_file(name, code, why(code, log, seconds), running), *rows_of_tests(groups)]
+
+
+def rows_of_file(name: str, code: int, detail: str, running: list[str]) -> Iterator[Row]:
+    """What ended the run of a file before its end, if anything did."""
+    during = f"; during {', '.join(running[:3])}" if running else ""
     if code == TIMED_OUT:
-        yield without_figures("tests", "all", "no time left", f"stopped after {seconds:.0f} s; what ran is listed")
-    groups = outcomes_of(report)
-    if not groups and code != TIMED_OUT:
-        yield without_figures("tests", "all", "FAIL", f"no test ran: {last_lines(log)}")
+        yield without_figures("tests", name, "no time left", f"{detail.partition(':')[0]}{during}; what ran is listed")
+    elif code == NO_TESTS:
+        yield without_figures("tests", name, "FAIL", "no test of it was found or chosen")
+    elif code not in (0, 1):
+        yield without_figures("tests", name, "FAIL", f"{detail}{during}"[:400])
+
+
+def rows_of_tests(groups: dict[str, list[tuple[str, str]]]) -> Iterator[Row]:
     for name, outcomes in sorted(groups.items()):
         counts = Counter(kind for kind, _ in outcomes)
         verdict = "FAIL" if counts["failure"] + counts["error"] else "pass" if counts["passed"] else "skipped"
@@ -151,14 +191,34 @@ def tests(device: GpuDevice, logs: Path, seconds: float) -> Iterator[Row]:
         yield without_figures("tests", name, verdict, f"{detail}: {messages[0]}" if messages else detail)
 
 
-def outcomes_of(report: Path) -> dict[str, list[tuple[str, str]]]:
-    """The outcome of every test function's cases, and the message of each that did not pass, from pytest's report."""
+def name_of_file(file: str) -> str:
+    """As its tests' rows begin: `tests.er.test_x`."""
+    path = Path(file)
+    if path.is_absolute():
+        return dotted(str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
+    return dotted(file)
+
+
+def dotted(node: str) -> str:
+    """The name of a row: `tests/er/test_x.py::test_y[1]` is `tests.er.test_x.test_y`."""
+    path, _, function = node.partition("::")
+    module = path.removesuffix(".py").replace("/", ".")
+    return f"{module}.{function.partition('[')[0]}" if function else module
+
+
+def outcomes_of(report: Path) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
+    """Outcomes and messages of every test function's cases, as `gpu_outcomes` wrote them; and what has not ended."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        outcome = ("passed", "") if found is None else (found.tag, " ".join(found.get("message", "").split())[:200])
-        groups.setdefault(f"{case.get('classname')}.{case.get('name', '').partition('[')[0]}", []).append(outcome)
-    return groups
+    running: dict[str, None] = {}
+    for text in report.read_text(errors="replace").splitlines() if report.exists() else ():
+        with contextlib.suppress(ValueError):  # the last line of a run that was cut off
+            line = json.loads(text)
+            if line["outcome"] == "started":
+                running[line["test"]] = None
+                continue
+            running.pop(line["test"], None)
+            groups.setdefault(dotted(line["test"]), []).append((line["outcome"], line["message"]))
+    return groups, list(running)
 
 
 def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
@@ -167,11 +227,12 @@ def sanitizer(device: GpuDevice, tool: str, logs: Path, seconds: float) -> Row:
     if device.sanitizer is None:
         return row_of(name, "skipped", "compute-sanitizer is not installed here")
     log = logs / f"{tool}.log"
-    # without PyTorch's cache each tensor is an allocation of its own, and a read beyond one is seen
+    # Without PyTorch's cache each tensor is an allocation of its own, and a read beyond one is seen. cuDNN reads what
+    # it has not written, which is none of this library's.
     code = call(
         [device.sanitizer, "--tool", tool, "--error-exitcode", "9",
          sys.executable, "-u", str(WORKER), str(device.folder), "agreement_gpu"],
-        log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        log, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1", ERNET_WITHOUT_CUDNN=str(int(tool == "initcheck")),
     )  # fmt: skip
     status, detail = sanitizer_verdict(code, log.read_text(errors="replace"))
     return row_of(name, status, detail or why(code, log, seconds))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import agreement_gpu
+import gpu_check
+import gpu_runner
 import gpu_steps
 import pytest
 from agreement import Error, levels, require
@@ -58,7 +62,8 @@ def gpu_cases():
         GpuCase("raises", raises, seconds=0.1, targets=["ratio >= 2"]),
         GpuCase("device breaks", device_breaks, seconds=0.1),
         GpuCase("dies", dies, seconds=0.1),
-        GpuCase("hangs", hangs, seconds=0.1),
+        GpuCase("hangs", hangs, seconds=0.1, kernel="one"),
+        GpuCase("of the same kernel", good, importance=2, seconds=0.1, kernel="one"),
         GpuCase("too long", good, seconds=1e4, targets=["ratio >= 3"]),
     ]
 """
@@ -76,6 +81,12 @@ MACHINE = {
     "kind": "gpu-simulated", "name": "Planted GPU", "packages": {"torch": "2.13.0"}, "commit": "012345678",
     "dirty": False, "sources": "feedbeef", "time": "2026-11-23T12:00:00+00:00", "clocks": [],
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A machine at work takes longer to start Python."""
+    monkeypatch.setattr(gpu_runner, "START_SECONDS", 300.0)
 
 
 @pytest.fixture
@@ -132,12 +143,19 @@ def test_a_case_that_hangs_is_stopped(folder, runner):
     assert row.status == "FAIL" and "stopped after 5 s" in row.extra_info["detail"]
     assert time.monotonic() - start < 30
     assert runner.run(given["good"], CEILINGS)[0].status == "measured"
+    (later,) = runner.run(given["of the same kernel"], CEILINGS)
+    assert later.status == "skipped" and later.extra_info["detail"] == "one hung in hangs"
+
+
+def test_cases_can_have_processes_of_their_own(folder, runner):
+    case = tasks(folder)["good"]
+    pids = {runner.run(case, CEILINGS, alone=True)[0].extra_info["pid"] for _ in range(2)}
+    assert len(pids) == 2
 
 
 def target(folder, *build):
-    return GpuDevice(
-        MACHINE, folder, list(build) or [sys.executable, "-c", "print('built')"], ["tests/simt/no_such.py"]
-    )
+    tests = {"stain": ["tests/simt/no_such.py"], "er": []}
+    return GpuDevice(MACHINE, folder, list(build) or [sys.executable, "-c", "print('built')"], tests)
 
 
 def check(folder, tmp_path, *arguments, build=()):
@@ -148,30 +166,31 @@ def check(folder, tmp_path, *arguments, build=()):
     return made
 
 
-def test_the_whole_flow(folder, tmp_path, capfd):
-    made = check(folder, tmp_path, "--minutes", "4")
+def test_the_whole_flow(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(gpu_check, "STEPS", dict.fromkeys(gpu_check.STEPS, 600.0))  # a machine at work takes longer
+    made = check(folder, tmp_path, "--minutes", "60")
     made.run(None)
     assert made.finish() == 1
     machine, rows = read(made.record.path)
     status = {row.name: row.status for row in rows}
     assert status == {
-        "build": "pass", "binary built elsewhere": "skipped", "all": "FAIL", "copy bandwidth": "measured",
-        "compute-sanitizer memcheck": "skipped", "compute-sanitizer racecheck": "skipped",
+        "build": "pass", "binary built elsewhere": "skipped", "copy bandwidth": "measured",
+        "tests.simt.no_such": "FAIL", "compute-sanitizer memcheck": "skipped", "compute-sanitizer racecheck": "skipped",
         "compute-sanitizer initcheck": "skipped", "good": "measured", "raises": "FAIL", "device breaks": "FAIL",
         "dies": "FAIL", "hangs": "FAIL", "too long": "no time left",
+        "of the same kernel": "skipped",
     }  # fmt: skip
-    assert [row.name for row in rows][-2:] == ["hangs", "too long"] or rows[-1].bench == "bench_planted_gpu"
+    assert rows[-1].name == "of the same kernel"
     assert machine["name"] == "Planted GPU" and made.record.path.name == "Planted-GPU-20261123-012345678.json"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        made.record.path.name,
-        "logs.txt",
-        "table.txt",
-    ]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [made.record.path.name, "table.txt"]
     assert (tmp_path / "out" / made.record.path.name).read_text() == made.record.path.read_text()
     shown = capfd.readouterr().out
     table = shown[shown.index("record:") :]
     lines = table.splitlines()
-    assert lines[-2:] == ["1 of 4 targets met", "correctness checks fail: the documents will not report these speeds"]
+    assert lines[-4:] == [
+        "1 of 4 targets met", "correctness checks fail: the documents will not report these speeds", "",
+        "what failed or had no time, again: python3 dev.py gpu --steps stain-tests,rest",
+    ]  # fmt: skip
     assert [line.split()[-1] for line in lines if "share_of_copy" in line] == ["met", "MISSED"]
     assert any("ratio >= 2" in line and line.endswith("FAIL") for line in lines)
     assert any("ratio >= 3" in line and line.endswith("no time left") for line in lines)
@@ -183,7 +202,7 @@ def test_the_copy_may_lie_beside_the_record(folder, tmp_path):
     made.run(None)
     assert made.finish() == 0
     kept = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert kept == [made.record.path.name, "logs.txt", "table.txt"] and made.rows[-1].name == "good"
+    assert kept == [made.record.path.name, "table.txt"] and made.rows[-1].name == "good"
 
 
 def test_a_record_that_cannot_be_written_does_not_stop_the_run(folder, tmp_path, capfd):
@@ -305,7 +324,7 @@ def test_sanitizers_run_every_agreement_case(folder, tmp_path):
 
 def test_without_pytest_it_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda name: None)
-    (row,) = gpu_steps.tests(target(folder), tmp_path, 10)
+    (row,) = gpu_steps.tests(target(folder), "stain", tmp_path, Deadline(10))
     assert (row.status, row.extra_info["detail"]) == ("skipped", "pytest is not installed for this interpreter")
 
 
@@ -317,22 +336,124 @@ def test_good():
 @pytest.mark.parametrize("n", [1, 2])
 def test_bad(n):
     assert n == 1, "two is not one"
-def test_slow():
+def test_last():
     time.sleep(100)
 """
 
 
-def test_tests_that_are_cut_off_keep_their_outcomes(folder, tmp_path):
+def test_tests_that_are_cut_off_keep_their_outcomes(folder, tmp_path, monkeypatch):
     (tmp_path / "test_slow.py").write_text(SLOW_TESTS)
-    with_tests = GpuDevice(MACHINE, folder, [], [str(tmp_path / "test_slow.py")])
+    with_tests = GpuDevice(MACHINE, folder, [], {"stain": [str(tmp_path / "test_slow.py")]})
+    monkeypatch.setattr(gpu_steps, "cores", lambda: 1)
     for limit in (6, 60):  # a machine at work may need longer to begin
-        rows = {row.name.rpartition(".")[2]: row for row in gpu_steps.tests(with_tests, tmp_path, limit)}
+        found = gpu_steps.tests(with_tests, "stain", tmp_path, Deadline(limit))
+        rows = {row.name.rpartition(".")[2]: row for row in found}
         if "test_bad" in rows:
             break
-    assert rows["all"].status == "no time left" and f"stopped after {limit} s" in rows["all"].extra_info["detail"]
+    assert rows["test_slow"].status == "no time left"
+    assert f"stopped after {limit} s; during test_slow.py::test_last" in rows["test_slow"].extra_info["detail"]
     assert rows["test_good"].status == "pass"
     assert rows["test_bad"].status == "FAIL"
     assert rows["test_bad"].extra_info["detail"].startswith("1 passed, 1 failure: AssertionError: two is not one")
+
+
+def test_a_file_that_breaks_costs_itself_alone(folder, tmp_path):
+    texts = {
+        "test_broken": "import no_such_module",
+        "test_crash": "import os\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), 9)\ndef test_c(): pass",
+        "test_fine": "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no device')",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    files = [str(tmp_path / f"{name}.py") for name in texts]
+    rows = list(gpu_steps.tests(GpuDevice(MACHINE, folder, [], {"er": files}), "er", tmp_path, Deadline(100)))
+    found = {row.name: (row.status, row.extra_info["detail"]) for row in rows}
+    crash = found.pop("test_crash")
+    assert crash[0] == "FAIL" and "exit code -9" in crash[1] and "during test_crash.py::test_b" in crash[1]
+    broken = [row for row in rows if row.name == "test_broken"]
+    assert {row.status for row in broken} == {"FAIL"} and any("no_such_module" in found_in(row) for row in broken)
+    assert found["test_crash.test_a"] == ("pass", "1 passed")
+    assert found["test_fine.test_a"] == ("pass", "1 passed")
+    assert found["test_fine.test_b"] == ("skipped", "1 skipped: Skipped: no device")
+    assert "test_crash.test_c" not in found
+
+
+def found_in(row):
+    return row.extra_info["detail"]
+
+
+class SimulatedClock:
+    """Seconds that pass only where something waits; what runs at the same time begins at the same time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def call(self, command, log, seconds, **environment):
+        """A program that runs to its limit."""
+        log.write_text("")
+        self.now += seconds
+        return gpu_steps.TIMED_OUT
+
+    def worker(clock):
+        class Hanging:
+            """Ready in the last moment, and without an answer to any case."""
+
+            def __init__(self, folder, log):
+                pass
+
+            def answer(self, limit, request=None):
+                clock.now += limit
+                return True if request is None else None
+
+            def exit_code(self):
+                return None
+
+            def close(self):
+                pass
+
+        return Hanging
+
+    def pool(clock):
+        class Pool:
+            def __init__(self, *_):
+                self.start = self.end = clock.now
+
+            def __enter__(self):
+                return self
+
+            def submit(self, function, *arguments):
+                clock.now, future = self.start, Future()
+                future.set_result(function(*arguments))
+                self.end = max(self.end, clock.now)
+                return future
+
+            def __exit__(self, *_):
+                clock.now = self.end
+
+        return Pool
+
+
+def test_a_run_with_every_step_at_its_limit_ends_in_time(tmp_path, monkeypatch, capsys):
+    """The real cases and test files, each program stopped at its limit: eight minutes, and time for every step."""
+    clock = SimulatedClock()
+    monkeypatch.setattr(gpu_runner, "Worker", clock.worker())
+    monkeypatch.setattr(gpu_steps, "call", clock.call)
+    for module in (gpu_check, gpu_steps):
+        monkeypatch.setattr(module, "ThreadPoolExecutor", clock.pool())
+    device = GpuDevice(MACHINE, BENCH, ["build"], marked_tests(), sanitizer="sanitizer")
+    options = parse(["--results", str(tmp_path / "results"), "--out", str(tmp_path / "out")])
+    binary = tmp_path / "binary.so"
+    binary.write_text("")
+    made = Check(device, options, clock)
+    made.run(binary)
+    assert clock.now <= 480 - gpu_check.LAST_SECONDS
+    started = re.findall(r"-- (\S+), (\d+) s left", capsys.readouterr().out)
+    assert [name for name, _ in started] == [*gpu_check.STEPS]
+    assert all(int(left) >= 20 for _, left in started)
+    assert list(made.again) == [*gpu_check.STEPS] and (tmp_path / "out" / "logs").is_dir()
 
 
 def test_what_runs_is_ended_with_the_run(tmp_path):
@@ -347,9 +468,11 @@ def test_what_runs_is_ended_with_the_run(tmp_path):
 
 def test_only_files_with_gpu_tests_are_collected():
     """The others may import what is not installed beside a device's torch."""
-    named = {Path(path).name for path in marked_tests()}
-    assert {"test_triton_gpu.py", "test_macenko_gpu.py"} <= named and "test_stain_inputs.py" not in named
-    for path in marked_tests():
+    groups = marked_tests()
+    named = {group: {Path(path).name for path in files} for group, files in groups.items()}
+    assert "test_triton_gpu.py" in named["er"] and "test_macenko_gpu.py" in named["stain"]
+    assert "test_stain_inputs.py" not in named["stain"]
+    for path in (*groups["er"], *groups["stain"]):
         assert "hypothesis" not in Path(path).read_text()
 
 
@@ -377,12 +500,44 @@ def test_the_table_stays_short():
         (["--minutes", "0"], "expected a positive number"),
         (["--minutes", "-1"], "expected a positive number"),
         (["--binary", "/no/such/file"], "no such file"),
+        (["--crops", "/no/such/file"], "no such file"),
+        (["--wheels", "/no/such/folder"], "no *.whl in it"),
+        (["--steps", "build,speed"], "no step speed; there are build, agreement"),
     ],
 )
 def test_wrong_arguments(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(arguments)
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_wheels_are_imported_as_they_are(tmp_path):
+    from gpu_check import importable_wheels
+
+    with zipfile.ZipFile(tmp_path / "planted_peer-1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("planted_peer/__init__.py", "answer = 42")
+        wheel.writestr(
+            "planted_peer-1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: planted-peer\nVersion: 1.2\n"
+        )
+    program = (
+        "import planted_peer as p; from importlib import metadata as m; print(p.answer, m.version('planted-peer'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(importable_wheels(tmp_path))}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).split() == ["42", "1.2"]
+    (tmp_path / "other-1-cp311-cp311-linux_x86_64.whl").touch()
+    with pytest.raises(ValueError, match="other-1-cp311.* holds compiled code"):
+        importable_wheels(tmp_path)
+
+
+def test_crops_travel_in_a_file(tmp_path, monkeypatch):
+    import crops
+
+    monkeypatch.setenv("ERNET_TEST_DATA", str(tmp_path / "none"))
+    assert crops.save(tmp_path / "crops.npz", 2) == "2 generated"
+    assert crops.given_crops() is None
+    monkeypatch.setenv("ERNET_CROPS", str(tmp_path / "crops.npz"))
+    images, origin = crops.given_crops()
+    assert images.shape == (2, 3, 224, 224) and origin == "2 generated" and not images[0].equal(images[1])
 
 
 def test_the_commit_can_be_given_where_there_is_no_git(tmp_path, monkeypatch):

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ernet_fast.er.triton.map_launch import on_device_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -84,3 +87,13 @@ def test_registered_with_a_cuda_build_of_torch(disabled):
 @pytest.mark.parametrize("disabled", [False, True])
 def test_not_registered_without_cuda(disabled):
     run(WITHOUT_CUDA, disabled)
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(monkeypatch, tmp_path):
+    """What Triton's cache raises during a launch, which is where kernels are compiled."""
+    cache = pytest.importorskip("triton.runtime.cache")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeError, match="Not a directory.* set TRITON_CACHE_DIR to a folder that can be written"):
+        with on_device_of(torch.ones(1)):
+            cache.FileCacheManager("key")

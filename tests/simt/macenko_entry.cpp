@@ -34,6 +34,7 @@ void try_form(const float form[4], const double* od, const uint8_t* colours, int
 extern "C" {
 
 void simt_seed(uint64_t seed) { simt::set_seed(seed); }
+void simt_omit_barrier(unsigned number) { simt::omit_barrier(number); }
 
 int simt_reconstruct(const Images* images, const Recipe* recipe, double io, const Output* out) {
   return macenko_reconstruct(*images, *recipe, io, *out, nullptr);

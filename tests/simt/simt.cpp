@@ -20,9 +20,16 @@
 #define SIMT_ASAN 0
 #endif
 
-// Bounds of the shared memory of all kernels, set by the linker.
-extern "C" char __start_simt_shared[] __attribute__((weak));
-extern "C" char __stop_simt_shared[] __attribute__((weak));
+// For ThreadSanitizer this file is compiled without instrumentation, and says what orders the threads of a kernel.
+#if SIMT_RACES
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#endif
 
 namespace simt {
 
@@ -35,20 +42,53 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr unsigned kMaxCluster = 16;
 
+// The kinds of barrier that order memory.
+enum Scope { block_scope, warp_scope, cluster_scope, scopes };
+
 enum class State { ready, at_barrier, at_warp_barrier, at_cluster_barrier, done };
 
+// Where a thread or the scheduler goes on. The builtins cost a few instructions, swapcontext two system calls.
+using Place = void* [5];
+
+__attribute__((noinline, noreturn, no_sanitize("address"))) void go_to(Place& there) { __builtin_longjmp(there, 1); }
+
+__attribute__((noinline, no_sanitize("address"))) void switch_to(Place& here, Place& there) {
+  if (__builtin_setjmp(here) == 0) go_to(there);
+}
+
+__attribute__((noinline, no_sanitize("address"))) void start(Place& here, const ucontext_t& context) {
+  if (__builtin_setjmp(here) == 0) setcontext(&context);
+}
+
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+  ucontext_t context;  // of its beginning
+  Place place;
+  bool started;
+  std::unique_ptr<char[]> stack;
   Index index;
   unsigned rank;  // of its block in the cluster
   State state;
   void* fake_stack = nullptr;
+  void* watched = nullptr;       // as ThreadSanitizer knows it
+  unsigned passed[scopes] = {};  // barriers
+};
+
+// A block's shared memory, which ends with the block.
+struct Block {
+  std::unique_ptr<unsigned char[]> dynamic;
+  std::vector<std::pair<const void*, std::unique_ptr<unsigned char[]>>> variables;
+  unsigned alive = 0;  // threads
+};
+
+// What the barriers of a cluster order, by address; barriers in turn, for a thread may be at the next one before
+// another has left this one.
+struct Order {
+  char of_block[kMaxCluster][2], of_warp[kMaxCluster * kMaxThreads / 32][2], of_cluster[2];
 };
 
 struct Machine {
   std::vector<Fiber> fibers;
-  ucontext_t scheduler;
+  Place scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
@@ -57,7 +97,11 @@ struct Machine {
   unsigned cluster = 1;  // blocks that run together
   uint64_t first_block = 0;
   size_t shared_bytes = 0;
-  std::vector<std::unique_ptr<unsigned char[]>> shared;  // one for each of those blocks
+  std::vector<Block> blocks;  // that run together
+  std::unique_ptr<Order> order;
+  std::vector<void*> ended;  // threads of this launch, as ThreadSanitizer knows them
+  void* host = nullptr;      // the same for the thread that launches
+  unsigned omitted = ~0u;    // the barrier of every thread, by number, that orders nothing
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   uint64_t slots[kMaxCluster * kMaxThreads / 32][32];
@@ -65,6 +109,46 @@ struct Machine {
 };
 
 Machine machine;
+char of_launch, of_fences;  // what the end of a launch and what fences order, by address
+
+#if SIMT_RACES
+// Memory that is allocated and freed in here is new to ThreadSanitizer whoever had it before.
+struct Unwatched {
+  Unwatched() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+void release_order(void* at) { __tsan_release(at); }
+void acquire_order(void* at) { __tsan_acquire(at); }
+void watch(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+
+void watch_new(Fiber& fiber) {
+  fiber.stack.reset();  // another thread's traces on it are none of this one's
+  fiber.watched = __tsan_create_fiber(0);
+  machine.ended.push_back(fiber.watched);
+}
+
+// Threads of all blocks are known until the launch ends: those of one block and of another are not ordered.
+void end_watching() {
+  acquire_order(&of_launch);
+  for (void* fiber : machine.ended) __tsan_destroy_fiber(fiber);
+  machine.ended.clear();
+}
+#else
+struct Unwatched {
+  Unwatched() {}
+};
+void release_order(void*) {}
+void acquire_order(void*) {}
+void watch(void*) {}
+void watch_new(Fiber&) {}
+void end_watching() {}
+#endif
 
 void announce_switch(void** save, const void* stack, size_t bytes) {
 #if SIMT_ASAN
@@ -86,9 +170,11 @@ void yield_as(State state) {
   Fiber& self = machine.fibers[machine.running];
   self.state = state;
   // A fiber that is done gives its fake stack back.
+  if (state == State::done) release_order(&of_launch);
+  watch(machine.host);
   announce_switch(state == State::done ? nullptr : &self.fake_stack, machine.scheduler_stack,
                   machine.scheduler_stack_bytes);
-  swapcontext(&self.context, &machine.scheduler);
+  switch_to(self.place, machine.scheduler);
   finish_switch(self.fake_stack, &machine.scheduler_stack, &machine.scheduler_stack_bytes);
 }
 
@@ -108,9 +194,19 @@ void resume(unsigned i) {
   thread_index = fiber.index;
   block_rank = fiber.rank;
   block_index = index_of(machine.first_block + fiber.rank, grid_size);
-  announce_switch(&machine.scheduler_fake_stack, fiber.stack.data(), fiber.stack.size());
-  swapcontext(&machine.scheduler, &fiber.context);
+  watch(fiber.watched);
+  announce_switch(&machine.scheduler_fake_stack, fiber.stack.get(), kStackBytes);
+  if (fiber.started) {
+    switch_to(machine.scheduler, fiber.place);
+  } else {
+    fiber.started = true;
+    start(machine.scheduler, fiber.context);
+  }
   finish_switch(machine.scheduler_fake_stack, nullptr, nullptr);
+  if (fiber.state == State::done && --machine.blocks[fiber.rank].alive == 0) {
+    const Unwatched freed;
+    machine.blocks[fiber.rank] = {};
+  }
 }
 
 void prepare(unsigned i, Index block) {
@@ -118,10 +214,15 @@ void prepare(unsigned i, Index block) {
   fiber.index = index_of(i % machine.count, block);
   fiber.rank = i / machine.count;
   fiber.state = State::ready;
+  fiber.started = false;
   fiber.fake_stack = nullptr;
+  std::fill(fiber.passed, fiber.passed + scopes, 0);
+  const Unwatched allocated;
+  watch_new(fiber);
+  if (fiber.stack == nullptr) fiber.stack.reset(new char[kStackBytes]);
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.data();
-  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, fiber_main, 0);
 }
@@ -141,19 +242,23 @@ bool release(unsigned first, unsigned last, State state) {
   return true;
 }
 
-// On a GPU, too, a block finds anything in its shared memory. Under AddressSanitizer there are red zones between
-// variables.
-__attribute__((no_sanitize("address"))) void poison_shared() {
-  for (volatile char* p = __start_simt_shared; p < __stop_simt_shared; ++p) *p = char(0xA5);
+// No byte more than was asked for; on a GPU, too, a block finds anything in its shared memory.
+std::unique_ptr<unsigned char[]> shared_memory(size_t bytes) {
+  std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
+  memset(memory.get(), 0xA5, bytes);
+  return memory;
 }
 
-// Dynamic shared memory of its own for each block of a cluster, and no byte more than was asked for.
-void allocate_shared() {
-  machine.shared.clear();
-  for (unsigned rank = 0; rank < machine.cluster; ++rank) {
-    machine.shared.emplace_back(new unsigned char[machine.shared_bytes]);
-    memset(machine.shared.back().get(), 0xA5, machine.shared_bytes);
+// Shared memory of its own for each block of a cluster.
+void start_blocks() {
+  const Unwatched allocated;
+  machine.blocks.clear();
+  machine.blocks.resize(machine.cluster);
+  for (Block& block : machine.blocks) {
+    block.dynamic = shared_memory(machine.shared_bytes);
+    block.alive = machine.count;
   }
+  machine.order.reset(new Order);
 }
 
 // The blocks of one cluster.
@@ -200,11 +305,51 @@ void check_shape(const Shape& shape, uint64_t threads, uint64_t blocks) {
 
 }  // namespace
 
-void barrier() { yield_as(State::at_barrier); }
-void warp_barrier() { yield_as(State::at_warp_barrier); }
-uint64_t* exchange_slot(unsigned lane) { return &machine.slots[machine.running / 32][lane]; }
-void cluster_barrier() { yield_as(State::at_cluster_barrier); }
-unsigned char* dynamic_shared() { return machine.shared[block_rank].get(); }
+namespace {
+
+// Waits, and is ordered after what the others of the scope did before.
+void pass(Scope scope, State state, char (*order)[2]) {
+  Fiber& self = machine.fibers[machine.running];
+  unsigned number = 0;
+  for (unsigned n : self.passed) number += n;
+  char* at = &(*order)[self.passed[scope]++ % 2];
+  if (number != machine.omitted) release_order(at);
+  yield_as(state);
+  if (number != machine.omitted) acquire_order(at);
+}
+
+}  // namespace
+
+void barrier() { pass(block_scope, State::at_barrier, &machine.order->of_block[machine.fibers[machine.running].rank]); }
+void warp_barrier() { pass(warp_scope, State::at_warp_barrier, &machine.order->of_warp[machine.running / 32]); }
+void cluster_barrier() { pass(cluster_scope, State::at_cluster_barrier, &machine.order->of_cluster); }
+void omit_barrier(unsigned number) { machine.omitted = number; }
+
+void fence() {
+  acquire_order(&of_fences);
+  release_order(&of_fences);
+}
+
+uint64_t shuffle_bits(uint64_t value, unsigned from) {
+  uint64_t* slots = machine.slots[machine.running / 32];
+  slots[thread_index.x % 32] = value;
+  yield_as(State::at_warp_barrier);  // which orders no memory
+  const uint64_t result = from < 32 ? slots[from] : value;
+  yield_as(State::at_warp_barrier);
+  return result;
+}
+
+unsigned char* dynamic_shared() { return machine.blocks[block_rank].dynamic.get(); }
+
+void* shared_variable(const void* name, size_t bytes) {
+  const Unwatched allocated;
+  auto& variables = machine.blocks[block_rank].variables;
+  for (const auto& variable : variables) {
+    if (variable.first == name) return variable.second.get();
+  }
+  variables.emplace_back(name, shared_memory(bytes));
+  return variables.back().second.get();
+}
 
 void* map_shared(const void* p, unsigned rank) {
   const size_t offset = size_t(static_cast<const unsigned char*>(p) - dynamic_shared());
@@ -212,11 +357,34 @@ void* map_shared(const void* p, unsigned rank) {
     fprintf(stderr, "simt: no shared memory of the cluster at this address or of rank %u\n", rank);
     abort();
   }
-  return machine.shared[rank].get() + offset;
+  if (machine.blocks[rank].alive == 0) {
+    fprintf(stderr, "simt: shared memory of rank %u, whose block has returned\n", rank);
+    abort();
+  }
+  return machine.blocks[rank].dynamic.get() + offset;
 }
 
 int clusters_at_a_time = 1;
 Lists lists;
+
+void record_list(bool first, int64_t keys, int64_t listed, bool missed) {
+  lists.rounds += first;
+  lists.keys += first ? keys : 0;
+  lists.listed += listed;
+  lists.missed += first && missed;
+}
+
+// By what the value and its argument are, so that the same argument has the same result, as on a GPU.
+float off_by_ulps(float value, float argument) {
+  const float bits[2] = {value, argument};
+  uint32_t hash[2];
+  memcpy(hash, bits, sizeof hash);
+  hash[0] = (hash[0] ^ hash[1] * 0x9E3779B9u) * 0x85EBCA6Bu;
+  const int ulps = int((hash[0] >> 16) % 5) - 2;
+  for (int i = 0; i < abs(ulps) && fabsf(value) >= 0x1p-126f; ++i)
+    value = nextafterf(value, ulps < 0 ? -INFINITY : INFINITY);
+  return value;
+}
 
 float fused_towards_zero(float a, float b, float c) {
   const int before = fegetround();
@@ -241,6 +409,9 @@ void launch(const Shape& shape, void (*body)(void*), void* argument) {
   machine.shared_bytes = shape.shared_bytes;
   const unsigned together = machine.count * machine.cluster;
   if (machine.fibers.size() < together) machine.fibers.resize(together);
+#if SIMT_RACES
+  machine.host = __tsan_get_current_fiber();
+#endif
   machine.body = body;
   machine.argument = argument;
   block_size = shape.block;
@@ -251,11 +422,10 @@ void launch(const Shape& shape, void (*body)(void*), void* argument) {
   for (uint64_t c : order) {
     machine.first_block = c * shape.cluster;
     for (unsigned i = 0; i < together; ++i) prepare(i, shape.block);
-    poison_shared();
-    allocate_shared();
+    start_blocks();
     run_cluster();
   }
-  machine.shared.clear();
+  end_watching();
 }
 
 }  // namespace simt

@@ -2,8 +2,12 @@
 //
 // Each thread of a block is a fiber; fibers switch at __syncthreads, __syncwarp and shuffles, and are resumed in an
 // order drawn from a seed, so that code that leans on a missing barrier gives different results. Blocks run one after
-// the other, also in random order; those of a cluster run together, each with dynamic shared memory of its own. Not
-// covered: warps in lockstep, inline PTX, and static shared memory in clusters.
+// the other, also in random order; those of a cluster run together. A block's shared memory is its own, and ends with
+// it. Not covered: warps in lockstep, inline PTX.
+//
+// Compiled with -fsanitize=thread (and simt.cpp without, but with SIMT_RACES=1), accesses that no barrier or fence
+// orders are reported whatever the schedule: barriers order memory, shuffles and atomics do not, and the blocks of a
+// launch are concurrent although they run in turn.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -22,13 +26,16 @@ struct Index {
 extern thread_local Index thread_index, block_index, block_size, grid_size;
 extern thread_local unsigned block_rank, cluster_blocks;  // of the cluster that the block is in
 
-void barrier();                   // all threads of the block that have not returned
-void warp_barrier();              // all threads of the warp that have not returned
-void cluster_barrier();           // all threads of the cluster that have not returned
-unsigned char* dynamic_shared();  // of the running block
+void barrier();          // all threads of the block that have not returned
+void warp_barrier();     // all threads of the warp that have not returned
+void cluster_barrier();  // all threads of the cluster that have not returned
+void fence();
+void omit_barrier(unsigned number);  // the barrier that each thread comes to as this one, from 0, then orders nothing
+unsigned char* dynamic_shared();     // of the running block
+void* shared_variable(const void* name, size_t bytes);  // of the running block
 // Where the block of this rank has what the running block has at `p`. Aborts if `p` is not in dynamic shared memory.
 void* map_shared(const void* p, unsigned rank);
-uint64_t* exchange_slot(unsigned lane);  // of the running thread's warp
+uint64_t shuffle_bits(uint64_t value, unsigned from);
 
 struct Shape {
   Index grid;
@@ -61,12 +68,11 @@ template <class F> cudaError_t launch_configured(const cudaLaunchConfig_t& confi
 // The value of lane `from` if there is one, else the lane's own.
 template <class T> T shuffle(T value, unsigned from) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "one slot a lane");
-  __builtin_memcpy(exchange_slot(thread_index.x % 32), &value, sizeof(T));
-  warp_barrier();
-  T result = value;
-  if (from < 32) __builtin_memcpy(&result, exchange_slot(from), sizeof(T));
-  warp_barrier();
-  return result;
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  bits = shuffle_bits(bits, from);
+  __builtin_memcpy(&value, &bits, sizeof(T));
+  return value;
 }
 
 // What the fits of a run have listed, phase by phase, from set_seed on.
@@ -75,19 +81,16 @@ struct Lists {
 };
 extern Lists lists;
 // By every block that shares an image; `first` says which counts the image.
-inline void record_list(bool first, int64_t keys, int64_t listed, bool missed) {
-  lists.rounds += first;
-  lists.keys += first ? keys : 0;
-  lists.listed += listed;
-  lists.missed += first && missed;
-}
+void record_list(bool first, int64_t keys, int64_t listed, bool missed);
 
 float fused_towards_zero(float a, float b, float c);  // a b + c
+float off_by_ulps(float value, float argument);       // by 2 at most, as approximate functions are
 
-// Fibers never switch inside these, and kernels run on one thread of the host.
-template <class T> T exchange_with(T* address, T value) {
-  const T old = *address;
-  *address = value;
+template <class T, class Better> T exchange_if(T* address, T value, Better better) {
+  T old = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (better(value, old) &&
+         !__atomic_compare_exchange_n(address, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return old;
 }
 
@@ -96,7 +99,6 @@ template <class T> T exchange_with(T* address, T value) {
 #undef __global__
 #undef __device__
 #undef __host__
-#undef __shared__
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __grid_constant__
@@ -106,10 +108,6 @@ template <class T> T exchange_with(T* address, T value) {
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Blocks run one at a time, so one copy serves them all. The linker gathers it, so that each block can be given
-// garbage.
-#define __shared__ static __attribute__((section("simt_shared")))
-
 #define threadIdx (simt::thread_index)
 #define blockIdx (simt::block_index)
 #define blockDim (simt::block_size)
@@ -118,30 +116,37 @@ template <class T> T exchange_with(T* address, T value) {
 #define __syncwarp(...) simt::warp_barrier()
 #define __shfl_down_sync(mask, value, delta) simt::shuffle(value, simt::thread_index.x % 32 + (delta))
 #define __shfl_up_sync(mask, value, delta) simt::shuffle(value, simt::thread_index.x % 32 - (delta))
-#define __threadfence()
+#define __threadfence() simt::fence()
 #define __ffs(bits) __builtin_ffs(bits)
 #define __popc(bits) __builtin_popcount(bits)
-#define __fdividef(x, y) ((x) / (y))
+#define __fdividef(x, y) simt::off_by_ulps((x) / (y), y)
 #define __stcg(to, value) (*(to) = (value))
 
 #define __clusterRelativeBlockRank() (simt::block_rank)
 #define __clusterSizeInBlocks() (simt::cluster_blocks)
 #define __cluster_barrier_arrive()
+#define __cluster_barrier_arrive_relaxed()
 #define __cluster_barrier_wait() simt::cluster_barrier()
 #define __cluster_map_shared_rank(p, rank) simt::map_shared(p, rank)
 #define ERNET_RECORD_LIST(first, keys, listed, missed) simt::record_list(first, keys, listed, missed)
+#define ERNET_EX2_APPROX(z) simt::off_by_ulps(exp2f(z), z)
+#define ERNET_SHARED(type, name) \
+  static char name##_;           \
+  type& name = *static_cast<type*>(simt::shared_variable(&name##_, sizeof(type)))
 #define ERNET_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared()
 #define ERNET_LAUNCH_CONFIGURED(config, kernel, ...) simt::launch_configured(config, [=] { kernel(__VA_ARGS__); })
 #define ERNET_LAUNCH(kernel, grid, block, stream, ...) simt::launch_kernel(grid, block, [=] { kernel(__VA_ARGS__); })
 
-template <class T> T atomicAdd(T* address, T value) { return simt::exchange_with(address, T(*address + value)); }
+template <class T> T atomicAdd(T* address, T value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
+
+template <class T> T atomicExch(T* address, T value) { return __atomic_exchange_n(address, value, __ATOMIC_RELAXED); }
 
 template <class T> T atomicMin(T* address, T value) {
-  return simt::exchange_with(address, value < *address ? value : *address);
+  return simt::exchange_if(address, value, [](T a, T b) { return a < b; });
 }
 
 template <class T> T atomicMax(T* address, T value) {
-  return simt::exchange_with(address, value > *address ? value : *address);
+  return simt::exchange_if(address, value, [](T a, T b) { return a > b; });
 }
 
 static inline double __longlong_as_double(long long bits) {

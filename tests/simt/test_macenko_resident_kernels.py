@@ -190,6 +190,41 @@ def test_the_plan_follows_size_and_device(simt_library, device, size, expected):
             assert (plan.kind, plan.blocks) == (PLANS[expected[0]], expected[1])
 
 
+@pytest.mark.parametrize(
+    ("device", "size", "wanted", "together", "threads"),
+    [
+        (H200, (4096, 64, 64), "automatic", 4, 128),
+        (H200, (4096, 96, 96), "automatic", 3, 160),
+        (H200, (4096, 128, 128), "automatic", 2, 256),
+        (H200, (4096, 224, 224), "automatic", 1, 512),
+        (H200, (4096, 224, 224), "cluster2", 2, 256),
+        (H200, (132, 96, 96), "resident", 1, 512),
+        (A100, (4096, 96, 96), "automatic", 3, 160),
+        (A6000, (4096, 128, 128), "automatic", 1, 512),
+        (T4, (4096, 64, 64), "automatic", 2, 256),
+    ],
+)
+def test_many_small_images_share_a_multiprocessor(simt_library, device, size, wanted, together, threads):
+    """By count: 65,536 registers, 128 a thread; shared memory, of which each block takes 1 KB beside its own."""
+    kind = wanted.rstrip("2")
+    plan = Emulator(simt_library).choose_plan(sized(*size), kind, 2 if kind == "cluster" else 0, device=device)
+    assert plan.threads == threads
+    of_memory = (device.block_shared_bytes + 1024) // (plan.shared_bytes + 1024)
+    assert min(65536 // (128 * plan.threads), of_memory) == together
+
+
+def test_blocks_that_share_a_multiprocessor_have_the_same_bits_and_lists_that_suffice(simt_library):
+    images = tissue(96, 96, 3)
+    expected = Emulator(simt_library, 1).normalize(images, target=STAINS)
+    crowded = Device(9, 1, H200.block_shared_bytes, H200.cache_bytes)
+    emulator = Emulator(simt_library, 2)
+    plan = emulator.choose_plan(images, device=crowded)
+    assert plan.threads == 160
+    assert_same(emulator.normalize(images, plan, STAINS, multiprocessors=1), expected)
+    lists = emulator.lists()
+    assert lists.rounds == 2 * len(images) and lists.missed == 0
+
+
 def test_plans_that_cannot_serve_are_refused(simt_library):
     emulator = Emulator(simt_library)
     refused = Plan(PLANS["automatic"], 0, 0, 0, 0, 0)

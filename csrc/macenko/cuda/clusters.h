@@ -18,6 +18,8 @@ struct OneBlock {
   static __device__ __forceinline__ unsigned clusters() { return gridDim.x; }
   // A barrier for all threads of the cluster.
   static __device__ __forceinline__ void sync() { __syncthreads(); }
+  // Before a block returns: the others may still look at its memory. Waits for no stores.
+  static __device__ __forceinline__ void leave() {}
   // Where another block of the cluster has what this block has at `p` in shared memory.
   template <class T> static __device__ __forceinline__ T* at_rank(T* p, unsigned) { return p; }
 };
@@ -31,6 +33,10 @@ struct BlockCluster {
   static __device__ __forceinline__ unsigned clusters() { return gridDim.x / size(); }
   static __device__ __forceinline__ void sync() {
     __cluster_barrier_arrive();
+    __cluster_barrier_wait();
+  }
+  static __device__ __forceinline__ void leave() {
+    __cluster_barrier_arrive_relaxed();
     __cluster_barrier_wait();
   }
   template <class T> static __device__ __forceinline__ T* at_rank(T* p, unsigned rank) {
@@ -65,6 +71,9 @@ cudaError_t launch_persistent(void (*kernel)(Job), const Plan& plan, const Devic
   // Always the same limit: another thread may be about to launch with other plans.
   const int limit = int(device.block_shared_bytes);
   cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+  if (error == cudaSuccess) {  // memory for as many blocks as the plan counts on
+    error = cudaFuncSetAttribute(entry, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  }
   if (error == cudaSuccess && plan.blocks > kPortableCluster) {
     error = cudaFuncSetAttribute(entry, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }

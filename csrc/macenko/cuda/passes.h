@@ -8,6 +8,7 @@
 #include "macenko/cuda/pixel_group.h"
 #include "macenko/cuda/plan.h"
 #include "macenko/cuda/readers.h"
+#include "macenko/cuda/relaxed_load.h"
 #include "macenko/steps/fit_state.h"
 
 namespace ernet::cuda {
@@ -235,9 +236,8 @@ __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned
                                                Counters& counters) {
   // Looking first keeps threads from queueing for an address that they would not change.
   if (bits < edge) {
-    if (bits > *const_cast<const volatile unsigned long long*>(&counters.largest[t]))
-      atomicMax(&counters.largest[t], bits);
-  } else if (bits < *const_cast<const volatile unsigned long long*>(&counters.smallest[t])) {
+    if (bits > relaxed_load(&counters.largest[t])) atomicMax(&counters.largest[t], bits);
+  } else if (bits < relaxed_load(&counters.smallest[t])) {
     atomicMin(&counters.smallest[t], bits);
   }
 }
@@ -246,7 +246,7 @@ __device__ __forceinline__ void take_split_key(unsigned long long bits, unsigned
 __device__ __forceinline__ void take_inside_key(unsigned long long bits, unsigned bin, int t, uint32_t* bins,
                                                 Counters& counters, Kept& kept) {
   atomicAdd(&bins[bin], 1u);
-  if (*const_cast<const volatile unsigned*>(&counters.inside[t]) <= unsigned(kKeptKeys)) {
+  if (relaxed_load(&counters.inside[t]) <= unsigned(kKeptKeys)) {
     const unsigned slot = atomicAdd(&counters.inside[t], 1u);
     if (slot < unsigned(kKeptKeys)) kept[slot] = bits;
   }

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "macenko/cuda/requested_plan.h"
+#include "macenko/steps/tails.h"
 
 namespace ernet::cuda {
 
@@ -38,14 +40,40 @@ int blocks_of_image(const Device& device, const Images& images, bool network) {
   return blocks;
 }
 
+// Whether a multiprocessor has the memory for so many blocks of `bytes`, of which each takes 1 KB more.
+bool holds(const Device& device, int64_t blocks, int64_t bytes) {
+  return blocks * (bytes + 1024) <= device.block_shared_bytes + 1024;
+}
+
+// Threads whose lists hold what a sample of a block's share finds for percentiles of 1 % at both ends: with k keys of
+// the sample beyond a border (tails.h), 2 k pixels for each sampled one, and three standard deviations of that.
+int64_t threads_of_list(int64_t pixels, int blocks) {
+  const double step = double(ernet::macenko::sample_step(pixels));
+  const double rank = 0.01 * double(pixels) / step;
+  const double keys = rank + 3.5 * std::sqrt(rank) + 2;
+  const double listed = step * (2 * keys + 3 * std::sqrt(2 * keys)) / blocks;
+  return int64_t(std::ceil(listed / kListedOfThread / 32)) * 32;
+}
+
+// Blocks that share a multiprocessor, so that the serial steps of one image pass beside the work on another: where
+// there are so many images, and memory and registers for so many blocks with lists that suffice.
+int64_t blocks_together(const Device& device, const Images& images, int blocks, int64_t bytes) {
+  const int64_t least = std::max<int64_t>(kLeastThreads, threads_of_list(images.pixels, blocks));
+  const int64_t wanted = (images.count * blocks + device.multiprocessors - 1) / device.multiprocessors;
+  int64_t together = 1;
+  while (together < wanted && (together + 1) * least <= kMostThreads && holds(device, together + 1, bytes)) ++together;
+  return together;
+}
+
 Plan resident_plan(const Device& device, const Images& images, bool network, int blocks) {
   const int64_t share = pixels_of_share(images.pixels, blocks);
   const int64_t bytes = resident_shared_bytes(network) + 3 * share;
+  const int64_t together = blocks_together(device, images, blocks, bytes + 1024);
   // The table is repeated where there is room, up to once a bank, but not to the cost of another block beside this one.
   int shift = 0;
-  while (shift < 5 && bytes + (2048 << shift) <= device.block_shared_bytes && (2048 << shift) <= 3 * share / 4) ++shift;
-  const int64_t threads =
-      std::min<int64_t>(kMostThreads, std::max<int64_t>(kLeastThreads, (share / 16 + 31) / 32 * 32));
+  while (shift < 5 && holds(device, together, bytes + (2048 << shift)) && (2048 << shift) <= 3 * share / 4) ++shift;
+  const int64_t most = kMostThreads / together / 32 * 32;
+  const int64_t threads = std::min<int64_t>(most, std::max<int64_t>(kLeastThreads, (share / 16 + 31) / 32 * 32));
   return {blocks == 1 ? PlanKind::resident : PlanKind::cluster,
           blocks,
           int(threads),

@@ -31,6 +31,7 @@ struct Plan {
   int listed;  // keys of a list that a thread holds at most, 0 for no lists
 };
 
+// Of a block, and of all blocks of a multiprocessor: 128 registers each are all that it has.
 constexpr int kMostThreads = 512;
 constexpr int kLeastThreads = 128;
 constexpr int kPortableCluster = 8;  // blocks that every device with clusters can hold together

@@ -43,9 +43,9 @@ struct ReconstructShared {
   Transform transform;
 };
 
-// Shared memory is declared outside templates, so that the emulator can fill it with garbage.
+// Shared memory is declared outside templates: one place for all of their kernels.
 __device__ __forceinline__ ReconstructShared& reconstruct_shared() {
-  __shared__ ReconstructShared block;
+  ERNET_SHARED(ReconstructShared, block);
   return block;
 }
 
@@ -78,7 +78,7 @@ struct SeparateShared {
 };
 
 __device__ __forceinline__ SeparateShared& separate_shared() {
-  __shared__ SeparateShared block;
+  ERNET_SHARED(SeparateShared, block);
   return block;
 }
 

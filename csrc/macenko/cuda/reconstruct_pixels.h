@@ -142,7 +142,7 @@ __device__ __forceinline__ float power_of_two(float z) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z));
   return power;
 #else
-  return exp2f(z);
+  return ERNET_EX2_APPROX(z);
 #endif
 }
 

@@ -159,11 +159,11 @@ template <class Cluster> __device__ __forceinline__ void add_bins(BlockShared& s
 }
 
 // The first block resolves a pass, the others copy its state. Begins and ends with a barrier of the cluster.
-template <class Cluster, class Resolve>
+template <class Cluster, bool kWithBins = true, class Resolve>
 __device__ __forceinline__ void move_on(BlockShared& s, const Resolve& resolve_counts) {
   Cluster::sync();
   if (Cluster::rank() == 0) {
-    add_bins<Cluster>(s);
+    if (kWithBins) add_bins<Cluster>(s);
     resolve_counts(SharedCounts{&s});
     if (threadIdx.x == 0) reset_counters(s.counters);
   }
@@ -205,7 +205,7 @@ __device__ __forceinline__ void select_in_tails(const ResidentJob& t, const Loca
   move_on<Cluster>(s, [&](const auto& counted) { resolve_sample(counted, t.job.p, s.state, s.scratch); });
   search_list<Cluster, kInterleaved>(t, local, reader, s);
   if (threadIdx.x == 0) ERNET_RECORD_LIST(Cluster::rank() == 0, s.state.keys, s.list_length, s.state.missed);
-  move_on<Cluster>(s, [&](const auto&) {
+  move_on<Cluster, false>(s, [&](const auto&) {
     if (threadIdx.x == 0) macenko::end_list(t.job.p, s.state);
   });
   __syncthreads();
@@ -274,7 +274,7 @@ __device__ __forceinline__ void normalize_image(const ResidentJob& t, int64_t im
     reconstruct_output<ByteValues, kInterleaved>(local, values, s.transform, t.job.p.io, t.out, image,
                                                  t.job.images.pixels);
   }
-  Cluster::sync();  // the others may still look at this block's memory
+  __syncthreads();  // what the block's threads have read is overwritten by the next image
 }
 
 template <class Cluster, bool kInterleaved> __device__ __forceinline__ void serve_images(const ResidentJob& t) {
@@ -286,6 +286,7 @@ template <class Cluster, bool kInterleaved> __device__ __forceinline__ void serv
   const Share share = share_of(int(t.job.images.pixels), int(Cluster::rank()), int(Cluster::size()));
   for (int64_t image = Cluster::index(); image < t.job.images.count; image += Cluster::clusters())
     normalize_image<Cluster, kInterleaved>(t, image, share, reader, m);
+  Cluster::leave();
 }
 
 template <class Cluster, bool kInterleaved>

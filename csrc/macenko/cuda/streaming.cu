@@ -49,15 +49,13 @@ struct StreamingJob {
 
 // Counts of all blocks of an image, read past the first-level cache.
 struct LoadFresh {
-  template <class T> __device__ __forceinline__ T operator()(const T& value) const {
-    return const_cast<const volatile T&>(value);
-  }
+  template <class T> __device__ __forceinline__ T operator()(const T& value) const { return relaxed_load(&value); }
 };
 using GlobalCounts = Counts<ImageWork, LoadFresh>;
 
 // True in the block of an image that arrives last, for all its threads; the others' writes are visible then.
 __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks) {
-  __shared__ bool last;
+  ERNET_SHARED(bool, last);
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(arrived, 1u) == unsigned(blocks - 1);
@@ -65,7 +63,7 @@ __device__ __forceinline__ bool is_last_block(unsigned* arrived, int64_t blocks)
   const bool result = last;
   if (result) {
     __threadfence();
-    if (threadIdx.x == 0) *arrived = 0;
+    if (threadIdx.x == 0) atomicExch(arrived, 0u);
   }
   __syncthreads();
   return result;
@@ -78,14 +76,14 @@ template <class T> __device__ __forceinline__ SharedPixels<T> pixels_of_block(co
           (blockIdx.x - image * s.blocks_an_image) * kThreads + threadIdx.x, s.blocks_an_image * kThreads};
 }
 
-// Shared memory is declared outside templates, so that the emulator can fill it with garbage.
+// Shared memory is declared outside templates: one place for all of their kernels.
 struct BeginShared {
   SumScratch scratch;
   int32_t fixed[256];
 };
 
 __device__ __forceinline__ BeginShared& begin_shared() {
-  __shared__ BeginShared block;
+  ERNET_SHARED(BeginShared, block);
   return block;
 }
 
@@ -122,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) begin_kernel(const __grid_constant__
   if (!is_last_block(&work.arrived, s.blocks_an_image)) return;
   if (threadIdx.x != 0) return;
   int64_t totals[kPartials];
-  for (int k = 0; k < kPartials; ++k) totals[k] = int64_t(LoadFresh{}(work.totals[k]));
+  for (int k = 0; k < kPartials; ++k) totals[k] = int64_t(relaxed_load(&work.totals[k]));
   double moments[macenko::kMomentCount];
   moments_of_totals(totals, moments);
   reset_counters(work.counters);
@@ -138,7 +136,7 @@ struct AdvanceShared {
 };
 
 __device__ __forceinline__ AdvanceShared& advance_shared() {
-  __shared__ AdvanceShared block;
+  ERNET_SHARED(AdvanceShared, block);
   return block;
 }
 

@@ -35,6 +35,26 @@ ERNET_HOST_DEVICE void jacobi_rotate(double a[3][3], double v[3][3], int p, int 
   }
 }
 
+ERNET_HOST_DEVICE double smaller(double a, double b) { return a < b ? a : b; }
+
+// True if no rotation that is left changes a bit of the diagonal of `a` or of `v`. Let o be the largest off-diagonal
+// magnitude and g the smallest distance of two diagonal elements. Then |t| <= o / g =: e, and
+//   t^2 + 1, so c, rounds to 1 and s to t where e <= 2^-28, as the condition on v implies: its components are at most
+//   1; x - y rounds to x where |y| <= 2^-54 |x|, fused or not: of diagonal elements y = t a_pq, at most o e; of
+//   components of v it is s v_qk, at most e (1 + 2^-40).
+// A rotation that changes neither leaves g as it is and makes o larger by the factor 1 + e at most, so with twice o in
+// the comparisons they hold for all that follow. They are strict, so that products that underflow to 0 prove nothing.
+ERNET_HOST_DEVICE bool rotations_change_nothing(const double a[3][3], const double v[3][3], double off) {
+  double limit = smaller(smaller(fabs(a[0][0] - a[1][1]), fabs(a[0][0] - a[2][2])), fabs(a[1][1] - a[2][2]));
+  limit *= 0x1p-56;  // of what one rotation may change, over the value that it changes
+  bool nothing = true;
+  for (int i = 0; i < 3; ++i) {
+    nothing &= off * off < limit * fabs(a[i][i]);
+    for (int k = 0; k < 3; ++k) nothing &= off < limit * fabs(v[i][k]);
+  }
+  return nothing;
+}
+
 ERNET_HOST_DEVICE void swap_eigenpair(Eigen3& e, int i, int j) {
   const double value = e.value[i];
   e.value[i] = e.value[j];
@@ -53,7 +73,7 @@ ERNET_HOST_DEVICE Eigen3 eigen3(const double m[6]) {
   // Convergence is quadratic: five sweeps leave nothing for double precision, the bound is for safety.
   for (int sweep = 0; sweep < 12; ++sweep) {
     const double off = fabs(a[0][1]) + fabs(a[0][2]) + fabs(a[1][2]);
-    if (!(off > 0)) break;
+    if (!(off > 0) || rotations_change_nothing(a, e.vector, off)) break;
     jacobi_rotate(a, e.vector, 0, 1);
     jacobi_rotate(a, e.vector, 0, 2);
     jacobi_rotate(a, e.vector, 1, 2);

@@ -279,6 +279,91 @@ def merge_dot_kernel(partial, da, db, slabs, columns, split, SLABS: tl.constexpr
     tl.store(db + (column - split), result, mask=inside & (column >= split))
 
 
+@triton.jit
+def _moments_of_whole_units(
+    x,
+    run,
+    tile,
+    tiles,
+    channel0,
+    channels,
+    run_length,
+    row,
+    col,
+    offsets,
+    count,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """Of UNITS units of one run, all of whose pixels exist.
+
+    Returns the next run and tile, count like `count`, mean, and squared deviations.
+    """
+    values = ()
+    exists = (col if CHANNELS_LAST else row) < channels - channel0
+    mean = tl.zeros([ROWS, COLS], count.dtype)
+    place, _inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+    for _ in tl.static_range(UNITS):
+        value = tl.load(x + place + offsets, mask=exists, other=0.0).to(count.dtype)
+        place += (ROWS * channels) if CHANNELS_LAST else COLS
+        mean += value
+        values = values + (value,)
+    mean *= 1.0 / UNITS
+    m2 = tl.zeros_like(mean)
+    for i in tl.static_range(UNITS):
+        deviation = values[i] - mean
+        m2 += deviation * deviation
+    run, tile = _next_tile(run, tile + (UNITS - 1), tiles)
+    return run, tile, tl.zeros_like(count) + UNITS, mean, m2
+
+
+@triton.jit
+def _moments_of_units(
+    x,
+    run,
+    tile,
+    tiles,
+    units,
+    channel0,
+    channels,
+    run_length,
+    row,
+    col,
+    offsets,
+    count,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    """The same of the first `units` of UNITS units, some of whose pixels may not exist."""
+    values = ()
+    masks = ()
+    new_count = tl.zeros_like(count)
+    mean = tl.zeros([ROWS, COLS], count.dtype)
+    step: tl.constexpr = ROWS if CHANNELS_LAST else COLS
+    pixel = row if CHANNELS_LAST else col
+    exists = (col if CHANNELS_LAST else row) < channels - channel0
+    for i in tl.static_range(UNITS):
+        place, _inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+        left = tl.minimum(run_length - tile.to(tl.int64) * step, step).to(tl.int32)
+        counted = (pixel < left) & (i < units)
+        run, tile = _next_tile(run, tile, tiles)
+        value = tl.load(x + place + offsets, mask=counted & exists, other=0.0).to(count.dtype)
+        new_count += counted.to(count.dtype)
+        mean += value
+        values = values + (value,)
+        masks = masks + (counted,)
+    mean /= tl.maximum(new_count, 1.0)
+    m2 = tl.zeros_like(mean)
+    for i in tl.static_range(UNITS):
+        deviation = tl.where(masks[i], values[i] - mean, 0.0)
+        m2 += deviation * deviation
+    return run, tile, new_count, mean, m2
+
+
 @triton.jit(do_not_specialize=["groups", "channels", "runs", "run_length", "units_per_slab"])
 def channel_moments_kernel(
     x,
@@ -298,8 +383,9 @@ def channel_moments_kernel(
 ):
     """Mean, and sum of squared deviations from it, of each channel in a slab: partial [slabs, 2, groups, channels].
 
-    Each element of the tile keeps count, mean and squared deviations of the pixels that it sees. UNITS units at a time
-    are loaded, their own mean and deviations taken, and merged into the running ones (Chan, Golub and LeVeque 1983):
+    Each element of the tile keeps mean and squared deviations of the pixels that it sees, each pixel of it their count.
+    UNITS units at a time are loaded, their own mean and deviations taken, and merged into the running ones (Chan, Golub
+    and LeVeque 1983); units all of whose pixels exist need neither masks nor counts:
 
         mean += d n' / n,    m2 += m2' + d^2 n' (n - n') / n,    d = mean' - mean,  n = all counted so far
 
@@ -312,31 +398,25 @@ def channel_moments_kernel(
         channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
     )
 
-    count = tl.zeros([ROWS, COLS], tl.float64 if DOUBLE else tl.float32)
-    mean = count
-    m2 = count
+    count = tl.zeros([ROWS, 1] if CHANNELS_LAST else [1, COLS], tl.float64 if DOUBLE else tl.float32)
+    mean = tl.zeros([ROWS, COLS], count.dtype)
+    m2 = mean
+    whole_tiles = run_length // (ROWS if CHANNELS_LAST else COLS)
     for unit in range(begin, end, UNITS):
-        values = ()
-        masks = ()
-        new_count = tl.zeros_like(count)
-        new_mean = tl.zeros_like(count)
-        for i in tl.static_range(UNITS):
-            place, inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
-            run, tile = _next_tile(run, tile, tiles)
-            inside = inside & (unit + i < end)
-            value = tl.load(x + place + offsets, mask=inside, other=0.0).to(count.dtype)
-            new_count += inside.to(count.dtype)
-            new_mean += value
-            values = values + (value,)
-            masks = masks + (inside,)
-        new_mean /= tl.maximum(new_count, 1.0)
-        for i in tl.static_range(UNITS):
-            deviation = tl.where(masks[i], values[i] - new_mean, 0.0)
-            m2 += deviation * deviation
+        if (unit + UNITS <= end) & (tile + UNITS <= whole_tiles):
+            run, tile, new_count, new_mean, new_m2 = _moments_of_whole_units(
+                x, run, tile, tiles, channel0, channels, run_length, row, col, offsets, count,
+                CHANNELS_LAST, ROWS, COLS, UNITS,
+            )  # fmt: skip
+        else:
+            run, tile, new_count, new_mean, new_m2 = _moments_of_units(
+                x, run, tile, tiles, end - unit, channel0, channels, run_length, row, col, offsets, count,
+                CHANNELS_LAST, ROWS, COLS, UNITS,
+            )  # fmt: skip
         share = new_count / tl.maximum(count + new_count, 1.0)
         difference = new_mean - mean
         mean += difference * share
-        m2 += difference * difference * (count * share)
+        m2 += new_m2 + difference * difference * (count * share)
         count += new_count
 
     # Twice: the first mean carries the rounding error of large numbers, the second corrects it with small ones.

@@ -6,8 +6,8 @@ Nothing here waits for the device, and every result is allocated by PyTorch, so 
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -108,9 +108,27 @@ def _channel_sizes(shape: Shape) -> list[int]:
     return [shape.N, shape.C] if shape.per_sample else [shape.C]
 
 
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of `x` the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+class on_device_of:
+    """For launches: the device of `x` is the current one, and a kernel that cannot be compiled says what to set."""
+
+    __slots__ = ("device",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.device = torch.cuda.device(x.device) if x.is_cuda else None
+
+    def __enter__(self) -> None:
+        if self.device is not None:
+            self.device.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.device is not None:
+            self.device.__exit__(kind, error, trace)
+        if isinstance(error, OSError):
+            folder = os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache"
+            raise RuntimeError(
+                f"ernet: Triton could not compile a kernel: {error}. It writes them to {folder}; set TRITON_CACHE_DIR "
+                "to a folder that can be written"
+            ) from error
 
 
 def padded(maps: Sequence[Tensor], fill: Tensor) -> tuple[Tensor, ...]:
