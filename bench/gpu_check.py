@@ -127,7 +127,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for a copy of the record, the table and the logs")
     parser.add_argument("--results", type=Path, help="folder of the record (default bench/results)")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "gpu", help="folder of the logs")
-    parser.add_argument("--binary", type=Path, help="an _C*.so built with another torch, to be loaded under this one")
+    parser.add_argument(
+        "--binary", type=Path, help="a libernet.so built with another torch, to be loaded under this one"
+    )
     parser.add_argument("--commit", help="the commit of this tree, where it came without its git history")
     parser.add_argument("--only", metavar="TEXT", help="of the benches, those with this in their name or module")
     parser.add_argument("--simulate", action="store_true", help="the flow alone, with the kernels run on the CPU")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from ernet_fast.console.atomic_file import remove_abandoned
+from ernet_fast.console.file_locks import fcntl
 
 LAST, BEST = "last.pt", "best.pt"
 _LOCK = ".lock"

@@ -124,6 +124,7 @@ def test_cases_that_fail_do_not_stop_the_others(folder, runner):
         first = again.extra_info["pid"]
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_is_stopped(folder, runner):
     given = tasks(folder)
     runner.run(given["good"], CEILINGS)
@@ -148,6 +149,7 @@ def check(folder, tmp_path, *arguments, build=()):
     return made
 
 
+@pytest.mark.slow
 def test_the_whole_flow(folder, tmp_path, capfd):
     made = check(folder, tmp_path, "--minutes", "4")
     made.run(None)
