@@ -14,6 +14,7 @@ torch >= 2.11 and the test packages; else a virtual environment `.venv` is made 
     kernels        build the CUDA code for every architecture and check registers, stack and spills of each kernel
     gpu   [ARGS]   on a machine with an NVIDIA GPU: build for it, test every kernel on it, record what was found
     wheel [ARGS]   the source archive and a manylinux wheel in dist/, checked, installed and tried
+    installs [WAY] every way to install that the documents name, in environments of their own
     compat [ARGS]  the tests of the same binary under another torch, with the real torchvision and timm (5.5 GB)
     docs  [ARGS]   the pages of docs/ as a site in build/site; --serve shows it
 
@@ -39,8 +40,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = ROOT / "requirements-dev.txt"
-RELEASE = ROOT / "requirements-release.txt"  # of the commands wheel and docs, besides
-COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu", "wheel", "compat", "docs")
+RELEASE = ROOT / "requirements-release.txt"  # of wheel, installs and docs
+COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu", "wheel", "installs", "compat", "docs")
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
 # the tests themselves.
 BUILD = ("torch", "numpy", "ninja", "setuptools")
@@ -56,13 +57,20 @@ NEEDS = {
     "lint": (*BUILD, "ruff", "mypy", "clang_format"),
     "kernels": (*BUILD, "triton"),
     "wheel": (*BUILD, "wheel", "auditwheel"),
+    "installs": (*BUILD, "wheel", "auditwheel"),
     "docs": (*BUILD, "mkdocs", "material", "mkdocstrings"),
     "compat": BUILD,
 }
 
 
 # What runs without a build before it.
-SCRIPTS = {"gpu": "bench/gpu_check.py", "report": "bench/report.py", "wheel": ".ci/wheel.py", "docs": ".ci/docs.py"}
+SCRIPTS = {
+    "gpu": "bench/gpu_check.py",
+    "report": "bench/report.py",
+    "wheel": ".ci/build_wheel.py",
+    "installs": ".ci/installs.py",
+    "docs": ".ci/docs.py",
+}
 
 
 def torch_is_new_enough() -> bool:
@@ -129,7 +137,7 @@ def step(what: str) -> Iterator[None]:
 
 
 def add_release_tools(python: str) -> None:
-    """Bring what `wheel` and `docs` need besides into the virtual environment."""
+    """Bring what `wheel`, `installs` and `docs` need besides into the virtual environment."""
     stamp, wanted = venv_folder() / "release.sha256", hashlib.sha256(RELEASE.read_bytes()).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:
         with step(f"installing {RELEASE.name}"):
@@ -173,7 +181,7 @@ def choose_python(command: str, meanwhile: Callable[[str], None] | None = None) 
     if command == "gpu":
         raise SystemExit(f"dev.py gpu uses this interpreter's own torch; {sys.executable} lacks {', '.join(lacking)}.")
     python = str(make_venv(meanwhile))
-    if command in ("wheel", "docs"):
+    if command in ("wheel", "installs", "docs"):
         add_release_tools(python)
     return python
 

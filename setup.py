@@ -10,7 +10,7 @@ Environment variables
     ERNET_ISAS        e.g. "avx2": the instruction sets to compile the loops for, besides portable; default all. For
                       development: a changed loop is compiled once or twice instead of four times
     MAX_JOBS          compilers at a time (default: the number of cores)
-    CXX, CUDA_HOME    the C++ compiler, the CUDA toolkit. ccache, where it is on the PATH, serves both
+    CXX, CUDA_HOME    the C++ compiler, which ccache serves where it is on the PATH; the CUDA toolkit
     ERNET_SANITIZE    e.g. "address,undefined": build with these sanitizers (for tests of the library itself)
     ERNET_WERROR      1: warnings of the C++ compiler are errors (continuous integration)
 """
@@ -260,6 +260,7 @@ class NinjaScript:
         sanitize = os.environ.get("ERNET_SANITIZE")
         san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
         werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
+        # not for nvcc: of several architectures ccache looks at one, and takes code changed for another for known
         launcher = "ccache " if shutil.which("ccache") and "ccache" not in str(self.cxx) else ""
         common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -I{CSRC.name}"
         links = f"-L{self.torch / 'lib'} -ltorch_cpu"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import er_tables
+import headline_tables
 import macenko_tables
 import pictures
 import record_tables
@@ -28,7 +29,8 @@ from record import ROOT
 from records import Records
 
 TABLES: dict[str, Callable[[Records], str]] = {
-    **target_tables.TABLES, **record_tables.TABLES, **er_tables.TABLES, **macenko_tables.TABLES
+    **target_tables.TABLES, **record_tables.TABLES, **er_tables.TABLES, **macenko_tables.TABLES,
+    **headline_tables.TABLES,
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.S)
 
