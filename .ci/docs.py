@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     put_together()
     command = ["serve"] if options.serve else ["build", "--strict", "--quiet"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     code = subprocess.run([sys.executable, "-m", "mkdocs", *command], cwd=ROOT, env=environment, check=False).returncode
     if code == 0 and not options.serve:
         print(f"written: {ROOT / 'build' / 'site' / 'index.html'}")

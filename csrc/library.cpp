@@ -8,6 +8,7 @@
 #include "macenko/cuda/requested_plan.h"
 #endif
 #include "er/cache_shares.h"
+#include "er/streaming.h"
 #include "memory/output_cache.h"
 #include "simd/isa.h"
 
@@ -47,11 +48,13 @@ std::string list(const char* parts) {
 }  // namespace
 
 // What is wrong with an environment variable that the operators read: an ERNET_ISA that this CPU has not, an
-// ERNET_CACHES that names no sizes, an ERNET_KEEP_MB that is no number; null if nothing is.
+// ERNET_CACHES that names no sizes, an ERNET_STREAMING of another form, an ERNET_KEEP_MB that is no number; null if
+// nothing is.
 ERNET_EXPORT const char* ernet_environment_error() {
   return error_of([] {
     ernet::selected_isa();
     ernet::cache_sizes();
+    ernet::cpu::check_streaming();
     ernet::cpu::map_buffer_limit();
 #ifdef ERNET_WITH_CUDA
     ernet::cuda::read_requested_plan();
@@ -71,7 +74,7 @@ ERNET_EXPORT const char* ernet_build_info() {
 }
 
 // Bytes of this machine's data caches (of the last level one CPU's share), who says so, and what the ER operators make
-// of them: bytes of a channel tile, of a gradient that stays in cache, and of outputs that bypass the caches.
+// of them: bytes of a channel tile and of a gradient that stays in cache.
 ERNET_EXPORT const char* ernet_caches() {
   static thread_local std::string json;
   const ernet::CacheSizes& sizes = ernet::cache_sizes();
@@ -79,7 +82,19 @@ ERNET_EXPORT const char* ernet_caches() {
   std::ostringstream out;
   out << "{\"first\": " << sizes.first << ", \"second\": " << sizes.second << ", \"last\": " << sizes.last
       << ", \"source\": " << quoted(sizes.source) << ", \"channel_tile\": " << shares.channel_tile
-      << ", \"gradient\": " << shares.gradient << ", \"stream\": " << shares.stream << '}';
+      << ", \"gradient\": " << shares.gradient << '}';
+  json = out.str();
+  return json.c_str();
+}
+
+// Bytes that maps are prefetched ahead and from which on outputs bypass the caches, who says so, and the seconds that
+// the probe took, which runs once in a process.
+ERNET_EXPORT const char* ernet_streaming() {
+  static thread_local std::string json;
+  const ernet::cpu::Streaming& found = ernet::cpu::streaming();
+  std::ostringstream out;
+  out << "{\"fetch_ahead\": " << found.fetch_ahead << ", \"stores\": " << found.stores
+      << ", \"source\": " << quoted(found.source) << ", \"seconds\": " << found.seconds << '}';
   json = out.str();
   return json.c_str();
 }

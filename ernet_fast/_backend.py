@@ -89,6 +89,12 @@ def caches() -> dict[str, Any] | None:
     return None if library is None else library.caches()
 
 
+def streaming() -> dict[str, Any] | None:
+    """How the compiled operators stream maps (see `Library.streaming`), or None without them; it may probe."""
+    library = extension()
+    return None if library is None else library.streaming()
+
+
 def serves_capability(architectures: list[str], major: int, minor: int) -> bool:
     """Whether machine code for one of `architectures` ("80", "90a") runs on a device of this compute capability.
 

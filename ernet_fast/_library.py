@@ -20,7 +20,7 @@ class Library:
 
     def __init__(self, path: Path = PATH) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("environment_error", "build_info", "caches"):
+        for name in ("environment_error", "build_info", "caches", "streaming"):
             getattr(self._functions, f"ernet_{name}").restype = ctypes.c_char_p
         error = self._functions.ernet_environment_error()
         if error is not None:
@@ -33,6 +33,10 @@ class Library:
     def caches(self) -> dict[str, Any]:
         """Bytes of this machine's data caches, who says so, and what the ER operators make of them."""
         return json.loads(self._functions.ernet_caches())
+
+    def streaming(self) -> dict[str, Any]:
+        """How maps are streamed: bytes prefetched ahead and from which stores bypass the caches; it may probe."""
+        return json.loads(self._functions.ernet_streaming())
 
     def map_buffers(self) -> dict[str, int]:
         """Memory of freed outputs: bytes kept, how many may be, buffers used again and newly asked for."""

@@ -50,6 +50,7 @@ def diagnose() -> dict[str, Any]:
             "reason": _backend.why_unavailable(),
             "build": _backend.build_info(),
             "caches": _backend.caches(),
+            "streaming": _backend.streaming(),
             "kept_memory_limit": kept_memory().limit_bytes,
         },
         "cuda": _cuda(),

@@ -10,7 +10,6 @@ namespace ernet::cpu {
 struct CacheShares {
   int64_t channel_tile;  // what the maps of a channel tile take
   int64_t gradient;      // of a gradient that stays in the second-level cache while all maps stream past
-  int64_t stream;        // outputs this large are written with non-temporal stores
 };
 const CacheShares& cache_shares();
 

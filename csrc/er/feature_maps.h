@@ -14,6 +14,7 @@
 #include "er/cache_shares.h"
 #include "er/channel_vectors.h"
 #include "er/kernels.h"
+#include "er/streaming.h"
 #include "memory/outputs.h"
 
 namespace ernet {
@@ -127,7 +128,8 @@ inline Tensor empty_map_like(const Tensor& map) {
 
 // True if an output like `map` is to be written with non-temporal stores.
 inline bool streams(const Tensor& map) {
-  return map.numel() * static_cast<int64_t>(map.element_size()) >= cpu::cache_shares().stream;
+  const int64_t bytes = map.numel() * static_cast<int64_t>(map.element_size());
+  return bytes >= cache_sizes().second && bytes >= cpu::streaming().stores;  // only large maps have the machine probed
 }
 
 }  // namespace ernet

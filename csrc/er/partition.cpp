@@ -44,11 +44,8 @@ int64_t sum_pixels(const MapShape& s) { return at_least_one(kSumElements / at_le
 CacheShares shares_of(const CacheSizes& caches) {
   const int64_t last = at_most(caches.last, kTileCache), tile = caches.second > last ? caches.second : last;
   // A quarter of it is for what streams through. With half of the second-level cache for a gradient, that of a sum of
-  // maps was 3 % faster than with an eighth, where it has 512 KiB; with more it was no faster than that. An output
-  // beyond the second-level cache would evict what is there, and an ordinary store of a line that is not there reads it
-  // first: a stage's block epilogues took a tenth longer with 3 MiB maps, 13 % with 12 MiB and 30 % with 25 MiB where
-  // that cache has 2 MiB, and 7 % with 0.8 to 1.6 MiB where it has 512 KiB.
-  return {tile / 4 * 3, caches.second / 2, caches.second};
+  // maps was 3 % faster than with an eighth, where it has 512 KiB; with more it was no faster than that.
+  return {tile / 4 * 3, caches.second / 2};
 }
 
 }  // namespace

@@ -27,14 +27,7 @@ int64_t read_size(const char* text, const char** end) {
 
 CacheSizes given(const std::string& text) {
   int64_t sizes[3];
-  const char* at = text.c_str();
-  bool right = true;
-  for (int i = 0; i < 3; ++i) {
-    right = right && (i == 0 || *at++ == ',');
-    sizes[i] = right ? read_size(at, &at) : 0;
-    right = right && sizes[i] > 0;
-  }
-  if (!right || *at != '\0') {
+  if (!read_sizes(text.c_str(), sizes, 3)) {
     throw std::runtime_error("ERNET_CACHES=" + text +
                              "; expected the sizes of the first-level data cache, of the second-level cache and of one "
                              "CPU's share of the last-level cache, such as 32K,512K,4M.");
@@ -87,6 +80,16 @@ CacheSizes find_sizes() {
 }
 
 }  // namespace
+
+bool read_sizes(const char* text, int64_t* sizes, int count) {
+  bool right = true;
+  for (int i = 0; i < count; ++i) {
+    right = right && (i == 0 || *text++ == ',');
+    sizes[i] = right ? read_size(text, &text) : 0;
+    right = right && sizes[i] > 0;
+  }
+  return right && *text == '\0';
+}
 
 const CacheSizes& cache_sizes() {
   static const CacheSizes sizes = find_sizes();

@@ -15,4 +15,7 @@ struct CacheSizes {
 // else those of an ordinary server. They are found once. Another form of the variable is an error.
 const CacheSizes& cache_sizes();
 
+// "32K,512K,4M" or bytes in full, `count` sizes above zero; false for anything else.
+bool read_sizes(const char* text, int64_t* sizes, int count);
+
 }  // namespace ernet

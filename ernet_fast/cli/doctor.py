@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"compiled operators: yes, compiler {build['compiler']}, headers of torch {build['torch_headers']}")
         print(f"  CPU instruction sets: {', '.join(build['isa_variants'])}; in use: {build['isa']}")
         print(f"  {_caches(extension['caches'])}")
+        print(f"  {_streaming(extension['streaming'])}")
         print(f"  memory of freed results: at most {extension['kept_memory_limit'] >> 20} MiB kept for later ones")
         print(f"  CUDA architectures: {', '.join(build['cuda_archs']) or 'none (built without nvcc)'}")
     else:
@@ -61,8 +62,15 @@ def _caches(found: dict[str, Any]) -> str:
     kib = {name: f"{size >> 10} KiB" for name, size in found.items() if isinstance(size, int)}
     return (
         f"CPU caches: {kib['first']}, {kib['second']}, {kib['last']} of the last for each CPU ({found['source']}); "
-        f"channel tiles of {kib['channel_tile']}, results from {kib['stream']} on bypass them"
+        f"channel tiles of {kib['channel_tile']}"
     )
+
+
+def _streaming(found: dict[str, Any]) -> str:
+    """How maps that no cache holds are read and written."""
+    kib = found["stores"] >> 10
+    past = "results never bypass the caches" if kib == (2**63 - 1) >> 10 else f"results from {kib} KiB on bypass them"
+    return f"CPU maps: read {found['fetch_ahead']} bytes ahead, {past} ({found['source']})"
 
 
 def _print_table(rows: list[dict[str, str]], **columns: str) -> None:

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason=str(_
 KIB = 1 << 10
 
 
-def run(code: str, caches: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "ERNET_CACHES": caches, "PYTHONPATH": paths}
+    environment = {**os.environ, **variables, "PYTHONPATH": paths}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -43,26 +43,42 @@ def digest() -> str:
 
 
 @pytest.mark.parametrize(
-    ("caches", "expected"),
+    ("caches", "sizes", "streaming", "bytes_of_maps"),
     [
-        ("16K,64K,64K", [16 * KIB, 64 * KIB, 64 * KIB, 48 * KIB, 32 * KIB, 64 * KIB]),
-        ("49152,16M,1G", [48 * KIB, 1 << 24, 1 << 30, 12 << 20, 8 << 20, 16 << 20]),
+        ("16K,64K,64K", [16 * KIB, 64 * KIB, 64 * KIB, 48 * KIB, 32 * KIB], "64,1", [64, 1]),
+        ("49152,16M,1G", [48 * KIB, 1 << 24, 1 << 30, 12 << 20, 8 << 20], "64K,1G", [64 * KIB, 1 << 30]),
     ],
 )
-def test_results_do_not_depend_on_the_caches(caches, expected):
-    done = run("import test_cache_sizes as t; print(t.digest(), *t._backend.caches().values())", caches)
-    found, *sizes = done.stdout.split()
-    assert sizes.pop(3) == "ERNET_CACHES" and [int(size) for size in sizes] == expected
-    assert found == digest()
+def test_results_do_not_depend_on_the_machine(caches, sizes, streaming, bytes_of_maps):
+    code = """import test_cache_sizes as t
+print(*t._backend.streaming().values(), *t._backend.caches().values(), t.digest())"""
+    ahead, stores, source, seconds, *found, digest_there = run(
+        code, ERNET_CACHES=caches, ERNET_STREAMING=streaming
+    ).stdout.split()
+    assert [int(ahead), int(stores)] == bytes_of_maps and source == "ERNET_STREAMING" and float(seconds) == 0
+    assert found.pop(3) == "ERNET_CACHES" and [int(size) for size in found] == sizes
+    assert digest_there == digest()
+
+
+def test_probe():
+    """One of its candidates, the same whenever asked, found while one is hardly aware of it."""
+    found = _backend.streaming()
+    assert found["source"] in ("a probe", "ERNET_STREAMING") and found == _backend.streaming()
+    if found["source"] == "a probe":
+        assert found["fetch_ahead"] in (512, 1024, 2048, 4096)
+        assert found["stores"] in (_backend.caches()["second"], 2**63 - 1)
+        assert 0 < found["seconds"] < 2
 
 
 def test_sizes_of_this_machine():
     """Something sensible, whoever says so."""
     found = _backend.caches()
     assert 4 * KIB <= found["first"] <= found["second"] and found["last"] >= 64 * KIB
-    assert found["channel_tile"] >= 3 * found["second"] // 4 and found["stream"] == found["second"]
+    assert found["channel_tile"] >= 3 * found["second"] // 4 and found["gradient"] == found["second"] // 2
 
 
 def test_other_text_is_refused():
-    error = run("import ernet_fast", "32K,512K,0").stderr.splitlines()[-1]
+    error = run("import ernet_fast", ERNET_CACHES="32K,512K,0").stderr.splitlines()[-1]
     assert error.startswith("ValueError: environment variable ERNET_CACHES=32K,512K,0; expected the sizes of the first")
+    error = run("import ernet_fast", ERNET_STREAMING="2K").stderr.splitlines()[-1]
+    assert error.startswith("ValueError: environment variable ERNET_STREAMING=2K; expected how many bytes ahead")

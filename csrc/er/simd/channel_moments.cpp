@@ -40,11 +40,12 @@ template <typename T, typename A> inline A mean_of(const T* x, int64_t count) {
 
 template <typename T, typename A> inline void add_row(const T* x, int64_t count, Sums<A>* sums) {
   const A shift = sums->shift;
+  const int64_t ahead = fetch_ahead<T>();
   Vec<A> d[2] = {sums->deviations, {}}, d2[2] = {sums->squares, {}};
   int64_t j = 0;
   for (; j + 2 * kLanes<A> <= count; j += 2 * kLanes<A>) {
     for (int i = 0; i < 2; ++i) {
-      __builtin_prefetch(x + j + i * kLanes<A> + kFetchAhead<T>, 0, 3);
+      __builtin_prefetch(x + j + i * kLanes<A> + ahead, 0, 3);
       const Vec<A> deviation = load<A>(x + j + i * kLanes<A>) - shift;
       d[i] += deviation;
       d2[i] += deviation * deviation;

@@ -31,6 +31,7 @@ template <typename T> struct Row {
   uint8_t* bits;
   const T* later[kLaterAtOnce];
   const uint8_t* later_bits[kLaterAtOnce];
+  int64_t fetch_ahead;
 };
 
 template <typename T>
@@ -46,7 +47,8 @@ inline Row<T> row_at(const MapDots& args, int64_t offset, int64_t bit_offset, in
                 args.stream && stream_aligned(g) && stride % kLanes<typename Accumulate<T>::type> == 0,
                 at<uint8_t>(args.bits, bit_offset),
                 {},
-                {}};
+                {},
+                fetch_ahead<T>()};
   for (int64_t l = 0; l < later; ++l) {
     const uint8_t* const bits = args.later_bits == nullptr ? nullptr : args.later_bits[first + l];
     row.later[l] = at<T>(args.later[first + l], offset);
@@ -76,7 +78,7 @@ template <int kLater, Own kOwn, typename T> inline Row<T> next_row(Row<T> row, i
 template <Own kOwn, typename T, typename A>
 [[gnu::always_inline]] inline Vec<A> later_g(const Row<T>& row, int l, int64_t j, int64_t left) {
   if constexpr (kOwn == Own::gradient) return load_upto<A>(row.later[l] + j, left);  // a map as it is
-  __builtin_prefetch(row.later[l] + j + kFetchAhead<T>, 0, 3);
+  __builtin_prefetch(row.later[l] + j + row.fetch_ahead, 0, 3);
   return keep_lanes(load_upto<A>(row.later[l] + j, left), load_bits<A>(row.later_bits[l], j));
 }
 
@@ -84,11 +86,11 @@ template <Own kOwn, typename T, typename A>
 [[gnu::always_inline]] inline Vec<A> own_g(const Row<T>& row, int64_t j, int64_t left) {
   const Vec<A> dy = load_upto<A>(row.dy + j, left);
   if constexpr (kOwn == Own::map) {
-    __builtin_prefetch(row.dy + j + kFetchAhead<T>, 0, 3);
-    __builtin_prefetch(row.x + j + kFetchAhead<T>, 0, 3);
+    __builtin_prefetch(row.dy + j + row.fetch_ahead, 0, 3);
+    __builtin_prefetch(row.x + j + row.fetch_ahead, 0, 3);
   }
   if (row.y == nullptr) return dy;
-  if constexpr (kOwn == Own::map) __builtin_prefetch(row.y + j + kFetchAhead<T>, 0, 3);
+  if constexpr (kOwn == Own::map) __builtin_prefetch(row.y + j + row.fetch_ahead, 0, 3);
   const uint32_t alive = lanes_alive(load_upto<A>(row.y + j, left));
   const Vec<A> g = keep_lanes(dy, alive);
   if (kOwn == Own::map && row.g == nullptr) {

@@ -26,6 +26,7 @@ template <typename T, typename A> struct Pixels {
   A (*sums)[kPixelChannels];
   int64_t channels;
   bool non_temporal;
+  int64_t fetch_ahead;
 };
 
 template <int kG, bool kFirst, bool kLast, typename T, typename A>
@@ -37,10 +38,10 @@ inline void pixel_vector(const Pixels<T, A>& p, int64_t c, int64_t left) {
   } else {
     acc = load_upto<A>(p.acc + c, left);
   }
-  __builtin_prefetch(p.before + c + kFetchAhead<T>, 0, 3);
+  __builtin_prefetch(p.before + c + p.fetch_ahead, 0, 3);
   const Vec<A> before = load_upto<A>(p.before + c, left);
   for (int l = 0; l < kG; ++l) {
-    __builtin_prefetch(p.g[l] + c + kFetchAhead<T>, 0, 3);
+    __builtin_prefetch(p.g[l] + c + p.fetch_ahead, 0, 3);
     const Vec<A> g = keep_lanes(load_upto<A>(p.g[l] + c, left), load_bits<A>(p.bits[l], c));
     acc += load_upto<A>(p.a[l] + c, left) * g;
     store_upto<A>(p.sums[l] + c, load_upto<A>(p.sums[l] + c, left) + g * before, left);
@@ -94,7 +95,8 @@ void tile(const SumDots& args, const ReduceItem& item, int64_t begin, int64_t co
                         acc + i * item.channels,
                         sums,
                         item.channels,
-                        args.stream && stream_aligned(y)};
+                        args.stream && stream_aligned(y),
+                        fetch_ahead<T>()};
       for (int64_t l = 0; l < num_g; ++l) {
         const uint8_t* const bits = args.bits[first + l];
         p.g[l] = at<T>(args.g[first + l], offset);

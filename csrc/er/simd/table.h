@@ -2,6 +2,7 @@
 #pragma once
 
 #include "er/kernels.h"
+#include "er/streaming.h"
 #include "simd/vec.h"
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
@@ -28,9 +29,10 @@ template <int kLeast, int kMost, typename Work> inline void with_number(int64_t 
   work(Number<kMost>{});
 }
 
-// How far ahead, in elements, a map that streams past is fetched. The hardware's own prefetching ends with each page of
-// 4 KiB, which most maps that others have made consist of.
-template <typename T> constexpr int64_t kFetchAhead = 2048 / sizeof(T);
+// How far ahead, in elements, a map that streams past is fetched.
+template <typename T> inline int64_t fetch_ahead() {
+  return fetch_ahead_bytes.load(std::memory_order_relaxed) / static_cast<int64_t>(sizeof(T));
+}
 
 // work(first element, count) for what a planar reduction takes of its planes at once: all of them, of several channels
 // and samples where they are small, or chunks of the one plane of the item.

@@ -57,6 +57,7 @@ template <typename T, typename A> struct Rows {
   int64_t rows, count, bit_stride;
   bool relu_wanted;
   bool stream_wanted;
+  int64_t fetch_ahead;
 };
 
 // The vector from element j on, `left` elements of it: the first group of maps starts from b, the last one writes y.
@@ -67,7 +68,7 @@ template <int kMaps, bool kFirst, bool kLast, bool kBits, typename Coefficients,
   Vec<A> sum = kFirst ? k.start(j, left) : load_upto<A>(rows.acc + j, left);
   for (int l = 0; l < kMaps; ++l) {
     Vec<A> x = load_upto<A>(rows.x[l] + j, left);
-    __builtin_prefetch(rows.x[l] + j + kFetchAhead<T>, 0, 3);
+    __builtin_prefetch(rows.x[l] + j + rows.fetch_ahead, 0, 3);
     if constexpr (kBits) x = keep_lanes(x, bits(l));
     sum += k.coefficient(l, j, left) * x;
   }
@@ -159,8 +160,16 @@ inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, 
   const A* b = args.b == nullptr ? nullptr : static_cast<const A*>(args.b) + block.channel;
   for (int64_t first = 0; first < args.num_maps; first += kMapsAtOnce) {
     const int64_t left = args.num_maps - first, maps = left < kMapsAtOnce ? left : kMapsAtOnce;
-    Rows<T, A> rows = {
-        {}, {}, y, acc, block.rows, block.count, bit_row_bytes(s), args.relu, stream_wanted && stream_aligned(y)};
+    Rows<T, A> rows = {{},
+                       {},
+                       y,
+                       acc,
+                       block.rows,
+                       block.count,
+                       bit_row_bytes(s),
+                       args.relu,
+                       stream_wanted && stream_aligned(y),
+                       fetch_ahead<T>()};
     Coefficients k = {{}, b};
     for (int64_t l = 0; l < maps; ++l) {
       rows.x[l] = static_cast<const T*>(args.maps[first + l]) + block.offset;
