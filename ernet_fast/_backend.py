@@ -55,6 +55,8 @@ def _load() -> tuple[Library | None, str | None]:
         library = Library()
     except OSError as error:
         return None, f"{PATH.name} does not load: {error}. {_FIX if _BUILT_HERE else _LINUX_ONLY}"
+    except AttributeError as error:  # it lacks a function
+        return None, f"{PATH.name} is of another version than the Python code: {error}. {_AGAIN}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.ernet, name)]
     if missing:
         lacks = ", ".join(missing)

@@ -10,17 +10,22 @@ from typing import Any
 PATH = Path(__file__).with_name("libernet.so")
 
 
+FUNCTIONS = ("environment_error", "build_info", "caches", "streaming")
+"""Those that return text."""
+
+
 class Library:
     """The functions of the library besides its operators, which loading it registers as `torch.ops.ernet.*`.
 
     Raises:
         OSError: the file does not load.
+        AttributeError: it is of another version, and lacks a function.
         ValueError: an environment variable has a value that the library does not understand.
     """
 
     def __init__(self, path: Path = PATH) -> None:
         self._functions = ctypes.CDLL(str(path))
-        for name in ("environment_error", "build_info", "caches", "streaming"):
+        for name in FUNCTIONS:
             getattr(self._functions, f"ernet_{name}").restype = ctypes.c_char_p
         error = self._functions.ernet_environment_error()
         if error is not None:

@@ -137,6 +137,14 @@ def test_a_compiled_part_of_another_version_is_not_used(monkeypatch):
 
 
 @needs_extension
+def test_a_library_that_lacks_a_function_is_not_used(monkeypatch):
+    monkeypatch.setattr(_library, "FUNCTIONS", (*_library.FUNCTIONS, "of_tomorrow"))
+    library, reason = _backend._load.__wrapped__()
+    assert library is None
+    assert "another version" in reason and "ernet_of_tomorrow" in reason and "pip install" in reason
+
+
+@needs_extension
 def test_every_operator_is_named_once():
     import torch
 

@@ -115,8 +115,7 @@ def test_setup_refuses_musl_with_a_sentence():
 
 def test_setup_names_an_unknown_instruction_set():
     code = (
-        "import runpy, setuptools; setuptools.setup = lambda **a: None;"
-        "runpy.run_path('setup.py')['instruction_sets']()"
+        "import runpy, setuptools; setuptools.setup = lambda **a: None;runpy.run_path('setup.py')['instruction_sets']()"
     )
     variables = {**os.environ, "ERNET_ISAS": "avx2;sse9"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
