@@ -22,6 +22,7 @@ OPERATORS = {
     "er_block": "ER shortcuts: the epilogue of a block",
     "er_block_backward": "ER shortcuts: its gradients",
     "shortcut_sum_backward": "ER shortcuts: gradients of a sum of maps that no block made",
+    "conv_weight_gradient": "convolutions: gradients of their weights",
     "macenko_fit": "Macenko: stains of an image",
     "macenko_reconstruct": "Macenko: image with other stains",
     "macenko_reconstruct_stains": "Macenko: the same, and each stain alone",

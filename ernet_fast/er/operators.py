@@ -75,22 +75,26 @@ def check_first_order(*gradients: Tensor | None) -> None:
             "ernet_fast: the fused ER stage has no second derivative. Build the model with fused=False (or call "
             "ernet_fast.reference.er_shortcut_sum) where create_graph=True is needed."
         )
-    # written out here, as every node of a backward pass comes by
-    batched = torch._C._functorch.peek_interpreter_stack() is not None
+    if gradients_are_batched(*gradients):
+        raise RuntimeError(
+            "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
+            "Build the model with fused=False for them."
+        )
+
+
+def gradients_are_batched(*gradients: Tensor | None) -> bool:
+    """True if one of a backward pass is a batch of gradients: is_grads_batched, vectorize=True, torch.func."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
     for gradient in gradients:
         if gradient is not None:
             keys = torch._C._dispatch_keys(gradient)
             if keys.raw_repr() not in _NOT_BATCHED:
                 # a tensor of torch.autograd's own vmap has no other mark than a dispatch key without a name
                 if "Batched" in str(keys):
-                    batched = True
-                else:
-                    _NOT_BATCHED.add(keys.raw_repr())
-    if batched:
-        raise RuntimeError(
-            "ernet_fast: the fused ER stage has no batched gradients (is_grads_batched, vectorize=True, torch.func). "
-            "Build the model with fused=False for them."
-        )
+                    return True
+                _NOT_BATCHED.add(keys.raw_repr())
+    return False
 
 
 _NOT_BATCHED: set[int] = set()
