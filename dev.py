@@ -106,7 +106,7 @@ def make_venv(meanwhile: Callable[[str], None] | None = None) -> Path:
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
-    print(f"Setting up {folder} from {REQUIREMENTS.name} (once; 1 GB on disk, with CUDA 5 GB)", flush=True)
+    print(f"Setting up {folder} from {REQUIREMENTS.name} (once; 3 GB on disk, with CUDA 6 GB)", flush=True)
     if not python.exists():
         with step("virtual environment"):
             run([sys.executable, "-m", "venv", str(folder)], "making a virtual environment (is python3-venv missing?)")
