@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def test_gpu_check_without_a_gpu_is_one_line():
     assert result.returncode == 1
     assert result.stdout.strip().splitlines() == ["dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded."]
     assert result.stderr == ""
+
+
+def test_all_tests_are_spread_in_the_order_of_conftest():
+    script = runpy.run_path(str(ROOT / "dev.py"))
+    assert (
+        script["workers"](sys.executable, ["tests/test_dev.py"]) == script["workers"](sys.executable, ["-n", "0"]) == []
+    )
+    assert script["workers"]("false", []) == []  # no interpreter with pytest-xdist
+    if importlib.util.find_spec("xdist") is not None:
+        assert script["workers"](sys.executable, ["-q"])[2:] == ["--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def test_code_for_gpus_is_built_where_one_is_or_where_it_is_asked_for(monkeypatch):
