@@ -50,7 +50,7 @@ NEEDS = {
     "build": BUILD,
     "gpu": ("torch", "numpy", "setuptools"),
     "gpu --simulate": (*BUILD, "pytest"),
-    "demo": (*BUILD, *TRAIN),
+    "demo": (*BUILD, *TRAIN, "skimage"),
     "test": (*BUILD, *TRAIN, "pytest", "pytest_benchmark", "hypothesis"),
     "bench": (*BUILD, "pytest", "pytest_benchmark"),
     "report": (*BUILD, "matplotlib"),

@@ -27,11 +27,13 @@ _PACKAGES = (
     ("torchmetrics", "torchmetrics", "train", "metrics"),
     ("matplotlib", "matplotlib", "train", "pictures"),
     ("rich", "rich", "train", "progress bars"),
+    ("scipy", "scipy", "study", "range tests of ernet-fast ablate"),
     ("safetensors", "safetensors", "optional", "weights in .safetensors files"),
     ("onnx", "onnx", "export", "ONNX files"),
     ("onnxruntime", "onnxruntime", "export", "running ONNX files"),
     ("timm", "timm", "timm", "model registry"),
     ("torchvision", "torchvision", "optional", "needed by timm only"),
+    ("skimage", "scikit-image", "segment", "nuclei"),
     ("openslide", "openslide-python", "slides", "whole-slide images"),
     ("tifffile", "tifffile", "slides", "TIFF images"),
     ("imagecodecs", "imagecodecs", "slides", "writing slides as JPEG"),
@@ -56,6 +58,21 @@ def diagnose() -> dict[str, Any]:
         "cuda": _cuda(),
         "operators": _operators(),
         "stages": _stages(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its settings: versions, processor, devices, instruction set; plain values."""
+    machine, build = _machine(), _backend.build_info()
+    found = [
+        _package(*package) for package in _PACKAGES if package[0] != "torchvision"
+    ]  # whose version needs an import
+    return {
+        "ernet_fast": __version__,
+        **{name: machine[name] for name in ("python", "system", "processor", "cores", "threads")},
+        "instruction_set": build["isa"] if build else None,
+        "cuda": [device["name"] for device in _cuda()["devices"]],
+        "packages": {package["name"]: package["version"] for package in found if package["version"]},
     }
 
 

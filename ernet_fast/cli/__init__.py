@@ -1,4 +1,4 @@
-"""The command ``ernet-fast``: demo, train, evaluate, export, normalize, bench, doctor.
+"""The command ``ernet-fast``; ``_COMMANDS`` are its parts.
 
 Built on argparse, so that ``--help`` and ``doctor`` work where only torch is installed.
 """
@@ -17,7 +17,21 @@ from ernet_fast._version import __version__
 from ernet_fast.cli.failures import describe, exit_code
 from ernet_fast.cli.streams import lenient_streams
 
-_COMMANDS = ("demo", "train", "evaluate", "export", "normalize", "bench", "doctor")
+_COMMANDS = (
+    "demo",
+    "train",
+    "evaluate",
+    "compare",
+    "ablate",
+    "predict",
+    "attend",
+    "export",
+    "normalize",
+    "segment",
+    "data",
+    "bench",
+    "doctor",
+)
 _EPILOG = "Exit codes: 0 done, 1 failed while running, 2 wrong usage or input, 3 done but for some files."
 
 

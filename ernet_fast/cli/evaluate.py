@@ -6,10 +6,10 @@ import argparse
 from typing import Any
 
 from ernet_fast.cli.streams import print_json
+from ernet_fast.console import tables
 from ernet_fast.console.progress import Reporter
-from ernet_fast.console.tables import format_figure, format_table, metrics_header, metrics_rows
 from ernet_fast.data.splits import SPLIT_NAMES
-from ernet_fast.train import evaluate
+from ernet_fast.train import Bootstrap, evaluate
 from ernet_fast.train.device import finish_together, is_first_process
 
 
@@ -33,8 +33,9 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--num-workers", type=int, metavar="N", default=0, help="processes that read images (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--on-error", choices=("raise", "skip"), help="unusable image: stop, or leave it out")
-    out = "write metrics.json, predictions.csv, confusion_matrix.png and roc.png there"
-    add("--out", metavar="FOLDER", help=out)
+    add("--resamples", type=int, metavar="N", default=2000, help="of the intervals; 0: no intervals (default: 2000)")
+    add("--mistakes", type=int, metavar="N", default=8, help="worst mistakes in the report, with Grad-CAM (default: 8)")
+    add("--out", metavar="FOLDER", help="write report.html, metrics.json, predictions.csv and the pictures there")
     add("--patients", action="store_true", help="also list the score of every patient")
     add("--json", action="store_true", help="print all figures as JSON")
     parser.set_defaults(run=run)
@@ -47,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = evaluate(
         arguments.checkpoint,
         magnifications=None if arguments.magnifications is None else tuple(arguments.magnifications),
+        bootstrap=Bootstrap(arguments.resamples) if arguments.resamples else None,
+        mistakes=0 if arguments.out is None else arguments.mistakes,
         reporter=Reporter(quiet=arguments.quiet, mute=not first),
         **{name: getattr(arguments, name) for name in names},
     )
@@ -59,12 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(figures)
         return 0
-    print(format_table(metrics_header(), metrics_rows(figures)))
-    rate = format_figure(figures["patient_recognition_rate"])
+    print(tables.format_table(tables.metrics_header(), tables.metrics_rows(figures)))
+    print("\n" + tables.format_table(tables.patient_header(), tables.patient_rows(figures)))
+    if figures["intervals"]:
+        print(f"\n{tables.interval_caption(figures['intervals'])}\n")
+        print(tables.format_table(tables.interval_header(), tables.interval_rows(figures)))
+    rate = tables.format_figure(figures["patient_recognition_rate"])
     print(f"\npatients {figures['patients']}, patient recognition rate {rate}, cross-entropy {figures['loss']:.4f}")
     if arguments.patients:
-        rows = [[patient, format_figure(score)] for patient, score in figures["patient_scores"].items()]
-        print("\n" + format_table(["patient", "score"], rows))
+        rows = [[patient, tables.format_figure(score)] for patient, score in figures["patient_scores"].items()]
+        print("\n" + tables.format_table(["patient", "score"], rows))
     for skipped in figures["skipped"]:
         print(f"skipped {skipped['path']}: {skipped['reason']}")
     if arguments.out is not None:

@@ -13,7 +13,14 @@ FIGURES = (
     ("recall", "recall"),
     ("specificity", "specificity"),
     ("f1", "F1"),
+    ("mcc", "MCC"),
     ("auc", "AUC"),
+    ("ece", "ECE"),
+)
+PATIENT_FIGURES = (
+    ("patients", "patients"),
+    ("patient_recognition_rate", "recognition rate"),
+    ("patient_auc", "patient AUC"),
 )
 
 
@@ -36,12 +43,56 @@ def format_figure(value: float | int | None) -> str:
     return next((text for text in shown if float(text) not in (0.0, 1.0) or float(text) == value), shown[-1])
 
 
+def format_interval(bounds: Sequence[float] | None) -> str:
+    """Lower and upper bound, or a dash where there is none."""
+    return "-" if bounds is None else f"{format_figure(bounds[0])} to {format_figure(bounds[1])}"
+
+
 def metrics_rows(figures: dict[str, Any]) -> list[list[str]]:
     """Rows of the metrics table of `Evaluation.figures()`: all images, then each magnification."""
-    groups = {"all": figures["overall"], **figures["by_magnification"]}
+    groups = _groups(figures)
     return [[name, *(format_figure(group[key]) for key, _ in FIGURES)] for name, group in groups.items()]
 
 
 def metrics_header() -> list[str]:
     """Header of `metrics_rows`."""
     return ["set", *(title for _, title in FIGURES)]
+
+
+def _groups(part: dict[str, Any]) -> dict[str, Any]:
+    return {"all": part["overall"], **part["by_magnification"]}
+
+
+def patient_rows(figures: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table of figures by patient, each with its interval where there is one."""
+    found = _groups(figures["intervals"]) if figures["intervals"] else {}
+    rows = []
+    for name, group in _groups(figures["by_patient"]).items():
+        cells = [name, format_figure(group["patients"])]
+        for key, _ in PATIENT_FIGURES[1:]:
+            bounds = found[name][key] if found else None
+            cells.append(format_figure(group[key]) + ("" if bounds is None else f" ({format_interval(bounds)})"))
+        rows.append(cells)
+    return rows
+
+
+def patient_header() -> list[str]:
+    """Header of `patient_rows`."""
+    return ["set", *(title for _, title in PATIENT_FIGURES)]
+
+
+def interval_rows(figures: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table of the intervals of `metrics_rows`."""
+    groups = _groups(figures["intervals"])
+    return [[name, *(format_interval(group[key]) for key, _ in FIGURES[1:])] for name, group in groups.items()]
+
+
+def interval_header() -> list[str]:
+    """Header of `interval_rows`."""
+    return ["set", *(title for _, title in FIGURES[1:])]
+
+
+def interval_caption(found: dict[str, Any]) -> str:
+    """What the intervals are."""
+    kind = f"{found['resamples']} bootstrap resamples of patients, seed {found['seed']}"
+    return f"{100 * found['level']:g} % intervals: {kind}"

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernet_fast.console.tables import format_figure, metrics_header, metrics_rows
+from ernet_fast.console.tables import format_figure, interval_caption, metrics_header, metrics_rows
+from ernet_fast.demo.nuclei_tour import NucleiTour
 from ernet_fast.demo.pace import MOST_EPOCHS
 from ernet_fast.demo.stain_tour import StainTour
 from ernet_fast.demo.timing import Timing, format_seconds
 from ernet_fast.diagnosis import diagnose
-from ernet_fast.train import report
+from ernet_fast.train import report, run_report
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.evaluation import Evaluation
 from ernet_fast.train.loop import TrainResult
@@ -28,6 +29,7 @@ class DemoFindings:
     counts: dict[str, int]
     target: str
     tour: StainTour
+    nuclei: NucleiTour
     trained: TrainResult
     evaluation: Evaluation
     timings: list[Timing]
@@ -47,8 +49,10 @@ def write_page(path: Path, found: DemoFindings) -> Path:
             _summary(found, figures),
             report.note(_caution(found, figures)),
             _stain(found),
+            _nuclei(found),
             _training(found),
             _evaluation(found, figures),
+            *([run_report.mistakes_block(found.evaluation, None)] if found.evaluation.mistakes else []),
             _speed(found),
             _machine(found, facts),
         ],
@@ -100,6 +104,27 @@ def _stain(found: DemoFindings) -> report.Block:
     )
 
 
+def _nuclei(found: DemoFindings) -> report.Block:
+    tour = found.nuclei
+    if tour.reason:
+        return report.section("Nuclei", report.paragraph(f"Not looked for: {tour.reason}"))
+    rows = []
+    for name, (images, count, means) in tour.rows.items():
+        shown = ["-" if v is None else f"{v:.{d}f}" for v, d in zip(means, (0, 1, 2), strict=True)]
+        rows.append([name, str(images), str(count), *shown])
+    return report.section(
+        "Nuclei",
+        report.paragraph(
+            "Nuclei of a few test images: the haematoxylin channel, a band-pass in the frequency domain, a threshold "
+            "and a watershed. Nuclei that others cover are missed, and lengths rest on an estimate of the pixel size."
+        ),
+        report.table(
+            ["", "images", "nuclei", "per mm2", "um2", "eccentricity"], rows, caption="Means over the images."
+        ),
+        report.pictures(tour.pictures),
+    )
+
+
 def _training(found: DemoFindings) -> report.Block:
     settings, history = found.settings, found.trained.history
     there = found.counts["train"]
@@ -145,7 +170,20 @@ def _evaluation(found: DemoFindings, figures: dict[str, Any]) -> report.Block:
                 (roc_picture(predictions), f"ROC curves, AUC {format_figure(figures['overall']['auc'])}", ""),
             ]
         ),
+        *_uncertainty(found, figures),
     )
+
+
+def _uncertainty(found: DemoFindings, figures: dict[str, Any]) -> list[report.Block]:
+    """Intervals, and the ROC curves with their bands; nothing without them."""
+    bootstrap = found.evaluation.bootstrap
+    if bootstrap is None or figures["intervals"] is None:
+        return []
+    caption = f"{interval_caption(figures['intervals'])}. What other patients might have given with this network."
+    return [
+        run_report.intervals_table(figures, caption),
+        report.pictures([run_report.roc_band_figure(found.evaluation, bootstrap, None)]),
+    ]
 
 
 def _speed(found: DemoFindings) -> report.Block:

@@ -14,6 +14,7 @@ from ernet_fast.console.atomic_file import write_text
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.data.synthetic import write_breakhis_like
+from ernet_fast.demo.nuclei_tour import FIGURES, show_nuclei
 from ernet_fast.demo.pace import FEWEST_EPOCHS, affordable_epochs
 from ernet_fast.demo.page import DemoFindings, write_page
 from ernet_fast.demo.stain_tour import show_normalization
@@ -28,6 +29,7 @@ from ernet_fast.train.stain_choice import most_typical
 _RUN_FILES = ("last.pt", "best.pt", "history.json", "history.csv", "config.json", "split.csv", "skipped.csv")
 _TOTAL_SECONDS = 165.0  # leaves a little of the three minutes for starting Python
 _LATER_SECONDS = 55.0  # for evaluation, timing and report
+_MISTAKES = 6
 _SYNTHETIC: dict[str, Any] = {
     "patients": 24, "patches_per_patient": 12, "magnifications": [100, 200], "size": [224, 224], "staining": "shifted"
 }  # fmt: skip
@@ -95,6 +97,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     tour = show_normalization([*train, *test], target, normalizer, folder / "before_after.png")
     reporter.line(f"     spread of mean colours {tour.spread_before:.1f} -> {tour.spread_after:.1f} grey levels")
 
+    nuclei = show_nuclei(test)
     reporter.line("3/6  training")
     for name in _RUN_FILES:  # of an earlier demo, and nothing else
         (folder / "run" / name).unlink(missing_ok=True)
@@ -104,8 +107,9 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
 
     reporter.line("4/6  evaluation on test patients")
     evaluation = evaluate(
-        trained.best_checkpoint, max_images=max(1, config.max_images // 2), device=config.device, reporter=reporter
-    )
+        trained.best_checkpoint, max_images=max(1, config.max_images // 2), device=config.device, mistakes=_MISTAKES,
+        reporter=reporter,
+    )  # fmt: skip
     evaluation.write(folder / "evaluation")
 
     reporter.line("5/6  speed")
@@ -114,7 +118,7 @@ def run_demo(config: DemoConfig, reporter: Reporter | None = None) -> DemoResult
     reporter.line("6/6  report")
     findings = DemoFindings(
         synthetic=config.data is None, data=data, settings=settings, counts={"train": len(train), "test": len(test)},
-        target=target.name, tour=tour, trained=trained, evaluation=evaluation, timings=timings,
+        target=target.name, tour=tour, nuclei=nuclei, trained=trained, evaluation=evaluation, timings=timings,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
     report = write_page(folder / "report.html", findings)
@@ -181,6 +185,10 @@ def _figures(findings: DemoFindings, report: Path, seconds: float) -> dict[str, 
         "stain": {
             "target": findings.target, "spread_before": tour.spread_before, "spread_after": tour.spread_after,
             "images": tour.measured,
+        },
+        "nuclei": {
+            name: {"images": images, "nuclei": count, **dict(zip(FIGURES, means, strict=True))}
+            for name, (images, count, means) in findings.nuclei.rows.items()
         },
         "history": findings.trained.history,
         "evaluation": findings.evaluation.figures(),

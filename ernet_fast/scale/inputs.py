@@ -118,6 +118,28 @@ def plan(
     return Plan(jobs, ignored, root, single)
 
 
+def image_files(
+    inputs: Sequence[str | os.PathLike[str]], *, slides: bool = False
+) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The images, or whole slides, that `inputs` name as in `plan`, each once, and (path, reason) of what is not read.
+
+    Archives are not opened.
+
+    Raises:
+        FileNotFoundError: no such input, or nothing that fits a pattern.
+        ValueError: there is nothing to read.
+    """
+    sources = _expand(inputs)
+    found, ignored = _sorted_out(sources, SLIDE_SUFFIXES[0] if slides else "")
+    left_out = [(Path(status.input), status.reason) for status in ignored]
+    left_out += [(path, "an archive; unpack it first") for path in found if archive_suffix(path.name)]
+    found = [path for path in found if not archive_suffix(path.name)]
+    if not found:
+        what = "whole slide" if slides else f"{READABLE} image"
+        raise ValueError(f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}.")
+    return found, left_out
+
+
 def is_single(source: Path, output: Path, slides: str = "") -> bool:
     """Whether `output` names one file to write rather than a folder: one image in, and an image's name out; or one
     archive, and the name of another of its kind.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +11,38 @@ import torch
 
 from ernet_fast.console.atomic_file import remove_abandoned, write_json
 from ernet_fast.console.progress import Reporter
-from ernet_fast.data import Skipped, Splits, parse_name
-from ernet_fast.train import metrics
+from ernet_fast.data import Splits, parse_name
+from ernet_fast.train.bootstrap import Bootstrap
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split
-from ernet_fast.train.device import build_fabric, evaluation_pass
+from ernet_fast.train.device import build_fabric, evaluation_pass, is_first_process
+from ernet_fast.train.findings import Findings
 from ernet_fast.train.images import ImageSet, build_loader, evenly_chosen
+from ernet_fast.train.mistakes import Mistake, find_mistakes
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.predictions import Predictions, predict
 from ernet_fast.train.run_folder import find_checkpoint
+from ernet_fast.train.run_report import write_run_report
 from ernet_fast.train.stain_choice import StainNormalization
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Predictions on a set of images, and metrics of them.
-
-    `seen_images` of the images were trained on, and `seen_patients` of their patients: if any, the metrics say less
-    about new patients. `inputs` are the settings that chose the images, as plain values.
-    """
-
-    predictions: Predictions
-    checkpoint: Path
-    epoch: int
-    split: str
-    skipped: tuple[Skipped, ...]
-    seen_images: int
-    seen_patients: int
-    inputs: dict[str, Any]
-
-    def figures(self) -> dict[str, Any]:
-        """Every figure as a plain value: overall, by magnification, by patient, and the confusion matrix."""
-        scores = metrics.patient_scores(self.predictions)
-        return {
-            "checkpoint": str(self.checkpoint),
-            "epoch": self.epoch,
-            "split": self.split,
-            **self.inputs,
-            "classes": list(self.predictions.classes),
-            "loss": self.predictions.loss(),
-            "overall": metrics.compute_metrics(self.predictions),
-            "by_magnification": metrics.metrics_by_magnification(self.predictions),
-            "patients": len(scores),
-            "patient_recognition_rate": metrics.patient_recognition_rate(self.predictions),
-            "patient_scores": scores,
-            "confusion_matrix": metrics.confusion_matrix(self.predictions).tolist(),
-            "images_seen_in_training": self.seen_images,
-            "patients_seen_in_training": self.seen_patients,
-            "skipped": [{"path": str(path), "reason": reason} for path, reason in self.skipped],
-        }
+class Evaluation(Findings):
+    """`Findings` that can be written to files."""
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `metrics.json`, `predictions.csv`, `confusion_matrix.png` and `roc.png` into `folder`; returns it."""
-        from ernet_fast.train.pictures import confusion_picture, roc_picture
+        """Write `report.html` with its pictures, `metrics.json` and `predictions.csv` into `folder`; returns it."""
+        folder = self.write_figures(folder)
+        write_run_report(self, folder)
+        return folder
 
+    def write_figures(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `predictions.csv` and then `metrics.json`, and no more; returns the folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder)
-        write_json(folder / "metrics.json", self.figures())
         self.predictions.write_csv(folder / "predictions.csv")
-        confusion_picture(self.predictions, folder / "confusion_matrix.png")
-        roc_picture(self.predictions, folder / "roc.png")
+        write_json(folder / "metrics.json", self.figures())
         return folder
 
 
@@ -88,6 +58,8 @@ def evaluate(
     num_workers: int = 0,
     device: str = "auto",
     on_error: str | None = None,
+    bootstrap: Bootstrap | None = Bootstrap(),  # noqa: B008, frozen
+    mistakes: int = 0,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Run the network of a checkpoint over a part of the data, prepared as in its training (size, stain normalisation).
@@ -105,11 +77,15 @@ def evaluate(
         num_workers: processes that read images.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         on_error: ``"raise"`` or ``"skip"`` for unusable images; default: as in training.
+        bootstrap: how the intervals of all figures are made; None makes none.
+        mistakes: keep this many of the worst mistakes, each with its Grad-CAM map.
         reporter: where progress goes; default: stderr.
 
     Raises:
         FileNotFoundError, ValueError: checkpoint or data are missing, damaged or do not fit.
     """
+    if mistakes < 0:
+        raise ValueError(f"mistakes={mistakes}; expected 0 or more.")
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images={max_images}; expected a positive number.")
     path = find_checkpoint(checkpoint)
@@ -139,17 +115,18 @@ def evaluate(
             f"the network was trained on {seen_images} of these images and on {seen_patients} of their patients: "
             "the figures do not measure how it does on new patients."
         )
-    predictions = _predict(config, state, path, images, reporter)
+    predictions, worst = _predict(config, state, path, images, mistakes, reporter)
     settings = config.to_dict() | {"max_images": max_images}
     inputs = {name: settings[name] for name in ("data", "magnifications", "split_file", "max_images")}
     return Evaluation(
-        predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs
-    )
+        predictions, path, state["epoch"], split, tuple(opened.skipped), seen_images, seen_patients, inputs,
+        settings=state["config"], history=state["history"], bootstrap=bootstrap, mistakes=worst,
+    )  # fmt: skip
 
 
 def _predict(
-    config: TrainConfig, state: dict[str, Any], path: Path, images: ImageSet, reporter: Reporter
-) -> Predictions:
+    config: TrainConfig, state: dict[str, Any], path: Path, images: ImageSet, mistakes: int, reporter: Reporter
+) -> tuple[Predictions, tuple[Mistake, ...]]:
     fabric = build_fabric(config.device, config.precision)
     network = build_network(config, len(state["classes"]))
     load_network(network, state, path)
@@ -162,4 +139,6 @@ def _predict(
     )
     forward = evaluation_pass(fabric, network, channels_last)
     with reporter.task("evaluate", len(images)) as task:
-        return predict(network, forward, batches, images.samples, state["classes"], advance=task.advance)
+        found = predict(network, forward, batches, images.samples, state["classes"], advance=task.advance)
+    worst = find_mistakes(network, forward, images, found, mistakes) if mistakes and is_first_process() else ()
+    return found, worst

@@ -56,10 +56,15 @@ def save_figure(figure: Any, path: str | os.PathLike[str] | None) -> bytes:
 
 def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
     """Confusion matrix, counts and row shares; PNG bytes, and a file if `path` is given."""
+    figure = new_figure(*((4.4, 3.6) if len(predictions.classes) <= 3 else (6.9, 6.4)))
+    draw_confusion(figure.subplots(), predictions, "Confusion matrix")
+    return save_figure(figure, path)
+
+
+def draw_confusion(axes: Any, predictions: Predictions, title: str) -> None:
+    """The confusion matrix, counts and row shares, on `axes`."""
     counts = confusion_matrix(predictions)
     classes = len(predictions.classes)
-    figure = new_figure(*((4.4, 3.6) if classes <= 3 else (6.9, 6.4)))
-    axes = figure.subplots()
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     for row, column in product(range(classes), repeat=2):
@@ -71,11 +76,10 @@ def confusion_picture(predictions: Predictions, path: str | os.PathLike[str] | N
     turn = {"rotation": 40, "ha": "right"} if classes > 3 else {}
     axes.set_xticks(range(classes), names, **turn)
     axes.set_yticks(range(classes), names)
-    axes.set(xlabel="predicted", ylabel="true", title="Confusion matrix")
+    axes.set(xlabel="predicted", ylabel="true", title=title)
     style_axes(axes, grid=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return save_figure(figure, path)
 
 
 def roc_picture(predictions: Predictions, path: str | os.PathLike[str] | None = None) -> bytes:
@@ -134,19 +138,20 @@ def before_after_picture(
     figure = new_figure(1.45 * columns + 0.3, 3.3)
     grid = figure.subplots(2, columns, squeeze=False)
     if target is not None:
-        _show(grid[0][0], target)
+        draw_image(grid[0][0], target)
         grid[0][0].set_title("stain target", size=8, color=INK)
         grid[1][0].set_visible(False)
     for column, (title, *images) in enumerate(pairs, shift):
         for row, image in enumerate(images):
-            _show(grid[row][column], image)
+            draw_image(grid[row][column], image)
         grid[0][column].set_title(title, size=8, color=INK)
     for row, name in enumerate(("before", "after")):
         grid[row][shift].set_ylabel(name, size=9, color=INK)
     return save_figure(figure, path)
 
 
-def _show(axes: Any, image: Tensor) -> None:
+def draw_image(axes: Any, image: Tensor) -> None:
+    """An image uint8 [3, H, W] on `axes`, without ticks."""
     axes.imshow(image.permute(1, 2, 0).numpy())
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,17 @@ from torch import Tensor, nn
 from ernet_fast.console.atomic_file import write_csv
 from ernet_fast.data import Sample
 from ernet_fast.train.device import world_size
+
+_COLUMNS = ("image", "patient", "magnification", "true", "predicted")
+_PROBABILITY = "p_"
+
+
+class _Recorded(Sample):
+    """A sample of a file of predictions: `path` is its name with a suffix, folders included where names have them."""
+
+    @property
+    def name(self) -> str:
+        return os.fspath(self.path.with_suffix(""))
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,44 @@ class Predictions:
         return float(-true.clamp_min(1e-12).log().mean())
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
-        """One line an image: name, patient, magnification, true and predicted class, probability of each class."""
-        rows: list[list[Any]] = [["image", "patient", "magnification", "true", "predicted"]]
-        rows[0] += [f"p_{name}" for name in self.classes]
+        """One line an image: name, patient, magnification, true and predicted class, probability of each class, with
+        all digits: `read_csv` gives the same numbers.
+        """
+        rows: list[list[Any]] = [[*_COLUMNS, *(f"{_PROBABILITY}{name}" for name in self.classes)]]
         for sample, guess, row in zip(self.samples, self.predicted.tolist(), self.probabilities.tolist(), strict=True):
             names = self.classes[sample.label], self.classes[guess]
-            rows.append([sample.path.name, sample.patient, sample.magnification, *names, *(f"{p:.6f}" for p in row)])
+            image = sample.name + sample.path.suffix
+            rows.append([image, sample.patient, sample.magnification, *names, *map(repr, row)])
         write_csv(path, rows)
+
+    @classmethod
+    def read_csv(cls, path: str | os.PathLike[str]) -> Predictions:
+        """The inverse of `write_csv`. Its samples know name, class, patient and magnification, and no more.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it is no such table; the message names file and line.
+        """
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.reader(file)
+            header = next(table, [])
+            names = header[len(_COLUMNS) :]
+            if tuple(header[: len(_COLUMNS)]) != _COLUMNS or not names or not all(n.startswith("p_") for n in names):
+                raise ValueError(f"{os.fspath(path)!r} is no predictions.csv: its columns are {', '.join(header)}.")
+            classes = tuple(name.removeprefix(_PROBABILITY) for name in names)
+            samples, rows = [], []
+            for number, row in enumerate(table, 2):
+                try:
+                    image, patient, magnification, true, _ = row[: len(_COLUMNS)]
+                    where = {"patient": patient, "magnification": int(magnification), "slide": "", "sequence": ""}
+                    samples.append(_Recorded(path=Path(image), label=classes.index(true), subtype="", **where))  # type: ignore[arg-type]
+                    rows.append([float(text) for text in row[len(_COLUMNS) :]])
+                    if len(rows[-1]) != len(classes):
+                        raise ValueError(f"it has {len(rows[-1])} probabilities of {len(classes)} classes")
+                except ValueError as error:
+                    raise ValueError(f"{os.fspath(path)!r}, line {number}: {error}.") from error
+        table_of = torch.tensor(rows, dtype=torch.float64).view(len(rows), len(classes))
+        return cls(table_of, tuple(samples), classes)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 
 from ernet_fast import demo
 from ernet_fast.cli import demo as demo_command
-from ernet_fast.demo import timing
+from ernet_fast.demo import nuclei_tour, timing
 from ernet_fast.demo.pace import affordable_epochs
 from ernet_fast.train import TrainConfig, report
 
@@ -77,10 +77,15 @@ def test_report_is_one_file(small_demo):
         "Not for diagnostic use",
         "torch 2",
         "Speed",
+        "Nuclei",
         "one thread",
+        "bootstrap resamples of patients",
     ):
         assert part in text, part
-    assert page.tags.count("img") == 4, "before and after, history, confusion matrix, ROC"
+    pictures = 7 + bool(small_demo.figures["evaluation"]["mistakes"])
+    assert page.tags.count("img") == pictures, (
+        "before and after, nuclei of both classes, history, confusion matrix, ROC, its bands, mistakes"
+    )
 
 
 def test_demo_leaves_pictures_and_figures(small_demo):
@@ -163,3 +168,12 @@ def test_report_escapes_everything(tmp_path):
     path = report.write_report(tmp_path / "deep" / "r.html", title=nasty, subtitle=nasty, blocks=blocks, footer=nasty)
     page = assert_self_contained(path.read_text(encoding="utf-8"))
     assert "script" not in page.tags and " ".join(page.text).count(nasty) >= 15
+
+
+def test_without_scikit_image_the_report_says_why_there_are_no_nuclei(monkeypatch):
+    def missing(module, **_):
+        raise ImportError(f"{module.split('.')[0]} is needed")
+
+    monkeypatch.setattr(nuclei_tour, "require", missing)
+    tour = nuclei_tour.show_nuclei([])
+    assert tour.reason == "skimage is needed" and not tour.rows and not tour.pictures

@@ -18,11 +18,22 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_version_and_help(call):
     assert call("--version").out.strip() == f"ernet_fast {ernet_fast.__version__}"
     top = call("--help")
-    assert top.code == 0 and all(
-        name in top.out for name in ("demo", "train", "evaluate", "export", "normalize", "doctor")
+    names = (
+        "demo",
+        "train",
+        "evaluate",
+        "predict",
+        "attend",
+        "export",
+        "normalize",
+        "segment",
+        "data",
+        "bench",
+        "doctor",
     )
-    for name in ("demo", "train", "evaluate", "export", "normalize", "doctor"):
-        shown = call(name, "--help")
+    assert top.code == 0 and all(name in top.out for name in names)
+    for name in names:
+        shown = call(*(("data", "verify") if name == "data" else (name,)), "--help")
         assert shown.code == 0 and "--debug" in shown.out and "usage: ernet-fast" in shown.out
 
 

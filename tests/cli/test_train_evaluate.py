@@ -111,15 +111,31 @@ def test_evaluate_json_is_pure_and_complete(call, trained, tiny_breakhis, tmp_pa
     assert len(rows) == figures["overall"]["images"]
     right = sum(row["true"] == row["predicted"] for row in rows) / len(rows)
     assert right == pytest.approx(figures["overall"]["accuracy"], abs=1e-6)
-    assert all(float(row["p_benign"]) + float(row["p_malignant"]) == pytest.approx(1, abs=2e-6) for row in rows)
-    for name in ("confusion_matrix.png", "roc.png"):
-        assert (tmp_path / "evaluation" / name).read_bytes().startswith(b"\x89PNG")
+    assert all(float(row["p_benign"]) + float(row["p_malignant"]) == pytest.approx(1) for row in rows)
+    for name, value in figures["overall"].items():
+        bounds = figures["intervals"]["overall"].get(name)
+        assert bounds is None or bounds[0] <= value <= bounds[1], name
+    for name in (
+        "confusion_matrix", "confusion_by_magnification", "roc", "roc_bands", "reliability", "mistakes", "history"
+    ):  # fmt: skip
+        assert (tmp_path / "evaluation" / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    page = (tmp_path / "evaluation" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 7 and 'src="http' not in page and "Table 1" in page and "25.58" not in page
+    worst = figures["mistakes"]
+    assert 0 < len(worst) <= 8 and all(fact["true"] != fact["predicted"] for fact in worst)
+    assert [fact["p_true"] for fact in worst] == sorted(fact["p_true"] for fact in worst)
+    assert worst[0]["image"] in page and f"seed={figures['settings']['seed']}" in page
+    assert figures["environment"]["packages"]["torch"] == torch.__version__
 
 
 def test_evaluate_table(call, trained):
     called = call("evaluate", trained.best_checkpoint, "--patients", "--magnifications", 200)
     assert called.code == 0 and "recall" in called.out and "200X" in called.out and "100X" not in called.out
     assert "patient recognition rate" in called.out and "90" in called.out
+    assert "95 % intervals: 2000 bootstrap resamples of patients" in called.out and "patient AUC" in called.out
+    without = call("evaluate", trained.best_checkpoint, "--resamples", 0)
+    assert without.code == 0 and "intervals" not in without.out
+    assert call("evaluate", trained.best_checkpoint, "--resamples", 5).code == 2
 
 
 def test_evaluate_limits_and_damage(call, trained, tmp_path, tiny_breakhis):

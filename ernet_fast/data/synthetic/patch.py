@@ -8,14 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernet_fast.data.layout import MAGNIFICATIONS, SUBTYPES
+from ernet_fast.data.pixel_size import breakhis_mpp
 from ernet_fast.data.synthetic.nuclei import Nuclei, paint_nuclei
 from ernet_fast.data.synthetic.stain import StainProfile, beer_lambert, sample_stain
 from ernet_fast.data.synthetic.texture import Image, fractal_noise, smooth_noise
 from ernet_fast.data.synthetic.tissue import PROFILES, Tissue, TissueProfile, draw_tissue, nuclei_grid
 
-# A BreakHis image is 460 pixels high; at 200X a nucleus of 8 um is about 24 of them wide, in proportion elsewhere.
-_NATIVE_HEIGHT = 460
-_NATIVE_PIXEL_AT_1X = 0.33 * 200  # micrometres
 _SENSOR_NOISE = 1.2  # standard deviation, grey levels
 
 Field = NDArray[np.float64]
@@ -28,6 +26,8 @@ class SyntheticPatch(NamedTuple):
     concentrations: NDArray[np.float32]  # [2, H, W], of haematoxylin and eosin, before `stain.strength`
     stain: StainProfile
     nuclear_cover: NDArray[np.float32]  # [H, W], the share of each pixel that is nucleus
+    nuclei: Nuclei  # every nucleus that was painted, those that reach into the field from outside included
+    mpp: float  # micrometres a pixel
 
 
 def generate_patch(
@@ -67,7 +67,7 @@ def generate_patch(
     if stain is None:
         stain = sample_stain(rng)
     shape = int(size[0]), int(size[1])
-    pixel = _NATIVE_PIXEL_AT_1X / magnification * _NATIVE_HEIGHT / shape[0]
+    pixel = breakhis_mpp(magnification, shape[0])
     profile = PROFILES[subtype]
     tissue = draw_tissue(rng, profile, shape, pixel)
     nuclei = _place_nuclei(rng, profile, tissue, pixel)
@@ -77,7 +77,7 @@ def generate_patch(
     if noise:
         light += np.float32(noise) * rng.standard_normal(light.shape, dtype=np.float32)
     image = np.clip(light + np.float32(0.5), 0, 255).astype(np.uint8)
-    return SyntheticPatch(image, concentrations, stain, cover)
+    return SyntheticPatch(image, concentrations, stain, cover, nuclei, pixel)
 
 
 def _place_nuclei(rng: np.random.Generator, profile: TissueProfile, tissue: Tissue, pixel: float) -> Nuclei:
