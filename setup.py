@@ -187,20 +187,22 @@ class NinjaBuild(build_ext):
         """Build, or say why not and leave the package to run on its reference implementation."""
         refuse_musl()
         if sys.platform != "linux":
-            print(f"ernet_fast: the compiled operators are for Linux; installing without them on {sys.platform}.")
-            self.extensions.clear()
-            return
-        if find_compiler() is None:
+            self._leave_out(f"the compiled operators are for Linux; installing without them on {sys.platform}.")
+        elif find_compiler() is None:
             if os.environ.get("ERNET_CUDA") == "1":
                 raise SystemExit("ernet_fast: ERNET_CUDA=1 but there is no C++ compiler. Install g++ or clang++.")
-            print(
-                "ernet_fast: no C++ compiler found; installing without the compiled operators. The package will run on "
-                "its slow reference implementation. To fix: install g++ or clang++, then install ernet_fast again.",
-                file=sys.stderr,
+            self._leave_out(
+                "no C++ compiler found; installing without the compiled operators. The package will run on its slow "
+                "reference implementation. To fix: install g++ or clang++, then install ernet_fast again."
             )
-            self.extensions.clear()
-            return
-        super().run()
+        else:
+            super().run()
+
+    def _leave_out(self, why: str) -> None:
+        print(f"ernet_fast: {why}", file=sys.stderr)
+        for extension in self.extensions:  # one of a build before would be packed
+            (Path(self.build_lib) / self.get_ext_filename(extension.name.replace(".", os.sep))).unlink(missing_ok=True)
+        self.extensions.clear()
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link the extension with ninja."""

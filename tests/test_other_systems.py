@@ -78,6 +78,7 @@ from setuptools import Distribution, Extension
 distribution = Distribution({{"name": "x", "version": "1", "ext_modules": [Extension("ernet_fast.libernet", [])]}})
 command = script["NinjaBuild"](distribution)
 command.ensure_finalized()
+command.build_lib = {folder!r}
 command.run()
 wheel = script["LibraryWheel"](distribution)
 wheel.ensure_finalized()
@@ -85,29 +86,36 @@ print(wheel.get_tag())
 """
 
 
-def set_up(system: str, lacks: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    code = SETUP.format(system=system, lacks=lacks)
+def set_up(
+    folder: Path, system: str, lacks: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    code = SETUP.format(system=system, lacks=lacks, folder=str(folder))
     variables = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
-def test_setup_installs_the_python_code_alone_elsewhere(platform):
-    done = set_up(f"sys.platform = {platform!r}", lacks=["fcntl"])
+def test_setup_installs_the_python_code_alone_elsewhere(platform, tmp_path):
+    done = set_up(tmp_path, f"sys.platform = {platform!r}", lacks=["fcntl"])
     assert done.returncode == 0, done.stderr
-    assert "compiled operators are for Linux" in done.stdout and "('py3', 'none', 'any')" in done.stdout
+    assert "compiled operators are for Linux" in done.stderr and "('py3', 'none', 'any')" in done.stdout
 
 
 def test_setup_without_a_compiler_installs_the_python_code_alone(tmp_path):
-    done = set_up("", PATH=str(tmp_path), CXX="")
+    left = tmp_path / "ernet_fast" / "libernet.so"  # of a build before
+    left.parent.mkdir()
+    left.touch()
+    done = set_up(tmp_path, "", PATH=str(tmp_path), CXX="")
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler found" in done.stderr and "('py3', 'none', 'any')" in done.stdout
+    assert not left.exists()
 
 
-def test_setup_refuses_musl_with_a_sentence():
+def test_setup_refuses_musl_with_a_sentence(tmp_path):
     done = set_up(
+        tmp_path,
         "find = sysconfig.get_config_var\n"
-        "sysconfig.get_config_var = lambda name: 'cpython-312-x86_64-linux-musl' if name == 'SOABI' else find(name)"
+        "sysconfig.get_config_var = lambda name: 'cpython-312-x86_64-linux-musl' if name == 'SOABI' else find(name)",
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("ernet_fast: this Python uses musl (Alpine Linux)")
