@@ -13,29 +13,38 @@ torch >= 2.11 and the test packages; else a virtual environment `.venv` is made 
     lint           ruff, clang-format, mypy
     kernels        build the CUDA code for every architecture and check registers, stack and spills of each kernel
     gpu   [ARGS]   on a machine with an NVIDIA GPU: build for it, test every kernel on it, record what was found
+    wheel [ARGS]   the source archive and a manylinux wheel in dist/, checked, installed and tried
+    installs [WAY] every way to install that the documents name, in environments of their own
+    compat [ARGS]  the tests of the same binary under another torch, with the real torchvision and timm (5.5 GB)
+    docs  [ARGS]   the pages of docs/ as a site in build/site; --serve shows it
 
 Environment: ERNET_VENV (folder of the virtual environment, default .venv); ERNET_CUDA, ERNET_CUDA_ARCHS, MAX_JOBS (see
-setup.py). Without a GPU, `demo`, `test` and `bench` build no GPU code unless one of the two is set.
+setup.py). Where torch has no CUDA nothing builds GPU code unless one of the two is set; without a GPU, `demo`, `test`
+and `bench` do not either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 REQUIREMENTS = ROOT / "requirements-dev.txt"
-COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu")
+RELEASE = ROOT / "requirements-release.txt"  # of wheel, installs and docs
+COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu", "wheel", "installs", "compat", "docs")
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
 # the tests themselves.
-BUILD = ("torch", "numpy", "pybind11", "ninja", "setuptools")
+BUILD = ("torch", "numpy", "ninja", "setuptools")
 TRAIN = ("lightning_fabric", "torchmetrics", "matplotlib", "PIL", "rich")
 NEEDS = {
     "build": BUILD,
@@ -47,6 +56,20 @@ NEEDS = {
     "report": (*BUILD, "matplotlib"),
     "lint": (*BUILD, "ruff", "mypy", "clang_format"),
     "kernels": (*BUILD, "triton"),
+    "wheel": (*BUILD, "wheel", "auditwheel"),
+    "installs": (*BUILD, "wheel", "auditwheel"),
+    "docs": (*BUILD, "mkdocs", "material", "mkdocstrings"),
+    "compat": BUILD,
+}
+
+
+# What runs without a build before it.
+SCRIPTS = {
+    "gpu": "bench/gpu_check.py",
+    "report": "bench/report.py",
+    "wheel": ".ci/build_wheel.py",
+    "installs": ".ci/installs.py",
+    "docs": ".ci/docs.py",
 }
 
 
@@ -72,28 +95,63 @@ def venv_folder() -> Path:
     return Path(os.environ.get("ERNET_VENV", ROOT / ".venv")).resolve()
 
 
-def make_venv() -> Path:
-    """Make the virtual environment, or bring it up to date; returns its Python."""
+def make_venv(meanwhile: Callable[[str], None] | None = None) -> Path:
+    """Make the virtual environment, or bring it up to date; returns its Python.
+
+    `meanwhile` is called with it once it has what a build needs, while the rest is fetched.
+    """
     folder = venv_folder()
     python = folder / "bin" / "python"
     stamp = folder / "requirements.sha256"
     wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
-    print(f"Setting up {folder} from {REQUIREMENTS.name} (once; torch is large)", flush=True)
+    print(f"Setting up {folder} from {REQUIREMENTS.name} (once; 3 GB on disk, with CUDA 6 GB)", flush=True)
     if not python.exists():
-        run([sys.executable, "-m", "venv", str(folder)], "making a virtual environment (is python3-venv installed?)")
+        with step("virtual environment"):
+            run([sys.executable, "-m", "venv", str(folder)], "making a virtual environment (is python3-venv missing?)")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    first = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("torch=="))
-    run([*pip, first], f"installing {first}")
-    run([*pip, "-r", str(REQUIREMENTS)], f"installing {REQUIREMENTS.name}")
+    first = re.findall(r"^(?:torch|setuptools|wheel|ninja)==\S+$", REQUIREMENTS.read_text(), re.MULTILINE)
+    with step(f"installing {' '.join(first)}"):
+        run([*pip, *first], f"installing {' '.join(first)}")
+    with step("installing the other packages" + (", and compiling" if meanwhile else "")):
+        with subprocess.Popen([*pip, "-r", str(REQUIREMENTS)], cwd=ROOT) as others:
+            try:
+                if meanwhile:
+                    meanwhile(str(python))
+            except BaseException:
+                others.terminate()
+                raise
+        ended(others.returncode, f"installing {REQUIREMENTS.name}")
     stamp.write_text(wanted)
     return python
 
 
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Say what is done, and how long it took."""
+    start = time.perf_counter()
+    print(f"  {what} ...", flush=True)
+    yield
+    print(f"  {what}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def add_release_tools(python: str) -> None:
+    """Bring what `wheel`, `installs` and `docs` need besides into the virtual environment."""
+    stamp, wanted = venv_folder() / "release.sha256", hashlib.sha256(RELEASE.read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        with step(f"installing {RELEASE.name}"):
+            run([python, "-m", "pip", "install", "--quiet", "-r", str(RELEASE)], f"installing {RELEASE.name}")
+        stamp.write_text(wanted)
+
+
 def run(command: Sequence[str], doing: str, environment: dict[str, str] | None = None) -> None:
     """Run a command; end with its exit code and what was being done if it fails."""
-    code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    ended(subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode, doing)
+
+
+def ended(code: int, doing: str) -> None:
+    """End with a command's exit code and what was being done if it failed."""
     if code:
         print(f"dev.py: failed while {doing} (exit code {code}).", file=sys.stderr)
         raise SystemExit(code if code > 0 else 1)
@@ -115,19 +173,24 @@ def gpu_present() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def choose_python(command: str) -> str:
+def choose_python(command: str, meanwhile: Callable[[str], None] | None = None) -> str:
     """The interpreter for `command`: this one where it has what is needed, else that of the virtual environment."""
     lacking = missing(command)
     if not lacking:
         return sys.executable
     if command == "gpu":
         raise SystemExit(f"dev.py gpu uses this interpreter's own torch; {sys.executable} lacks {', '.join(lacking)}.")
-    return str(make_venv())
+    python = str(make_venv(meanwhile))
+    if command in ("wheel", "installs", "docs"):
+        add_release_tools(python)
+    return python
 
 
 def what_to_build(command: str) -> dict[str, str]:
     """Variables for setup.py: code for GPUs takes minutes, and is left out where none could run it and nobody asks."""
-    asked = command in ("build", "kernels") or {"ERNET_CUDA", "ERNET_CUDA_ARCHS"} & {*os.environ}
+    if command in ("kernels", "wheel"):
+        return {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "75;80;86;90a;100;120")}
+    asked = command == "build" or {"ERNET_CUDA", "ERNET_CUDA_ARCHS"} & {*os.environ}
     return {} if asked or gpu_present() else {"ERNET_CUDA": "0"}
 
 
@@ -163,16 +226,17 @@ def main(arguments: Sequence[str]) -> int:
         print("dev.py gpu: no NVIDIA GPU here; nothing was built, run or recorded.")
         return 1
     simulated = command == "gpu" and "--simulate" in rest  # needs no driver, so no particular torch
-    python, environment = choose_python("gpu --simulate" if simulated else command), project_environment()
-    if command == "lint":
-        lint(python)
-        return 0
-    if command in ("gpu", "report"):
-        script = {"gpu": "bench/gpu_check.py", "report": "bench/report.py"}[command]
-        return subprocess.run([python, script, *rest], cwd=ROOT, env=environment, check=False).returncode
-    if command == "kernels":
-        environment |= {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "75;80;86;90a;100;120")}
+    environment = project_environment()
+    if command in SCRIPTS or command == "lint":
+        python = choose_python("gpu --simulate" if simulated else command)
+        if command == "wheel":
+            environment |= what_to_build(command)
+        if command == "lint":
+            lint(python)
+            return 0
+        return subprocess.run([python, SCRIPTS[command], *rest], cwd=ROOT, env=environment, check=False).returncode
     environment |= what_to_build(command)
+    python = choose_python(command, lambda python: build(python, environment))
     build(python, environment)
     if command == "build":
         return 0
@@ -184,6 +248,7 @@ def main(arguments: Sequence[str]) -> int:
         "demo": [python, "-m", "ernet_fast", "demo", *rest],
         "test": [python, "-m", "pytest", *workers(python, rest), *rest],
         "bench": [python, "bench/measure.py", *rest],
+        "compat": [python, ".ci/compat.py", *rest],
     }
     return subprocess.run(runs[command], cwd=ROOT, env=environment, check=False).returncode
 
@@ -192,8 +257,12 @@ def workers(python: str, rest: Sequence[str]) -> list[str]:
     """Arguments that spread all tests over processes, where pytest-xdist is installed and `rest` does not say how."""
     if any(x.startswith(("-n", "--numprocesses", "--pdb")) or (ROOT / x.partition("::")[0]).exists() for x in rest):
         return []
-    found = subprocess.run([python, "-c", "import xdist"], capture_output=True, check=False).returncode == 0
-    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"] if found else []
+    new_enough = "from importlib.metadata import version; print(*version('pytest-xdist').split('.')[:2])"
+    found = subprocess.run([python, "-c", new_enough], capture_output=True, text=True, check=False).stdout.split()
+    if [int(number) for number in found] < [3, 7]:
+        return []
+    # in the order of tests/conftest.py: a file that takes long and comes last would keep one core busy alone
+    return ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 if __name__ == "__main__":

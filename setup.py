@@ -1,18 +1,26 @@
-"""Builds the one extension `ernet_fast._C`: C++ for the CPU, and CUDA wherever nvcc is found (no GPU needed).
+"""Builds the one library, `ernet_fast/libernet.so`: C++ for the CPU, and CUDA where nvcc is found and torch has CUDA.
+
+The library knows nothing of Python and uses the stable ABI of torch, so that one binary serves every Python and every
+torch from 2.11 on. No GPU is needed to build. Only Linux has it; elsewhere the Python code is installed alone.
 
 Environment variables
-    ERNET_CUDA        auto (default: build the CUDA code if nvcc is found) | 0 (never) | 1 (fail without nvcc)
+    ERNET_CUDA        auto (default: build the CUDA code if nvcc is found, and torch has CUDA or ERNET_CUDA_ARCHS is
+                      set) | 0 (never) | 1 (fail without nvcc)
     ERNET_CUDA_ARCHS  e.g. "80;90a". Default: the architecture of the GPU at hand, else 75;80;86;90a;100;120
+    ERNET_ISAS        e.g. "avx2": the instruction sets to compile the loops for, besides portable; default all. For
+                      development: a changed loop is compiled once or twice instead of four times
+    ERNET_OPTIMIZE    0 to 3 (default): how far g++ optimises. 0, for trying changes, compiles eight times as fast into
+                      a folder of its own, and gives a slow library
     MAX_JOBS          compilers at a time (default: the number of cores)
-    CXX, CUDA_HOME    the C++ compiler, the CUDA toolkit
+    CXX, CUDA_HOME    the C++ compiler, which ccache serves where it is on the PATH; the CUDA toolkit
     ERNET_SANITIZE    e.g. "address,undefined": build with these sanitizers (for tests of the library itself)
     ERNET_WERROR      1: warnings of the C++ compiler are errors (continuous integration)
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import fcntl
 import importlib.util
 import os
 import platform
@@ -22,10 +30,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1, with which builds in place work; wheels want what pyproject.toml asks for
+    from setuptools import Command as bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -44,14 +58,41 @@ SAME_BITS = ["-ffp-contract=off"]
 SIMD_FOLDERS = {"avx512vbmi": ("macenko/cpu/simd",)}
 
 
-def torch_location() -> tuple[Path, str]:
-    """Folder and version of torch, found without importing it (an import would cost every build two seconds)."""
+def refuse_musl() -> None:
+    """End with a sentence where this Python uses musl."""
+    if "musl" in (sysconfig.get_config_var("SOABI") or ""):
+        raise SystemExit(
+            "ernet_fast: this Python uses musl (Alpine Linux), for which there is no PyTorch. Use a system with glibc, "
+            "such as the image python:3.12-slim."
+        )
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """The instruction sets to compile the loops for, with their flags: all, or those of ERNET_ISAS and portable."""
+    wanted = {*re.findall(r"\w+", os.environ.get("ERNET_ISAS", ""))} or {*ISA_FLAGS}
+    if unknown := wanted - {*ISA_FLAGS}:
+        raise SystemExit(f"ernet_fast: ERNET_ISAS names {', '.join(sorted(unknown))}; expected {', '.join(ISA_FLAGS)}.")
+    wanted |= {"portable"} | ({"avx512"} if "avx512vbmi" in wanted else set())  # whose ER loops it uses
+    return {isa: flags for isa, flags in ISA_FLAGS.items() if isa in wanted}
+
+
+def optimization() -> str:
+    """The level of g++'s optimisation."""
+    level = os.environ.get("ERNET_OPTIMIZE") or "3"
+    if level not in ("0", "1", "2", "3"):
+        raise SystemExit(f"ernet_fast: ERNET_OPTIMIZE={level!r}; expected 0, 1, 2 or 3.")
+    return level
+
+
+def torch_location() -> tuple[Path, str, bool]:
+    """Folder and version of torch and whether it has CUDA, without an import, which would cost every build seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("ernet_fast: torch is needed to build. Install it first: pip install torch==2.13.0")
     folder = Path(spec.submodule_search_locations[0])
-    found = re.search(r"__version__ = '([^']+)'", (folder / "version.py").read_text())
-    return folder, found.group(1) if found else "unknown"
+    text = (folder / "version.py").read_text()
+    found = re.search(r"__version__ = '([^']+)'", text)
+    return folder, found.group(1) if found else "unknown", re.search(r"^cuda\b.*= '", text, re.MULTILINE) is not None
 
 
 def find_compiler() -> str | None:
@@ -65,12 +106,13 @@ def find_compiler() -> str | None:
     return None
 
 
-def find_nvcc() -> str | None:
+def find_nvcc(torch_has_cuda: bool) -> str | None:
     """nvcc, as ERNET_CUDA asks: None where the CUDA code is not to be built."""
     wanted = os.environ.get("ERNET_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"ernet_fast: ERNET_CUDA={wanted!r}; expected auto, 0 or 1.")
-    if wanted == "0":
+    asked = wanted == "1" or bool(os.environ.get("ERNET_CUDA_ARCHS"))
+    if wanted == "0" or not (asked or torch_has_cuda):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [Path(home) / "bin" / "nvcc"] if home else []
@@ -116,36 +158,70 @@ def cuda_archs() -> list[str]:
     return archs
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Two builds at once in one folder would ruin ninja's log for good: the second waits."""
+    import fcntl  # which Windows has not
+
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class LibraryWheel(bdist_wheel):
+    """A wheel for every Python 3, as its library knows nothing of Python; for every system where it has none."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tags of Python, ABI and system."""
+        return "py3", "none", super().get_tag()[2] if self.distribution.ext_modules else "any"
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it: unchanged trees build in no time, and each .cu is given to nvcc directly."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """The library's file, named alike for every Python."""
+        return f"{fullname.replace('.', os.sep)}.so"
+
     def run(self) -> None:
-        """Build, or say how to get a compiler and leave the package to run on its reference implementation."""
-        if find_compiler() is None:
+        """Build, or say why not and leave the package to run on its reference implementation."""
+        refuse_musl()
+        if sys.platform != "linux":
+            self._leave_out(f"the compiled operators are for Linux; installing without them on {sys.platform}.")
+        elif find_compiler() is None:
             if os.environ.get("ERNET_CUDA") == "1":
                 raise SystemExit("ernet_fast: ERNET_CUDA=1 but there is no C++ compiler. Install g++ or clang++.")
-            print(
-                "ernet_fast: no C++ compiler found; installing without the compiled operators. The package will run on "
-                "its slow reference implementation. To fix: install g++ or clang++, then install ernet_fast again.",
-                file=sys.stderr,
+            self._leave_out(
+                "no C++ compiler found; installing without the compiled operators. The package will run on its slow "
+                "reference implementation. To fix: install g++ or clang++, then install ernet_fast again."
             )
-            self.extensions.clear()
-            return
-        super().run()
+        else:
+            super().run()
+
+    def _leave_out(self, why: str) -> None:
+        print(f"ernet_fast: {why}", file=sys.stderr)
+        for extension in self.extensions:  # one of a build before would be packed
+            (Path(self.build_lib) / self.get_ext_filename(extension.name.replace(".", os.sep))).unlink(missing_ok=True)
+        self.extensions.clear()
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link the extension with ninja."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve() / ("sanitize" if os.environ.get("ERNET_SANITIZE") else "release")
+        # one folder for every Python and every kind of install: a second one compiles nothing anew
+        kind = "sanitize" if os.environ.get("ERNET_SANITIZE") else "release"
+        folder = ROOT / "build" / f"temp.{sysconfig.get_platform()}" / kind
+        if optimization() != "3":
+            folder = ROOT / "build" / f"quick.O{optimization()}" / kind
         folder.mkdir(parents=True, exist_ok=True)
-        script = NinjaScript(folder, target, self.distribution.get_version()).text()
+        script = NinjaScript(folder, target, self.distribution.get_version())
         path = folder / "build.ninja"
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once in one folder would ruin ninja's log for good
-            if not path.exists() or path.read_text() != script:
-                path.write_text(script)
+        print(f"ernet_fast: building for {script.described()}, {jobs} compilers at a time", flush=True)
+        with alone(folder):
+            text = script.text()
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
             subprocess.run([*ninja_command(), "-f", str(path), "-j", jobs, "--quiet"], cwd=ROOT, check=True)
 
 
@@ -164,30 +240,37 @@ class NinjaScript:
 
     def __init__(self, folder: Path, target: Path, version: str) -> None:
         self.folder, self.target, self.version = folder, target, version
-        self.torch, self.torch_version = torch_location()
+        self.torch, self.torch_version, torch_has_cuda = torch_location()
         self.cxx = find_compiler()
-        self.nvcc = find_nvcc()
+        self.nvcc = find_nvcc(torch_has_cuda)
         self.archs = cuda_archs() if self.nvcc else []
+        self.isas = instruction_sets()
         self.objects: list[str] = []
         self.lines: list[str] = []
 
+    def described(self) -> str:
+        """What the library will run on."""
+        cuda = f"CUDA {' '.join(self.archs)} (ERNET_CUDA=0 leaves it out)" if self.nvcc else "no CUDA"
+        return f"CPUs ({' '.join(self.isas)}), {cuda}"
+
     def text(self) -> str:
-        """The whole file."""
+        """The whole file. What takes longest comes first, so that no compiler is left alone at the end."""
         self._rules()
-        for source in sorted(CSRC.rglob("*.cpp")):
+        for source in by_size(CSRC.rglob("*.cu")) if self.nvcc else ():
+            self._compile(source, "nvcc", [])
+        for source in by_size(CSRC.rglob("*.cpp")):
             folder = source.parent.relative_to(CSRC)
             if folder.name == "simd" and len(folder.parts) > 1:
                 self._compile_per_isa(source, str(folder))
             elif folder.name == "cuda":
                 if self.nvcc:
                     toolkit = f"-isystem {self._toolkit() / 'include'}"
-                    self._compile(source, "cxx", [*SAME_BITS, "-DERNET_WITH_CUDA", toolkit])
-            elif source.name == "module.cpp":
+                    self._compile(source, "cxx", [*SAME_BITS, *self._torch(), "-DERNET_WITH_CUDA", toolkit])
+            elif source.name == "library.cpp":
                 self._compile(source, "cxx", [*self._definitions(), *(["-DERNET_WITH_CUDA"] if self.nvcc else [])])
             else:
-                self._compile(source, "cxx", [*SAME_BITS, *(f"-DERNET_HAS_{isa.upper()}" for isa in ISA_FLAGS)])
-        for source in sorted(CSRC.rglob("*.cu")) if self.nvcc else ():
-            self._compile(source, "nvcc", [])
+                isas = [f"-DERNET_HAS_{isa.upper()}" for isa in self.isas]
+                self._compile(source, "cxx", [*SAME_BITS, *self._torch(), *isas])
         self.lines.append(f"build {escape(self.target)}: link {' '.join(self.objects)}")
         return "\n".join(self.lines) + "\n"
 
@@ -195,11 +278,9 @@ class NinjaScript:
         sanitize = os.environ.get("ERNET_SANITIZE")
         san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
         werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
-        python_include = sysconfig.get_paths()["include"]
-        pybind_include = self._pybind_include()
-        include = f"-I{CSRC} -isystem {pybind_include} -isystem {self.torch / 'include'} -isystem {python_include}"
-        common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -DTORCH_TARGET_VERSION={TARGET_TORCH}"
-        common += f" -ffile-prefix-map={ROOT}/="  # no build folder in error messages
+        # not for nvcc: of several architectures ccache looks at one, and takes code changed for another for known
+        launcher = "ccache " if shutil.which("ccache") and "ccache" not in str(self.cxx) else ""
+        common = f"-O{optimization()} -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -I{CSRC.name}"
         links = f"-L{self.torch / 'lib'} -ltorch_cpu"
         if self.nvcc:
             links += f" {self._library('libcudart_static.a')} -ldl -lrt -lpthread"
@@ -211,7 +292,7 @@ class NinjaScript:
             "ninja_required_version = 1.8",
             f"builddir = {escape(self.folder)}",
             "rule cxx",
-            f"  command = {self.cxx} {common}{san} {include} $extra -MMD -MF $out.d -c $in -o $out",
+            f"  command = {launcher}{self.cxx} {common}{san} $extra -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
@@ -219,8 +300,7 @@ class NinjaScript:
             # code says so and nowhere else, so that every kernel rounds as the C++ of the CPU does. The binary keeps
             # line numbers, for profilers and the counts of `dev.py kernels`; compressed, they cost little.
             f"  command = {self.nvcc} -O3 -std=c++17 -fmad=false {gencode} -lineinfo -Xfatbin=-compress-all "
-            f"-I{CSRC} "
-            "-Xcompiler -fPIC,-fvisibility=hidden "
+            f"-I{CSRC.name} -Xcompiler -fPIC,-fvisibility=hidden "
             "-Xptxas -warn-spills,-warn-lmem-usage,-Werror -Werror all-warnings -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -228,17 +308,8 @@ class NinjaScript:
             f"  command = {self.cxx} -shared{san} $in -o $out {links}",
         ]
 
-    def _pybind_include(self) -> Path:
-        """The headers of pybind11: the package's, else those that torch comes with."""
-        spec = importlib.util.find_spec("pybind11")
-        if spec is not None and spec.submodule_search_locations:
-            return Path(spec.submodule_search_locations[0]) / "include"
-        if (self.torch / "include" / "pybind11" / "pybind11.h").exists():
-            return self.torch / "include"
-        raise SystemExit("ernet_fast: pybind11 is needed to build. Install it: pip install pybind11")
-
     def _compile_per_isa(self, source: Path, folder: str) -> None:
-        for isa, flags in ISA_FLAGS.items():
+        for isa, flags in self.isas.items():
             if isa not in SIMD_FOLDERS or folder in SIMD_FOLDERS[isa]:
                 extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
                 self._compile(source, "cxx", extra, suffix=f".{isa}")
@@ -247,18 +318,21 @@ class NinjaScript:
         name = str(source.relative_to(CSRC)).replace(os.sep, "_")
         output = escape(self.folder / f"{name}{suffix}.o")
         self.objects.append(output)
-        self.lines += [f"build {output}: {rule} {escape(source)}", f"  extra = {' '.join(extra)}"]
+        self.lines += [f"build {output}: {rule} {escape(source.relative_to(ROOT))}", f"  extra = {' '.join(extra)}"]
 
     def _definitions(self) -> list[str]:
         values = {
             "ERNET_VERSION": self.version,
-            "ERNET_ISA_VARIANTS": ";".join(ISA_FLAGS),
+            "ERNET_ISA_VARIANTS": ";".join(self.isas),
             "ERNET_CUDA_ARCHS": ";".join(self.archs),
             "ERNET_TORCH_HEADERS": self.torch_version,
             "ERNET_SANITIZE": os.environ.get("ERNET_SANITIZE", ""),
         }
-        # the module takes nothing of torch, whose own pybind11 refuses to be included where the stable ABI is asked for
-        return ["-UTORCH_TARGET_VERSION", *(shlex.quote(f'-D{key}="{value}"') for key, value in values.items())]
+        return [shlex.quote(f'-D{key}="{value}"') for key, value in values.items()]
+
+    def _torch(self) -> list[str]:
+        """What sources need that include torch's headers."""
+        return [f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", f"-isystem {self.torch / 'include'}"]
 
     def _toolkit(self) -> Path:
         assert self.nvcc is not None
@@ -274,9 +348,17 @@ class NinjaScript:
         )
 
 
+def by_size(sources: Iterable[Path]) -> list[Path]:
+    """The largest first."""
+    return sorted(sources, key=lambda source: (-source.stat().st_size, source))
+
+
 def escape(path: Path) -> str:
     """A path as ninja reads it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-setup(ext_modules=[Extension("ernet_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("ernet_fast.libernet", sources=[])],
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": LibraryWheel},
+)

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ def faults(kernels: list[Kernel]) -> list[str]:
 
 def main() -> int:
     """Print the resources of all kernels and what is wrong with them; returns the exit code."""
-    objects = sorted(ROOT.glob("build/temp*/release/*.cu.o"))
+    objects = sorted(ROOT.glob(f"build/temp.{sysconfig.get_platform()}/release/*.cu.o"))
     if not objects:
         print("check_kernels: no CUDA objects; build with nvcc on the PATH.")
         return 1

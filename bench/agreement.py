@@ -59,7 +59,8 @@ def asking_for(plan: str) -> Iterator[None]:
     """Calls on a CUDA device take this plan; "" leaves it to the library."""
     from ernet_fast import _backend
 
-    set_plan = getattr(_backend.extension(), "set_macenko_plan", lambda plan: None)  # none without CUDA kernels
+    library = _backend.extension()
+    set_plan = (lambda plan: None) if library is None else library.set_macenko_plan
     set_plan(plan or "auto")
     try:
         yield

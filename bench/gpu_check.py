@@ -181,7 +181,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for a copy of the record, the table and the logs")
     parser.add_argument("--results", type=Path, help="folder of the record (default bench/results)")
     parser.add_argument("--logs", type=Path, help="folder of the logs (default: logs in --out, else build/gpu)")
-    parser.add_argument("--binary", type=Path, help="an _C*.so built with another torch, to be loaded under this one")
+    parser.add_argument(
+        "--binary", type=Path, help="a libernet.so built with another torch, to be loaded under this one"
+    )
     parser.add_argument("--wheels", type=Path, help="folder of wheels of other packages, to be measured without pip")
     parser.add_argument("--crops", type=Path, help="images to measure on, from bench/crops.py")
     parser.add_argument("--commit", help="the commit of this tree, where it came without its git history")

@@ -276,7 +276,7 @@ def foreign_binary(binary: Path | None, logs: Path, seconds: float) -> Row:
     """Load a binary that was built with another torch's headers, and run an operator of each device."""
     name = "binary built elsewhere"
     if binary is None:
-        return row_of(name, "skipped", "none given (--binary FILE, an _C*.so)")
+        return row_of(name, "skipped", "none given (--binary FILE, a libernet.so)")
     log = logs / "binary.log"
     code = call([sys.executable, "-c", FOREIGN, str(binary.resolve())], log, seconds)
     return row_of(name, "FAIL", why(code, log, seconds)) if code else row_of(name, "pass", last_lines(log, 1))

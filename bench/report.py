@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import er_tables
+import headline_tables
 import macenko_tables
 import model_tables
 import pictures
@@ -29,7 +30,8 @@ from record import ROOT
 from records import Records
 
 TABLES: dict[str, Callable[[Records], str]] = {
-    **target_tables.TABLES, **record_tables.TABLES, **er_tables.TABLES, **macenko_tables.TABLES, **model_tables.TABLES
+    **target_tables.TABLES, **record_tables.TABLES, **er_tables.TABLES, **macenko_tables.TABLES,
+    **model_tables.TABLES, **headline_tables.TABLES,
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.S)
 

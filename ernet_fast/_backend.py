@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
+import sys
 import warnings
 from typing import Any
+
+from ernet_fast._library import PATH, Library
 
 # Every operator of the compiled part, and its purpose.
 OPERATORS = {
@@ -33,35 +35,38 @@ OPERATORS = {
 }
 
 _FIX = "Install a C++ compiler (g++ or clang++) and install ernet_fast again: pip install --force-reinstall --no-deps ."
+_BUILT_HERE = sys.platform == "linux"
+_LINUX_ONLY = (
+    f"They are built for Linux (x86-64, arm64) alone; on {sys.platform} everything else works. To fix: use Linux, in "
+    "WSL or a container."
+)
 _AGAIN = "Install ernet_fast again: pip install --force-reinstall --no-build-isolation --no-deps ."
 
 
 @functools.lru_cache(maxsize=1)
-def _load() -> tuple[Any, str | None]:
-    """The module `ernet_fast._C` and None, or None and the reason for its absence."""
+def _load() -> tuple[Library | None, str | None]:
+    """The compiled library and None, or None and the reason for its absence."""
     if os.environ.get("ERNET_DISABLE_EXTENSION", "0") not in ("", "0"):
         return None, "ERNET_DISABLE_EXTENSION is set"
-    import torch  # the binary needs libtorch in the process
+    if not PATH.exists():
+        return None, f"ernet_fast was installed without its compiled operators. {_FIX if _BUILT_HERE else _LINUX_ONLY}"
+    import torch  # the library needs libtorch in the process
 
     try:
-        module = importlib.import_module("ernet_fast._C")
-    except ModuleNotFoundError as error:
-        if error.name != "ernet_fast._C":
-            return None, f"ernet_fast._C does not load: {error}"
-        return None, f"ernet_fast was installed without its compiled operators. {_FIX}"
-    except ImportError as error:
-        if re.match(r"ERNET_\w+=", str(error)):  # a mistake of the user's is no reason to go on slowly
-            raise ValueError(f"environment variable {error}") from None
-        return None, f"ernet_fast._C does not load: {error}. {_FIX}"
+        library = Library()
+    except OSError as error:
+        return None, f"{PATH.name} does not load: {error}. {_FIX if _BUILT_HERE else _LINUX_ONLY}"
+    except AttributeError as error:  # it lacks a function
+        return None, f"{PATH.name} is of another version than the Python code: {error}. {_AGAIN}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.ernet, name)]
     if missing:
         lacks = ", ".join(missing)
-        return None, f"ernet_fast._C is of another version than the Python code: it lacks {lacks}. {_AGAIN}"
-    return module, None
+        return None, f"{PATH.name} is of another version than the Python code: it lacks {lacks}. {_AGAIN}"
+    return library, None
 
 
-def extension() -> Any:
-    """The module `ernet_fast._C`, or None where it cannot be loaded."""
+def extension() -> Library | None:
+    """The compiled library, or None where it cannot be loaded."""
     return _load()[0]
 
 
@@ -76,21 +81,21 @@ def why_unavailable() -> str | None:
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the binary was built with (see `ernet_fast._C.build_info`), or None without one."""
-    module = extension()
-    return None if module is None else module.build_info()
+    """What the binary was built with (see `Library.build_info`), or None without one."""
+    library = extension()
+    return None if library is None else library.build_info()
 
 
 def caches() -> dict[str, Any] | None:
-    """The data caches that the compiled operators count on (see `ernet_fast._C.caches`), or None without them."""
-    module = extension()
-    return None if module is None else module.caches()
+    """The data caches that the compiled operators count on (see `Library.caches`), or None without them."""
+    library = extension()
+    return None if library is None else library.caches()
 
 
 def streaming() -> dict[str, Any] | None:
-    """How the compiled operators stream maps (see `ernet_fast._C.streaming`), or None without them; it may probe."""
-    module = extension()
-    return None if module is None else module.streaming()
+    """How the compiled operators stream maps (see `Library.streaming`), or None without them; it may probe."""
+    library = extension()
+    return None if library is None else library.streaming()
 
 
 def serves_capability(architectures: list[str], major: int, minor: int) -> bool:

@@ -24,8 +24,8 @@ class KeptMemory:
 
 def kept_memory() -> KeptMemory:
     """What is kept now; all zero where the compiled operators are not there."""
-    module = _backend.extension()
-    return KeptMemory(0, 0, 0, 0) if module is None else KeptMemory(**module.map_buffers())
+    library = _backend.extension()
+    return KeptMemory(0, 0, 0, 0) if library is None else KeptMemory(**library.map_buffers())
 
 
 def set_kept_memory_limit(limit_bytes: int) -> None:
@@ -36,9 +36,9 @@ def set_kept_memory_limit(limit_bytes: int) -> None:
     """
     if limit_bytes < 0:
         raise ValueError(f"limit_bytes is {limit_bytes}; expected a number of bytes >= 0, 0 to keep none.")
-    module = _backend.extension()
-    if module is not None:
-        module.set_map_buffer_limit(limit_bytes)
+    library = _backend.extension()
+    if library is not None:
+        library.set_map_buffer_limit(limit_bytes)
 
 
 def release_kept_memory() -> None:

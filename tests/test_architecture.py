@@ -198,6 +198,23 @@ def test_every_link_to_a_file_leads_somewhere(page):
     assert not missing, f"{page.name} links to {', '.join(missing)}"
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower()).replace(" ", "-") for title in titles
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_heading_leads_to_one(page):
+    links = re.findall(r"\]\(([^)#:\s]*)#([^)]*)\)", page.read_text())
+    targets = [(page.parent / link if link else page, anchor) for link, anchor in links]
+    missing = [f"{to.name}#{anchor}" for to, anchor in targets if to.suffix == ".md" and anchor not in headings(to)]
+    assert not missing, f"{page.name} links to {', '.join(missing)}"
+
+
 def test_imports_are_found_wherever_they_stand():
     source = """
 from typing import TYPE_CHECKING

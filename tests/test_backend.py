@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 
-from ernet_fast import __version__, _backend
+from ernet_fast import __version__, _backend, _library
 
 needs_extension = pytest.mark.skipif(not _backend.extension_available(), reason=str(_backend.why_unavailable()))
 
@@ -115,11 +114,10 @@ print("imported")
 
 @needs_extension
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils is not installed")
-def test_binary_uses_the_stable_abi_alone():
+def test_binary_uses_the_stable_abi_alone_and_nothing_of_python():
     """No C++ symbol of torch is imported: those change between versions, the C shims do not."""
-    binary = importlib.import_module("ernet_fast._C").__file__
     symbols = subprocess.run(
-        ["nm", "-D", "--undefined-only", binary], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", str(_library.PATH)], capture_output=True, text=True, check=True
     ).stdout.split()
     shims = [s for s in symbols if s.startswith(("aoti_torch_", "torch_"))]
     assert shims
@@ -127,6 +125,7 @@ def test_binary_uses_the_stable_abi_alone():
         s for s in symbols if s.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "_ZNK5torch"))
     ]
     assert not unstable
+    assert not [s for s in symbols if s.startswith(("Py", "_Py"))]  # one binary for every version of Python
 
 
 @needs_extension
@@ -135,6 +134,14 @@ def test_a_compiled_part_of_another_version_is_not_used(monkeypatch):
     module, reason = _backend._load.__wrapped__()
     assert module is None
     assert "another version" in reason and "lacks of_tomorrow." in reason and "pip install" in reason
+
+
+@needs_extension
+def test_a_library_that_lacks_a_function_is_not_used(monkeypatch):
+    monkeypatch.setattr(_library, "FUNCTIONS", (*_library.FUNCTIONS, "of_tomorrow"))
+    library, reason = _backend._load.__wrapped__()
+    assert library is None
+    assert "another version" in reason and "ernet_of_tomorrow" in reason and "pip install" in reason
 
 
 @needs_extension

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def test_gpu_check_without_a_gpu_is_one_line():
     assert result.stderr == ""
 
 
+def test_all_tests_are_spread_in_the_order_of_conftest():
+    script = runpy.run_path(str(ROOT / "dev.py"))
+    assert (
+        script["workers"](sys.executable, ["tests/test_dev.py"]) == script["workers"](sys.executable, ["-n", "0"]) == []
+    )
+    assert script["workers"]("false", []) == []  # no interpreter with pytest-xdist
+    if importlib.util.find_spec("xdist") is not None:
+        assert script["workers"](sys.executable, ["-q"])[2:] == ["--dist", "loadfile", "--no-loadscope-reorder"]
+
+
 def test_code_for_gpus_is_built_where_one_is_or_where_it_is_asked_for(monkeypatch):
     spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
     script = importlib.util.module_from_spec(spec)
@@ -40,7 +51,8 @@ def test_code_for_gpus_is_built_where_one_is_or_where_it_is_asked_for(monkeypatc
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(script, "gpu_present", lambda: False)
     assert script.what_to_build("demo") == script.what_to_build("test") == {"ERNET_CUDA": "0"}
-    assert script.what_to_build("build") == script.what_to_build("kernels") == {}
+    assert script.what_to_build("build") == {}  # setup.py decides
+    assert script.what_to_build("kernels") == script.what_to_build("wheel") != {}
     monkeypatch.setenv("ERNET_CUDA_ARCHS", "90a")
     assert script.what_to_build("test") == {}
     monkeypatch.delenv("ERNET_CUDA_ARCHS")

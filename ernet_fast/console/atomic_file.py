@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import os
@@ -13,6 +12,8 @@ import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from ernet_fast.console.file_locks import fcntl
 
 _TEMPORARY = re.compile(r"\..*\.\d+\.\d+\.tmp")
 _NAME_SHOWN = 40  # characters; with the rest of the name below what file systems allow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 
 from ernet_fast._version import __version__
 from ernet_fast.console.atomic_file import write_json, write_json_first
+from ernet_fast.console.file_locks import fcntl
 from ernet_fast.scale.inputs import Job, files_below, is_output
 from ernet_fast.scale.journal import SUFFIX, journal_of, journals, remove
 from ernet_fast.scale.method import Method

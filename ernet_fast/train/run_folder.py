@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ernet_fast.console.atomic_file import remove_abandoned
+from ernet_fast.console.file_locks import fcntl
 from ernet_fast.train.checkpoint import load_checkpoint
 
 LAST, BEST = "last.pt", "best.pt"

@@ -25,7 +25,7 @@ from pathlib import Path
 platform.machine = lambda: "aarch64"
 setuptools.setup = lambda **arguments: None
 folder = Path(sys.argv[1])
-script = runpy.run_path("setup.py")["NinjaScript"](folder, folder / "_C.so", "0")
+script = runpy.run_path("setup.py")["NinjaScript"](folder, folder / "libernet.so", "0")
 (folder / "build.ninja").write_text(script.text())
 """
 
@@ -52,7 +52,7 @@ def objects(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("arm64")
     script = ninja_script(folder, f"ccache {CROSS}" if shutil.which("ccache") else CROSS)
     made = [Path(path) for path in re.findall(r"^build (\S+\.o): cxx", script, re.MULTILINE)]
-    wanted = {path.name: path for path in made if not re.search(r"_ops\.|cpu_ops\.|^module\.", path.name)}
+    wanted = {path.name: path for path in made if not re.search(r"_ops\.|^library\.", path.name)}
     ninja = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja"), "--quiet"]
     done = subprocess.run([*ninja, *map(str, wanted.values())], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -64,6 +64,7 @@ def run(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_every_contestant_is_a_benchmark_of_one_interleaved_measurement(run, tmp_path):
     files = "--benchmark-json", tmp_path / "found.json", "--record", tmp_path / "record"
     printed = run(*files, "--images", 7, "--benchmark-autosave")

@@ -135,6 +135,7 @@ def test_cases_that_fail_do_not_stop_the_others(folder, runner):
         first = again.extra_info["pid"]
 
 
+@pytest.mark.slow
 def test_a_case_that_hangs_is_stopped(folder, runner):
     given = tasks(folder)
     runner.run(given["good"], CEILINGS)
@@ -166,6 +167,7 @@ def check(folder, tmp_path, *arguments, build=()):
     return made
 
 
+@pytest.mark.slow
 def test_the_whole_flow(folder, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(gpu_check, "STEPS", dict.fromkeys(gpu_check.STEPS, 600.0))  # a machine at work takes longer
     made = check(folder, tmp_path, "--minutes", "60")

@@ -229,6 +229,7 @@ def some_benches(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_an_earlier_one_ended(some_benches):
     said, rows = some_benches(FAILS="1")
     assert "1 failed, 3 passed" in said and rows == ["first", "least[contiguous]", "means"]
@@ -244,6 +245,7 @@ def test_the_targets_come_first_and_means_last(some_benches):
     assert some_benches()[1] == ["first", "second", "least[contiguous]", "means"]
 
 
+@pytest.mark.slow
 def test_nothing_begins_once_the_time_is_up(some_benches):
     said, rows = some_benches("--minutes", "0")
     assert "3 skipped" in said and "no time left" in said and rows == []

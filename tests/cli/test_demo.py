@@ -97,6 +97,7 @@ def test_demo_leaves_pictures_and_figures(small_demo):
     assert len(small_demo.timing_lines) == 3
 
 
+@pytest.mark.slow
 def test_synthetic_demo_command(call, tmp_path, monkeypatch):
     monkeypatch.setitem(demo.run._SYNTHETIC, "patients", 16)
     monkeypatch.setitem(demo.run._SYNTHETIC, "patches_per_patient", 1)

@@ -68,6 +68,7 @@ def normalise() -> Callable[[Tensor], Tensor]:
     return lambda images: macenko_normalize(images, target)
 
 
+@pytest.mark.slow
 def test_normalisation_helps_when_train_and_test_patients_are_stained_differently(
     tmp_path: Path, normalise: Callable[[Tensor], Tensor]
 ) -> None:

@@ -22,6 +22,7 @@ def compiled_backward() -> Iterator[Callable[[], AbstractContextManager[object]]
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_training_steps(norm, compiled_backward):
     found, expected = stage(norm, 3), stage(norm, 3)
@@ -31,6 +32,7 @@ def test_training_steps(norm, compiled_backward):
         assert_same(left, step(expected, maps(seed)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_passes_over_a_part_of_a_retained_graph(norm, compiled_backward):
     """A pass that ends within the stage leaves nothing that a later one finds."""

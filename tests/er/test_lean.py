@@ -244,6 +244,7 @@ def test_transforms_and_programs():
     torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_autograd():
     """A backward pass that is compiled unpacks what was saved as an eager one does."""
     compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")

@@ -79,6 +79,7 @@ def test_one_block_out_of_the_compiler(backend: str, norm: str) -> None:
     compare(lambda: stage(norm, 3), edit, maps())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("limit", [1, 8])
 def test_hooks_on_every_block_of_a_compiled_network(limit: int, norm: str) -> None:

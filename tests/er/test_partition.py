@@ -271,6 +271,7 @@ for group in tests.CASES:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_other_instruction_set(isa):
     info = _backend.build_info()

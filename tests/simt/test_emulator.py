@@ -57,6 +57,7 @@ def sanitized(tmp_path_factory):
     return run_case
 
 
+@pytest.mark.slow
 def test_kernels_are_clean_under_sanitizers(sanitized):
     done = sanitized("kernels")
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr[-4000:]

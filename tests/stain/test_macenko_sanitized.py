@@ -13,19 +13,19 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 ISAS = {"portable": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
 ISAS["avx512vbmi"] = [*ISAS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
 MACENKO = CSRC / "macenko" / "cpu"
 DRIVERS = [MACENKO / f"{name}.cpp" for name in ("colour_counts", "image", "levels", "network_input", "percentiles")]
 TORCH = Path(torch.__file__).parent / "include"  # its types of 16 bits
 COMPILE = [
+    *(["ccache"] if shutil.which("ccache") else []),  # paths below ROOT: another folder's objects are as good
     "g++",
     "-O1",
     "-std=c++17",
-    f"-I{CSRC}",
-    "-isystem",
-    str(TORCH),
+    "-Icsrc",
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 ]
@@ -62,11 +62,13 @@ def program(tmp_path_factory) -> tuple[Path, list[str]]:
         HERE / "exact_loops.cpp",
     ]
     flags = ["-ffp-contract=off", *(f"-DERNET_HAS_{isa.upper()}" for isa in isas)]  # as setup.py has them compiled
+    flags += ["-isystem", str(TORCH)]
     jobs += [(source, f"{source.stem}.o", flags) for source in sources]
 
     def build(job: tuple[Path, str, list[str]]) -> str:
         source, name, flags = job
-        subprocess.run([*COMPILE, *flags, "-c", str(source), "-o", str(folder / name)], check=True)
+        command = [*COMPILE, *flags, "-c", str(source.relative_to(ROOT)), "-o", str(folder / name)]
+        subprocess.run(command, cwd=ROOT, check=True)
         return str(folder / name)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
