@@ -20,12 +20,12 @@ from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.predict.grid import Grid, Tile
 from ernet_fast.predict.trained import TrainedNetwork
 from ernet_fast.stain import MacenkoFit
-
-TISSUE_LEVEL = 205
-"""A pixel whose channels are all at most this bright is tissue: an optical density of 0.15, Macenko's threshold."""
+from ernet_fast.stain.slide_fit import fit_tiles
+from ernet_fast.stain.tissue import Tissue
 
 STAINS = ("tile", "slide")
 
+_TISSUE = Tissue()
 _PICTURE_SIDE = 1600
 """Pixels of the longer side of a thumbnail, as far as whole pixels a cell allow."""
 
@@ -131,7 +131,7 @@ def predict_slide(
         tile = max(1, round(wide)), max(1, round(tall))
         step = max(1.0, wide * (1 - overlap)), max(1.0, tall * (1 - overlap))
         grid = Grid((reader.levels[level][0], reader.levels[level][1]), tile, step)
-        source = trained.common_stains(map(_image, reader.fit_tiles(_tissue_share))) if stains == "slide" else None
+        source = trained.common_stains(map(_image, fit_tiles(reader, _TISSUE))) if stains == "slide" else None
         map_of = _Map(trained, grid, down, min_tissue, source)
         with reporter.task(f"predict {Path(slide).name}", len(grid)) as task:
             for found in grid.tiles():
@@ -173,10 +173,6 @@ def _image(pixels: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _tissue_share(pixels: NDArray[np.uint8]) -> float:
-    return float((pixels.max(axis=2) <= TISSUE_LEVEL).mean())
-
-
 class _Map:
     """The answers so far, and the tiles that wait for a full batch."""
 
@@ -199,7 +195,7 @@ class _Map:
     def add(self, tile: Tile, pixels: NDArray[np.uint8], batch_size: int) -> None:
         """Note a tile [h, w, 3]; the network looks when there is a batch."""
         where = tile.row, tile.column
-        share = _tissue_share(pixels)
+        share = _TISSUE.share(pixels)
         self.tissue[where] = share
         self.boxes[where] = [round(v * self._down) for v in (tile.x, tile.y, tile.width, tile.height)]
         self._draw(tile, pixels)

@@ -135,12 +135,12 @@ def image_files(
     sources = _expand(inputs)
     found, ignored = _sorted_out(sources, SLIDE_SUFFIXES[0] if slides else "")
     left_out = [(Path(status.input), status.reason) for status in ignored]
-    left_out += [(path, "an archive; unpack it first") for path in found if archive_suffix(path.name)]
-    found = [path for path in found if not archive_suffix(path.name)]
-    if not found:
+    left_out += [(path, "an archive; unpack it first") for path in found.values() if archive_suffix(path.name)]
+    images = [path for path in found.values() if not archive_suffix(path.name)]
+    if not images:
         what = "whole slide" if slides else f"{READABLE} image"
         raise ValueError(f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}.")
-    return found, left_out
+    return images, left_out
 
 
 def is_single(source: Path, output: Path, slides: str = "") -> bool:
