@@ -14,6 +14,7 @@ ORDER = (
     "bench_er_stage",
     "bench_er_training",
     "bench_er_inference",
+    "bench_convolution",
     "bench_er_norms",
     "bench_er_functional",
     "bench_macenko_parity",

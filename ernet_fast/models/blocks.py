@@ -13,7 +13,7 @@ from ernet_fast.er.norm_relu import batch_norm_relu, norms_supported, projection
 from ernet_fast.er.plain import is_plain
 from ernet_fast.er.process_group import ProcessGroup
 from ernet_fast.er.shortcut import ERShortcut
-from ernet_fast.models.convolution import convolution
+from ernet_fast.models.convolution import convolution, takes_gradients
 
 if TYPE_CHECKING:
     from ernet_fast.er.stage import StageMaps
@@ -69,13 +69,15 @@ class ResidualBranch(nn.Module):
         """The last convolution's output z [N, out_channels, H / stride, W / stride]; `fused`: see `batch_norm_relu`."""
         modules: dict[str, Any] = self._modules  # not by attributes: each is a call
         last, aa = len(self.kernel_sizes), modules.get("aa")
+        ours = takes_gradients(x, fused=fused)
         for k in range(1, last):
-            x = batch_norm_relu(
-                convolution(x, modules[f"conv{k}"], fused=fused), modules[f"bn{k}"], modules["relu"], fused=fused
-            )
+            conv = modules[f"conv{k}"]
+            z = convolution(x, conv) if ours else conv(x)
+            x = batch_norm_relu(z, modules[f"bn{k}"], modules["relu"], fused=fused)
             if aa is not None and self.kernel_sizes[k - 1] == 3:
                 x, aa = aa(x), None
-        return convolution(x, modules[f"conv{last}"], fused=fused)
+        conv = modules[f"conv{last}"]
+        return convolution(x, conv) if ours else conv(x)
 
     def normalised(self, z: Tensor) -> Tensor | None:
         """What becomes of z, where that is more than its last BatchNorm; else None, and the BatchNorm is to come."""
@@ -116,7 +118,7 @@ class ProjectionBlock(ResidualBranch):
             return sum_relu(x_l, x if downsample is None else downsample(x), self.relu)
         *layers, bn = downsample
         for layer in layers:
-            x = convolution(x, layer, fused=True)
+            x = convolution(x, layer) if takes_gradients(x, fused=True) else layer(x)
         if type(bn) is nn.Identity:  # folded for inference
             return sum_relu(self.last_bn(z), x, self.relu)
         return projection_sum(z, self.last_bn, x, bn, self.relu, fused=True)

@@ -39,51 +39,54 @@ def _wanted() -> bool:
 _WANTED = _wanted()
 
 
-def convolution(x: Tensor, conv: Any, *, fused: bool | None = None) -> Tensor:
-    """`conv(x)`.
+def takes_gradients(x: Tensor, *, fused: bool | None = None) -> bool:
+    """True if convolutions of maps like `x` [N, C, H, W] may have their weight gradients by our operator.
 
-    Args:
-        x: [N, C, H, W].
-        conv: its weight gradient is by our operator if it is a plain `nn.Conv2d` as `takes_weight_gradient` has it.
-        fused: see `norm_relu.batch_norm_relu`.
+    It does for float32 channels-last maps. `fused`: see `norm_relu.batch_norm_relu`.
     """
-    if _WANTED and torch.is_grad_enabled():
-        if fused is None:
-            fused = norms_supported(x)
-        if fused and is_plain(conv, nn.Conv2d) and takes_weight_gradient(x, conv):
-            y: Tensor = _Convolution.apply(x, conv.weight, conv.stride[0], conv.padding[0])
+    return (
+        _WANTED
+        and torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and (norms_supported(x) if fused is None else fused)
+    )
+
+
+def convolution(x: Tensor, conv: Any) -> Tensor:
+    """`conv(x)`, where `takes_gradients(x)`.
+
+    The weight gradient is by our operator for a plain `nn.Conv2d` of a multiple of 32 channels with a 3x3 kernel or, up
+    to 28x28 pixels, 1x1; without groups, dilation or bias, with zeros for padding, and the same stride and padding
+    along both axes.
+    """
+    if is_plain(conv, nn.Conv2d):
+        weight, (kernel, width), (stride, step), padding = conv.weight, conv.kernel_size, conv.stride, conv.padding
+        if (
+            kernel == width
+            and (kernel == 3 or (kernel == 1 and x.shape[2] * x.shape[3] <= MOST_PIXELS_OF_ONE * stride * stride))
+            and stride == step
+            and type(padding) is tuple
+            and padding[0] == padding[1] < kernel
+            and conv.padding_mode == "zeros"
+            and conv.groups == 1
+            and conv.dilation == (1, 1)
+            and conv.bias is None
+            and weight.requires_grad
+            and weight.dtype == torch.float32
+            and weight.device.type == "cpu"
+            and x.shape[1] == conv.in_channels
+            and x.shape[1] % CHANNEL_TILE == 0
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and min(x.shape[2], x.shape[3]) + 2 * padding[0] >= kernel
+        ):
+            y: Tensor = _Convolution.apply(x, weight, stride, padding[0])
             return y
     z: Tensor = conv(x)
     return z
-
-
-def takes_weight_gradient(x: Tensor, conv: Any) -> bool:
-    """True if our operator takes the gradient of the weight of `conv`, an `nn.Conv2d`, called with `x` [N, C, H, W].
-
-    It does for float32 channels-last maps of a multiple of 32 channels, 3x3 kernels and, up to 28x28 pixels, 1x1; no
-    groups, dilation or bias, zeros for padding, and the same stride and padding along both axes.
-    """
-    weight, (kernel, width), (stride, step), padding = conv.weight, conv.kernel_size, conv.stride, conv.padding
-    return (
-        kernel == width
-        and (kernel == 3 or (kernel == 1 and x.shape[2] * x.shape[3] <= MOST_PIXELS_OF_ONE * stride * stride))
-        and stride == step
-        and type(padding) is tuple
-        and padding[0] == padding[1] < kernel
-        and conv.padding_mode == "zeros"
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.bias is None
-        and weight.requires_grad
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.dim() == 4
-        and x.shape[1] == conv.in_channels
-        and x.shape[1] % CHANNEL_TILE == 0
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and min(x.shape[2], x.shape[3]) + 2 * padding[0] >= kernel
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 class _Convolution(Node):

@@ -13,9 +13,10 @@ from ernet_fast import _backend
 # Python calls and changes of file at most, a little above those of today; lower them when the path gets shorter.
 AT_MOST = {
     "forward of a stage of 3 blocks, contiguous": (150, 110),
-    "backward of a stage of 3 blocks, contiguous": (70, 48),
-    "forward of a stage of 3 blocks, channels-last": (150, 110),
-    "backward of a stage of 3 blocks, channels-last": (70, 48),
+    "backward of a stage of 3 blocks, contiguous": (76, 48),
+    # three more for each of ten convolutions, whose weight gradients are by our operator; backward two
+    "forward of a stage of 3 blocks, channels-last": (185, 145),
+    "backward of a stage of 3 blocks, channels-last": (95, 75),
     "MacenkoNormalizer.normalize of one image": (110, 46),
 }
 
