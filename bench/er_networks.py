@@ -10,10 +10,10 @@ import torch
 from this_tree import rival_networks
 from torch import Tensor, nn
 
-from ernet_fast import er_resnet50, er_resnet101
+from ernet_fast import er_resnet18, er_resnet34, er_resnet50, er_resnet101
 from ernet_fast.reference.er_network import naive_er_resnet, state_dict_from_fused
 
-FUSED = {50: er_resnet50, 101: er_resnet101}
+FUSED = {18: er_resnet18, 34: er_resnet34, 50: er_resnet50, 101: er_resnet101}
 
 
 def networks(

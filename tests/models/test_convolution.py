@@ -15,8 +15,12 @@ pytestmark = pytest.mark.skipif(not _backend.extension_available(), reason=str(_
 
 @pytest.fixture(autouse=True)
 def wanted(monkeypatch):
-    """On every CPU."""
+    """On every CPU, with several threads."""
     monkeypatch.setattr(module, "_WANTED", True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -136,6 +140,8 @@ def test_other_calls_are_left_to_the_module(monkeypatch):
     torch.testing.assert_close(tangent, conv(torch.ones_like(x)))
     with pytest.raises(RuntimeError, match="channels"):
         convolution(x, CONVS["3x3"]().requires_grad_(True).__class__(64, 8, 3, bias=False))
+    torch.set_num_threads(1)
+    assert not is_ours(convolution(x, CONVS["1x1"]())) and is_ours(convolution(x, conv))
     monkeypatch.setattr(module, "_WANTED", False)
     assert not is_ours(convolution(x, conv))
 
