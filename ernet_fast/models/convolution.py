@@ -1,7 +1,7 @@
 """The convolutions of a network's blocks, with weight gradients by an operator of our own where that is faster.
 
 For channels-last float32 maps, oneDNN's weight gradients of 3x3 convolutions reach about half the speed of its forward
-pass on CPUs with AVX2 and no AVX-512; `ernet::conv_weight_gradient` (csrc/conv/) takes 0.5 to 0.8 times as long there.
+pass on CPUs with AVX2 and no AVX-512; `ernet::conv_weight_gradient` (csrc/conv/) takes 0.57 to 0.85 times as long there.
 Everywhere else, and for modules that are not plain (hooks, parametrisations, subclasses), the module is called.
 """
 
@@ -60,14 +60,22 @@ def convolution(x: Tensor, conv: Any) -> Tensor:
     """`conv(x)`, where `takes_gradients(x)`.
 
     The weight gradient is by our operator for a plain `nn.Conv2d` of a multiple of 32 channels with a 3x3 kernel or, up
-    to 28x28 pixels and with several threads, 1x1; without groups, dilation or bias, with zeros for padding, and the same stride and padding
-    along both axes.
+    to 28x28 pixels and with several threads, 1x1; without groups, dilation or bias, with zeros for padding, and the
+    same stride and padding along both axes.
     """
     if is_plain(conv, nn.Conv2d):
         weight, (kernel, width), (stride, step), padding = conv.weight, conv.kernel_size, conv.stride, conv.padding
         if (
             kernel == width
-            and (kernel == 3 or (kernel == 1 and _few_pixels(x, stride)))
+            and (
+                kernel == 3
+                # with one thread PyTorch multiplies matrices for a kernel of one pixel, which is faster
+                or (
+                    kernel == 1
+                    and x.shape[2] * x.shape[3] <= MOST_PIXELS_OF_ONE * stride * stride
+                    and torch.get_num_threads() > 1
+                )
+            )
             and stride == step
             and type(padding) is tuple
             and padding[0] == padding[1] < kernel
@@ -87,11 +95,6 @@ def convolution(x: Tensor, conv: Any) -> Tensor:
             return y
     z: Tensor = conv(x)
     return z
-
-
-def _few_pixels(x: Tensor, stride: int) -> bool:
-    """Whether a 1x1 convolution is ours: with one thread PyTorch multiplies matrices, which is faster."""
-    return x.shape[2] * x.shape[3] <= MOST_PIXELS_OF_ONE * stride * stride and torch.get_num_threads() > 1
 
 
 class _Convolution(Node):
