@@ -94,7 +94,7 @@ class _Study:
 
     def __init__(self, out: Path, options: Sequence[str]) -> None:
         self.out, self.options = out, list(options)
-        swept = [text for text in self.options if re.match(rf"--({'|'.join(_SWEPT)})\b".replace("_", "[-_]"), text)]
+        swept = [text for text in self.options if re.match(rf"--({'|'.join(_SWEPT)})(=|$)".replace("_", "[-_]"), text)]
         if swept:
             raise ValueError(f"{', '.join(swept)} behind --: ablate sets {', '.join(_SWEPT[:5])} of each run itself.")
 
