@@ -3,7 +3,7 @@
 python3 bench/data_wait.py [--base-channels N] [--repeats N] [--work FOLDER]
 
 Synthetic PNG images of BreakHis's size (700x460) are normalised and brought to 112x112 pixels. Each way trains two
-epochs, of which the second counts, in turn with the others. `--repeats 0` only draws and packs the images, into `--work`.
+epochs in turn with the others; the second counts. `--repeats 0` only draws and packs the images, into `--work`.
 """
 
 from __future__ import annotations
