@@ -16,9 +16,9 @@ from ernet_fast.console.atomic_file import atomic_write
 from ernet_fast.console.progress import Reporter
 from ernet_fast.data import Sample, read_image
 from ernet_fast.predict import TrainedNetwork
-from ernet_fast.stain import MacenkoFit
+from ernet_fast.predict.trained import Stains
 
-Stains = dict[str, MacenkoFit | None]
+SlideStains = dict[str, Stains | None]
 
 
 class Embeddings(NamedTuple):
@@ -29,7 +29,7 @@ class Embeddings(NamedTuple):
 
 
 def prepared_batches(
-    trained: TrainedNetwork, samples: Sequence[Sample], batch_size: int, stains: Stains
+    trained: TrainedNetwork, samples: Sequence[Sample], batch_size: int, stains: SlideStains
 ) -> Iterator[Tensor]:
     """Images [N, 3, S, S] as the network takes them, in order. Errors name the file that cannot be read.
 
@@ -45,7 +45,7 @@ def prepared_batches(
             yield torch.stack([*pool.map(prepared, part)])
 
 
-def stains_of(trained: TrainedNetwork, samples: Sequence[Sample]) -> Stains:
+def stains_of(trained: TrainedNetwork, samples: Sequence[Sample]) -> SlideStains:
     """The stains of each slide of `samples`, of a training by slide; empty for others."""
     slides: dict[str, list[Path]] = {}
     for sample in samples if trained.by_slide else ():

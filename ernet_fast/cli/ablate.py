@@ -18,8 +18,10 @@ from ernet_fast.data import write_split_csv
 from ernet_fast.scale.shard import read_shard
 from ernet_fast.train import TrainConfig, evaluate
 from ernet_fast.train.ablation import SHORTCUTS, SPLIT, Cell, check_same_study, collect, grid, run_cells
-from ernet_fast.train.ablation_report import summarise, summary_text, write_summary
-from ernet_fast.train.bootstrap import FIGURES
+from ernet_fast.train.ablation_intervals import read_draws
+from ernet_fast.train.ablation_report import summary_text, write_summary
+from ernet_fast.train.ablation_summary import summarise
+from ernet_fast.train.bootstrap import FIGURES, Bootstrap
 from ernet_fast.train.config import FREE
 from ernet_fast.train.data_sets import open_split
 
@@ -50,6 +52,13 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--shard", metavar="I/N", help="do the I-th of N parts, or that which SLURM_ARRAY_TASK_ID says (auto)")
     add("--figure", choices=FIGURES, default="accuracy", help="what the range test compares (default: accuracy)")
     add("--alpha", type=float, metavar="X", default=0.05, help="its level (default: 0.05)")
+    add(
+        "--resamples",
+        type=int,
+        metavar="N",
+        default=2000,
+        help="draws of patients for intervals; 0: none (default: 2000)",
+    )
     add("--table-only", action="store_true", help="train nothing: tables of what is finished")
     add("--json", action="store_true", help="print the summary as JSON")
     add("options", nargs="*", metavar="OPTION", help="options of ernet-fast train, behind --")
@@ -80,7 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not results:
         reporter.warning(f"no cell of {out} is finished.")
         return 1
-    summary = summarise(results, len(cells), arguments.figure, arguments.alpha)
+    draws = None
+    if arguments.resamples:
+        draws = read_draws(out, [result.cell for result in results], Bootstrap(arguments.resamples), reporter)
+    summary = summarise(results, len(cells), arguments.figure, arguments.alpha, draws)
     page = write_summary(summary, out)
     if arguments.json:
         print_json({**summary.to_dict(), "failed": [{**cell._asdict(), "reason": why} for cell, why in failed]})

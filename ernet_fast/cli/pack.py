@@ -27,6 +27,12 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--layout", choices=LAYOUTS, default="auto", help="what --data is (default: auto)")
     add("--image-size", type=int, metavar="N", help="resize for runs of this image size (default: keep the size)")
     add("--resize", choices=("shorter", "squeeze"), default="shorter", help="how (default: shorter)")
+    add(
+        "--stain",
+        choices=("macenko", "reinhard"),
+        default="macenko",
+        help="how, with --stain-target (default: macenko)",
+    )
     add("--stain-target", metavar="FILE", help="normalise to the stains of this image (default: do not normalise)")
     add("--stain-fit", choices=("image", "slide"), default="image", help="as for training (default: image)")
     add("--on-error", choices=("raise", "skip"), default="raise", help="unusable image: stop, or leave it out")
@@ -45,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("--data is missing: the folder or list of images.")
         from ernet_fast.train.pack import pack_images
 
-        names = ("layout", "image_size", "resize", "stain_target", "stain_fit", "on_error", "num_workers")
+        names = ("layout", "image_size", "resize", "stain", "stain_target", "stain_fit", "on_error", "num_workers")
         options = {name: getattr(arguments, name) for name in names}
         packed = pack_images(arguments.data, arguments.out, reporter=Reporter(quiet=arguments.quiet), **options)
     damaged = packed.damaged() if arguments.verify else []

@@ -1,4 +1,4 @@
-"""Figures as aligned text."""
+"""Figures as aligned text, and as Markdown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,24 @@ PATIENT_FIGURES = (
 )
 
 
+def title_of(figure: str) -> str:
+    """The name of a figure in words."""
+    titles = dict([*FIGURES, *PATIENT_FIGURES])
+    return titles.get(figure, figure.replace("_", " "))
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     """Columns aligned with spaces; those from `right_from` on to the right."""
     widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
     layout = "  ".join(f"{{:{'<' if k < right_from else '>'}{width}}}" for k, width in enumerate(widths))
     table = [header, ["-" * width for width in widths], *rows]
     return "\n".join(layout.format(*row).rstrip() for row in table)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
+    """A Markdown table, whose columns from `right_from` on are aligned to the right."""
+    rule = ["---" if k < right_from else "--:" for k in range(len(header))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
 def format_figure(value: float | int | None) -> str:
@@ -46,6 +58,11 @@ def format_figure(value: float | int | None) -> str:
 def format_interval(bounds: Sequence[float] | None) -> str:
     """Lower and upper bound, or a dash where there is none."""
     return "-" if bounds is None else f"{format_figure(bounds[0])} to {format_figure(bounds[1])}"
+
+
+def format_difference(value: float | None) -> str:
+    """Three decimals and a sign, or a dash for what is undefined."""
+    return "-" if value is None else f"{value:+.3f}"
 
 
 def metrics_rows(figures: dict[str, Any]) -> list[list[str]]:

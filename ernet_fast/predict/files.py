@@ -19,9 +19,8 @@ from ernet_fast.console.progress import Reporter
 from ernet_fast.data import ImageReadError, parse_name, read_image
 from ernet_fast.predict import heat_map
 from ernet_fast.predict.slide import SlidePrediction, predict_slide, training_field
-from ernet_fast.predict.trained import TrainedNetwork
+from ernet_fast.predict.trained import Stains, TrainedNetwork
 from ernet_fast.scale.inputs import image_files
-from ernet_fast.stain import MacenkoFit
 
 KINDS = ("auto", "images", "slides")
 _SLIDES_ALONE = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide")
@@ -155,7 +154,7 @@ def _images(trained: TrainedNetwork, paths: Sequence[Path], batch_size: int, rep
             task.advance(len(part))
 
 
-def _sources(trained: TrainedNetwork, paths: Sequence[Path], reporter: Reporter) -> dict[Path, MacenkoFit | None]:
+def _sources(trained: TrainedNetwork, paths: Sequence[Path], reporter: Reporter) -> dict[Path, Stains | None]:
     """Of a training by slide: the stains of the slide of each image whose name, as in BreakHis, says which it is."""
     if not trained.by_slide:
         return {}

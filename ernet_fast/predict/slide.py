@@ -18,8 +18,7 @@ from ernet_fast.data import ImageReadError
 from ernet_fast.data.pixel_size import BREAKHIS_HEIGHT, breakhis_mpp
 from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.predict.grid import Grid, Tile
-from ernet_fast.predict.trained import TrainedNetwork
-from ernet_fast.stain import MacenkoFit
+from ernet_fast.predict.trained import Stains, TrainedNetwork
 from ernet_fast.stain.slide_fit import fit_tiles
 from ernet_fast.stain.tissue import Tissue
 
@@ -177,7 +176,7 @@ class _Map:
     """The answers so far, and the tiles that wait for a full batch."""
 
     def __init__(
-        self, trained: TrainedNetwork, grid: Grid, down: float, min_tissue: float, source: MacenkoFit | None
+        self, trained: TrainedNetwork, grid: Grid, down: float, min_tissue: float, source: Stains | None
     ) -> None:
         self._trained, self._down, self._min_tissue, self._source = trained, down, min_tissue, source
         shape = grid.rows, grid.columns

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast.data import ImageReadError, PatchTransform, read_image
-from ernet_fast.stain import ColourCounts, MacenkoFit, MacenkoStatus, macenko_normalize
+from ernet_fast.stain import MacenkoFit, MacenkoStatus, ReinhardFit
 from ernet_fast.train.checkpoint import field_of, load_checkpoint, load_network
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.device import build_fabric, evaluation_pass
 from ernet_fast.train.network import build_network, uses_channels_last
 from ernet_fast.train.run_folder import find_checkpoint
 from ernet_fast.train.stain_choice import StainNormalization
+
+Stains = MacenkoFit | ReinhardFit
 
 
 class TrainedNetwork:
@@ -64,38 +66,28 @@ class TrainedNetwork:
         self.network: nn.Module = network.eval()
         self._forward = evaluation_pass(self._fabric, network, self._channels_last)
 
-    def prepare(self, image: Tensor, source: MacenkoFit | None = None) -> Tensor:
+    def prepare(self, image: Tensor, source: Stains | None = None) -> Tensor:
         """Uint8 [3, H, W] to float32 [3, S, S]: the training's stain normalisation, size and scale.
 
         `source` are the stains of the image's slide where they are known; its own are fitted otherwise.
         """
         if self._stain is not None:
-            if source is None:
-                image = self._stain(image)
-            else:
-                image = macenko_normalize(image, self._stain.normalizer.target, source=source, layout="CHW")
+            image = self._stain(image) if source is None else self._stain.of_source(image, source)
         return self._transform(image)
 
-    def common_stains(self, images: Iterable[Tensor]) -> MacenkoFit | None:
-        """Stains of all `images`, uint8 [3, H, W], together, as those of one slide; None without normalisation.
-
-        Those of the target if the images have none to fit.
+    def common_stains(self, images: Iterable[Tensor]) -> Stains | None:
+        """Stains (after Reinhard's method, colour statistics) of all `images`, uint8 [3, H, W], together, as those of
+        one slide; None without normalisation. Those of the target if the images have none to fit.
         """
-        if self._stain is None:
-            return None
-        counts = ColourCounts()
-        for image in images:
-            counts.add(image, layout="CHW")
-        fit = counts.fit()
-        return fit if int(fit.status[0]) == MacenkoStatus.OK else self._stain.normalizer.target
+        return None if self._stain is None else self._stain.fit_together(images)
 
-    def slide_stains(self, slides: Mapping[str, Sequence[Path]]) -> dict[str, MacenkoFit | None]:
+    def slide_stains(self, slides: Mapping[str, Sequence[Path]]) -> dict[str, Stains | None]:
         """Stains of each slide: those that the checkpoint holds, else `common_stains` of its image files.
 
         Files that cannot be read are left out.
         """
         known = (self.state["stain"] or {}).get("slides", {})
-        found: dict[str, MacenkoFit | None] = {}
+        found: dict[str, Stains | None] = {}
         for slide, paths in slides.items():
             if slide in known:
                 fit = MacenkoFit(*known[slide])

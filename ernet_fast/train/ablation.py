@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from ernet_fast.console.atomic_file import write_csv, write_json_first
 from ernet_fast.console.progress import Reporter
 from ernet_fast.console.tables import format_figure
 from ernet_fast.train.bootstrap import FIGURES
-from ernet_fast.train.run_folder import LAST
+from ernet_fast.train.run_folder import HISTORY, LAST
 
 SPLIT = "split.csv"
 _STUDY = "study.json"
@@ -49,10 +50,11 @@ class Cell(NamedTuple):
 
 
 class CellResult(NamedTuple):
-    """A finished cell and the `Evaluation.figures()` of it."""
+    """A finished cell, the `Evaluation.figures()` of it, and the seconds that each epoch trained."""
 
     cell: Cell
     figures: dict[str, Any]
+    epoch_seconds: tuple[float, ...] = ()
 
     def figure(self, name: str) -> float | None:
         """A figure of `FIGURES` over all images."""
@@ -88,8 +90,13 @@ def cell_folder(out: Path, cell: Cell) -> Path:
     return out / "cells" / cell.name
 
 
+def evaluation_folder(out: Path, cell: Cell) -> Path:
+    """Where a cell's evaluation lies."""
+    return cell_folder(out, cell) / "evaluation"
+
+
 def _result_file(out: Path, cell: Cell) -> Path:
-    return cell_folder(out, cell) / "evaluation" / "metrics.json"
+    return evaluation_folder(out, cell) / "metrics.json"
 
 
 def check_same_study(out: Path, settings: dict[str, Any]) -> None:
@@ -145,14 +152,17 @@ def run_cells(
             reporter.warning(f"{where} failed: {failed[-1][1]}")
             continue
         trained += 1
-        read = _read(result, cell)
+        read = _read(out, cell)
         figures = ", ".join(f"{name} {format_figure(read.figure(name))}" for name in ("accuracy", "auc"))
         reporter.line(f"{where}: {figures}, {time.perf_counter() - start:.0f} s")
     return Outcome(found, trained, tuple(failed))
 
 
-def _read(path: Path, cell: Cell) -> CellResult:
-    return CellResult(cell, json.loads(path.read_text(encoding="utf-8")))
+def _read(out: Path, cell: Cell) -> CellResult:
+    figures = json.loads(_result_file(out, cell).read_text(encoding="utf-8"))
+    history = cell_folder(out, cell) / HISTORY
+    records = json.loads(history.read_text(encoding="utf-8")) if history.is_file() else []
+    return CellResult(cell, figures, tuple(record["train_seconds"] for record in records))
 
 
 def collect(out: Path, cells: Sequence[Cell]) -> list[CellResult]:
@@ -160,7 +170,7 @@ def collect(out: Path, cells: Sequence[Cell]) -> list[CellResult]:
 
     Raises ValueError if they were not evaluated on the same number of images and patients.
     """
-    found = [_read(_result_file(out, cell), cell) for cell in cells if _result_file(out, cell).is_file()]
+    found = [_read(out, cell) for cell in cells if _result_file(out, cell).is_file()]
     sizes = {(r.figures["overall"]["images"], r.figures["patients"]) for r in found}
     if len(sizes) > 1:
         raise ValueError(f"cells of {str(out)!r} are of different images: {sorted(sizes)} (images, patients).")
@@ -168,14 +178,20 @@ def collect(out: Path, cells: Sequence[Cell]) -> list[CellResult]:
 
 
 def write_table(path: Path, results: Sequence[CellResult]) -> None:
-    """One line a cell: network, stain, fold, seed, epoch, and every figure; undefined ones are empty."""
+    """One line a cell: network, stain, fold, seed, epoch, and every figure; undefined ones are empty.
+
+    `seconds_per_epoch` is the median of the seconds that an epoch trained.
+    """
     header = ["model", "stain", "fold", "seed", "epoch", "images", "patients", *FIGURES, "validation_auc"]
+    header += ["epochs", "seconds_per_epoch"]
     rows = [header]
     for result in results:
         overall, validation = result.figures["overall"], result.figures["validation"] or {}
         size = [result.figures["epoch"], overall["images"], result.figures["patients"]]
         figures = [result.figure(name) for name in FIGURES]
-        rows.append([*result.cell, *size, *figures, validation.get("auc")])  # type: ignore[list-item]
+        seconds = result.epoch_seconds
+        spent = [len(seconds), median(seconds) if seconds else None]
+        rows.append([*result.cell, *size, *figures, validation.get("auc"), *spent])  # type: ignore[list-item]
     write_csv(path, rows)
 
 

@@ -1,214 +1,123 @@
-"""What a study found: one table, range tests with their picture, as HTML and JSON."""
+"""What a study found: tables, range tests and pictures, as HTML, Markdown and JSON."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from ernet_fast.console.atomic_file import write_json
-from ernet_fast.console.tables import format_figure, format_table
+from ernet_fast.console.atomic_file import write_json, write_text
+from ernet_fast.console.tables import format_table, markdown_table
 from ernet_fast.diagnosis import environment
 from ernet_fast.train import paper, report
-from ernet_fast.train.ablation import (
-    CellResult,
-    by_treatment,
-    complete_blocks,
-    factors,
-    mean_and_deviation,
-    write_table,
-)
-from ernet_fast.train.bootstrap import FIGURES
+from ernet_fast.train.ablation import write_table
+from ernet_fast.train.ablation_pictures import estimates_picture, range_picture
+from ernet_fast.train.ablation_summary import Summary, Table
 from ernet_fast.train.config import TrainConfig
-from ernet_fast.train.pictures import INK, MUTED, PALETTE, new_figure, save_figure, style_axes
-from ernet_fast.train.range_test import RangeTest, tukey
 
-_SHOWN = ("accuracy", "f1", "mcc", "auc", "patient_recognition_rate", "patient_auc")
 _CAUTION = (
     "Deviations are over folds and seeds, whose training images overlap and whose test images are the same: they say "
-    "how far training moves a figure, and not how far other patients would. For the same reason p-values of the range "
-    "test are rather too small. ernet-fast compare, on two cells' evaluation folders, gives intervals over patients."
+    "how far training moves a figure, and not how far other patients would; the intervals over patients do. For the "
+    "same reason p-values of the range test are rather too small. No interval or p-value is corrected for the number "
+    "of figures: decide beforehand which one counts."
 )
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Finished cells of `planned` ones, the figure that is tested, and a test of each factor that can be tested."""
+class _Section(NamedTuple):
+    title: str
+    text: str
+    tables: Sequence[Table]
+    picture: tuple[bytes, str, str] | None = None
 
-    results: tuple[CellResult, ...]
-    planned: int
-    figure: str
-    tests: dict[str, RangeTest]
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: each network and stain, mean and deviation of the main figures, letters of the range test
-        of all combinations, or of the only factor.
-        """
-        letters = self._letters()
-        titles = [name.replace("_", " ") for name in _SHOWN]
-        rows = []
-        for (model, stain), group in by_treatment(self.results).items():
-            cells = [_spread([result.figure(name) for result in group]) for name in _SHOWN]
-            rows.append([model, stain, str(len(group)), letters.get((model, stain), "-"), *cells])
-        return ["network", "stain", "runs", f"group by {self.figure}", *titles], rows
-
-    def _letters(self) -> dict[tuple[str, str], str]:
-        whole = self.tests.get("combination")
-        found = {t.name: t.letters for test in ([whole] if whole else self.tests.values()) for t in test.treatments}
-        keys = by_treatment(self.results)
-        return {(m, s): found.get(f"{m}, {s}", found.get(m, found.get(s, "-"))) for m, s in keys}
-
-    def test_rows(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """Of each factor: a sentence, header and rows of its treatments."""
-        found = []
-        for factor, test in self.tests.items():
-            title = (
-                f"Tukey's range test of {factor} by {self.figure.replace('_', ' ')}, {test.blocks} blocks (fold and "
-                f"seed): means further apart than {test.least:.4f} differ at {test.alpha:g}"
+def _sections(summary: Summary, out: Path | None) -> Iterator[_Section]:
+    """Everything but settings; pictures are drawn into `out`, and left out without it."""
+    tables = [summary.treatments_table(), summary.runs_table(), summary.time_table()]
+    yield _Section("Networks and preprocessing", "", tables)
+    if summary.draws is not None:
+        tables = [summary.intervals_table(), summary.contrasts_table(), summary.differences_table()]
+        yield _Section("Other patients", "", tables, None if out is None else _estimates(summary, out))
+    if summary.tests:
+        picture = None
+        if out is not None:
+            drawn = range_picture(summary.tests, summary.title, out / "ablation.png")
+            caption = (
+                "Means with half the least significant difference either way: those whose bars do not meet differ."
             )
-            rows = [
-                [t.name, f"{t.mean:.4f}", f"{t.deviation:.4f}", t.letters, _closest(test, t.name)]
-                for t in test.treatments
-            ]
-            found.append((title, [factor, "mean", "deviation", "group", "smallest p"], rows))
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        treatments = []
-        for (model, stain), group in by_treatment(self.results).items():
-            pairs = {name: mean_and_deviation([r.figure(name) for r in group]) for name in FIGURES}
-            treatments.append(
-                {
-                    "model": model,
-                    "stain": stain,
-                    "runs": len(group),
-                    "mean": {name: pair[0] for name, pair in pairs.items()},
-                    "deviation": {name: pair[1] for name, pair in pairs.items()},
-                }
-            )
-        tests = {
-            factor: {
-                "alpha": test.alpha, "blocks": test.blocks, "least_significant_difference": test.least,
-                "treatments": [t._asdict() for t in test.treatments], "pairs": [p._asdict() for p in test.pairs],
-            }
-            for factor, test in self.tests.items()
-        }  # fmt: skip
-        return {
-            "finished": len(self.results), "planned": self.planned, "figure": self.figure, "treatments": treatments,
-            "range_tests": tests, "cells": [result.cell._asdict() for result in self.results],
-            "environment": environment(),
-        }  # fmt: skip
+            picture = (drawn, "Means and groups of the range test", caption)
+        yield _Section("Range test", "", summary.test_tables(), picture)
+    else:
+        text = "No range test: it needs two networks or stains, each finished in the same two folds or seeds or more."
+        yield _Section("Range test", text, [])
 
 
-def summarise(results: Sequence[CellResult], planned: int, figure: str, alpha: float = 0.05) -> Summary:
-    """Test each factor with two levels or more on the blocks that are complete, if there are two."""
-    if figure not in FIGURES:
-        raise ValueError(f"figure={figure!r}; expected one of {', '.join(FIGURES)}.")
-    blocks = complete_blocks(results, figure)
-    tests = {}
-    if len(blocks) > 1:
-        tests = {factor: tukey(values, alpha=alpha) for factor, values in factors(blocks).items()}
-    return Summary(tuple(results), planned, figure, tests)
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    mean, deviation = mean_and_deviation(values)
-    return format_figure(mean) + ("" if deviation is None else f" ± {format_figure(deviation)}")
-
-
-def _closest(test: RangeTest, name: str) -> str:
-    """The smallest p-value of a treatment against another, and which one."""
-    p, other = min((pair.p_value, pair.second if pair.first == name else pair.first) for pair in test.pairs
-                   if name in (pair.first, pair.second))  # fmt: skip
-    return f"{p:.4f} ({other})"
+def _estimates(summary: Summary, out: Path) -> tuple[bytes, str, str]:
+    panels = [(summary.title, summary.means()), (f"difference in {summary.title}", summary.differences())]
+    drawn = estimates_picture([panel for panel in panels if panel[1]], out / "ablation_runs.png")
+    caption = (
+        "Dots: runs, or differences of a fold and seed; diamonds: their means, with intervals over patients (thick) "
+    )
+    return drawn, "Runs, means and differences", caption + "and over patients, folds and seeds (thin)."
 
 
 def summary_text(summary: Summary) -> str:
     """The tables for a terminal."""
-    header, rows = summary.table()
-    parts = [format_table(header, rows, right_from=2)]
-    parts += [f"{title}\n" + format_table(head, lines) for title, head, lines in summary.test_rows()]
-    return "\n\n".join(parts)
+    found = [table for section in _sections(summary, None) for table in section.tables]
+    return "\n\n".join(f"{t.caption}\n{format_table(t.header, t.rows, right_from=t.names)}" for t in found if t.rows)
 
 
-def range_picture(summary: Summary, path: str | os.PathLike[str] | None = None) -> bytes:
-    """Means with half the least significant difference either way, of each factor: bars that do not meet differ."""
-    tests = summary.tests
-    counts = [len(test.treatments) for test in tests.values()]
-    figure = new_figure(7.6, 0.9 * len(counts) + 0.33 * sum(counts))
-    grid = figure.subplots(len(counts), 1, squeeze=False, height_ratios=[n + 1 for n in counts])[:, 0]
-    for axes, (factor, test) in zip(grid, tests.items(), strict=True):
-        means = [t.mean for t in test.treatments]
-        rows = range(len(means))
-        axes.errorbar(means, rows, xerr=test.least / 2, fmt="o", color=PALETTE[0], ecolor=MUTED, ms=5, capsize=3)
-        for row, treatment in zip(rows, test.treatments, strict=True):
-            axes.annotate(treatment.letters, (treatment.mean, row), xytext=(0, 5), textcoords="offset points",
-                          ha="center", size=8, color=INK)  # fmt: skip
-        axes.set_yticks(rows, [t.name for t in test.treatments])
-        axes.set(ylim=(len(means) - 0.4, -0.7), title=factor, xlabel=summary.figure.replace("_", " "))
-        style_axes(axes)
-    return save_figure(figure, path)
-
-
-def _magnification_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Accuracy of each network and stain at each magnification, in the form of the paper's Table 2."""
-    groups = by_treatment(summary.results)
-    names = list(dict.fromkeys(name for r in summary.results for name in r.figures["by_magnification"]))
-    rows = []
-    for (model, stain), group in groups.items():
-        found = [[r.figures["by_magnification"].get(name, {}).get("accuracy") for r in group] for name in names]
-        rows.append([f"{model}, {stain}", *(_spread(values) for values in found)])
-    return ["network, stain", *names], rows
+def summary_markdown(summary: Summary) -> str:
+    """The tables as Markdown, to be put into a page."""
+    parts = [f"# Ablation study\n\n{_subtitle(summary)}.\n\n{_CAUTION}"]
+    for section in _sections(summary, None):
+        parts.append(f"## {section.title}" + (f"\n\n{section.text}" if section.text else ""))
+        shown = [table for table in section.tables if table.rows]
+        parts += [f"{t.caption}\n\n{markdown_table(t.header, t.rows, right_from=t.names)}" for t in shown]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_summary(summary: Summary, out: Path) -> Path:
-    """Write ablation.html, .json, .csv, and .png where there is a test, into `out`; returns the page's path."""
+    """Write ablation.html, .md, .json and .csv into `out`, ablation_runs.png where there are intervals, ablation.png
+    where there is a test; returns the page's path.
+    """
     write_table(out / "ablation.csv", summary.results)
     write_json(out / "ablation.json", summary.to_dict())
-    header, rows = summary.table()
-    magnifications, accuracies = _magnification_rows(summary)
-    settings = [TrainConfig.from_dict(group[0].figures["settings"]) for group in by_treatment(summary.results).values()]
-    networks = list({config.model: config for config in settings}.values())
-    size = summary.results[0].figures
-    images = size["overall"]["images"]
-    blocks = [
-        report.note(_CAUTION),
-        report.section(
-            "Networks and preprocessing",
-            report.table(header, rows, caption=f"Mean and deviation over folds and seeds, on {images} test images of "
-                         f"{size['patients']} patients. Treatments that do not differ share a letter."),
-        ),
-        *_test_blocks(summary, out),
-        report.section(
-            "In the form of the paper's tables",
-            report.table(paper.TABLE_1_HEADER, paper.table_1(networks), caption=f"Table 1: {paper.CLASSES} classes, "
-                         f"one image of {paper.SIZE}x{paper.SIZE}; multiply-accumulates times two."),
-            report.table(magnifications, accuracies, caption="Table 2: accuracy by magnification."),
-            *(report.paragraph(text) for text in paper.CONTRADICTIONS),
-        ),
-        _settings_block(summary),
-    ]  # fmt: skip
-    left = "" if len(summary.results) == summary.planned else f" (of {summary.planned}; the others are not finished)"
+    write_text(out / "ablation.md", summary_markdown(summary))
+    blocks = [report.note(_CAUTION)]
+    for section in _sections(summary, out):
+        shown = [report.table(t.header, t.rows, caption=t.caption) for t in section.tables if t.rows]
+        text = [report.paragraph(section.text)] if section.text else []
+        pictures = [] if section.picture is None else [report.pictures([section.picture])]
+        blocks.append(report.section(section.title, *text, *shown, *pictures))
     return report.write_report(
-        out / "ablation.html", title="Ablation study", subtitle=f"{len(summary.results)} runs{left}", blocks=blocks,
-        footer="One line a run: ablation.csv. The same figures as plain values: ablation.json.",
+        out / "ablation.html", title="Ablation study", subtitle=_subtitle(summary),
+        blocks=[*blocks, _paper_tables(summary), _settings(summary)],
+        footer="One line a run: ablation.csv. The same figures as plain values: ablation.json. The tables as Markdown: "
+        "ablation.md.",
     )  # fmt: skip
 
 
-def _test_blocks(summary: Summary, out: Path) -> list[report.Block]:
-    if not summary.tests:
-        text = "No range test: it needs two networks or stains, each finished in the same two folds or seeds or more."
-        return [report.section("Range test", report.paragraph(text))]
-    tables = [report.table(head, rows, caption=f"{title}.") for title, head, rows in summary.test_rows()]
-    caption = "Means with half the least significant difference either way: those whose bars do not meet differ."
-    picture = (range_picture(summary, out / "ablation.png"), "Means and groups of the range test", caption)
-    return [report.section("Range test", *tables, report.pictures([picture]))]
+def _subtitle(summary: Summary) -> str:
+    size = summary.results[0].figures
+    left = "" if len(summary.results) == summary.planned else f" (of {summary.planned}; the others are not finished)"
+    tested = f"{size['overall']['images']} test images of {size['patients']} patients"
+    return f"{len(summary.results)} runs{left}, tested on the same {tested}"
 
 
-def _settings_block(summary: Summary) -> report.Block:
+def _paper_tables(summary: Summary) -> report.Block:
+    settings = [TrainConfig.from_dict(result.figures["settings"]) for result in summary.results]
+    networks = list({config.model: config for config in reversed(settings)}.values())[::-1]
+    magnifications = summary.magnification_table()
+    return report.section(
+        "In the form of the paper's tables",
+        report.table(paper.TABLE_1_HEADER, paper.table_1(networks), caption=f"Table 1: {paper.CLASSES} classes, "
+                     f"one image of {paper.SIZE}x{paper.SIZE}; multiply-accumulates times two."),
+        report.table(magnifications.header, magnifications.rows, caption=f"Table 2: {magnifications.caption}"),
+        *(report.paragraph(text) for text in paper.CONTRADICTIONS),
+    )  # fmt: skip
+
+
+def _settings(summary: Summary) -> report.Block:
     shared = summary.results[0].figures["settings"]
     swept = ("model", "stain", "fold", "seed", "out")
     there = environment()

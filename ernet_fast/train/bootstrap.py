@@ -150,23 +150,38 @@ def all_intervals(predictions: Predictions, bootstrap: Bootstrap) -> dict[str, A
 
 
 def roc_band(predictions: Predictions, bootstrap: Bootstrap, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Pointwise interval of the sensitivity of the second of two classes at each false positive rate of `rates`.
+    """Pointwise interval of the sensitivity at each false positive rate of `rates`: of the second of two classes; of
+    more, of the mean over the classes that a draw holds, one against the rest.
 
     Returns lower and upper bounds; None where the curve or the interval is undefined.
     """
-    truth = predictions.targets == 1
-    if len(predictions.classes) != 2 or not 0 < int(truth.sum()) < len(truth):
+    if not len(predictions):
         return None
-    scores, _, patient = metrics.patient_predictions(predictions)
-    if len(scores) < 2:
+    classes, targets = len(predictions.classes), predictions.targets
+    patients, _, patient = metrics.patient_predictions(predictions)
+    if len(patients) < 2:
         return None
-    curves = []
-    for false, true in roc_points(predictions.probabilities[:, 1], truth, bootstrap.weights(len(scores)), patient):
-        for x, y in zip(false.numpy(), true.numpy(), strict=True):
-            if x[-1] > 0 and y[-1] > 0:
-                curves.append(np.interp(rates, x / x[-1], y / y[-1]))
-    if len(curves) < _LEAST_DEFINED * bootstrap.resamples:
+    weights = bootstrap.weights(len(patients))
+    total, count = np.zeros((bootstrap.resamples, len(rates))), np.zeros((bootstrap.resamples, 1))
+    for k in [1] if classes == 2 else range(classes):
+        truth = targets == k
+        if 0 < int(truth.sum()) < len(truth):
+            curves = _roc_curves(predictions.probabilities[:, k], truth, weights, patient, rates)
+            defined = np.isfinite(curves[:, :1])
+            total, count = total + np.where(defined, curves, 0.0), count + defined
+    drawn = total[count[:, 0] > 0] / count[count > 0][:, None]
+    if len(drawn) < _LEAST_DEFINED * bootstrap.resamples:
         return None
     tail = (1 - bootstrap.level) / 2
-    low, high = np.quantile(curves, [tail, 1 - tail], axis=0)
+    low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
     return low, high
+
+
+def _roc_curves(scores: Tensor, truth: Tensor, weights: Tensor, patient: Tensor, rates: np.ndarray) -> np.ndarray:
+    """Sensitivity [B, R] at each rate for each row of weights; NaN where no weight is on one of the two classes."""
+    curves = []
+    for false, true in roc_points(scores, truth, weights, patient):
+        for x, y in zip(false.numpy(), true.numpy(), strict=True):
+            there = x[-1] > 0 and y[-1] > 0
+            curves.append(np.interp(rates, x / x[-1], y / y[-1]) if there else np.full(len(rates), math.nan))
+    return np.array(curves)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ernet_fast.console.tables import format_figure, format_interval
+from ernet_fast.console.tables import format_difference, format_figure, format_interval
 from ernet_fast.train.bootstrap import FIGURES, Bootstrap, PatientSums
 from ernet_fast.train.predictions import Predictions
 
@@ -77,7 +77,7 @@ def compare(
     Raises:
         ValueError: the images, their classes or patients, or the names of the classes are not the same.
     """
-    second = _in_order_of(first, second)
+    second = in_order_of(first, second)
     patients = len({sample.patient for sample in first.samples})
     mine, others = first.by_magnification(), second.by_magnification()
     parts = {name: _differences(part, others[name], bootstrap) for name, part in mine.items() if len(mine) > 1}
@@ -88,7 +88,7 @@ def compare(
     )  # fmt: skip
 
 
-def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
+def in_order_of(first: Predictions, second: Predictions) -> Predictions:
     """`second` with its images in the order of `first`; ValueError names what is not the same."""
     if first.classes != second.classes:
         raise ValueError(f"the runs have classes {first.classes} and {second.classes}; expected the same.")
@@ -176,7 +176,6 @@ def difference_rows(differences: Sequence[Difference]) -> list[list[str]]:
     rows = []
     for found in differences:
         p = "-" if found.p_value is None else f"{found.p_value:.4f}"
-        sign = "-" if found.difference is None else f"{found.difference:+.3f}"
-        figures = [format_figure(found.first), format_figure(found.second), sign, format_interval(found.interval), p]
-        rows.append([found.figure.replace("_", " "), *figures])
+        figures = [format_figure(found.first), format_figure(found.second), format_difference(found.difference)]
+        rows.append([found.figure.replace("_", " "), *figures, format_interval(found.interval), p])
     return rows

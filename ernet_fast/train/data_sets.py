@@ -130,7 +130,7 @@ def _check_packed(
         if settings["stain"] is None and config.stain != "none":
             raise ValueError(
                 f"{where} was resized and not normalised, and images are normalised before they are resized. Pack with "
-                "--stain macenko or --full-size, or train with stain='none'."
+                "--stain-target, or without --image-size, or train with stain='none'."
             )
     if settings["stain"] is None:
         return stain

@@ -14,6 +14,7 @@ from ernet_fast.console.tables import format_figure
 from ernet_fast.data import Sample
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import RunData
+from ernet_fast.train.run_folder import HISTORY
 
 
 def describe_run(
@@ -67,7 +68,7 @@ def flatten(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
     """Write `history.json` (nested) and `history.csv` (one line an epoch; an undefined figure is an empty field)."""
-    write_json(folder / "history.json", history)
+    write_json(folder / HISTORY, history)
     rows = [flatten(record) for record in history]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     write_csv(folder / "history.csv", [columns, *([row.get(column) for column in columns] for row in rows)])

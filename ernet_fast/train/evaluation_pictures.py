@@ -57,7 +57,9 @@ def confusion_panels(predictions: Predictions, path: str | os.PathLike[str] | No
 
 
 def roc_panels(predictions: Predictions, bootstrap: Bootstrap, path: str | os.PathLike[str] | None = None) -> bytes:
-    """ROC curve of the second of two classes with its pointwise band, of all images and of each magnification."""
+    """ROC curve of the second of two classes, or of more the mean of each against the rest, with its pointwise band, of
+    all images and of each magnification.
+    """
     parts = _parts(predictions)
     figure, grid = _panels(len(parts), 3.1, 2.9)
     drawn = Bootstrap(min(bootstrap.resamples, _BAND_RESAMPLES), bootstrap.level, bootstrap.seed)

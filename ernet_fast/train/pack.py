@@ -17,7 +17,7 @@ from ernet_fast.data.packed import PackedImages, write_pack
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.data_sets import open_split, report_skipped
 from ernet_fast.train.images import normalised
-from ernet_fast.train.stain_choice import SlideNormalization, StainNormalization, fit_to_image, plain_state
+from ernet_fast.train.stain_choice import StainNormalization, normalise_to, plain_state
 
 
 class _Prepared(Dataset[Any]):
@@ -44,6 +44,7 @@ def pack_images(
     layout: str = "auto",
     image_size: int | None = None,
     resize: str = "shorter",
+    stain: str = "macenko",
     stain_target: str | os.PathLike[str] | None = None,
     stain_fit: str = "image",
     on_error: str = "raise",
@@ -58,6 +59,7 @@ def pack_images(
         layout: as in `TrainConfig`.
         image_size: resize as a run of this `image_size` does; None keeps the size, for runs of any.
         resize: as in `TrainConfig`.
+        stain: the method if there is a `stain_target`, ``"macenko"`` or ``"reinhard"``.
         stain_target: normalise to the stains of this image, as a run with this `stain_target` does; None does not. A
             run's default target, the most typical training image, is that of its fold and cannot be packed.
         stain_fit: as in `TrainConfig`.
@@ -66,26 +68,26 @@ def pack_images(
         reporter: where progress goes; default: stderr.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, OSError: as `open_split`, `fit_to_image` and `write_pack` do.
+        FileNotFoundError, FileExistsError, ValueError, OSError: as `open_split`, `normalise_to` and `write_pack` do.
     """
     reporter = reporter or Reporter()
-    stain_name = "none" if stain_target is None else "macenko"
     config = TrainConfig(
-        data=os.fspath(data), out=os.fspath(out), layout=layout, resize=resize, stain=stain_name, stain_fit=stain_fit,
-        on_error=on_error,
+        data=os.fspath(data), out=os.fspath(out), layout=layout, resize=resize, on_error=on_error,
+        stain="none" if stain_target is None else stain, stain_fit=stain_fit,
     )  # fmt: skip
     opened = open_split(config, "all", any_images=True)
-    stain = None if stain_target is None else fit_to_image(stain_target)
-    if stain is not None and stain_fit == "slide":
-        stain = stain.by_slide()
-        assert isinstance(stain, SlideNormalization)
+    normalizer = None if stain_target is None else normalise_to(stain, stain_target)
+    if normalizer is not None and stain_fit == "slide":
+        normalizer = normalizer.by_slide()
         reporter.line(f"fitting the stains of {len({sample.slide for sample in opened.samples})} slides")
-        stain.prepare(opened.samples)
+        normalizer.prepare(opened.samples)
     settings = {
         "version": _version.__version__, "data": config.data, "image_size": image_size, "resize": resize,
-        "stain": plain_state(stain),
+        "stain": plain_state(normalizer),
     }  # fmt: skip
-    loader = DataLoader(_Prepared(opened.samples, stain, image_size, resize), batch_size=None, num_workers=num_workers)
+    loader = DataLoader(
+        _Prepared(opened.samples, normalizer, image_size, resize), batch_size=None, num_workers=num_workers
+    )
     with reporter.task("pack", len(opened.samples)) as task:
 
         def counted() -> Iterator[tuple[str, Tensor]]:

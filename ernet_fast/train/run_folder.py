@@ -18,7 +18,7 @@ from ernet_fast.console.atomic_file import remove_abandoned
 from ernet_fast.console.file_locks import fcntl
 from ernet_fast.train.checkpoint import load_checkpoint
 
-LAST, BEST = "last.pt", "best.pt"
+LAST, BEST, HISTORY = "last.pt", "best.pt", "history.json"
 _LOCK = ".lock"
 _held: set[str] = set()  # by this process: POSIX locks exclude other processes only
 

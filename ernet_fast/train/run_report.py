@@ -125,8 +125,9 @@ def _pictures_by_magnification(evaluation: Findings, figures: dict[str, Any], fo
             _drawn(folder, "confusion_by_magnification.png",
                    lambda path: evaluation_pictures.confusion_panels(found, path), "Confusion matrix by magnification")
         )  # fmt: skip
-    if bootstrap is not None and len(found.classes) == 2:
-        caption = f"With the pointwise {100 * bootstrap.level:g} % band of the sensitivity, over patients."
+    if bootstrap is not None:
+        mean = "" if len(found.classes) == 2 else "Mean of the classes, each against the rest. "
+        caption = f"{mean}With the pointwise {100 * bootstrap.level:g} % band of the sensitivity, over patients."
         shown.append(roc_band_figure(evaluation, bootstrap, folder, caption))
     return report.section("Confusion and ROC", report.pictures(shown[:2]), *(report.pictures([p]) for p in shown[2:]))
 

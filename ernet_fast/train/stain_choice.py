@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from ernet_fast.stain import (
     MacenkoFit,
     MacenkoNormalizer,
     MacenkoStatus,
+    ReinhardFit,
     ReinhardNormalizer,
     StainNormalize,
     macenko_fit,
-    macenko_normalize,
 )
+from ernet_fast.stain.joined_fit import reinhard_fit_together
 from ernet_fast.train.images import SlideAware, evenly_chosen
 
 CANDIDATES = 64
@@ -48,6 +49,17 @@ class StainNormalization(StainNormalize):
         """Whether both lead to the same stains, to the last bit."""
         own, theirs = self.normalizer.state_dict(), other.normalizer.state_dict()
         return own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in own)
+
+    def fit_together(self, images: Iterable[Tensor]) -> MacenkoFit | ReinhardFit:
+        """What `of_source` takes: stains of all images uint8 [3, H, W] together, or the target's if they have none."""
+        fit = _fit_together(images)
+        return fit if int(fit.status[0]) == MacenkoStatus.OK else self.normalizer.target
+
+    def of_source(self, image: Tensor, source: MacenkoFit | ReinhardFit) -> Tensor:
+        """The normalised image, uint8 [3, H, W], whose stains are `source`."""
+        with torch.no_grad():
+            result: Tensor = self.normalizer(image, source)
+        return result
 
     def by_slide(self) -> SlideNormalization:
         """The same target, with the stains of an image fitted on its whole slide."""
@@ -79,6 +91,10 @@ class ReinhardNormalization(StainNormalization):
 
     method = "reinhard"
 
+    def fit_together(self, images: Iterable[Tensor]) -> ReinhardFit:
+        """Colour statistics of all images uint8 [3, H, W] together."""
+        return reinhard_fit_together(image.permute(1, 2, 0).numpy() for image in images)
+
 
 class SlideNormalization(StainNormalization, SlideAware):
     """Normalisation of an image by the stains of all images of its slide, which are fitted together, once.
@@ -102,20 +118,21 @@ class SlideNormalization(StainNormalization, SlideAware):
             if sample.slide not in self.slides:
                 paths.setdefault(sample.slide, []).append(sample.path)
         for slide, images in sorted(paths.items()):
-            counts = ColourCounts()
-            for path in sorted(images):
-                counts.add(read_image(path), layout="CHW")
-            fit, target = counts.fit(), self.normalizer.target
+            fit, target = _fit_together(map(read_image, sorted(images))), self.normalizer.target
             fitted = int(fit.status[0]) == MacenkoStatus.OK
             self.slides[slide] = fit if fitted else target._replace(status=fit.status)
 
     def of_slide(self, image: Tensor, sample: Sample) -> Tensor:
         """The normalised image, uint8 [3, H, W]; KeyError if its slide is not prepared."""
         fit = self.slides[sample.slide]
-        source = fit if int(fit.status[0]) == MacenkoStatus.OK else self.normalizer.target
-        with torch.no_grad():
-            result: Tensor = macenko_normalize(image, self.normalizer.target, source=source, layout="CHW")
-        return result
+        return self.of_source(image, fit if int(fit.status[0]) == MacenkoStatus.OK else self.normalizer.target)
+
+
+def _fit_together(images: Iterable[Tensor]) -> MacenkoFit:
+    counts = ColourCounts()
+    for image in images:
+        counts.add(image, layout="CHW")
+    return counts.fit()
 
 
 def plain_state(stain: StainNormalization | None) -> dict[str, Any] | None:

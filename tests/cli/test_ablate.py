@@ -37,8 +37,22 @@ def test_a_study_in_shards(call, tiny_breakhis, tmp_path):
     assert [t["runs"] for t in found["treatments"]] == [2, 2] and list(found["range_tests"]) == ["preprocessing"]
     accuracies = [float(row["accuracy"]) for row in rows if row["stain"] == "none"]
     assert found["treatments"][0]["mean"]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert all(row["epochs"] == "1" and float(row["seconds_per_epoch"]) > 0 for row in rows)
     page = (out / "ablation.html").read_text(encoding="utf-8")
     assert "Table 1" in page and 'src="http' not in page and "<img" in page
+    assert (out / "ablation_runs.png").stat().st_size > 1000
+    difference = found["intervals"]["differences"]["all"]["accuracy"]["macenko - none, er_resnet18"]
+    by_fold = [float(b["accuracy"]) - float(a["accuracy"]) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert difference["blocks"] == pytest.approx(by_fold) and set(found["intervals"]["means"]) == {
+        "all",
+        "100X",
+        "200X",
+    }
+    tables = (out / "ablation.md").read_text(encoding="utf-8")
+    assert f"| macenko - none, er_resnet18 | {sum(by_fold) / 2:+.3f} |" in tables and "\n| --- | --- | --:" in tables
+    without = call("ablate", "--out", out, *GRID, "--table-only", "--resamples", 0, "--json")
+    assert without.code == 0 and without.json["intervals"] is None
+    assert "over patients" not in (out / "ablation.md").read_text(encoding="utf-8").split("## Networks")[1]
     assert json.loads((out / "ablation.json").read_text())["planned"] == 4
 
     cells = [out / "cells" / f"er_resnet18-{stain}-fold0-seed0" / "evaluation" for stain in ("none", "macenko")]

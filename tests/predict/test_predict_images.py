@@ -17,7 +17,9 @@ from ernet_fast.train import Reporter, evaluate, load_checkpoint
 from ernet_fast.train.stain_choice import StainNormalization
 
 
-def test_the_answers_are_those_of_evaluation(run_folder, tmp_path):
+@pytest.mark.parametrize("folder", ["run_folder", "reinhard_folder"], ids=["macenko", "reinhard"])
+def test_the_answers_are_those_of_evaluation(request, folder, tmp_path):
+    run_folder = request.getfixturevalue(folder)
     expected = evaluate(run_folder, split="all", device="cpu", reporter=Reporter(quiet=True)).predictions
     flat = tmp_path / "unlabelled"
     flat.mkdir()

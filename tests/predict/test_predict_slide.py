@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 
 from ernet_fast.cli import main
-from ernet_fast.data import ImageReadError
+from ernet_fast.data import ImageReadError, PatchTransform
 from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.data.synthetic import generate_patch
 from ernet_fast.predict import TrainedNetwork, predict_slide
 from ernet_fast.predict.grid import Grid
 from ernet_fast.scale import slide_writer
-from ernet_fast.train import Reporter
+from ernet_fast.stain import ReinhardNormalizer, reinhard_fit
+from ernet_fast.train import Reporter, load_checkpoint
 
 pytest.importorskip("openslide", reason="openslide (extra slides) is not installed")
 pytest.importorskip("tifffile", reason="tifffile (extra slides) is not installed")
@@ -106,6 +107,25 @@ def test_stains_of_the_whole_slide(run_folder, slide):
     assert not np.allclose(found.probabilities[1, 1], other.probabilities[1, 1], atol=1e-6)
     with pytest.raises(ValueError, match="stains='none'"):
         predict_slide(trained, slide, stains="none")
+
+
+@pytest.mark.parametrize("stains", ["tile", "slide"])
+def test_reinhards_method(reinhard_folder, slide, stains):
+    """The statistics of a tile, or of the whole slide, become those of the target."""
+    trained = TrainedNetwork(reinhard_folder, device="cpu")
+    found = predict_slide(trained, slide, field=40, stains=stains, reporter=QUIET)
+    assert not trained.by_slide and found.settings["stains"] == stains
+    reader = SlideReader(slide)
+    whole = reinhard_fit(reader.read(0, 0, *reader.levels[1], 1), layout="HWC")
+    x, y, _, _ = found.boxes[1, 1]
+    pixels = torch.from_numpy(reader.read(x // 2, y // 2, 40, 40, 1)).permute(2, 0, 1).contiguous()
+    reader.close()
+    normalizer = ReinhardNormalizer(layout="CHW")
+    normalizer.load_state_dict(load_checkpoint(reinhard_folder / "best.pt")["stain"]["normalizer"])
+    expected = normalizer(pixels, source=whole if stains == "slide" else None)
+    assert not torch.equal(expected, pixels)
+    given = trained.probabilities([PatchTransform(32)(expected)])
+    np.testing.assert_allclose(found.probabilities[1, 1], given[0], atol=1e-6)
 
 
 def test_the_command_writes_tables_and_maps(run_folder, slide, tmp_path, capsys):

@@ -19,7 +19,7 @@ from ernet_fast.train.ablation import (
     mean_and_deviation,
     run_cells,
 )  # fmt: skip
-from ernet_fast.train.ablation_report import summarise
+from ernet_fast.train.ablation_summary import summarise
 
 FAKE = ("er_resnet18", "resnet18"), ("macenko", "none"), (0, 1, 2), (0,)
 
@@ -127,12 +127,24 @@ def test_only_complete_blocks_are_tested():
     summary = summarise(results[:-1], len(cells), "accuracy")
     assert set(summary.tests) == {"network", "preprocessing", "combination"}
     assert summary.tests["preprocessing"].blocks == 2
-    letters = {tuple(row[:2]): row[3] for row in summary.table()[1]}
+    letters = {tuple(row[:2]): row[3] for row in summary.treatments_table().rows}
     assert letters["er_resnet18", "macenko"] == letters["resnet18", "macenko"] == "a"
     assert letters["er_resnet18", "none"] == letters["resnet18", "none"] == "b"
     assert summarise(results[:4], len(cells), "accuracy").tests == {}, "one block is no sample"
     with pytest.raises(ValueError, match="figure='speed'"):
         summarise(results, 12, "speed")
+
+
+def test_times_and_runs_are_shown():
+    cells = grid(*FAKE)[:3]
+    seconds = [(9.0, 1.0, 2.0), (3.0, 5.0), ()]
+    results = [CellResult(c, figures(0.5 + 0.1 * k), s) for k, (c, s) in enumerate(zip(cells, seconds, strict=True))]
+    summary = summarise(results, 12, "accuracy")
+    assert [row[:2] for row in summary.time_table().rows] == [["er_resnet18", "macenko"], ["er_resnet18", "none"]]
+    assert [row[2:] for row in summary.time_table().rows] == [["3", "1.0", "2.0", "2.0 to 2.0"],
+                                                              ["2", "1.0", "4.0", "4.0 to 4.0"]]  # fmt: skip
+    shown = summary.runs_table()
+    assert shown.header[2:] == ["fold 0, seed 0"] and [row[2] for row in shown.rows] == ["0.500", "0.600", "0.700"]
 
 
 def test_means_are_of_what_is_defined():

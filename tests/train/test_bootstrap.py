@@ -112,8 +112,30 @@ def test_the_roc_band_holds_the_curve():
     x, y, _ = sklearn.roc_curve(made.targets.numpy(), made.probabilities[:, 1].numpy(), drop_intermediate=False)
     curve = np.interp(rates, x, y)
     assert (low <= curve + 1e-9).all() and (curve <= high + 1e-9).all()
-    assert roc_band(make(3), Bootstrap(100), rates) is None
+    nothing = Predictions(torch.empty(0, 2, dtype=torch.float64), (), ("a", "b"))
+    assert roc_band(nothing, Bootstrap(100), rates) is None
     assert roc_band(made.subset(lambda sample: sample.label == 1), Bootstrap(100), rates) is None
+
+
+@pytest.mark.parametrize("patients", [16, 3], ids=["all-classes", "a-class-is-missing-in-many-draws"])
+def test_of_many_classes_the_band_is_of_their_mean(patients):
+    """Against curves of scikit-learn, of images drawn again: the mean over the classes that a draw holds."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    made, rates, bootstrap = make(4, patients=patients, images=200), np.linspace(0, 1, 11), Bootstrap(100, seed=5)
+    curves = []
+    for counts in bootstrap.weights(patients).int().tolist():
+        again, found = drawn(made, counts), []
+        for k in range(4):
+            truth = (again.targets == k).numpy()
+            if 0 < truth.sum() < len(truth):
+                x, y, _ = sklearn.roc_curve(truth, again.probabilities[:, k].numpy(), drop_intermediate=False)
+                found.append(np.interp(rates, x, y))
+        curves += [np.mean(found, axis=0)] if found else []
+    band = roc_band(made, bootstrap, rates)
+    if len(curves) < 90:
+        assert band is None
+    else:
+        np.testing.assert_allclose(band, np.quantile(curves, [0.025, 0.975], axis=0), atol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [{"resamples": 50}, {"resamples": 1e3}, {"level": 1.0}, {"level": 0.2}])

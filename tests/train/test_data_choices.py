@@ -100,13 +100,14 @@ def test_a_slide_without_stains_has_the_targets(tmp_path, tiny_breakhis):
     assert read_state(plain_state(stain))["slides"].keys() == {sample.slide}
 
 
-@pytest.mark.parametrize("full_size", [True, False], ids=["full-size", "normalised"])
-def test_training_on_packed_images_is_training_on_the_files(make_config, quiet, tiny_breakhis, tmp_path, full_size):
+@pytest.mark.parametrize("settings", [None, {"stain_fit": "slide"}, {"stain": "reinhard"}],
+                         ids=["full-size", "by-slide", "reinhard"])  # fmt: skip
+def test_training_on_packed_images_is_training_on_the_files(make_config, quiet, tiny_breakhis, tmp_path, settings):
     target = str(BreakHis(tiny_breakhis, "train").samples[3].path)
-    options = {} if full_size else {"image_size": 32, "stain_target": target, "stain_fit": "slide"}
+    options = {} if settings is None else {"image_size": 32, "stain_target": target, **settings}
     packed = pack_images(tiny_breakhis, tmp_path / "pack", reporter=quiet, **options)
     assert len(packed) == 64 and packed.damaged() == []
-    settings = {"epochs": 1} if full_size else {"epochs": 1, "stain_fit": "slide"}
+    settings = {"epochs": 1, **(settings or {})}
     files = make_config("files", stain_target=target, **settings)
     packs = make_config("packs", stain_target=target, packed=str(packed.folder), **settings)
     fit(files, reporter=quiet)
@@ -126,6 +127,7 @@ def test_packed_images_that_would_give_other_pixels_are_refused(make_config, qui
         (resized, {"stain": "none", "image_size": 48}, "was resized to 32 pixels, 'shorter'; the run wants 48"),
         (normal, {"stain": "none"}, "the run has stain='none'"),
         (normal, {"stain_fit": "slide"}, "another stain_fit"),
+        (normal, {"stain": "reinhard"}, "normalised by macenko; the run has stain='reinhard'"),
         (normal, {"stain_target": str(BreakHis(tiny_breakhis, "train").samples[9].path)}, "is normalised to SOB"),
     ):
         with pytest.raises(ValueError, match=match):
