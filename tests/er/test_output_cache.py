@@ -136,7 +136,7 @@ def test_a_training_step_asks_for_no_memory_anew():
         model(images).square().sum().backward()
         model.zero_grad()
         fresh.append(kept_memory().fresh - before)
-    # Autograd's thread frees maps while others are asked for, so that a few more buffers may be wanted at once than ever.
+    # Autograd's thread frees maps while others are asked for: a few more may be wanted at once than ever before.
     assert fresh[3] - fresh[0] <= fresh[0] // 10 and kept_memory().kept_bytes > 0
 
 
