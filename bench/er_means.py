@@ -13,7 +13,7 @@ STAGE_101 = "resnet101-3"
 # bench function: figure, at least
 MEAN_TARGETS = {
     "stage_epilogues": {"ratio_naive": 5.0, "ratio_compiled": 2.0},
-    "shortcut_sum": {"ratio_naive": 3.0, "ratio_compiled": 1.3},
+    "shortcut_sum": {"ratio_naive": 3.5, "ratio_compiled": 1.3},
 }
 
 

@@ -1,8 +1,9 @@
 """The memory that the CPU operators, ER shortcuts and Macenko alike, keep: that of large freed outputs, for the next.
 
-The first touch of fresh memory costs a page fault every 4 KiB, which takes longer than the pass that writes a map. Kept
-and live outputs together take at most 1.25 times the most that live outputs took; and at most 2 GiB are kept, or what
-the environment variable `ERNET_KEEP_MB` says (0 keeps none). docs/memory.md says what is kept and what is not.
+The first touch of fresh memory costs a page fault every 4 KiB, which takes longer than the pass that writes a map. At
+most 2 GiB are kept, or what the environment variable `ERNET_KEEP_MB` says (0 keeps none); and kept and live outputs
+together exceed the most that live outputs took by a quarter, or by a 32nd of that limit, at most. docs/memory.md says
+what is kept and what is not.
 """
 
 from __future__ import annotations

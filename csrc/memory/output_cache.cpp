@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
@@ -18,7 +19,10 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr int kMostKept = 256;      // buffers; the oldest makes room
-constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it
+constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most that was live by this share of it,
+// or of the limit: where no gradients are wanted the maps of one stage are live at a time, and all stages' take twice
+// as much. For gradients, which keep all of them, the first is the larger.
+constexpr size_t kLimitShare = 32;
 constexpr size_t kSlackShare = 4;   // a buffer may exceed what is asked for by this share
 
 using Entry = std::unique_lock<std::mutex>;
@@ -145,7 +149,7 @@ void* take_map_buffer(size_t* bytes) {
     buffer = find_kept(all, bytes);
     add_live(all, *bytes);
     const size_t most = all.most_live_bytes, all_bytes = all.live_bytes + all.kept_bytes;
-    const size_t allowed = most + most / kMarginShare;
+    const size_t allowed = most + std::max(most / kMarginShare, all.limit / kLimitShare);
     if (buffer == nullptr && all_bytes > allowed) drop_oldest(all, all_bytes - allowed);
   } else {
     add_live(all, *bytes);

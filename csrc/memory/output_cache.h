@@ -4,7 +4,8 @@
 // kept for the next that fits: of the same size, or at most a quarter smaller. New memory comes in huge pages.
 //
 // Bounds: no more than limit bytes are kept; and what is kept and in use never exceeds the most that was in use since
-// the limit was set by more than a quarter (forward and backward passes want different sizes): the oldest goes first.
+// the limit was set by more than a quarter (forward and backward passes want different sizes) or a 32nd of the limit:
+// the oldest goes first.
 #pragma once
 
 #include <stddef.h>

@@ -1,7 +1,7 @@
 """The convolutions of a network's blocks, with weight gradients by an operator of our own where that is faster.
 
 For channels-last float32 maps, oneDNN's weight gradients of 3x3 convolutions reach about half the speed of its forward
-pass on CPUs with AVX2 and no AVX-512; `ernet::conv_weight_gradient` (csrc/conv/) takes 0.57 to 0.85 times as long there.
+pass on CPUs with AVX2 and no AVX-512; `ernet::conv_weight_gradient` (csrc/conv/) takes 0.57 to 0.85 times as long.
 Everywhere else, and for modules that are not plain (hooks, parametrisations, subclasses), the module is called.
 """
 

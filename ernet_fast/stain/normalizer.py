@@ -10,7 +10,7 @@ import torch
 
 from ernet_fast.stain import operators, pipeline
 from ernet_fast.stain.collection import Collection
-from ernet_fast.stain.functional import normalize_collection
+from ernet_fast.stain.functional import normalize_collection, normalize_directly
 from ernet_fast.stain.multi_target import fit_targets
 from ernet_fast.stain.network_output import read_output
 from ernet_fast.stain.options import PERCENTILES, Options, is_number
@@ -156,9 +156,13 @@ class MacenkoNormalizer(TargetModule):
 
         With `return_status` a pair of that and the status [B] int32 of the source fit.
         """
-        options = self._options_of(images)
+        options, target = self._options_of(images), self.target
+        if source is None and mask is None and self.network is None and not return_status:
+            done = normalize_directly(images, target, options)
+            if done is not None:
+                return done
         collection = pipeline.read(images, options)
-        results, status = normalize_collection(collection, self.target, source, mask, options, self.network)
+        results, status = normalize_collection(collection, target, source, mask, options, self.network)
         out = collection.restore(results) if self.network is None else collection.as_tensors(results)
         return (out, status) if return_status else out
 
@@ -265,6 +269,8 @@ class MacenkoNormalizer(TargetModule):
 
     def _options_of(self, images: Any, **given: float | None) -> Options:
         """The options for these images, with what is given for one call."""
+        if self.compat is None and not given:
+            return self.options
         changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         first = images[0] if isinstance(images, (list, tuple)) and images else images
         if self.compat is not None and isinstance(first, torch.Tensor):

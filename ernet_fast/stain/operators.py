@@ -316,6 +316,25 @@ def normalize(
     return (out if out.dtype == images.dtype else out.to(images.dtype)), MacenkoFit(*fitted)
 
 
+def normalize_bytes(images: torch.Tensor, target: MacenkoFit, options: Options) -> torch.Tensor | None:
+    """The images of `normalize` for 8-bit ones on the CPU and a target as `fit` returns it there; None for all others,
+    and where the operator refuses them.
+    """
+    stain, maximum, _ = target
+    if not (_EXTENSION and images.dtype == torch.uint8 and images.is_cpu) or forward_ad._current_level >= 0:
+        return None
+    for part in (stain, maximum):
+        if type(part) is not torch.Tensor or not part.is_cpu or part.requires_grad:
+            return None
+    o, pixels = options, supported(images, like_result=True)
+    numbers = o.Io, o.alpha, o.beta, o.nearest, o.identity, o.range
+    try:
+        out, *_ = torch.ops.ernet.macenko_normalize.default(pixels, stain, maximum, *numbers)
+    except RuntimeError:  # of stains that are not finite, or in another dtype or shape
+        return None
+    return out
+
+
 def augment(
     images: torch.Tensor, reference: MacenkoFit, gain: torch.Tensor, shift: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, MacenkoFit] | None:

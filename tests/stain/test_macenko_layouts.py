@@ -9,8 +9,9 @@ import pytest
 import torch
 from stain_images import batch, synthetic_tissue
 
-from ernet_fast import reference
+from ernet_fast import _backend, reference
 from ernet_fast.stain import (
+    MacenkoFit,
     MacenkoNormalizer,
     MacenkoStatus,
     macenko_augment,
@@ -68,6 +69,46 @@ def test_every_form_gives_the_same_values_and_its_own_form(form):
     assert tuple(out.shape) == tuple(images.shape)
     np.testing.assert_array_equal(hwc(out), EXPECTED)
     np.testing.assert_array_equal(np.asarray(images), kept)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("policy", ["reference", "identity"])
+def test_bytes_on_the_cpu_take_the_short_way(form, policy, monkeypatch):
+    """The bits, the form and the memory layout of the general way, which a call that also wants the status takes."""
+    images, white = FORMS[form](), np.full((1, 3, 5, 7), 255, np.uint8)
+    normalizer = MacenkoNormalizer(on_degenerate=policy)
+    calls = {
+        "function": lambda x, **more: macenko_normalize(x, TARGET, on_degenerate=policy, **more),
+        "module": normalizer,
+    }
+    expected = {name: [call(x, return_status=True)[0] for x in (images, white)] for name, call in calls.items()}
+    if _backend.extension_available():
+        monkeypatch.setattr("ernet_fast.stain.pipeline.read", None)
+    for name, call in calls.items():
+        for x, general in zip((images, white), expected[name], strict=True):
+            found = call(x)
+            assert type(found) is type(general)
+            np.testing.assert_array_equal(np.asarray(found), np.asarray(general))
+            assert np.asarray(found).strides == np.asarray(general).strides
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        (MacenkoFit(*(part[0] for part in TARGET)), {}),  # without a dimension for images
+        (TARGET._replace(stain_matrix=TARGET.stain_matrix.float()), {}),
+        (TARGET._replace(stain_matrix=TARGET.stain_matrix.clone().requires_grad_()), {}),
+        (TARGET, {"on_degenerate": "raise"}),
+        (TARGET, {"output": torch.float32}),
+        (TARGET, {"mask": np.ones(IMAGE.shape[:2], bool)}),
+    ],
+)
+def test_what_the_short_way_leaves_to_the_general_one(target, options):
+    found = macenko_normalize(IMAGE, target, **options)
+    general, _ = macenko_normalize(IMAGE, target, return_status=True, **options)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(general))
+    if "output" not in options:  # stains in float32 round a level here and there
+        assert np.abs(hwc(found).astype(int) - EXPECTED).max() <= 1
 
 
 def test_read_only_arrays_are_read_without_a_warning():
