@@ -226,7 +226,9 @@ def _print(summary: Summary, output: str, verified: bool) -> None:
     counts = Counter("before" if file.input in summary.done_before else file.status for file in summary.files)
     words = {"ok": "as recorded" if verified else "normalised", "before": "done before"}
     shown = ", ".join(f"{counts[status]} {word}" for status, word in {**_WORDS, **words}.items() if counts[status])
-    print(f"{shown or 'nothing to do'}; {'looked for in' if verified else 'written to'} {output}")
+    written = any(counts[status] for status in ("ok", "degenerate", "before"))
+    where = f"looked for in {output}" if verified else f"written to {output}" if written else "nothing written"
+    print(f"{shown or 'nothing to do'}; {where}")
 
 
 class _Shown(Progress, ExitStack):

@@ -92,8 +92,8 @@ def _levels(file: Any) -> list[Any]:
     kind = first.compression, first.photometric, first.samplesperpixel, first.bitspersample, first.planarconfig
     if not (kind[0] in _COMPRESSIONS and kind[1] in _PHOTOMETRIC and kind[2:] == (3, 8, 1)):
         raise ValueError(
-            f"compression {first.compression!s} of {first.samplesperpixel} channels of {first.bitspersample} bits is not "
-            "read by tifffile alone; install OpenSlide (ernet_fast[slides])"
+            f"compression {first.compression!s} of {first.samplesperpixel} channels of {first.bitspersample} bits is "
+            "not read by tifffile alone; install OpenSlide (ernet_fast[slides])"
         )
     levels = [first]
     for page in _others(file):
