@@ -181,8 +181,8 @@ def test_rate(record_row, tmp_path, size, count):
         targets=[
             f"share_of_copying >= {LEAST_SHARE}", f"ratio_torchstain >= {LEAST_RATIO}", f"busy >= {LEAST_BUSY}"
         ],
-        detail=f"{middle['copying']:.0f}/s decoded and encoded alone, {middle['torchstain']:.1f}/s by torchstain; of a "
-        f"core {1e3 * normalise:.2f} ms to normalise and {1e3 * rest:.2f} ms for the rest: a share of at most {most:.2f}",
+        detail=f"{middle['copying']:.0f}/s decoded and encoded alone, {middle['torchstain']:.1f}/s by torchstain; "
+        f"{1e3 * normalise:.2f} ms of a core to normalise, {1e3 * rest:.2f} ms for the rest: at most {most:.2f} of it",
     )  # fmt: skip
     figures = f"{middle['whole']:.0f}/s, {share:.2f} of copying (at most {most:.2f}), {ratio:.1f} x torchstain"
     print(f"\n{size}, {number} files: {figures}, {busy:.2f} busy")

@@ -147,7 +147,8 @@ def _nothing_in(sources: list[Path], slides: object, *, hint: bool = False) -> s
     what, other = ("whole slide", "images") if slides else (f"{READABLE} image", "slides")
     text = f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}."
     if hint and _sorted_out(sources, "" if slides else SLIDE_SUFFIXES[0])[0]:
-        text += f" There are {'images' if slides else 'whole slides'}: --as {other} normalises them."
+        tables = "lut" if slides else "slide-lut"
+        text += f" There are {'images' if slides else 'whole slides'}, for --as {other} or --as {tables}."
     return text
 
 
