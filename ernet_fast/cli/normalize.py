@@ -71,8 +71,8 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     add("--shard", metavar="I/N", help=shard)
     merge = "merge tables of statuses: the inputs are tables, the output is one (nothing is normalised)"
     add("--merge", action="store_true", help=merge)
-    kinds = "images; whole slides, as pyramids; or colour tables (.cube and .icc) for a viewer (default: images)"
-    add("--as", choices=("images", "slides", "lut"), default="images", dest="kind", help=kinds)
+    kinds = "images; whole slides, as pyramids; or colour tables (.cube, .icc) of either for a viewer (default: images)"
+    add("--as", choices=("images", "slides", "lut", "slide-lut"), default="images", dest="kind", help=kinds)
     add("--points", type=int, choices=POINTS, default=POINTS[0], help="grid points of a colour table (default: 33)")
     workers = "images processed, or with --device cuda read and written, at the same time (default: one a core)"
     add("--workers", type=int, metavar="N", help=workers)
@@ -160,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
         count = merge_status(arguments.input, arguments.output)
         print(f"{count} files of {len(arguments.input)} tables; written to {arguments.output}")
         return 0
-    if arguments.kind == "lut":
+    if arguments.kind in ("lut", "slide-lut"):
         return _write_tables(arguments)
     with _Shown(Reporter(quiet=arguments.quiet)) as progress:
         quality = None if arguments.kind == "slides" else arguments.quality
@@ -183,13 +183,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _write_tables(arguments: argparse.Namespace) -> int:
     for name, usual in _OF_IMAGES.items():
         if getattr(arguments, name) != usual:
-            raise ValueError(f"--{name} is for images; --as lut writes none.")
+            raise ValueError(f"--{name} is for images; --as {arguments.kind} writes none.")
     with _Shown(Reporter(quiet=arguments.quiet)) as progress:
         tables = write_tables(
             arguments.input, arguments.output, target=arguments.target, method=arguments.method,
             options=_options(arguments), fit=arguments.fit, source=arguments.source,
             slide_pattern=arguments.slide_pattern, points=arguments.points, base=arguments.base,
-            overwrite=arguments.overwrite, progress=progress,
+            slides=arguments.kind == "slide-lut", overwrite=arguments.overwrite, progress=progress,
             limits=Limits(arguments.max_pixels, arguments.max_bytes, arguments.transparent),
         )  # fmt: skip
     if arguments.json:
@@ -197,7 +197,8 @@ def _write_tables(arguments: argparse.Namespace) -> int:
     else:
         for table in tables:
             error = "" if table.mean is None else f"largest error {table.largest:.0f} levels, mean {table.mean:.2f}, "
-            over = f"over {table.colours} colours of {table.images} images" if error else ""
+            what = "slides" if arguments.kind == "slide-lut" else "images"
+            over = f"over {table.colours} colours of {table.images} {what}" if error else ""
             print(f"{table.status:<10}  {table.name}: {error}{over}{'; ' * bool(error and table.reason)}{table.reason}")
         print(f"{sum(table.status != 'error' for table in tables)} tables; written to {arguments.output}")
     return SOME_FAILED if any(table.status == "error" for table in tables) else 0
@@ -226,7 +227,9 @@ def _print(summary: Summary, output: str, verified: bool) -> None:
     counts = Counter("before" if file.input in summary.done_before else file.status for file in summary.files)
     words = {"ok": "as recorded" if verified else "normalised", "before": "done before"}
     shown = ", ".join(f"{counts[status]} {word}" for status, word in {**_WORDS, **words}.items() if counts[status])
-    print(f"{shown or 'nothing to do'}; {'looked for in' if verified else 'written to'} {output}")
+    written = any(counts[status] for status in ("ok", "degenerate", "before"))
+    where = f"looked for in {output}" if verified else f"written to {output}" if written else "nothing written"
+    print(f"{shown or 'nothing to do'}; {where}")
 
 
 class _Shown(Progress, ExitStack):

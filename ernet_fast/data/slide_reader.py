@@ -1,4 +1,4 @@
-"""Whole slides, region by region, by OpenSlide or tiffslide."""
+"""Whole slides, region by region, by OpenSlide, or tifffile where it is missing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ernet_fast._optional import require
 from ernet_fast.data.image_io import ImageReadError
+from ernet_fast.data.tiff_slide import TiffSlide
 
 _MOST_BLANK = 1 << 16  # regions that are remembered
 
@@ -102,15 +103,16 @@ def _without_alpha(pixels: np.ndarray) -> np.ndarray:
 
 
 def _opener() -> tuple[Any, str]:
+    """What opens slides, and its name with the version: OpenSlide, or tifffile where that is missing."""
     try:
         library = require("openslide", extra="slides", purpose="reading whole slides")
     except ImportError:
         try:
-            fallback = require("tiffslide", extra="slides", purpose="reading whole slides")
+            fallback = require("tifffile", extra="slides", purpose="reading whole slides")
         except ImportError:
             pass
         else:
-            return fallback.TiffSlide, f"tiffslide {fallback.__version__}"
+            return TiffSlide, f"tifffile {fallback.__version__}"
         raise
     return library.OpenSlide, f"OpenSlide {library.__library_version__}"
 

@@ -94,7 +94,7 @@ def predict_slide(
 
     Args:
         trained: the network.
-        slide: a file that OpenSlide or tiffslide reads.
+        slide: a file that OpenSlide reads (or tifffile, where it is missing).
         field: height and width of a tile in micrometres; default: those of the BreakHis images that the network was
             trained on, if they were of one magnification (152 um at 200X, see `breakhis_mpp`).
         mpp: micrometres a pixel of level 0, where the slide does not say or is wrong.

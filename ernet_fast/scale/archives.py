@@ -73,7 +73,7 @@ def normalize_archive(job: Job, work: Work, format: str) -> tuple[FileStatus, tu
     if not members:
         pending.discard()
         return FileStatus(str(job.input), None, "skipped", "no image in the archive"), ()
-    return commit(job, pending, FileStatus(str(job.input), str(job.output), "ok")), members
+    return commit(job, pending, "", FileStatus(str(job.input), str(job.output), "ok")), members
 
 
 class _Copy:
@@ -137,11 +137,11 @@ class _Copy:
             return None, status
         encoded = io.BytesIO()
         try:
-            treat.write(encoded, result, one, picture.form, work.quality)
+            digest = treat.write(encoded, result, one, picture.form, work.quality)
         except (OSError, ValueError) as error:
             return None, treat.unwritten(one, error)
         out = encoded.getvalue()
-        return out, replace(status, sha256=hashlib.sha256(out).hexdigest())
+        return out, replace(status, sha256=digest or hashlib.sha256(out).hexdigest())
 
     def write(self, sink: ZipArchive | TarArchive, most: int) -> None:
         """Write what is first in the queue until at most so many are left."""

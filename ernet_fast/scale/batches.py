@@ -133,6 +133,6 @@ def _begin(
         if status.status == "error":
             return status
         pending = write_pending(job, on_host[number], picture.form, work.quality)
-        return pending if isinstance(pending, FileStatus) else commit(job, pending, status)
+        return pending if isinstance(pending, FileStatus) else commit(job, *pending, status)
 
     return [(job, pool.submit(finish, number)) for number, job in enumerate(batch.jobs)]

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -60,6 +61,8 @@ class ZipArchive:
 
     def write(self, name: str, info: _Info, size: int, content: Any) -> None:
         """Add a member of `size` bytes, with the time and rights of `info`."""
+        if isinstance(info, tarfile.TarInfo):
+            info = _zip_info(info)
         out = zipfile.ZipInfo(name, info.date_time)
         out.compress_type, out.external_attr, out.comment = info.compress_type, info.external_attr, info.comment
         with self.zip.open(out, "w", force_zip64=size >= 1 << 31) as file:
@@ -106,6 +109,8 @@ class TarArchive:
 
     def write(self, name: str, info: _Info, size: int, content: Any) -> None:
         """Add a member of `size` bytes, with the time and rights of `info`."""
+        if isinstance(info, zipfile.ZipInfo):
+            info = _tar_info(info)
         out = tarfile.TarInfo(name)
         out.size, out.mtime, out.mode = size, info.mtime, info.mode
         out.uid, out.gid, out.uname, out.gname = info.uid, info.gid, info.uname, info.gname
@@ -116,6 +121,23 @@ class TarArchive:
         self.tar.close()
         if self.packed is not None:
             self.packed.close()
+
+
+def _zip_info(info: tarfile.TarInfo) -> zipfile.ZipInfo:
+    """Time (UTC, from 1980 to 2107) and rights of a member of a tar file, which is stored: images get no smaller."""
+    moment = datetime.fromtimestamp(info.mtime, timezone.utc).timetuple()[:6]
+    out = zipfile.ZipInfo(info.name, min(max(moment, (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 23, 59, 58)))
+    out.external_attr = (stat.S_IFREG | info.mode & 0o7777) << 16
+    return out
+
+
+def _tar_info(info: zipfile.ZipInfo) -> tarfile.TarInfo:
+    """Time (taken for UTC) and rights of a member of a zip file."""
+    out = tarfile.TarInfo(info.filename)
+    with contextlib.suppress(ValueError):  # month 0: the zip file says no time
+        out.mtime = int(datetime(*info.date_time, tzinfo=timezone.utc).timestamp())
+    out.mode = info.external_attr >> 16 & 0o777 or out.mode
+    return out
 
 
 def open_archive(file: IO[bytes], name: str, mode: str) -> ZipArchive | TarArchive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -26,6 +27,34 @@ _MOST_RESOLUTION = {"JPEG": 65535, "PNG": 5e7, "TIFF": 5e7}
 _WITHOUT_EXIF = ("TIFF",)
 
 
+class HashedFile:
+    """A file that is hashed while it is written from one end to the other.
+
+    It has no descriptor: with one Pillow goes past the buffer, and tells no full disk.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._sha256 = file, hashlib.sha256()
+        self._straight = True
+        self.flush, self.tell, self.read = file.flush, file.tell, getattr(file, "read", None)
+
+    def write(self, data: Any) -> int:
+        """As of a file."""
+        if self._straight:
+            self._sha256.update(data)
+        return self._file.write(data)
+
+    def seek(self, *place: int) -> int:
+        """As of a file; what is written from here on is not hashed."""
+        self._straight = False
+        return self._file.seek(*place)
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written, hexadecimal; empty where that was not straight."""
+        return self._sha256.hexdigest() if self._straight else ""
+
+
 def encode(file: IO[bytes], pixels: np.ndarray, name: str, form: FileForm, quality: int | None = None) -> None:
     """Write pixels [H, W, 3] uint8 to `file` in the format of the suffix of `name`.
 
@@ -48,7 +77,7 @@ def encode(file: IO[bytes], pixels: np.ndarray, name: str, form: FileForm, quali
     if data is not None:
         file.write(data)
     else:
-        pil.fromarray(pixels).save(_WithoutDescriptor(file), format=kind, **options)
+        pil.fromarray(pixels).save(file, format=kind, **options)
 
 
 def _options(kind: str, form: FileForm, quality: int | None) -> dict[str, Any]:
@@ -89,11 +118,3 @@ def decoder() -> str:
     if fast_jpeg.version():
         parts.append(fast_jpeg.version())
     return ", ".join(parts)
-
-
-class _WithoutDescriptor:
-    """A file to which Pillow writes as to any: with a descriptor it goes past the buffer, and tells no full disk."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.write, self.flush, self.seek, self.tell = file.write, file.flush, file.seek, file.tell
-        self.read = getattr(file, "read", None)

@@ -225,7 +225,8 @@ def check_fit(fit: str, source: Any) -> None:
     _check_known("fit", fit, FITS)
     if (fit == "fixed") != (source is not None):
         raise ValueError(
-            f"fit={fit!r} with source={source!r}; 'fixed' takes the stains of all images from a source, and only it."
+            f"fit={fit!r} with source={source!r}; 'fixed' takes the stains of all images from a source (--source), and "
+            "only it."
         )
 
 

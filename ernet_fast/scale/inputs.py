@@ -96,14 +96,14 @@ def plan(
     sources = _expand(inputs)
     single = len(sources) == 1 and is_single(sources[0], output, slides)
     if not single and (is_output(output.name) or output.exists()) and not output.is_dir():
+        kinds = f", or the name of a slide ({', '.join(SLIDE_OUTPUTS)})" if slides and len(sources) == 1 else ""
         raise NotADirectoryError(
-            f"{str(output)!r} is a file or has the name of an image or archive; expected a folder to write to."
+            f"{str(output)!r} is a file or has the name of an image or archive; expected a folder to write to{kinds}."
         )
     _check_apart(sources, output)
     found, ignored = _sorted_out(sources, slides)
     if not found:
-        what = "whole slide" if slides else f"{READABLE} image"
-        raise ValueError(f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}.")
+        raise ValueError(_nothing_in(sources, slides, hint=True))
     root = _base(sources, base)
     if format != "keep" and single and renamed(output.name, format) != output.name and not archive_suffix(output.name):
         raise ValueError(f"--format {format}, but the output is {str(output)!r}; drop one of the two.")
@@ -138,21 +138,30 @@ def image_files(
     left_out += [(path, "an archive; unpack it first") for path in found.values() if archive_suffix(path.name)]
     images = [path for path in found.values() if not archive_suffix(path.name)]
     if not images:
-        what = "whole slide" if slides else f"{READABLE} image"
-        raise ValueError(f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}.")
+        raise ValueError(_nothing_in(sources, slides))
     return images, left_out
+
+
+def _nothing_in(sources: list[Path], slides: object, *, hint: bool = False) -> str:
+    """What to say where there is nothing to read; with a hint if there is something of the other kind."""
+    what, other = ("whole slide", "images") if slides else (f"{READABLE} image", "slides")
+    text = f"no {what} in {', '.join(repr(str(source)) for source in sources[:3])}."
+    if hint and _sorted_out(sources, "" if slides else SLIDE_SUFFIXES[0])[0]:
+        tables = "lut" if slides else "slide-lut"
+        text += f" There are {'images' if slides else 'whole slides'}, for --as {other} or --as {tables}."
+    return text
 
 
 def is_single(source: Path, output: Path, slides: str = "") -> bool:
     """Whether `output` names one file to write rather than a folder: one image in, and an image's name out; or one
-    archive, and the name of another of its kind.
+    archive, and the name of another.
     """
     if not source.is_file() or output.is_dir():
         return False
     if slides:
         return output.name.lower().endswith(SLIDE_OUTPUTS)
-    archive = archive_suffix(source.name)
-    return archive_suffix(output.name) == archive if archive else output.name.lower().endswith((*IMAGE_SUFFIXES, ZARR))
+    suffixes = ARCHIVE_SUFFIXES if archive_suffix(source.name) else (*IMAGE_SUFFIXES, ZARR)
+    return output.name.lower().endswith(suffixes)
 
 
 def archive_suffix(name: str) -> str:

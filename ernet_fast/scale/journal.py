@@ -17,8 +17,8 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, field
-from operator import itemgetter
+from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ SYNC_SECONDS = 2.0
 
 _FIELDS = tuple(FileStatus.__dataclass_fields__)
 _VALUES = itemgetter(*_FIELDS)
+_ATTRIBUTES = attrgetter(*_FIELDS)
 _STAINS = _FIELDS.index("stains")
 
 
@@ -82,9 +83,9 @@ class Records:
 
 
 def _line(name: str, record: Record) -> dict[str, Any]:
-    found = zip(_FIELDS, astuple(record.status), strict=True)
+    found = zip(_FIELDS, _ATTRIBUTES(record.status), strict=True)
     line = {"done": name, "stamp": record.stamp, "key": record.key, "bytes": record.bytes, **dict(found)}
-    return {**line, "members": [astuple(member) for member in record.members]} if record.members else line
+    return {**line, "members": [_ATTRIBUTES(member) for member in record.members]} if record.members else line
 
 
 def _record(line: dict[str, Any]) -> Record:

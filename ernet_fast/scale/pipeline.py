@@ -160,24 +160,26 @@ class _Stages:
         pending = write_pending(job, result, form, self.work.quality)
         if isinstance(pending, FileStatus):
             return pending
-        self.start(self.waiting, commit, job, pending, status)  # last stage: the output reaches the disk
+        self.start(self.waiting, commit, job, *pending, status)  # last stage: the output reaches the disk
         return None
 
 
-def write_pending(job: Job, result: torch.Tensor, form: FileForm, quality: int | None) -> PendingFile | FileStatus:
-    """The output in a temporary file, or why it cannot be written."""
+def write_pending(
+    job: Job, result: torch.Tensor, form: FileForm, quality: int | None
+) -> tuple[PendingFile, str] | FileStatus:
+    """The output in a temporary file, and its checksum if that is known; or why it cannot be written."""
     try:
         pending = open_output(job)
     except OSError as error:
         return treat.unwritten(job, error)
     try:
-        treat.write(pending.file, result, job, form, quality)
+        digest = treat.write(pending.file, result, job, form, quality)
     except BaseException as error:
         pending.discard()
         if isinstance(error, (OSError, ValueError)):
             return treat.unwritten(job, error)
         raise
-    return pending
+    return pending, digest
 
 
 def open_output(job: Job) -> PendingFile:
@@ -189,11 +191,11 @@ def open_output(job: Job) -> PendingFile:
         return PendingFile(job.output)
 
 
-def commit(job: Job, pending: PendingFile, status: FileStatus) -> FileStatus:
-    """Give a written output its name; its status with the checksum."""
+def commit(job: Job, pending: PendingFile, digest: str, status: FileStatus) -> FileStatus:
+    """Give a written output its name; its status with the checksum, which is made here if it is empty."""
     try:
         pending.file.flush()
-        digest = digest_of(pending.temporary)
+        digest = digest or digest_of(pending.temporary)
         pending.commit()
     except OSError as error:
         pending.discard()

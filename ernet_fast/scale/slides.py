@@ -108,7 +108,7 @@ def _write(
         if isinstance(error, OSError):
             return treat.unwritten(job, error)
         raise
-    return commit(job, pending, replace(status, tissue_share=slide.tissue / (slide.size[0] * slide.size[1])))
+    return commit(job, pending, "", replace(status, tissue_share=slide.tissue / (slide.size[0] * slide.size[1])))
 
 
 class _Slide:

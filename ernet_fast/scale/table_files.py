@@ -1,9 +1,10 @@
-"""Colour tables in place of normalised images: one for an image, for a folder fitted together, or for all."""
+"""Colour tables in place of normalised images: of an image or whole slide, of a folder fitted together, or of all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from ernet_fast.console.atomic_file import atomic_write, write_text
 from ernet_fast.data import ImageReadError
+from ernet_fast.data.slide_reader import SlideReader, reader_version
 from ernet_fast.scale import treat
 from ernet_fast.scale.colour_table import POINTS, ColourTable
 from ernet_fast.scale.files import Stains, check_fit, known_stains
@@ -22,6 +24,7 @@ from ernet_fast.scale.run import TOGETHER, Progress
 from ernet_fast.scale.target import PUBLISHED, make_method
 from ernet_fast.scale.treat import USUAL_LIMITS, Limits
 from ernet_fast.stain.options import Options
+from ernet_fast.stain.slide_fit import fit_tiles
 
 SUFFIXES = (".cube", ".icc")
 
@@ -62,6 +65,7 @@ def write_tables(
     points: int = 33,
     base: str | os.PathLike[str] | None = None,
     limits: Limits = USUAL_LIMITS,
+    slides: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[TableStatus]:
@@ -71,18 +75,26 @@ def write_tables(
     (slides/a/ gives a.cube), those of slides have their names, that of all is called all.cube. Existing tables are
     replaced only with `overwrite`.
 
+    With `slides` the inputs are whole slides (extra "slides"), each with a table of its own, or all with one ("fixed").
+    Stains, and the colours over which the error is taken, are those of the tiles that `normalize_slide` fits.
+
     Raises:
         FileExistsError: a table exists.
-        FileNotFoundError, ValueError: as `normalize_files`.
+        FileNotFoundError, ImportError, ValueError: as `normalize_files`.
     """
     check_fit(fit, source)
+    if slides:
+        if fit == "per-folder":
+            raise ValueError("fit='per-folder' is for images, not for whole slides.")
+        fit = "per-image" if fit == "per-slide" else fit
+        reader_version()
     group = grouping(fit, slide_pattern)
     if points not in POINTS:
         raise ValueError(f"points={points!r}; expected {' or '.join(map(str, POINTS))}.")
     chosen = make_method(target, method, options)
     known = None if source is None else known_stains(source, method, chosen.options)
     paths = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
-    planned = plan(paths, output, base=base)
+    planned = plan(paths, output, base=base, slides=SUFFIXES[0] if slides else "")
     check_groups(planned.jobs, group)
     units = _units([job for job in planned.jobs if not job.is_archive], fit, group, planned.base.name)
     places = {name: Path(output) / name for name in units}
@@ -91,7 +103,7 @@ def write_tables(
         raise FileExistsError(f"{existing[0]!s}.cube exists (one of {len(existing)}); --overwrite replaces them.")
     progress = progress or Progress()
     progress.begin("tables", sum(map(len, units.values())))
-    tables = _Tables(Work(chosen, limits=limits), fit, known, points, progress)
+    tables = _Tables(Work(chosen, limits=limits), fit, known, points, slides, progress)
     return [tables.write(name, jobs, places[name]) for name, jobs in units.items()]
 
 
@@ -112,6 +124,7 @@ class _Tables:
     fit: str
     known: Values | None
     points: int
+    slides: bool
     progress: Progress
 
     def write(self, name: str, jobs: list[Job], place: Path) -> TableStatus:
@@ -122,7 +135,8 @@ class _Tables:
             stains = self.stains(method, jobs)
             for job in jobs:
                 try:
-                    _mark(occurring, treat.open_picture(treat.load(job, self.work.limits), self.work.limits).pixels)
+                    for pixels in self.pixels(job):
+                        _mark(occurring, pixels)
                 except (ImageReadError, OSError) as error:
                     failures, reason = failures + 1, treat.reason_of(error, job.input)
                 self.progress.advance()
@@ -140,7 +154,8 @@ class _Tables:
             file.write(table.icc(f"{name}, stain-normalised"))
         status = "ok" if stains else "degenerate"
         said = [] if stains else ["no stains can be fitted"]
-        said += [f"{failures} of {len(jobs)} images cannot be read, e.g.: {reason}"] if failures else []
+        what = "slides" if self.slides else "images"
+        said += [f"{failures} of {len(jobs)} {what} cannot be read, e.g.: {reason}"] if failures else []
         return TableStatus(name, len(jobs) - failures, status, "; ".join(said), *off)
 
     def stains(self, method: Method, jobs: list[Job]) -> Values:
@@ -149,11 +164,21 @@ class _Tables:
             return self.known or ()
         if self.fit in TOGETHER:
             return method.fit_together(images_of(jobs, self.work))[0]
+        if self.slides:
+            return method.fit_together(self.pixels(jobs[0]))[0]
         try:
             picture = treat.open_picture(treat.load(jobs[0], self.work.limits), self.work.limits)
         except OSError as error:
             raise ImageReadError(treat.reason_of(error, jobs[0].input)) from error
         return treat.normalize(picture, method, None)[1]
+
+    def pixels(self, job: Job) -> Iterator[np.ndarray]:
+        """An image [H, W, 3], or the tiles of a whole slide that stains are fitted on."""
+        if self.slides:
+            with closing(SlideReader(job.input)) as reader:
+                yield from fit_tiles(reader, self.work.method.tissue)
+        else:
+            yield treat.open_picture(treat.load(job, self.work.limits), self.work.limits).pixels
 
 
 def _mark(occurring: np.ndarray, image: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import errno
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from ernet_fast.data import ImageReadError
 from ernet_fast.data.file_form import FileForm
 from ernet_fast.data.image_io import TRANSPARENT, decode, read_file
-from ernet_fast.scale.encode import encode
+from ernet_fast.scale.encode import HashedFile, encode
 from ernet_fast.scale.inputs import Job
 from ernet_fast.scale.method import Method, Values
 from ernet_fast.scale.status import FileStatus
@@ -98,9 +98,11 @@ def judged(job: Job, picture: Picture, values: Values, status: MacenkoStatus, me
     return FileStatus(str(job.input), str(job.output), "degenerate", f"{status.reason}; {done}", *seen)
 
 
-def write(file: IO[bytes], result: torch.Tensor, job: Job, form: FileForm, quality: int | None) -> None:
-    """Encode pixels [H, W, 3] on the CPU."""
-    encode(file, np.ascontiguousarray(result.numpy()), job.output.name, form, quality)
+def write(file: IO[bytes], result: torch.Tensor, job: Job, form: FileForm, quality: int | None) -> str:
+    """Encode pixels [H, W, 3] on the CPU; the SHA-256 of the file if that is known without reading it again, or ""."""
+    hashed: Any = HashedFile(file)
+    encode(hashed, np.ascontiguousarray(result.numpy()), job.output.name, form, quality)
+    return hashed.sha256
 
 
 def unwritten(job: Job, error: Exception) -> FileStatus:

@@ -62,7 +62,7 @@ class SlideTiles(Dataset[SlideTile]):
     ``normalizer.cuda()(batch.image.cuda(), tiles.sources(batch.slide))`` with batches of ``tiles.unnormalized()``.
 
     Args:
-        slides: files that OpenSlide (or tiffslide) reads; extra "slides".
+        slides: files that OpenSlide reads (or tifffile, where it is missing); extra "slides".
         normalizer: a fitted normaliser on the CPU; None for the tiles as they are.
         size: width and height of tiles in pixels of the wanted resolution.
         mpp: the resolution wanted, in micrometres a pixel: tiles are read from the level that is next finer and scaled

@@ -210,3 +210,17 @@ def test_a_run_that_is_killed_in_an_archive(members, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "whole")
     parts = [normalize_files(tmp_path / "in", tmp_path / "whole", shard=f"{i}/2").counts["ok"] for i in (1, 2)]
     assert sum(parts) == 15
+
+
+@pytest.mark.parametrize(("kind", "other"), [(".zip", ".tar"), (".tar.gz", ".zip"), (".tar", ".tgz")])
+def test_one_archive_becomes_one_of_another_kind(members, tmp_path, kind, other):
+    source, out = pack(tmp_path / f"a{kind}", members), tmp_path / f"b{other}"
+    assert normalize_files(source, out, workers=2).counts == {"ok": 5}
+    check(out, expected(members))
+    if other == ".zip":
+        with zipfile.ZipFile(out) as file:
+            assert {info.date_time for info in file.infolist()} == {(2001, 9, 9, 1, 46, 40)}, "1e9 seconds, as packed"
+            assert {info.external_attr >> 16 & 0o777 for info in file.infolist()} == {0o644}
+    elif kind == ".zip":
+        with tarfile.open(out) as file:
+            assert {info.mtime for info in file} == {981173106}, "2001-02-03 04:05:06"

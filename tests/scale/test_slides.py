@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from ernet_fast.cli import main
 from ernet_fast.data.slide_reader import SlideReader
 from ernet_fast.data.synthetic import generate_patch
-from ernet_fast.scale import SlideForm, normalize_files, normalize_slide
+from ernet_fast.scale import SlideForm, normalize_files, normalize_slide, write_tables
 from ernet_fast.scale.method import MacenkoMethod
 from ernet_fast.scale.slide_writer import Form, tiles_of, write_pyramid
 from ernet_fast.scale.target import make_method
@@ -295,6 +296,32 @@ def test_a_real_slide(real_images, tmp_path):
         [torch.from_numpy(reader.read(900, 1000, 300, 200))], status.stains
     )
     assert np.array_equal(written.read(900, 1000, 300, 200), right[0].numpy())
+
+
+@pytest.mark.parametrize("fit", ["per-slide", "fixed"])
+def test_the_table_of_a_slide_shows_what_is_written(slide, pixels, tmp_path, capsys, write_patch, fit):
+    """With the stains that `normalize_slide` fits, over the colours of the tiles."""
+    known = ["--source", str(write_patch(tmp_path / "source.png", 4))] if fit == "fixed" else []
+    command = ["normalize", str(slide.parent), str(tmp_path / "tables"), "--as", "slide-lut", "--fit", fit, *known]
+    assert main(command) == 0 and "of 1 slides" in capsys.readouterr().out
+    name = "all" if fit == "fixed" else "slide"
+    source = {"source": known[1]} if known else {}
+    normalize_slide(slide, tmp_path / "out.tif", SlideForm(compression="deflate"), fit=fit, **source)
+    title, size, *rows = (tmp_path / "tables" / f"{name}.cube").read_text().splitlines()
+    assert name in title and size == "LUT_3D_SIZE 33" and (tmp_path / "tables" / f"{name}.icc").is_file()
+    shown = Image.fromarray(pixels).filter(ImageFilter.Color3DLUT(33, np.loadtxt(rows).reshape(-1)))
+    difference = np.abs(np.asarray(shown).astype(int) - read_level(tmp_path / "out.tif"))
+    assert difference.max() <= 6 and difference.mean() < 0.5
+
+
+def test_tables_of_slides_refuse_what_is_not_theirs(slide, tmp_path, capsys):
+    slide.with_name("cut.svs").write_bytes(slide.read_bytes()[:1000])
+    tables = write_tables(slide.parent, tmp_path / "tables", slides=True)
+    assert [(table.name, table.status) for table in tables] == [("cut", "error"), ("slide", "ok")]
+    with pytest.raises(ValueError, match="per-folder"):
+        write_tables(slide.parent, tmp_path / "other", slides=True, fit="per-folder")
+    assert main(["normalize", str(slide.parent), str(tmp_path / "other"), "--as", "lut"]) == 2
+    assert "There are whole slides, for --as slides or --as slide-lut." in capsys.readouterr().err
 
 
 def test_every_pixel_is_in_one_tile():
