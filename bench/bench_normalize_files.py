@@ -6,7 +6,8 @@ that writes the same files. Every process that is measured is new. Each contesta
 What normalisation costs bounds the share of the rate: if one core needs X ms to normalise an image and Y ms for all
 else, no pipeline is faster than Y / (X + Y) of the one without. `most_share` of each row is this bound, with the X and
 Y of the same run. It is below the target on CPUs without AVX-512 VBMI: of 700 x 460 pixels X was 1.8 ms on an EPYC with
-AVX2 (0.65 ms with VBMI), beside 3.0 ms of libjpeg and 1 ms of files and records.
+AVX2 (0.65 ms with VBMI) and a fifth of that to find the share of tissue, beside 3.0 ms of libjpeg and some 1.5 ms of
+files and records.
 
 Run: python3 dev.py bench --slow bench_normalize_files     2,000 patches of 700 x 460, 5,000 of 224 x 224, 10,000 files
      python3 dev.py bench bench_normalize_files            some hundred of each

@@ -17,7 +17,7 @@ from ernet_fast.scale.method import MacenkoMethod
 from ernet_fast.scale.target import make_method
 from ernet_fast.stain.options import Options
 
-ray = pytest.importorskip("ray", reason="Ray is large, and is no package of the tests")
+ray = pytest.importorskip("ray", reason="Ray is large, and no package of the tests: pip install 'ray[data]'")
 pytest.importorskip("ray.data")
 pytestmark = pytest.mark.slow
 
