@@ -53,7 +53,7 @@ class StudyDraws:
 
     def __init__(self, bootstrap: Bootstrap) -> None:
         self.bootstrap = bootstrap
-        self.patients: dict[str, int] = {}
+        self.patients: dict[str, dict[str, int]] = {}  # of each part: how many of each class
         self._first: Predictions | None = None
         self._figures: dict[
             tuple[str, Cell], dict[str, Tensor]
@@ -65,7 +65,8 @@ class StudyDraws:
         predictions = in_order_of(self._first, predictions)
         for part, images in {ALL: predictions, **predictions.by_magnification()}.items():
             sums = PatientSums(images)
-            self.patients[part] = len(sums.scores)
+            counts = torch.bincount(sums.labels, minlength=len(images.classes)).tolist()
+            self.patients[part] = dict(zip(images.classes, counts, strict=True))
             once = torch.ones(1, len(sums.scores), dtype=torch.float64)
             self._figures[part, cell] = sums.figures(torch.cat([once, self.bootstrap.weights(len(sums.scores))]))
 
@@ -89,7 +90,7 @@ class StudyDraws:
         table = torch.stack(means)  # [blocks, 1 + resamples]
         blocks, drawn = table[:, 0], table[:, 1:]
         over_patients = over_both = None
-        if self.patients[part] > 1:
+        if sum(self.patients[part].values()) > 1:
             over_patients = self.bootstrap.interval(drawn.mean(dim=0))
             if len(means) > 1:
                 # another seed: as many blocks as patients would be drawn as these are

@@ -116,7 +116,10 @@ class Summary:
             [*treatment, *(_with_interval(estimates[", ".join(treatment)]) for estimates in found.values())]
             for treatment in self.groups
         ]
-        return Table(f"Mean over runs ({self._kind()} over patients).", ["network", "stain", *_words(_SHOWN)], rows, 2)
+        assert self.draws is not None
+        patients = ", ".join(f"{count} {name}" for name, count in self.draws.patients[ALL].items())
+        caption = f"Mean over runs ({self._kind()} over patients, of whom there are {patients})."
+        return Table(caption, ["network", "stain", *_words(_SHOWN)], rows, 2)
 
     def contrasts_table(self) -> Table:
         """The paired difference of the figure that is tested, of each contrast, with both intervals."""
@@ -216,6 +219,7 @@ class Summary:
             return None
         bootstrap = self.draws.bootstrap
         found: dict[str, Any] = {"level": bootstrap.level, "resamples": bootstrap.resamples, "seed": bootstrap.seed}
+        found["patients"] = self.draws.patients
         for kind, estimates in (("means", self.means), ("differences", self.differences)):
             found[kind] = {
                 part: {
