@@ -20,13 +20,13 @@ for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with a test marked `slow` come first, so that several processes end together (see dev.py); tests marked
     `gpu` are skipped where there is no CUDA device."""
-    slow = {item.path for item in items if "slow" in item.keywords}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):  # keywords would hold the names of folders too
             item.add_marker(skip)
 
 

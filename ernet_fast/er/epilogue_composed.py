@@ -4,12 +4,14 @@
     backward    map_dots, map_coefficients_backward [all-reduce], weighted_sum
 
 The operators are Triton's on CUDA devices and C++ on the CPU; with group norm the algebra is that of
-`group_coefficients`. Signatures and results are those of `epilogue`.
+`group_coefficients`. On CUDA devices, where nothing comes between them, the first two of a pass are one operator,
+`measured_coefficients` and `map_backward`, which takes a launch less. Signatures and results are those of `epilogue`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +28,11 @@ from ernet_fast.er.epilogue_arguments import (
     ShortcutArguments,
 )
 from ernet_fast.er.process_group import gather_moments
+
+
+def together(state: EpilogueState, z: Tensor) -> bool:
+    """True if a reduction of map z and the algebra after it are one operator."""
+    return z.device.type != "cpu" and state.group is None and not state.num_groups
 
 
 def er_block(
@@ -56,6 +63,8 @@ def _file(
         if shortcut.weight is None:
             return state.none, state.none
         return group_coefficients.block_coefficients(state, index, shortcut.weight)
+    if measure and together(state, z):
+        return torch.ops.ernet.measured_coefficients.default(z, state.table, index, *norm, *shortcut, state.eps)
     if measure:
         mean, var = operators.channel_moments(z)
         if state.group is not None:
@@ -80,17 +89,29 @@ def er_block_backward(
     needed: bool,
 ) -> MapGradients:
     """Gradients of map `index`; `relu_mask` is empty, `dy` is that of the weighted sum. With `known` there is no dy."""
-    sums, g = known, dy
-    if state.needs_dots and known is None:
-        sums, written = operators.map_dots(z, dy, y, [block.dy for block in later], state.num_groups > 0)
+    sums, g, later_g = known, dy, [block.dy for block in later]
+    measured = state.measured[index]
+    with_dots = state.needs_dots and known is None
+    if with_dots and together(state, z):
+        rows, k0, dgamma, dbeta, db, written = torch.ops.ernet.map_backward.default(
+            z, dy, y, later_g, state.table, index, None if dy is None else state.a[index], *_columns(later), norm,
+            state.eps, measured, passed is not None,
+        )  # fmt: skip
         g = dy if y is None else written
-    terms = [
-        t for t in (g, *(block.dy for block in later), z if state.measured[index] else None, passed) if t is not None
-    ]
-    rows, k0, dgamma, dbeta = _map_coefficients(state, index, norm, later, sums, g is not None, passed is not None)
-    dz = operators.weighted_sum(terms, rows, k0) if needed and terms else z.new_empty((0,))
-    db = state.none if dy is None or sums is None else sums[-1]
+    else:
+        if with_dots:
+            sums, written = operators.map_dots(z, dy, y, later_g, state.num_groups > 0)
+            g = dy if y is None else written
+        rows, k0, dgamma, dbeta = _map_coefficients(state, index, norm, later, sums, g is not None, passed is not None)
+        db = state.none if dy is None or sums is None else sums[-1]
+    terms = [t for t in (g, *later_g, z if measured else None, passed) if t is not None]
+    dz = operators.weighted_sum(terms, rows, k0 if measured else None) if needed and terms else z.new_empty((0,))
     return MapGradients(dz, state.none if g is None else g, state.none, db, dgamma, dbeta, state.none)
+
+
+def _columns(later: Sequence[LaterBlock]) -> list[list[Tensor]]:
+    """Of the later blocks: a, db, weight, running mean and variance, dweight."""
+    return [[block[i] for block in later] for i in range(2, len(LaterBlock._fields))]
 
 
 def _map_coefficients(
@@ -113,12 +134,7 @@ def _map_coefficients(
         index,
         sums,
         state.a[index] if reached else None,
-        [block.a for block in later],
-        [block.db for block in later],
-        [block.weight for block in later],
-        [block.running_mean for block in later],
-        [block.running_var for block in later],
-        [block.dweight for block in later],
+        *_columns(later),
         count,
         state.elements,
         norm,
@@ -130,7 +146,7 @@ def _map_coefficients(
         rows, k0 = rows.to(state.vector_dtype), k0.to(state.vector_dtype)
     if count is not None:
         rows, k0 = _rows_of_moments(state, index, rows, dmoments, count, passed)
-    return rows, k0 if measured else None, dgamma, dbeta
+    return rows, k0, dgamma, dbeta
 
 
 def _rows_of_moments(
@@ -166,6 +182,23 @@ def _map_coefficients_fake(
     return *(table.new_empty(size, dtype=dtype) for size in sizes), table.new_empty((2, channels))
 
 
+def _measured_fake(z: Tensor, table: Tensor, index: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _coefficients_fake(table, index, z.dtype == torch.float64, None, None, None, 0, *rest)
+
+
+def _map_backward_fake(
+    z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: list[Tensor], table: Tensor, index: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    a, later_a, *_ = rest
+    rows, k0, dgamma, dbeta, _ = _map_coefficients_fake(table, index, table, a, later_a, *rest)
+    vectors = (t.to(operators.acc_dtype(z)) for t in (rows, k0, dgamma, dbeta))
+    g = z.new_empty((0,)) if y is None else torch.empty_like(z)
+    return *vectors, table.new_empty((0 if a is None else table.shape[2],)), g
+
+
 if operators.COMPILED or operators.TRITON:
     torch.library.register_fake("ernet::block_coefficients", _coefficients_fake)
     torch.library.register_fake("ernet::map_coefficients_backward", _map_coefficients_fake)
+if operators.TRITON:
+    torch.library.register_fake("ernet::measured_coefficients", _measured_fake)
+    torch.library.register_fake("ernet::map_backward", _map_backward_fake)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast.er.shortcut import FoldedShortcut
+from ernet_fast.models.cuda_graph import capture, check_on_cuda
 from ernet_fast.models.folding import fold_for_inference
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_WARM_UP_CALLS = 3
 
 
 def optimize_for_inference(
@@ -55,7 +55,7 @@ def optimize_for_inference(
                 "fold_for_inference leaves such a module as it is"
             )
     if cuda_graph:
-        _check_on_cuda(optimized)
+        check_on_cuda("cuda_graph=True needs a network", optimized.parameters())
     if dtype is not None:
         _convert(optimized, dtype)
     optimized.requires_grad_(False)
@@ -71,13 +71,6 @@ def _widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         return model  # fold_for_inference says what is wrong
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
     return copy.deepcopy(model).to(torch.promote_types(torch.promote_types(own, torch.float32), dtype))
-
-
-def _check_on_cuda(model: nn.Module) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type != "cuda":
-        reason = "" if torch.cuda.is_available() else ", and this torch finds no CUDA device"
-        raise RuntimeError(f"cuda_graph=True needs a network on a CUDA device; it is on {device}{reason}.")
 
 
 def _convert(model: nn.Module, dtype: torch.dtype) -> None:
@@ -103,8 +96,7 @@ class CudaGraphs(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The network's output for images x [N, C, H, W] on its CUDA device."""
-        if x.device.type != "cuda":
-            raise RuntimeError(f"x is on {x.device}; CUDA graphs need images on the network's CUDA device.")
+        check_on_cuda("a captured network needs images x", [x])
         key = tuple(x.shape), x.stride(), x.dtype, x.device
         if key not in self._graphs:
             self._graphs[key] = self._capture(x)
@@ -115,13 +107,5 @@ class CudaGraphs(nn.Module):
 
     def _capture(self, x: Tensor) -> tuple[Any, Tensor, Tensor]:
         images = x.clone()
-        stream = torch.cuda.Stream(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):  # convolution algorithms and Triton kernels are chosen before the capture
-            for _ in range(_WARM_UP_CALLS):
-                self.model(images)
-        torch.cuda.current_stream(x.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = self.model(images)
+        graph, output = capture(lambda: self.model(images), x.device)
         return graph, images, output

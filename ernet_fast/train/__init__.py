@@ -11,6 +11,7 @@ from ernet_fast.train.checkpoint import load_checkpoint
 from ernet_fast.train.comparison import Comparison, compare
 from ernet_fast.train.config import TrainConfig
 from ernet_fast.train.evaluation import Evaluation, evaluate
+from ernet_fast.train.graphed_step import GraphedStep
 from ernet_fast.train.loop import TrainResult, fit
 from ernet_fast.train.loss_watch import TrainingDivergedError
 from ernet_fast.train.metrics import (
@@ -24,7 +25,7 @@ from ernet_fast.train.protocols import PROTOCOLS
 from ernet_fast.train.stop_signals import TrainingStoppedError
 
 __all__ = [
-    "PROTOCOLS", "Bootstrap", "Comparison", "Evaluation", "Predictions", "Reporter", "TrainConfig", "TrainResult",
-    "TrainingDivergedError", "TrainingStoppedError", "compare", "compute_metrics", "evaluate", "fit",
+    "PROTOCOLS", "Bootstrap", "Comparison", "Evaluation", "GraphedStep", "Predictions", "Reporter", "TrainConfig",
+    "TrainResult", "TrainingDivergedError", "TrainingStoppedError", "compare", "compute_metrics", "evaluate", "fit",
     "load_checkpoint", "metrics_by_magnification", "patient_metrics", "patient_recognition_rate",
 ]  # fmt: skip

@@ -220,6 +220,51 @@ def test_machine_code_of_the_algebra_in_other_dtypes(dtype, monkeypatch, tmp_pat
     check_algebra(record(monkeypatch, algebra(3, 6, dtype=dtype, spread=True)), 90, tmp_path)
 
 
+def of_maps(index: int, num_maps: int, dtype: torch.dtype, size: int) -> Callable[[], Any]:
+    """Map `index` of a stage of 256 channels, batch 64: its reductions, each with the algebra that merges it."""
+    z = torch.empty((64, 256, size, size), dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    one, rows = (torch.empty(sizes, dtype=acc, device="meta") for sizes in ((256,), (index, 256)))
+    table = one.new_empty((num_maps, TABLE_ROWS, 256), dtype=torch.float64)
+    number = torch.empty((), dtype=torch.int64, device="meta")
+    later = range(index + 1, num_maps)
+
+    def call() -> None:
+        coefficient_launch.measured_coefficients(
+            z, table, index, BranchNorm.BATCH, one, one, one, one, number, 0.1, 1e-5, rows, rows, rows, number, False,
+            0.1, 1e-5,
+        )  # fmt: skip
+        coefficient_launch.map_backward(
+            z, z, z, [z for _ in later], table, index, one.new_empty(index + 1, 256),
+            [one.new_empty(k + 1, 256) for k in later], [one.double() for _ in later],
+            *([one.new_empty(k, 256) for k in later], *([one.new_empty(0, 256) for _ in later] for _ in range(2))),
+            [one.new_empty(k, 256) for k in later], BranchNorm.BATCH, 1e-5, True, False,
+        )  # fmt: skip
+
+    return call
+
+
+# float32 vectors on every architecture, float64 ones, and the slabs of small maps, of which there is one
+MERGING = [*((torch.bfloat16, 56, arch) for arch in ARCHITECTURES), (torch.float64, 56, 90), (torch.bfloat16, 1, 90)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "size", "architecture"), MERGING)
+def test_machine_code_of_the_algebra_that_merges_slabs(dtype, size, architecture, monkeypatch, tmp_path):
+    """Two launches each way, the second with many loads in flight: nothing of it is spilled."""
+    launches = record(monkeypatch, of_maps(3, 10, dtype, size))
+    assert [launch.kernel.removesuffix("_kernel") for launch in launches] == [
+        "channel_moments", "block_coefficients", "map_dots", "map_coefficients_backward"
+    ]  # fmt: skip
+    for launch in launches[1::2]:
+        assert launch.constants["SLABS"] == (128 if size > 1 else 1)
+        check_scalars(launch)
+        machine = compile_for(launch, architecture, tmp_path)
+        assert machine.stack == 0 and not machine.positions("LDL") and not machine.positions("STL"), launch.kernel
+        # a program a multiprocessor: registers are for loads in flight
+        assert machine.registers <= 168, (launch.kernel, machine.registers)
+
+
 @pytest.mark.slow
 def test_the_algebra_of_more_than_32_bits_of_values(monkeypatch, tmp_path):
     for launch in record(monkeypatch, algebra(1, 2, elements=2**31)):

@@ -67,4 +67,4 @@ def test_long_rows_take_64_bit_offsets():
 
 def test_padding_and_merging():
     assert [padded_count(n) for n in (1, 2, 3, 4, 5, 8, 9, 40)] == [2, 2, 4, 4, 8, 8, 16, 64]
-    assert merge_tile(1) == (1, 1024) and merge_tile(2) == merge_tile(4096) == (64, 16)
+    assert merge_tile(1) == (1, 1024) and merge_tile(2) == merge_tile(4096) == (128, 8)

@@ -29,7 +29,8 @@ inline FitJob make_fit_job(const Images& images, const Parameters& parameters, c
            images.pixels,
            0,
            levels.tissue_limit,
-           parameters.nearest};
+           parameters.nearest,
+           !bytes};
   return job;
 }
 

@@ -3,8 +3,10 @@
     block_coefficients_kernel          moments, BatchNorm, weights -> a, b; the table; running statistics
     map_coefficients_backward_kernel   inner products -> gradients of weights, gamma, beta; coefficients of dz
 
-A program serves COLS channels. A pointer or number that is None is compiled for as such, like a constant. Everything is
-computed in float64, which costs nothing beside a launch. What the rows of the table hold is written in
+A program serves COLS channels. With SLABS they merge the slabs of a reduction themselves, SLABS at a time, in the order
+and with the results of `merge_moments_kernel` and `merge_dot_kernel`, which spares the launch of these. A pointer or
+number that is None is compiled for as such, like a constant. Everything is computed in float64, which costs nothing
+beside a launch. What the rows of the table hold is written in
 `epilogue_arguments`; the formulas are in docs/er-shortcuts.md.
 """
 
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ernet_fast.er.triton.map_kernels import merged_moments, merged_rows
 
 TABLE_ROWS = tl.constexpr(7)
 SCALE, RSTD, CENTRE, SHIFT, MEAN, VAR, NORM = (tl.constexpr(row) for row in range(7))
@@ -76,11 +80,19 @@ def _update(running, place, value, momentum, inside):
     _write(running, place, old + momentum * (value - old), inside)
 
 
-@triton.jit(do_not_specialize=["index", "channels", "elements", "norm_momentum", "momentum"])
+@triton.jit(
+    do_not_specialize=[
+        "slabs", "runs", "run_length", "units_per_slab", "index", "channels", "elements", "norm_momentum", "momentum"
+    ]
+)  # fmt: skip
 def block_coefficients_kernel(
     table,
     mean,
     var,
+    slabs,
+    runs,
+    run_length,
+    units_per_slab,
     count,
     gamma,
     beta,
@@ -104,9 +116,14 @@ def block_coefficients_kernel(
     UPDATE_NORM: tl.constexpr,
     USE_RUNNING: tl.constexpr,
     UPDATE: tl.constexpr,
+    STEP: tl.constexpr,
+    SLABS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Row `index` of the table, running statistics, a [index + 1, channels] and b [channels]."""
+    """Row `index` of the table, running statistics, a [index + 1, channels] and b [channels].
+
+    With SLABS `mean` is what `channel_moments_kernel` leaves, [slabs, 2, channels], and there is no `var`.
+    """
     channels = tl.cast(channels, tl.int64)
     col = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
     inside = col < channels
@@ -116,7 +133,11 @@ def block_coefficients_kernel(
 
     z_mean = tl.zeros([COLS], tl.float64)
     z_var = tl.zeros([COLS], tl.float64)
-    if mean is not None:
+    if SLABS > 0:
+        z_mean, z_var = merged_moments(
+            mean, slabs, channels, runs, run_length, units_per_slab, col, inside, STEP, SLABS
+        )
+    elif mean is not None:
         z_mean = _read(mean, col, inside)
         z_var = _read(var, col, inside)
     scale = tl.full([COLS], 1.0, tl.float64)
@@ -190,10 +211,28 @@ def _add_later_block(dscale, dshift, dmean, dvar, row, vectors, running, EPS: tl
     return dscale, dshift, dmean, dvar, dweight
 
 
-@triton.jit(do_not_specialize=["num_later", "first_later", "all_later", "running", "index", "channels", "elements"])
+@triton.jit
+def _read_sums(sums, row, num_rows, slabs, stride, channels, col, inside, SLABS: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows of sums, of which `num_rows` are there, from row `row` on; with SLABS those of the slabs are merged."""
+    first = sums + tl.cast(row, tl.int64) * channels
+    if SLABS > 0:
+        found = merged_rows(first, slabs, stride, channels, num_rows, col, inside, SLABS, ROWS)
+    else:
+        found = ()
+        for i in tl.static_range(ROWS):
+            found = found + (_read(first + i * channels, col, inside & (i < num_rows)),)
+    return found
+
+
+@triton.jit(
+    do_not_specialize=[
+        "slabs", "num_later", "first_later", "all_later", "running", "index", "channels", "elements"
+    ]
+)  # fmt: skip
 def map_coefficients_backward_kernel(
     table,
     sums,
+    slabs,
     a,
     later_a,
     later_db,
@@ -208,6 +247,7 @@ def map_coefficients_backward_kernel(
     dgamma,
     dbeta,
     dmoments,
+    db,
     num_later,
     first_later,
     all_later,
@@ -220,10 +260,12 @@ def map_coefficients_backward_kernel(
     MEASURED: tl.constexpr,
     PASS_ON: tl.constexpr,
     LAST: tl.constexpr,
+    SLABS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Gradients of the vectors that map `index` depends on, and the coefficients and constant of dz.
 
+    With SLABS `sums` is what `map_dots_kernel` leaves, [slabs, rows, channels], and the sum of g goes to `db`.
     The lists hold `num_later` of `all_later` later blocks, from `first_later` on; bit i of `running` says that the
     i-th of them normalised with running statistics. A launch that is not the LAST leaves its sums in totals
     [4, channels], gradients of scale, shift, mean and variance, for the next one.
@@ -239,17 +281,21 @@ def map_coefficients_backward_kernel(
     dscale, dshift, dmean, dvar = _read_rows(totals, channels, col, inside & (first_later > 0))
 
     first_row = rows + ((0 if a is None else 1) + tl.cast(first_later, tl.int64)) * channels
-    dots = sums + tl.cast(first_later, tl.int64) * channels
+    stride = (tl.cast(all_later, tl.int64) + (0 if a is None else 2)) * channels  # of a slab
     for first in tl.static_range(0, len(later_a), BLOCKS_TOGETHER):
         if first < num_later:
             kept = ()
             vectors = ()
+            dots = _read_sums(
+                sums, first_later + first, num_later - first, slabs, stride, channels, col, inside, SLABS,
+                min(BLOCKS_TOGETHER, len(later_a) - first),
+            )  # fmt: skip
             for i in tl.static_range(first, min(first + BLOCKS_TOGETHER, len(later_a))):
                 here = inside & (i < num_later)
                 with_running = here & (((running >> i) & 1) != 0)
                 kept = kept + (tl.load(later_a[i] + place, mask=here, other=0.0),)
                 vector = (
-                    _read(dots + i * channels, col, here),
+                    dots[i - first],
                     _read(later_db[i], col, here),
                     _read(later_weight[i], place, here),
                     _read(later_running_mean[i], place, with_running),
@@ -267,9 +313,11 @@ def map_coefficients_backward_kernel(
     if LAST:
         last = rows + tl.cast(all_later, tl.int64) * channels + col
         if a is not None:
-            dots = sums + tl.cast(all_later, tl.int64) * channels
-            dscale += _read(dots, col, inside)
-            dshift += _read(dots + channels, col, inside)
+            own_dot, own_sum = _read_sums(sums, all_later, 2, slabs, stride, channels, col, inside, SLABS, 2)
+            dscale += own_dot
+            dshift += own_sum
+            if SLABS > 0:
+                tl.store(db + col, own_sum, mask=inside)
             tl.store(rows + col, tl.load(a + place, mask=inside), mask=inside)
             last += channels
         if BRANCH != NO_NORM:

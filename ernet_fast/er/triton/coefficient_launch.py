@@ -1,5 +1,7 @@
 """The algebra on per-channel vectors on CUDA devices: argument checks and the launches, one for each operator.
 
+`measured_coefficients` and `map_backward` take a map, whose reduction is a launch before that of the algebra.
+
 As in `map_launch`, nothing waits for the device, and calls can be captured in a CUDA graph.
 """
 
@@ -15,11 +17,14 @@ import torch
 from torch import Tensor
 
 from ernet_fast.er.epilogue_arguments import TABLE_ROWS, BranchNorm, NormArguments, ShortcutArguments
+from ernet_fast.er.triton import map_launch
 from ernet_fast.er.triton.map_launch import check_vector, fail, on_device_of, padded
-from ernet_fast.er.triton.tiling import ceil_div
+from ernet_fast.er.triton.tiling import Reduction, ceil_div, merge_tile
 
+_BATCH = "norm 1 (batch)"
 _COLS = 128  # channels of a program: with 256 channels two of them, with 2048 sixteen
 _WARPS = 4
+_MERGING_WARPS = 8  # of the few programs that merge slabs: registers for more loads in flight
 _LATER_BLOCKS = 16  # of a launch, which goes through them unrolled: compiling it for 32 takes three times as long
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -110,6 +115,14 @@ def _bits(number: float | None) -> int | None:
     return None if number is None else int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
+def _tile(slabs: int) -> dict[str, int]:
+    """Slabs that a program merges together, 0 for none, its channels, and its warps."""
+    if slabs == 0:
+        return {"SLABS": 0, "COLS": _COLS, "num_warps": _WARPS}
+    together, columns = merge_tile(slabs)
+    return {"SLABS": together, "COLS": min(columns, _COLS), "num_warps": _WARPS if together == 1 else _MERGING_WARPS}
+
+
 def block_coefficients(
     table: Tensor,
     index: int,
@@ -121,16 +134,46 @@ def block_coefficients(
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     """`ernet::block_coefficients` on a CUDA device; `rest`: `NormArguments`, `ShortcutArguments`, eps."""
+    norm = rest[0]
+    _check_pair(table, ("mean", "var"), (mean, var), [table.shape[-1]], _BATCH if norm == BranchNorm.BATCH else None)
+    return _coefficients(table, index, doubles, mean, var, count, elements, None, *rest)
+
+
+def measured_coefficients(z: Tensor, table: Tensor, index: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`ernet::measured_coefficients` on a CUDA device: `block_coefficients` with the moments of z [N, C, H, W].
+
+    `rest`: `NormArguments`, `ShortcutArguments`, eps. Two launches, of which the second merges what the first leaves.
+    """
+    shape, slabs = map_launch.slab_moments(z, False)
+    if shape.C != table.shape[-1]:
+        fail(f"z must have the {table.shape[-1]} channels of the table; got {shape.C}")
+    doubles, elements = z.dtype == torch.float64, shape.N * shape.P
+    if slabs is None:
+        return block_coefficients(table, index, doubles, *map_launch.channel_moments(z, False), None, elements, *rest)
+    cut, partial = slabs
+    return _coefficients(table, index, doubles, partial, None, None, elements, cut, *rest)
+
+
+def _coefficients(
+    table: Tensor,
+    index: int,
+    doubles: bool,
+    mean: Tensor | None,
+    var: Tensor | None,
+    count: Tensor | None,
+    elements: int,
+    cut: Reduction | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """See `block_coefficients`; with `cut`, `mean` are moments of slabs."""
     norm, shortcut, eps = NormArguments(*rest[:8]), ShortcutArguments(*rest[8:-1]), rest[-1]
     updates_norm = norm.norm == BranchNorm.BATCH and norm.mean is not None
     updates_shortcuts = not shortcut.use_running and shortcut.running_mean is not None
     _check_map_of(table, index, norm.norm, count)
     channels = table.shape[2]
     of_map, of_maps = [channels], [index, channels]
-    batch = "norm 1 (batch)" if norm.norm == BranchNorm.BATCH else None
     running = "norm 2 (running)" if norm.norm == BranchNorm.RUNNING else None
     use_running = "use_running" if shortcut.use_running else None
-    _check_pair(table, ("mean", "var"), (mean, var), of_map, batch)
     _check_pair(table, ("norm_mean", "norm_var"), (norm.mean, norm.var), of_map, running)
     _check_pair(table, ("running_mean", "running_var"), shortcut[1:3], of_maps, use_running)
     _check_vector(norm.gamma, "gamma", of_map, table)
@@ -146,16 +189,19 @@ def block_coefficients(
     b = table.new_empty((channels if block else 0,), dtype=dtype)
     if channels == 0:
         return a, b
+    tile = _tile(0 if cut is None else cut.slabs)
+    work = (0, 0, 0, 0) if cut is None else (cut.slabs, cut.runs, cut.run_length, cut.units_per_slab)
     with on_device_of(table):
         # every program of the kernel reads a count that makes a momentum: it is raised before
         if updates_norm and norm.momentum is None and norm.batches is not None:
             norm.batches.add_(1)
         if updates_shortcuts and shortcut.momentum is None and shortcut.batches is not None:
             shortcut.batches.add_(1)
-        kernels().block_coefficients_kernel[(ceil_div(channels, _COLS),)](
+        kernels().block_coefficients_kernel[(ceil_div(channels, tile["COLS"]),)](
             table,
             mean,
             var,
+            *work,
             count,
             *norm[1:6],
             *shortcut[:4],
@@ -172,8 +218,8 @@ def block_coefficients(
             UPDATE_NORM=updates_norm,
             USE_RUNNING=shortcut.use_running,
             UPDATE=updates_shortcuts,
-            COLS=_COLS,
-            num_warps=_WARPS,
+            STEP=1 if cut is None else cut.step,
+            **tile,
         )
     return a, b
 
@@ -208,9 +254,6 @@ def _check_map(k: MapArguments) -> torch.dtype:
     dtype = found[0] if found else torch.float32
     if dtype not in (torch.float32, torch.float64) or found.count(dtype) < len(found):
         fail(f"a and later_a must all be float32, or float64 for float64 maps; got {sorted(map(str, set(found)))}")
-    if k.sums is not None and k.sums.dtype != torch.float64:
-        fail(f"sums must be float64; got {k.sums.dtype}")
-    _check_vector(k.sums, "sums", [len(k.later_a) + (0 if k.a is None else 2), channels], k.table)
     _check_vector(k.a, "a", [k.index + 1, channels], k.table)
     _check_later(k, dtype)
     return dtype
@@ -227,28 +270,76 @@ def map_coefficients_backward(*arguments: Any, **named: Any) -> tuple[Tensor, Te
         dmoments: gradients of mean and variance, float64 [2, C].
     """
     k = MapArguments(*arguments, **named)
-    dtype, channels, num_later = _check_map(k), k.table.shape[2], len(k.later_a)
+    dtype = _check_map(k)
+    if k.sums is not None:
+        check_vector(
+            k.sums, "sums", [len(k.later_a) + (0 if k.a is None else 2), k.table.shape[2]], "table", k.table.device,
+            (torch.float64,), "float64",
+        )  # fmt: skip
+    rows, k0, dgamma, dbeta, dmoments, _ = _map_coefficients(k, dtype)
+    return rows, k0, dgamma, dbeta, dmoments
+
+
+def map_backward(
+    z: Tensor, dy: Tensor | None, y: Tensor | None, later_g: Sequence[Tensor], table: Tensor, index: int, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`ernet::map_backward` on a CUDA device: `map_coefficients_backward` with the sums of `map_dots`.
+
+    Two launches, of which the second merges what the first leaves; more with many later blocks, as in these operators.
+    `rest`: `MapArguments` from `a` on, without `count` and `elements`.
+
+    Returns:
+        rows, k0, dgamma, dbeta: of `map_coefficients_backward`.
+        db: the sum of g, float64 [C]; empty without dy.
+        g: of `map_dots`.
+    """
+    shape, partial, g = map_launch.slab_dots(z, dy, y, later_g, "later_g", False)
+    a, *later, norm, eps, measured, pass_on = rest
+    if shape.C != table.shape[-1]:
+        fail(f"z must have the {table.shape[-1]} channels of the table; got {shape.C}")
+    if len(later_g) != len(later[0]) or (a is None) != (dy is None):
+        fail("later_g must have one map for each of later_a, and a goes with dy")
+    sums = partial
+    if partial is None:
+        sums = table.new_zeros((len(later_g) + (0 if dy is None else 2), shape.C))
+    k = MapArguments(*(table, index, sums, a, *later, None, shape.N * shape.P, norm, eps, measured, pass_on))
+    _check_map(k)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    rows, k0, dgamma, dbeta, _, db = _map_coefficients(k, dtype, merge=partial is not None)
+    if partial is None and dy is not None:
+        db.zero_()
+    return rows, k0, dgamma, dbeta, db, g
+
+
+def _map_coefficients(k: MapArguments, dtype: torch.dtype, merge: bool = False) -> tuple[Tensor, ...]:
+    """Results of `map_coefficients_backward`, and the sum of g; with `merge` k.sums are those of slabs."""
+    channels, num_later = k.table.shape[2], len(k.later_a)
     num_rows = num_later + (k.a is not None) + k.measured + k.pass_on
     affine = 0 if k.norm == BranchNorm.NONE or k.sums is None else channels
     k0, dgamma, dbeta = (
         k.table.new_empty((size,), dtype=dtype) for size in (channels if k.measured else 0, affine, affine)
     )
     rows, dmoments = k.table.new_empty((num_rows, channels), dtype=dtype), k.table.new_empty((2, channels))
+    db = k.table.new_empty((0 if k.a is None else channels,))
     if k.sums is None:
         kept = [t[k.index] for t in (k.a, *k.later_a) if t is not None]
         kept += [k0.zero_()] * k.measured + [k0.new_ones(channels)] * k.pass_on
         if kept:
             torch.stack(kept, out=rows)
-        return rows, k0, dgamma, dbeta, dmoments.zero_()
+        return rows, k0, dgamma, dbeta, dmoments.zero_(), db
     if channels > 0:
         with on_device_of(k.table):
-            _launch_map(k, k.sums, rows, (k0, dgamma, dbeta, dmoments))
-    return rows, k0, dgamma, dbeta, dmoments
+            _launch_map(k, k.sums, rows, (k0, dgamma, dbeta, dmoments, db), k.sums.shape[0] if merge else 0)
+    return rows, k0, dgamma, dbeta, dmoments, db
 
 
-def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tensor, ...]) -> None:
-    """One launch; with more than _LATER_BLOCKS later blocks one for each so many, which add up in `totals`."""
+def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tensor, ...], slabs: int) -> None:
+    """One launch; with more than _LATER_BLOCKS later blocks one for each so many, which add up in `totals`.
+
+    `slabs`: of `sums`, which are merged; 0: they are the sums.
+    """
     channels, num_later = k.table.shape[2], len(k.later_a)
+    tile = _tile(slabs)
     totals = k.table.new_empty((4, channels)) if num_later > _LATER_BLOCKS else k.table
     for first in range(0, max(1, num_later), _LATER_BLOCKS):
         lists = [getattr(k, name)[first : first + _LATER_BLOCKS] for name in _LATER]
@@ -258,12 +349,13 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
         lists[3:5] = [
             [t if used else w for t, w, used in zip(some, weights, running, strict=True)] for some in lists[3:5]
         ]
-        kernels().map_coefficients_backward_kernel[(ceil_div(channels, _COLS),)](
+        kernels().map_coefficients_backward_kernel[(ceil_div(channels, tile["COLS"]),)](
             k.table,
             sums,
+            slabs,
             k.a,
             *(
-                padded(some, some[0] if some else sums if name == "later_db" else rows)
+                padded(some, some[0] if some else k.table if name == "later_db" else rows)
                 for name, some in zip(_LATER, lists, strict=True)
             ),
             k.count,
@@ -282,6 +374,5 @@ def _launch_map(k: MapArguments, sums: Tensor, rows: Tensor, vectors: tuple[Tens
             MEASURED=k.measured,
             PASS_ON=k.pass_on,
             LAST=first + _LATER_BLOCKS >= num_later,
-            COLS=_COLS,
-            num_warps=_WARPS,
+            **tile,
         )

@@ -262,65 +262,40 @@ def map_dots_kernel(
         tl.store(partial + result, tl.sum(sums[i], axis), mask=here)
 
 
+@triton.jit
+def merged_rows(partial, slabs, stride, row_length, num_rows, col, inside, SLABS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums over the slabs, in float64, of the first `num_rows` of ROWS rows [row_length]; slabs are `stride` apart."""
+    slab = tl.arange(0, SLABS)[:, None]
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros([SLABS, col.shape[0]], tl.float64),)
+    for first in range(0, slabs, SLABS):
+        offsets = (first + slab).to(tl.int64) * stride + col[None, :]
+        here = (first + slab < slabs) & inside[None, :]
+        added = ()
+        for i in tl.static_range(ROWS):
+            value = tl.load(partial + i * row_length + offsets, mask=here & (i < num_rows), other=0.0)
+            added = added + (totals[i] + value.to(tl.float64),)
+        totals = added
+    sums = ()
+    for i in tl.static_range(ROWS):
+        sums = sums + (tl.sum(totals[i], 0),)
+    return sums
+
+
 @triton.jit(do_not_specialize=["slabs", "columns", "split"])
 def merge_dot_kernel(partial, da, db, slabs, columns, split, SLABS: tl.constexpr, COLS: tl.constexpr):
     """The sums over the slabs of partial [slabs, columns], in float64: the first `split` go to da, the others to db."""
-    col0 = tl.program_id(0).to(tl.int64) * COLS
-    col = tl.arange(0, COLS)
-    inside = col < tl.minimum(columns - col0, COLS).to(tl.int32)
-    slab = tl.arange(0, SLABS)[:, None]
-    total = tl.zeros([SLABS, COLS], tl.float64)
-    for first in range(0, slabs, SLABS):
-        offsets = (first + slab).to(tl.int64) * columns + col0 + col[None, :]
-        total += tl.load(partial + offsets, mask=(first + slab < slabs) & inside[None, :], other=0.0).to(tl.float64)
-    result = tl.sum(total, 0).to(da.dtype.element_ty)
-    column = col0 + col
+    column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+    inside = column < columns
+    (total,) = merged_rows(partial, slabs, columns, 0, 1, column, inside, SLABS, 1)
+    result = total.to(da.dtype.element_ty)
     tl.store(da + column, result, mask=inside & (column < split))
     tl.store(db + (column - split), result, mask=inside & (column >= split))
 
 
 @triton.jit
-def _moments_of_whole_units(
-    x,
-    run,
-    tile,
-    tiles,
-    channel0,
-    channels,
-    run_length,
-    row,
-    col,
-    offsets,
-    count,
-    CHANNELS_LAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    UNITS: tl.constexpr,
-):
-    """Of UNITS units of one run, all of whose pixels exist.
-
-    Returns the next run and tile, count like `count`, mean, and squared deviations.
-    """
-    values = ()
-    exists = (col if CHANNELS_LAST else row) < channels - channel0
-    mean = tl.zeros([ROWS, COLS], count.dtype)
-    place, _inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
-    for _ in tl.static_range(UNITS):
-        value = tl.load(x + place + offsets, mask=exists, other=0.0).to(count.dtype)
-        place += (ROWS * channels) if CHANNELS_LAST else COLS
-        mean += value
-        values = values + (value,)
-    mean *= 1.0 / UNITS
-    m2 = tl.zeros_like(mean)
-    for i in tl.static_range(UNITS):
-        deviation = values[i] - mean
-        m2 += deviation * deviation
-    run, tile = _next_tile(run, tile + (UNITS - 1), tiles)
-    return run, tile, tl.zeros_like(count) + UNITS, mean, m2
-
-
-@triton.jit
-def _moments_of_units(
+def _add_units(
     x,
     run,
     tile,
@@ -333,35 +308,56 @@ def _moments_of_units(
     col,
     offsets,
     count,
+    pivot,
+    first,
+    second,
     CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     UNITS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """The same of the first `units` of UNITS units, some of whose pixels may not exist."""
+    """The first `units` of UNITS units added to count, sum of deviations from a pivot, and sum of their squares.
+
+    pivot: [ROWS, COLS], or None for the mean of these units. WHOLE: all of them are there, in one run, with all their
+    pixels. Returns the next run and tile, count, pivot, and the two sums.
+    """
     values = ()
     masks = ()
-    new_count = tl.zeros_like(count)
-    mean = tl.zeros([ROWS, COLS], count.dtype)
     step: tl.constexpr = ROWS if CHANNELS_LAST else COLS
     pixel = row if CHANNELS_LAST else col
     exists = (col if CHANNELS_LAST else row) < channels - channel0
+    place, _inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+    if WHOLE:
+        source = x + place + offsets
+        for _ in tl.static_range(UNITS):
+            # nothing is stored of channels that do not exist, so their values may be any
+            values = values + (tl.load(source, mask=exists).to(first.dtype),)
+            source += (ROWS * channels) if CHANNELS_LAST else COLS
+        run, tile = _next_tile(run, tile + (UNITS - 1), tiles)
+        count += UNITS
+    else:
+        for i in tl.static_range(UNITS):
+            place, _inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
+            left = tl.minimum(run_length - tile.to(tl.int64) * step, step).to(tl.int32)
+            counted = (pixel < left) & (i < units)
+            run, tile = _next_tile(run, tile, tiles)
+            value = tl.load(x + place + offsets, mask=counted & exists, other=0.0).to(first.dtype)
+            count += counted.to(first.dtype)
+            values = values + (value,)
+            masks = masks + (counted,)
+    if pivot is None:
+        pivot = tl.zeros_like(first)
+        for i in tl.static_range(UNITS):
+            pivot += values[i]
+        pivot /= tl.maximum(count, 1.0)
     for i in tl.static_range(UNITS):
-        place, _inside = _place(run, tile, channel0, channels, run_length, row, col, CHANNELS_LAST, ROWS, COLS)
-        left = tl.minimum(run_length - tile.to(tl.int64) * step, step).to(tl.int32)
-        counted = (pixel < left) & (i < units)
-        run, tile = _next_tile(run, tile, tiles)
-        value = tl.load(x + place + offsets, mask=counted & exists, other=0.0).to(count.dtype)
-        new_count += counted.to(count.dtype)
-        mean += value
-        values = values + (value,)
-        masks = masks + (counted,)
-    mean /= tl.maximum(new_count, 1.0)
-    m2 = tl.zeros_like(mean)
-    for i in tl.static_range(UNITS):
-        deviation = tl.where(masks[i], values[i] - mean, 0.0)
-        m2 += deviation * deviation
-    return run, tile, new_count, mean, m2
+        deviation = values[i] - pivot
+        if not WHOLE:
+            deviation = tl.where(masks[i], deviation, 0.0)
+        first += deviation
+        second += deviation * deviation
+    return run, tile, count, pivot, first, second
 
 
 @triton.jit(do_not_specialize=["groups", "channels", "runs", "run_length", "units_per_slab"])
@@ -383,47 +379,51 @@ def channel_moments_kernel(
 ):
     """Mean, and sum of squared deviations from it, of each channel in a slab: partial [slabs, 2, groups, channels].
 
-    Each element of the tile keeps mean and squared deviations of the pixels that it sees, each pixel of it their count.
-    UNITS units at a time are loaded, their own mean and deviations taken, and merged into the running ones (Chan, Golub
-    and LeVeque 1983); units all of whose pixels exist need neither masks nor counts:
+    Each element of the tile adds up deviations d = x - p of the pixels that it sees, and their squares, from a pivot p
+    of its own, the mean of its first UNITS pixels; each pixel of the tile keeps a count. UNITS units at a time are
+    loaded; units all of whose pixels exist need neither masks nor counts:
 
-        mean += d n' / n,    m2 += m2' + d^2 n' (n - n') / n,    d = mean' - mean,  n = all counted so far
+        mean = p + sum d / n,    m2 = sum d^2 - (sum d)^2 / n
 
-    so a mean much larger than the deviation costs no digits. In the end the elements of a channel are merged likewise.
+    A mean much larger than the deviation costs no digits, since d is small then. Nor does a bad pivot cost many: that
+    of k of n values has (p - mean)^2 <= (n / k - 1) m2 / n by Cauchy and Schwarz, so sum d^2 <= n / k m2. In the end
+    the elements of a channel are merged, from their deviations (Chan, Golub and LeVeque 1983).
 
     Bytes: the map is read once, elements * itemsize, which over the read bandwidth is the floor.
     """
     axis: tl.constexpr = 0 if CHANNELS_LAST else 1
+    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     channels, run_length, tiles, row, col, offsets, group, slab, channel0, begin, end, run, tile = _start(
         channels, runs, run_length, units_per_slab, CHANNELS_LAST, ROWS, COLS, ALIGN, WIDE
     )
 
-    count = tl.zeros([ROWS, 1] if CHANNELS_LAST else [1, COLS], tl.float64 if DOUBLE else tl.float32)
-    mean = tl.zeros([ROWS, COLS], count.dtype)
-    m2 = mean
+    count = tl.zeros([ROWS, 1] if CHANNELS_LAST else [1, COLS], dtype)
+    zeros = tl.zeros([ROWS, COLS], dtype)
+    run, tile, count, pivot, first, second = _add_units(
+        x, run, tile, tiles, end - begin, channel0, channels, run_length, row, col, offsets, count, None, zeros, zeros,
+        CHANNELS_LAST, ROWS, COLS, UNITS, False,
+    )  # fmt: skip
     whole_tiles = run_length // (ROWS if CHANNELS_LAST else COLS)
-    for unit in range(begin, end, UNITS):
+    for unit in range(begin + UNITS, end, UNITS):
         if (unit + UNITS <= end) & (tile + UNITS <= whole_tiles):
-            run, tile, new_count, new_mean, new_m2 = _moments_of_whole_units(
-                x, run, tile, tiles, channel0, channels, run_length, row, col, offsets, count,
-                CHANNELS_LAST, ROWS, COLS, UNITS,
+            run, tile, count, _same, first, second = _add_units(
+                x, run, tile, tiles, UNITS, channel0, channels, run_length, row, col, offsets, count, pivot, first,
+                second, CHANNELS_LAST, ROWS, COLS, UNITS, True,
             )  # fmt: skip
         else:
-            run, tile, new_count, new_mean, new_m2 = _moments_of_units(
-                x, run, tile, tiles, end - unit, channel0, channels, run_length, row, col, offsets, count,
-                CHANNELS_LAST, ROWS, COLS, UNITS,
+            run, tile, count, _same, first, second = _add_units(
+                x, run, tile, tiles, end - unit, channel0, channels, run_length, row, col, offsets, count, pivot, first,
+                second, CHANNELS_LAST, ROWS, COLS, UNITS, False,
             )  # fmt: skip
-        share = new_count / tl.maximum(count + new_count, 1.0)
-        difference = new_mean - mean
-        mean += difference * share
-        m2 += new_m2 + difference * difference * (count * share)
-        count += new_count
 
-    # Twice: the first mean carries the rounding error of large numbers, the second corrects it with small ones.
+    # Means as deviations from a rough one: small numbers, to which the rounding errors of large ones are known.
     total = tl.maximum(tl.sum(count, axis), 1.0)
-    rough = tl.sum(count * mean, axis) / total
-    difference = mean - tl.expand_dims(rough, axis)
+    rough = tl.sum(count * pivot, axis) / total
+    shift = first / tl.maximum(count, 1.0)
+    difference = pivot - tl.expand_dims(rough, axis) + shift
     correction = tl.sum(count * difference, axis) / total
+    m2 = second - first * shift
+    m2 = tl.where(m2 < 0.0, 0.0, m2)  # NaN stays NaN
     squares = tl.sum(m2 + count * difference * difference, axis) - total * correction * correction
     kept = tl.arange(0, COLS if CHANNELS_LAST else ROWS)
     here = kept < channels - channel0
@@ -436,6 +436,38 @@ def channel_moments_kernel(
 def _pixels_before(unit, tiles, run_length, STEP: tl.constexpr):
     """How many pixels of a group come before a unit."""
     return (unit // tiles).to(tl.int64) * run_length + (unit % tiles).to(tl.int64) * STEP
+
+
+@triton.jit
+def merged_moments(
+    partial, slabs, columns, runs, run_length, units_per_slab, column, inside, STEP: tl.constexpr, SLABS: tl.constexpr
+):
+    """Mean and biased variance of some columns of partial [slabs, 2, columns], in float64.
+
+    With n_s pixels in slab s and d_s = mean_s - mean_0:  mean = mean_0 + D,  D = sum n_s d_s / n,
+    var = sum (m2_s + n_s d_s^2) / n - D^2.
+    """
+    tiles = tl.cdiv(run_length, STEP)
+    units = runs * tiles
+    slab = tl.arange(0, SLABS)[:, None]
+    pivot = tl.load(partial + column, mask=inside, other=0.0).to(tl.float64)
+    first_moment = tl.zeros([SLABS, column.shape[0]], tl.float64)
+    second_moment = tl.zeros([SLABS, column.shape[0]], tl.float64)
+    for first in range(0, slabs, SLABS):
+        begin = tl.minimum((first + slab) * units_per_slab, units)
+        end = tl.minimum(begin + units_per_slab, units)
+        here = (first + slab < slabs) & inside[None, :]
+        offsets = (first + slab).to(tl.int64) * 2 * columns + column[None, :]
+        difference = tl.load(partial + offsets, mask=here, other=0.0).to(tl.float64) - pivot[None, :]
+        squares = tl.load(partial + columns + offsets, mask=here, other=0.0).to(tl.float64)
+        count = _pixels_before(end, tiles, run_length, STEP) - _pixels_before(begin, tiles, run_length, STEP)
+        weighted = tl.where(here, difference * count.to(tl.float64), 0.0)
+        first_moment += weighted
+        second_moment += squares + weighted * difference
+    pixels = (tl.cast(runs, tl.int64) * run_length).to(tl.float64)
+    shift = tl.sum(first_moment, 0) / pixels
+    variance = tl.sum(second_moment, 0) / pixels - shift * shift
+    return pivot + shift, tl.where(variance < 0.0, 0.0, variance)  # NaN stays NaN
 
 
 @triton.jit(do_not_specialize=["slabs", "columns", "runs", "run_length", "units_per_slab"])
@@ -452,34 +484,11 @@ def merge_moments_kernel(
     SLABS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Mean and biased variance of each column from partial [slabs, 2, columns], in float64.
-
-    With n_s pixels in slab s and d_s = mean_s - mean_0:  mean = mean_0 + D,  D = sum n_s d_s / n,
-    var = sum (m2_s + n_s d_s^2) / n - D^2.
-    """
-    tiles = tl.cdiv(run_length, STEP)
-    units = runs * tiles
-    col0 = tl.program_id(0).to(tl.int64) * COLS
-    col = tl.arange(0, COLS)
-    inside = col < tl.minimum(columns - col0, COLS).to(tl.int32)
-    slab = tl.arange(0, SLABS)[:, None]
-    pivot = tl.load(partial + col0 + col, mask=inside, other=0.0).to(tl.float64)
-    first_moment = tl.zeros([SLABS, COLS], tl.float64)
-    second_moment = tl.zeros([SLABS, COLS], tl.float64)
-    for first in range(0, slabs, SLABS):
-        begin = tl.minimum((first + slab) * units_per_slab, units)
-        end = tl.minimum(begin + units_per_slab, units)
-        here = (first + slab < slabs) & inside[None, :]
-        offsets = (first + slab).to(tl.int64) * 2 * columns + col0 + col[None, :]
-        difference = tl.load(partial + offsets, mask=here, other=0.0).to(tl.float64) - pivot[None, :]
-        squares = tl.load(partial + columns + offsets, mask=here, other=0.0).to(tl.float64)
-        count = _pixels_before(end, tiles, run_length, STEP) - _pixels_before(begin, tiles, run_length, STEP)
-        weighted = tl.where(here, difference * count.to(tl.float64), 0.0)
-        first_moment += weighted
-        second_moment += squares + weighted * difference
-    pixels = (tl.cast(runs, tl.int64) * run_length).to(tl.float64)
-    shift = tl.sum(first_moment, 0) / pixels
-    variance = tl.sum(second_moment, 0) / pixels - shift * shift
-    tl.store(mean + col0 + col, (pivot + shift).to(mean.dtype.element_ty), mask=inside)
-    variance = tl.where(variance < 0.0, 0.0, variance)  # NaN stays NaN
-    tl.store(var + col0 + col, variance.to(var.dtype.element_ty), mask=inside)
+    """Mean and biased variance of each column from partial [slabs, 2, columns]."""
+    column = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+    inside = column < columns
+    found, variance = merged_moments(
+        partial, slabs, columns, runs, run_length, units_per_slab, column, inside, STEP, SLABS
+    )
+    tl.store(mean + column, found.to(mean.dtype.element_ty), mask=inside)
+    tl.store(var + column, variance.to(var.dtype.element_ty), mask=inside)

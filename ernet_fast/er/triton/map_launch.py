@@ -161,30 +161,51 @@ def _merge_dots(partial: Tensor | None, products: Tensor, sums: Tensor) -> None:
         )
 
 
-def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """`ernet::channel_moments` on a CUDA device: mean and biased variance, [C] or [N, C]."""
+def slab_moments(x: Tensor, per_sample: bool) -> tuple[Shape, tuple[tiling.Reduction, Tensor] | None]:
+    """Moments of each slab, [slabs, 2, groups, C], see `channel_moments_kernel`, or None where maps are empty."""
     shape = _check_maps([x], ["x"], "", per_sample)
-    mean, var = (x.new_empty(_channel_sizes(shape), dtype=_ACCUMULATE[x.dtype]) for _ in range(2))
     if x.numel() == 0:
-        return mean.zero_(), var.fill_(float("nan"))
+        return shape, None
     cut = tiling.reduction(shape, x.element_size())
     partial = x.new_empty((cut.slabs, 2, shape.groups, shape.C), dtype=_ACCUMULATE[x.dtype])
-    work = cut.runs, cut.run_length, cut.units_per_slab
-    columns = shape.groups * shape.C
-    slabs_together, columns_together = merge_tile(cut.slabs)
     with on_device_of(x):
         kernels().channel_moments_kernel[(cut.programs,)](
             x,
             partial,
             shape.groups,
             shape.C,
-            *work,
+            cut.runs,
+            cut.run_length,
+            cut.units_per_slab,
             DOUBLE=x.dtype == torch.float64,
             UNITS=_MOMENT_UNITS,
             **_constants(shape, cut.tile, REDUCTION_WARPS),
         )
+    return shape, (cut, partial)
+
+
+def channel_moments(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """`ernet::channel_moments` on a CUDA device: mean and biased variance, [C] or [N, C]."""
+    shape, slabs = slab_moments(x, per_sample)
+    mean, var = (x.new_empty(_channel_sizes(shape), dtype=_ACCUMULATE[x.dtype]) for _ in range(2))
+    if slabs is None:
+        return mean.zero_(), var.fill_(float("nan"))
+    cut, partial = slabs
+    columns = shape.groups * shape.C
+    slabs_together, columns_together = merge_tile(cut.slabs)
+    with on_device_of(x):
         kernels().merge_moments_kernel[(ceil_div(columns, columns_together),)](
-            partial, mean, var, cut.slabs, columns, *work, STEP=cut.step, SLABS=slabs_together, COLS=columns_together
+            partial,
+            mean,
+            var,
+            cut.slabs,
+            columns,
+            cut.runs,
+            cut.run_length,
+            cut.units_per_slab,
+            STEP=cut.step,
+            SLABS=slabs_together,
+            COLS=columns_together,
         )
     return mean, var
 
@@ -222,7 +243,7 @@ def weighted_sum(maps: Sequence[Tensor], a: Tensor, b: Tensor | None, relu: bool
     return y
 
 
-def _partial_dots(
+def slab_dots(
     z: Tensor | None, dy: Tensor | None, y: Tensor | None, others: Sequence[Tensor], others_name: str, per_sample: bool
 ) -> tuple[Shape, Tensor | None, Tensor]:
     """Inner products of each slab, see `map_dots_kernel`, or None where maps or rows are empty; and g."""
@@ -263,7 +284,7 @@ def weighted_dot(
     """`ernet::weighted_dot` on a CUDA device: da, db and g (empty without `y`)."""
     if not maps:
         fail("maps must hold at least one map")
-    shape, partial, g = _partial_dots(None, dy, y, maps, "maps", per_sample)
+    shape, partial, g = slab_dots(None, dy, y, maps, "maps", per_sample)
     sizes, dtype = _channel_sizes(shape), _ACCUMULATE[dy.dtype]
     da, db = dy.new_empty((len(maps), *sizes), dtype=dtype), dy.new_empty(sizes, dtype=dtype)
     _merge_dots(partial, da, db)
@@ -288,7 +309,7 @@ def map_dots(
     """
     if y is not None and dy is None:
         fail("y needs dy, the gradient of y")
-    shape, partial, g = _partial_dots(z, dy, y, later_g, "later_g", per_sample)
+    shape, partial, g = slab_dots(z, dy, y, later_g, "later_g", per_sample)
     num_rows = len(later_g) + (0 if dy is None else 2)
     sums = z.new_empty((num_rows, *_channel_sizes(shape)), dtype=torch.float64)
     _merge_dots(partial, sums, sums)

@@ -25,6 +25,18 @@ _SCHEMAS = (
     "-> (Tensor rows, Tensor k0, Tensor dgamma, Tensor dbeta, Tensor dmoments)",
 )
 
+# Of CUDA devices alone: what are two operators each on the CPU.
+_CUDA_SCHEMAS = (
+    "measured_coefficients(Tensor z, Tensor(a!) table, int index, int norm, Tensor? gamma, Tensor? beta, "
+    "Tensor(b!)? norm_mean, Tensor(c!)? norm_var, Tensor(d!)? norm_batches, float? norm_momentum, float norm_eps, "
+    "Tensor? weight, Tensor(e!)? running_mean, Tensor(f!)? running_var, Tensor(g!)? batches, bool use_running, "
+    "float? momentum, float eps) -> (Tensor a, Tensor b)",
+    "map_backward(Tensor z, Tensor? dy, Tensor? y, Tensor[] later_g, Tensor table, int index, Tensor? a, "
+    "Tensor[] later_a, Tensor[] later_db, Tensor[] later_weight, Tensor[] later_running_mean, "
+    "Tensor[] later_running_var, Tensor(a!)[] later_dweight, int norm, float eps, bool measured, bool pass_on) "
+    "-> (Tensor rows, Tensor k0, Tensor dgamma, Tensor dbeta, Tensor db, Tensor g)",
+)
+
 _LIBRARY: torch.library.Library | None = None  # keeps the registrations alive
 
 
@@ -41,9 +53,8 @@ def register(*, define: bool) -> None:
     """Register the operators for CUDA tensors; with `define` their schemas too, for builds without the extension."""
     global _LIBRARY
     _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
-    if define:
-        for schema in _SCHEMAS:
-            _LIBRARY.define(schema)
+    for schema in (*_CUDA_SCHEMAS, *(_SCHEMAS if define else ())):
+        _LIBRARY.define(schema)
     for implementation in (
         map_launch.channel_moments,
         map_launch.weighted_sum,
@@ -51,5 +62,7 @@ def register(*, define: bool) -> None:
         map_launch.map_dots,
         coefficient_launch.block_coefficients,
         coefficient_launch.map_coefficients_backward,
+        coefficient_launch.measured_coefficients,
+        coefficient_launch.map_backward,
     ):
         _LIBRARY.impl(implementation.__name__, implementation, "CUDA")

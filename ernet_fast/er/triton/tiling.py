@@ -13,7 +13,7 @@ _SUM_LOADS = 2  # 16-byte loads of a map by each thread of weighted_sum: its coe
 _CHANNELS = 128  # of a channels-last tile: fewer than threads, so that coefficients are loaded straight into registers
 _PLANAR_COLS = (64, 128, 256, 512)
 _PROGRAMS = 2048  # of a reduction, about: several for each processor of a large GPU, with few partial results
-_LEAST_UNITS = 8  # of a slab, so that the partial results stay small beside the maps
+_LEAST_UNITS = 8  # of a slab, so that the partial results stay small beside the maps; larger slabs are multiples
 
 
 class Shape(NamedTuple):
@@ -105,11 +105,11 @@ def reduction(shape: Shape, itemsize: int) -> Reduction:
         runs, run_length, step, channels = samples, shape.P, tile.cols, tile.rows
     units = runs * ceil_div(run_length, step)
     blocks = ceil_div(shape.C, channels)
-    units_per_slab = max(_LEAST_UNITS, ceil_div(units, max(1, _PROGRAMS // blocks)))
+    units_per_slab = _LEAST_UNITS * ceil_div(units, _LEAST_UNITS * max(1, _PROGRAMS // blocks))
     slabs = ceil_div(units, units_per_slab)
     return Reduction(tile, runs, run_length, step, units_per_slab, slabs, shape.groups * slabs * blocks)
 
 
 def merge_tile(slabs: int) -> tuple[int, int]:
-    """Slabs and columns that a program of a merge loads together."""
-    return (1, 1024) if slabs == 1 else (64, 16)
+    """Slabs and columns that a program of a merge loads together: whole sectors of 32 bytes, and many programs."""
+    return (1, 1024) if slabs == 1 else (128, 8)
