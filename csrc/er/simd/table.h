@@ -22,6 +22,10 @@ template <typename T> inline T* at(const void* p, int64_t offset) {
 template <int kValue> struct Number {
   static constexpr int value = kValue;
 };
+// The same where one function does for any number: the rest of a row that is less than a vector.
+struct AnyNumber {
+  int64_t value;
+};
 template <int kLeast, int kMost, typename Work> inline void with_number(int64_t count, const Work& work) {
   if constexpr (kLeast < kMost) {
     if (count < kMost) return with_number<kLeast, kMost - 1>(count, work);

@@ -54,64 +54,84 @@ template <typename T, typename A> struct Rows {
   const uint8_t* bits[kMapsAtOnce];
   T* y;
   A* acc;  // [rows][count]
-  int64_t rows, count, bit_stride;
+  int64_t rows, count, bit_stride, maps;
+  bool first, last;  // of the groups of maps: the first starts from b, the last writes y; between them sums are in acc
   bool relu_wanted;
   bool stream_wanted;
   int64_t fetch_ahead;
 };
 
-// The vector from element j on, `left` elements of it: the first group of maps starts from b, the last one writes y.
-// bits(l): which lanes of map l count.
-template <int kMaps, bool kFirst, bool kLast, bool kBits, typename Coefficients, typename Bits, typename T, typename A>
-[[gnu::always_inline]] inline void sum_vector(const Rows<T, A>& rows, const Coefficients& k, const Bits& bits,
-                                              int64_t j, int64_t left) {
-  Vec<A> sum = kFirst ? k.start(j, left) : load_upto<A>(rows.acc + j, left);
-  for (int l = 0; l < kMaps; ++l) {
-    Vec<A> x = load_upto<A>(rows.x[l] + j, left);
-    __builtin_prefetch(rows.x[l] + j + rows.fetch_ahead, 0, 3);
-    if constexpr (kBits) x = keep_lanes(x, bits(l));
-    sum += k.coefficient(l, j, left) * x;
-  }
-  if constexpr (kLast) {
-    if (rows.relu_wanted) sum = relu<A>(sum);
-    if (rows.stream_wanted && left >= kLanes<A>) return stream(rows.y + j, sum);
-    store_upto<A>(rows.y + j, sum, left);
-  } else {
-    store_upto<A>(rows.acc + j, sum, left);
-  }
+template <bool kBits, typename T, typename A, typename Bits>
+[[gnu::always_inline]] inline Vec<A> map_vector(const Rows<T, A>& rows, const Bits& bits, int l, int64_t j,
+                                                int64_t left) {
+  const Vec<A> x = load_upto<A>(rows.x[l] + j, left);
+  __builtin_prefetch(rows.x[l] + j + rows.fetch_ahead, 0, 3);
+  if constexpr (kBits) return keep_lanes(x, bits(l));
+  return x;
 }
 
+// The vector from element j on, `left` elements of it. bits(l): which lanes of map l count.
+template <bool kBits, typename Coefficients, typename Bits, typename T, typename A, typename Maps>
+[[gnu::always_inline]] inline void sum_vector(const Rows<T, A>& rows, const Coefficients& k, const Bits& bits,
+                                              Maps maps, int64_t j, int64_t left) {
+  Vec<A> sum = rows.first ? k.start(j, left) : load_upto<A>(rows.acc + j, left);
+  for (int l = 0; l < maps.value; ++l) sum += k.coefficient(l, j, left) * map_vector<kBits>(rows, bits, l, j, left);
+  if (!rows.last) return store_upto<A>(rows.acc + j, sum, left);
+  if (rows.relu_wanted) sum = relu<A>(sum);
+  if (rows.stream_wanted && left >= kLanes<A>) return stream(rows.y + j, sum);
+  store_upto<A>(rows.y + j, sum, left);
+}
+
+// Less than a vector, at the end of a row.
+template <bool kBits, typename Coefficients, typename Bits, typename T, typename A>
+[[gnu::noinline]] void sum_rest(const Rows<T, A>& rows, const Coefficients& k, const Bits& bits, int64_t j,
+                                int64_t left) {
+  sum_vector<kBits>(rows, k, bits, AnyNumber{rows.maps}, j, left);
+}
+
+// The bits of the vector from element j of a row on, which begins where a vector may (OneRow), or anywhere (Joined).
+template <typename T, typename A> struct RowBits {
+  const Rows<T, A>& row;
+  int64_t j;
+
+  uint32_t operator()(int l) const { return load_bits<A>(row.bits[l], j); }
+};
+template <typename T, typename A> struct JoinedBits {
+  const Rows<T, A>& rows;
+  int64_t bit_row, j;
+
+  uint32_t operator()(int l) const { return load_bits_from<A>(rows.bits[l] + bit_row, j); }
+};
+
 // One row.
-template <int kMaps, bool kFirst, bool kLast, bool kBits> struct OneRow {
+template <int kMaps, bool kBits> struct OneRow {
   template <typename Coefficients, typename T, typename A>
   static void run(const Rows<T, A>& row, const Coefficients& k) {
     const auto& row_k = k.template of_row<kMaps>(0);
-    const auto vector = [&](int64_t j, int64_t left) __attribute__((always_inline)) {
-      const auto bits = [&](int l) { return load_bits<A>(row.bits[l], j); };
-      sum_vector<kMaps, kFirst, kLast, kBits>(row, row_k, bits, j, left);
-    };
     int64_t j = 0;
-    for (; j + kLanes<A> <= row.count; j += kLanes<A>) vector(j, static_cast<int64_t>(kLanes<A>));
-    if (j < row.count) vector(j, row.count - j);
+    for (; j + kLanes<A> <= row.count; j += kLanes<A>) {
+      sum_vector<kBits>(row, row_k, RowBits<T, A>{row, j}, Number<kMaps>{}, j, int64_t{kLanes<A>});
+    }
+    if (j < row.count) sum_rest<kBits>(row, row_k, RowBits<T, A>{row, j}, j, row.count - j);
   }
 };
 
 // Rows of one channel each that lie one after the other, of at least a vector, as one row: in a vector with the end of
 // one and the start of the next, so are their coefficients and bits.
-template <int kMaps, bool kFirst, bool kLast, bool kBits> struct Joined {
+template <int kMaps, bool kBits> struct Joined {
   template <typename T, typename A> static void run(const Rows<T, A>& rows, const Constant<A>& k) {
     using OfRow = typename Constant<A>::OfRow;
+    constexpr Number<kMaps> maps;
     OfRow now = k.template of_row<kMaps>(0);
     int64_t element = 0, j = 0;  // j: of the row
     for (int64_t r = 0; r < rows.rows; ++r) {
-      const int64_t bit_row = r * rows.bit_stride;
-      const auto bits = [&](int l) { return load_bits_from<A>(rows.bits[l] + bit_row, j); };
-      for (; j + kLanes<A> <= rows.count; j += kLanes<A>, element += kLanes<A>) {
-        sum_vector<kMaps, kFirst, kLast, kBits>(rows, now, bits, element, int64_t{kLanes<A>});
+      JoinedBits<T, A> bits = {rows, r * rows.bit_stride, j};
+      for (; bits.j + kLanes<A> <= rows.count; bits.j += kLanes<A>, element += kLanes<A>) {
+        sum_vector<kBits>(rows, now, bits, maps, element, int64_t{kLanes<A>});
       }
-      const int64_t rest = rows.count - j;
+      const int64_t rest = rows.count - bits.j;
       if (r + 1 == rows.rows) {
-        if (rest > 0) sum_vector<kMaps, kFirst, kLast, kBits>(rows, now, bits, element, rest);
+        if (rest > 0) sum_rest<kBits>(rows, now, bits, element, rest);
         return;
       }
       const OfRow next = k.template of_row<kMaps>(r + 1);
@@ -121,13 +141,9 @@ template <int kMaps, bool kFirst, bool kLast, bool kBits> struct Joined {
         OfRow both;
         for (int l = 0; l < kMaps; ++l) both.a[l] = first ? now.a[l] : next.a[l];
         both.b = first ? now.b : next.b;
-        const int64_t end = rows.count - rest;
-        const auto bits_of_both = [&](int l) {
-          const uint8_t* const row = rows.bits[l] + bit_row;
-          const uint32_t of_first = load_bits_from<A>(row, end) & ((1u << rest) - 1);
-          return of_first | load_bits_from<A>(row + rows.bit_stride, 0) << rest;
-        };
-        sum_vector<kMaps, kFirst, kLast, kBits>(rows, both, bits_of_both, element, int64_t{kLanes<A>});
+        const JoinedBits<T, A> bits_of_next = {rows, bits.bit_row + rows.bit_stride, 0};
+        const auto bits_of_both = [&](int l) { return (bits(l) & ((1u << rest) - 1)) | bits_of_next(l) << rest; };
+        sum_vector<kBits>(rows, both, bits_of_both, maps, element, int64_t{kLanes<A>});
         element += kLanes<A>;
         j = kLanes<A> - rest;
       }
@@ -136,12 +152,10 @@ template <int kMaps, bool kFirst, bool kLast, bool kBits> struct Joined {
   }
 };
 
-// The last group holds 1 to kMapsAtOnce maps; those before are full.
-template <template <int, bool, bool, bool> class Loop, bool kFirst, bool kBits, typename Coefficients, typename T,
-          typename A>
-inline void sum_group(int64_t left, const Rows<T, A>& rows, const Coefficients& k) {
-  if (left > kMapsAtOnce) return Loop<kMapsAtOnce, kFirst, false, kBits>::run(rows, k);
-  with_number<1, kMapsAtOnce>(left, [&](auto maps) { Loop<decltype(maps)::value, kFirst, true, kBits>::run(rows, k); });
+// A group of 1 to kMapsAtOnce maps.
+template <template <int, bool> class Loop, bool kBits, typename Coefficients, typename T, typename A>
+inline void sum_group(const Rows<T, A>& rows, const Coefficients& k) {
+  with_number<1, kMapsAtOnce>(rows.maps, [&](auto n) { Loop<decltype(n)::value, kBits>::run(rows, k); });
 }
 
 // Rows of every map.
@@ -153,7 +167,7 @@ struct Block {
 };
 
 // All maps over a block, into y.
-template <template <int, bool, bool, bool> class Loop, bool kBits, typename Coefficients, typename T, typename A>
+template <template <int, bool> class Loop, bool kBits, typename Coefficients, typename T, typename A>
 inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, bool stream_wanted) {
   const MapShape& s = args.shape;
   const A* a = static_cast<const A*>(args.a) + block.channel;
@@ -167,6 +181,9 @@ inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, 
                        block.rows,
                        block.count,
                        bit_row_bytes(s),
+                       maps,
+                       first == 0,
+                       left <= kMapsAtOnce,
                        args.relu,
                        stream_wanted && stream_aligned(y),
                        fetch_ahead<T>()};
@@ -179,11 +196,11 @@ inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, 
       }
       k.a[l] = a + (first + l) * s.groups() * s.C;
     }
-    first == 0 ? sum_group<Loop, true, kBits>(left, rows, k) : sum_group<Loop, false, kBits>(left, rows, k);
+    sum_group<Loop, kBits>(rows, k);
   }
 }
 
-template <template <int, bool, bool, bool> class Loop, typename Coefficients, typename T, typename A>
+template <template <int, bool> class Loop, typename Coefficients, typename T, typename A>
 inline void sum_maps(const WeightedSum& args, A* acc, const Block& block, T* y, bool stream_wanted) {
   if (args.bits == nullptr) return sum_maps<Loop, false, Coefficients, T, A>(args, acc, block, y, stream_wanted);
   sum_maps<Loop, true, Coefficients, T, A>(args, acc, block, y, stream_wanted);
