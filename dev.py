@@ -99,9 +99,8 @@ def venv_folder() -> Path:
 def stamp_of(requirements: Path) -> tuple[Path, str]:
     """The file that says what was installed for a file of requirements, and what it says once that is done."""
     content = DEMO.read_bytes() if requirements == REQUIREMENTS else b""
-    return venv_folder() / f"{requirements.stem}.sha256", hashlib.sha256(
-        content + requirements.read_bytes()
-    ).hexdigest()
+    wanted = hashlib.sha256(content + requirements.read_bytes()).hexdigest()
+    return venv_folder() / f"{requirements.stem}.sha256", wanted
 
 
 def is_installed(requirements: Path) -> bool:

@@ -97,9 +97,8 @@ def instruction_sets(folder: Path | None = None) -> dict[str, list[str]]:
         before = {isa for isa in ISA_FLAGS if folder is not None and any(folder.glob(f"*.{isa}.o"))}
         wanted = wanted - {"native"} | {native_isa()} | before
     if unknown := wanted - {*ISA_FLAGS}:
-        raise SystemExit(
-            f"ernet_fast: ERNET_ISAS names {', '.join(sorted(unknown))}; expected native, {', '.join(ISA_FLAGS)}."
-        )
+        expected = ", ".join(["native", *ISA_FLAGS])
+        raise SystemExit(f"ernet_fast: ERNET_ISAS names {', '.join(sorted(unknown))}; expected {expected}.")
     wanted |= {"portable"} | ({"avx512"} if "avx512vbmi" in wanted else set())  # whose ER loops it uses
     return {isa: flags for isa, flags in ISA_FLAGS.items() if isa in wanted}
 

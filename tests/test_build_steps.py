@@ -1,4 +1,4 @@
-"""The steps of a first build: loops before torch is there, this CPU's instruction sets first, nothing compiled twice."""
+"""The steps of a first build: loops before torch is there, this CPU's instruction sets first, nothing twice."""
 
 from __future__ import annotations
 
