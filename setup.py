@@ -60,9 +60,9 @@ CPU_FLAGS = {
     "avx512": AVX512,
     "avx2": {"avx2", "fma", "bmi2"},
 }
-# Loops that are written in vectors throughout: what -O3 does besides unrolling takes a third of the time to compile them
-# and finds nothing to do.
-IN_VECTORS = {Path("er/simd") / f"{name}.cpp" for name in ("weighted_sum", "map_dots", "sum_dots")}
+# Loops that are written in vectors throughout: what -O3 does besides unrolling takes a third of the time to compile
+# them, and finds nothing to do.
+IN_VECTORS = {"weighted_sum_planar.cpp", "weighted_sum_channels_last.cpp", "map_dots.cpp", "sum_dots.cpp"}
 # Outside those loops no product and sum are fused but where the code says so: what is computed in several places, as a
 # fit from an image and from its colours, has the same bits in all of them, also on arm64, whose compilers would fuse.
 SAME_BITS = ["-ffp-contract=off"]
@@ -311,7 +311,7 @@ class NinjaLoops:
         for isa, flags in self.isas.items():
             if isa not in SIMD_FOLDERS or folder in SIMD_FOLDERS[isa]:
                 extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
-                if source.relative_to(CSRC) in IN_VECTORS and optimization() == "3":
+                if source.name in IN_VECTORS and optimization() == "3":
                     extra += ["-O2", "-fpeel-loops"]
                 self._compile(source, "cxx", extra, suffix=f".{isa}")
 

@@ -7,7 +7,9 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-extern const MapLoops<WeightedSum> weighted_sum_loops;
+extern const MapLoops<WeightedSum> planar_sum_loops;
+extern const MapLoops<WeightedSum> channels_last_sum_loops;
+extern const MapLoops<WeightedSum> weighted_sum_loops;  // either
 extern const MapLoops<MapDots> map_dots_loops;
 extern const MapLoops<SumDots> sum_dots_loops;
 extern const MapLoops<ChannelMoments> channel_moments_loops;
