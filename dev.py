@@ -119,7 +119,7 @@ def make_venv(command: str, meanwhile: Callable[[str], None] | None = None) -> P
     requirements = DEMO if command in ("demo", "build") else REQUIREMENTS
     if python.exists() and (is_installed(REQUIREMENTS) or is_installed(requirements)):
         return python
-    disk = "1.5 GB on disk" if requirements == DEMO else "3 GB on disk"
+    disk = "1.2 GB on disk" if requirements == DEMO else "3 GB on disk"
     print(f"Setting up {folder} from {requirements.name} (once; {disk}, with CUDA 3 GB more)", flush=True)
     if not python.exists():
         with step("virtual environment"):
