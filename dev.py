@@ -2,7 +2,8 @@
 """One command for everything a developer does: `python3 dev.py demo | test | build | bench | report | lint | ...`.
 
 Needs Python >= 3.10 and a C++ compiler; standard library only. The interpreter that runs it is used as it is if it has
-torch >= 2.11 and the test packages; else a virtual environment `.venv` is made from requirements-dev.txt, once.
+torch >= 2.11 and what the command needs; else a virtual environment `.venv` is made, once: from requirements-demo.txt
+for `demo` and `build`, completed from requirements-dev.txt by the first other command.
 
     demo  [ARGS]   set up, build, and run `ernet-fast demo` (see `python3 dev.py demo --help`)
     test  [ARGS]   set up, build, and run the tests, in as many processes as there are cores, at most 4 (-n 0: in this
@@ -18,9 +19,9 @@ torch >= 2.11 and the test packages; else a virtual environment `.venv` is made 
     compat [ARGS]  the tests of the same binary under another torch, with the real torchvision and timm (5.5 GB)
     docs  [ARGS]   the pages of docs/ as a site in build/site; --serve shows it
 
-Environment: ERNET_VENV (folder of the virtual environment, default .venv); ERNET_CUDA, ERNET_CUDA_ARCHS, MAX_JOBS (see
-setup.py). Where torch has no CUDA nothing builds GPU code unless one of the two is set; without a GPU, `demo`, `test`
-and `bench` do not either.
+Environment: ERNET_VENV (folder of the virtual environment, default .venv); ERNET_CUDA, ERNET_CUDA_ARCHS, ERNET_ISAS,
+MAX_JOBS (see setup.py). Where torch has no CUDA nothing builds GPU code unless one of the first two is set; without a
+GPU, `demo`, `test` and `bench` do not either. `demo` compiles for this CPU alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 import time
@@ -39,7 +39,8 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-REQUIREMENTS = ROOT / "requirements-dev.txt"
+DEMO = ROOT / "requirements-demo.txt"  # of demo and build
+REQUIREMENTS = ROOT / "requirements-dev.txt"  # of all commands, with those of DEMO
 RELEASE = ROOT / "requirements-release.txt"  # of wheel, installs and docs
 COMMANDS = ("demo", "test", "build", "bench", "report", "lint", "kernels", "gpu", "wheel", "installs", "compat", "docs")
 # What each command needs of an interpreter that is used as it is. torchstain, hypothesis and the like are looked for by
@@ -95,34 +96,50 @@ def venv_folder() -> Path:
     return Path(os.environ.get("ERNET_VENV", ROOT / ".venv")).resolve()
 
 
-def make_venv(meanwhile: Callable[[str], None] | None = None) -> Path:
-    """Make the virtual environment, or bring it up to date; returns its Python.
+def stamp_of(requirements: Path) -> tuple[Path, str]:
+    """The file that says what was installed for a file of requirements, and what it says once that is done."""
+    content = DEMO.read_bytes() if requirements == REQUIREMENTS else b""
+    wanted = hashlib.sha256(content + requirements.read_bytes()).hexdigest()
+    return venv_folder() / f"{requirements.stem}.sha256", wanted
 
-    `meanwhile` is called with it once it has what a build needs, while the rest is fetched.
+
+def is_installed(requirements: Path) -> bool:
+    """True if the virtual environment has these requirements as they are now."""
+    stamp, wanted = stamp_of(requirements)
+    return stamp.exists() and stamp.read_text() == wanted
+
+
+def make_venv(command: str, meanwhile: Callable[[str], None] | None = None) -> Path:
+    """Make the virtual environment, or bring it up to what `command` needs; returns its Python.
+
+    `meanwhile` is called with it once it has ninja and setuptools, while torch and the rest are fetched.
     """
     folder = venv_folder()
     python = folder / "bin" / "python"
-    stamp = folder / "requirements.sha256"
-    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+    requirements = DEMO if command in ("demo", "build") else REQUIREMENTS
+    if python.exists() and (is_installed(REQUIREMENTS) or is_installed(requirements)):
         return python
-    print(f"Setting up {folder} from {REQUIREMENTS.name} (once; 3 GB on disk, with CUDA 6 GB)", flush=True)
+    disk = "1.2 GB on disk" if requirements == DEMO else "3 GB on disk"
+    print(f"Setting up {folder} from {requirements.name} (once; {disk}, with CUDA 3 GB more)", flush=True)
     if not python.exists():
         with step("virtual environment"):
             run([sys.executable, "-m", "venv", str(folder)], "making a virtual environment (is python3-venv missing?)")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    first = re.findall(r"^(?:torch|setuptools|wheel|ninja)==\S+$", REQUIREMENTS.read_text(), re.MULTILINE)
-    with step(f"installing {' '.join(first)}"):
-        run([*pip, *first], f"installing {' '.join(first)}")
-    with step("installing the other packages" + (", and compiling" if meanwhile else "")):
-        with subprocess.Popen([*pip, "-r", str(REQUIREMENTS)], cwd=ROOT) as others:
+    # without byte code, which takes longer than all else: the first import writes that of the modules it needs
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    tools = [line for line in DEMO.read_text().splitlines() if line.startswith(("setuptools==", "wheel==", "ninja=="))]
+    if meanwhile:
+        with step(f"installing {' '.join(tools)}"):
+            run([*pip, *tools], f"installing {' '.join(tools)}")
+    with step(f"installing {requirements.name}" + (", compiling loops meanwhile" if meanwhile else "")):
+        with subprocess.Popen([*pip, "-r", str(requirements)], cwd=ROOT) as packages:
             try:
                 if meanwhile:
                     meanwhile(str(python))
             except BaseException:
-                others.terminate()
+                packages.terminate()
                 raise
-        ended(others.returncode, f"installing {REQUIREMENTS.name}")
+        ended(packages.returncode, f"installing {requirements.name}")
+    stamp, wanted = stamp_of(requirements)
     stamp.write_text(wanted)
     return python
 
@@ -138,10 +155,10 @@ def step(what: str) -> Iterator[None]:
 
 def add_release_tools(python: str) -> None:
     """Bring what `wheel`, `installs` and `docs` need besides into the virtual environment."""
-    stamp, wanted = venv_folder() / "release.sha256", hashlib.sha256(RELEASE.read_bytes()).hexdigest()
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not is_installed(RELEASE):
         with step(f"installing {RELEASE.name}"):
             run([python, "-m", "pip", "install", "--quiet", "-r", str(RELEASE)], f"installing {RELEASE.name}")
+        stamp, wanted = stamp_of(RELEASE)
         stamp.write_text(wanted)
 
 
@@ -180,23 +197,36 @@ def choose_python(command: str, meanwhile: Callable[[str], None] | None = None) 
         return sys.executable
     if command == "gpu":
         raise SystemExit(f"dev.py gpu uses this interpreter's own torch; {sys.executable} lacks {', '.join(lacking)}.")
-    python = str(make_venv(meanwhile))
+    python = str(make_venv(command, meanwhile))
     if command in ("wheel", "installs", "docs"):
         add_release_tools(python)
     return python
 
 
 def what_to_build(command: str) -> dict[str, str]:
-    """Variables for setup.py: code for GPUs takes minutes, and is left out where none could run it and nobody asks."""
+    """Variables for setup.py: code for GPUs takes minutes, and is left out where none could run it and nobody asks.
+
+    `demo` compiles for this CPU alone; what the other commands build besides goes into the same folder.
+    """
     if command in ("kernels", "wheel"):
         return {"ERNET_CUDA_ARCHS": os.environ.get("ERNET_CUDA_ARCHS", "75;80;86;90a;100;120")}
     asked = command == "build" or {"ERNET_CUDA", "ERNET_CUDA_ARCHS"} & {*os.environ}
-    return {} if asked or gpu_present() else {"ERNET_CUDA": "0"}
+    variables = {} if asked or gpu_present() else {"ERNET_CUDA": "0"}
+    return variables | ({"ERNET_ISAS": os.environ.get("ERNET_ISAS") or "native"} if command == "demo" else {})
 
 
 def build(python: str, environment: dict[str, str]) -> None:
     """Build the extension in place; does nothing where nothing has changed."""
+    start = time.perf_counter()
     run([python, "setup.py", "--quiet", "build_ext", "--inplace"], "building the extension", environment)
+    seconds = time.perf_counter() - start
+    if seconds > 2:
+        print(f"  compiling: {seconds:.0f} s", flush=True)
+
+
+def build_loops(python: str, environment: dict[str, str]) -> None:
+    """Compile what needs no torch."""
+    run([python, "setup.py", "--quiet", "build_ext"], "compiling loops", environment | {"ERNET_LOOPS_ONLY": "1"})
 
 
 def lint(python: str) -> None:
@@ -236,7 +266,9 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         return subprocess.run([python, SCRIPTS[command], *rest], cwd=ROOT, env=environment, check=False).returncode
     environment |= what_to_build(command)
-    python = choose_python(command, lambda python: build(python, environment))
+    python = choose_python(command, lambda python: build_loops(python, environment))
+    if python != sys.executable:
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # see make_venv
     build(python, environment)
     if command == "build":
         return 0

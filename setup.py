@@ -8,7 +8,9 @@ Environment variables
                       set) | 0 (never) | 1 (fail without nvcc)
     ERNET_CUDA_ARCHS  e.g. "80;90a". Default: the architecture of the GPU at hand, else 75;80;86;90a;100;120
     ERNET_ISAS        e.g. "avx2": the instruction sets to compile the loops for, besides portable; default all. For
-                      development: a changed loop is compiled once or twice instead of four times
+                      development: a changed loop is compiled once or twice instead of four times. "native": those that
+                      this CPU uses, and those that were compiled before; a build of all compiles the others alone
+    ERNET_LOOPS_ONLY  1: compile the loops, which need no torch, and link nothing, as dev.py does while torch is fetched
     ERNET_OPTIMIZE    0 to 3 (default): how far g++ optimises. 0, for trying changes, compiles eight times as fast into
                       a folder of its own, and gives a slow library
     MAX_JOBS          compilers at a time (default: the number of cores)
@@ -51,6 +53,16 @@ ISA_FLAGS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
     ISA_FLAGS["avx512vbmi"] = [*ISA_FLAGS["avx512"], "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
+# What /proc/cpuinfo calls what they need, the finest first.
+AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+CPU_FLAGS = {
+    "avx512vbmi": AVX512 | {"avx512_vbmi", "avx512_vbmi2", "avx512_vnni"},
+    "avx512": AVX512,
+    "avx2": {"avx2", "fma", "bmi2"},
+}
+# Loops that are written in vectors throughout: what -O3 does besides unrolling takes a third of the time to compile
+# them, and finds nothing to do.
+IN_VECTORS = {"weighted_sum_planar.cpp", "weighted_sum_channels_last.cpp", "map_dots.cpp", "sum_dots.cpp"}
 # Outside those loops no product and sum are fused but where the code says so: what is computed in several places, as a
 # fit from an image and from its colours, has the same bits in all of them, also on arm64, whose compilers would fuse.
 SAME_BITS = ["-ffp-contract=off"]
@@ -67,11 +79,29 @@ def refuse_musl() -> None:
         )
 
 
-def instruction_sets() -> dict[str, list[str]]:
-    """The instruction sets to compile the loops for, with their flags: all, or those of ERNET_ISAS and portable."""
+def native_isa() -> str:
+    """The finest instruction set that this CPU has, as csrc/simd/isa.cpp chooses; portable where nobody can tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "portable"
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    flags = {*found[1].split()} if found else set()
+    return next((isa for isa, needed in CPU_FLAGS.items() if isa in ISA_FLAGS and flags >= needed), "portable")
+
+
+def instruction_sets(folder: Path | None = None) -> dict[str, list[str]]:
+    """The instruction sets to compile the loops for, with their flags: all, or those of ERNET_ISAS and portable.
+
+    To the native one belong those of which objects are in `folder`, so that such a build undoes no other.
+    """
     wanted = {*re.findall(r"\w+", os.environ.get("ERNET_ISAS", ""))} or {*ISA_FLAGS}
+    if "native" in wanted:
+        before = {isa for isa in ISA_FLAGS if folder is not None and any(folder.glob(f"*.{isa}.o"))}
+        wanted = wanted - {"native"} | {native_isa()} | before
     if unknown := wanted - {*ISA_FLAGS}:
-        raise SystemExit(f"ernet_fast: ERNET_ISAS names {', '.join(sorted(unknown))}; expected {', '.join(ISA_FLAGS)}.")
+        expected = ", ".join(["native", *ISA_FLAGS])
+        raise SystemExit(f"ernet_fast: ERNET_ISAS names {', '.join(sorted(unknown))}; expected {expected}.")
     wanted |= {"portable"} | ({"avx512"} if "avx512vbmi" in wanted else set())  # whose ER loops it uses
     return {isa: flags for isa, flags in ISA_FLAGS.items() if isa in wanted}
 
@@ -214,10 +244,11 @@ class NinjaBuild(build_ext):
         if optimization() != "3":
             folder = ROOT / "build" / f"quick.O{optimization()}" / kind
         folder.mkdir(parents=True, exist_ok=True)
-        script = NinjaScript(folder, target, self.distribution.get_version())
+        loops_only = os.environ.get("ERNET_LOOPS_ONLY") == "1"
+        script = NinjaLoops(folder) if loops_only else NinjaScript(folder, target, self.distribution.get_version())
         path = folder / "build.ninja"
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        print(f"ernet_fast: building for {script.described()}, {jobs} compilers at a time", flush=True)
+        print(f"ernet_fast: compiling for {script.described()}, {jobs} compilers at a time", flush=True)
         with alone(folder):
             text = script.text()
             if not path.exists() or path.read_text() != text:
@@ -235,23 +266,76 @@ def ninja_command() -> list[str]:
     return [found]
 
 
-class NinjaScript:
-    """The text of build.ninja: which files, which flags."""
+class NinjaLoops:
+    """The text of build.ninja for the loops, which know nothing of torch: which files, which flags."""
 
-    def __init__(self, folder: Path, target: Path, version: str) -> None:
-        self.folder, self.target, self.version = folder, target, version
-        self.torch, self.torch_version, torch_has_cuda = torch_location()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.cxx = find_compiler()
-        self.nvcc = find_nvcc(torch_has_cuda)
-        self.archs = cuda_archs() if self.nvcc else []
-        self.isas = instruction_sets()
+        self.isas = instruction_sets(folder)
         self.objects: list[str] = []
         self.lines: list[str] = []
 
     def described(self) -> str:
+        """What the loops will run on."""
+        return f"CPUs ({' '.join(self.isas)})"
+
+    def text(self) -> str:
+        """The whole file. What takes longest comes first, so that no compiler is left alone at the end."""
+        self._rules()
+        for source in by_size(CSRC.rglob("*.cpp")):
+            if is_loop(source):
+                self._compile_per_isa(source)
+        return "\n".join(self.lines) + "\n"
+
+    def _sanitize(self) -> str:
+        sanitize = os.environ.get("ERNET_SANITIZE")
+        return f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
+
+    def _rules(self) -> None:
+        werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
+        # not for nvcc: of several architectures ccache looks at one, and takes code changed for another for known
+        launcher = "ccache " if shutil.which("ccache") and "ccache" not in str(self.cxx) else ""
+        common = f"-O{optimization()} -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -I{CSRC.name}"
+        self.lines += [
+            "ninja_required_version = 1.8",
+            f"builddir = {escape(self.folder)}",
+            "rule cxx",
+            f"  command = {launcher}{self.cxx} {common}{self._sanitize()} $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+
+    def _compile_per_isa(self, source: Path) -> None:
+        folder = str(source.parent.relative_to(CSRC))
+        for isa, flags in self.isas.items():
+            if isa not in SIMD_FOLDERS or folder in SIMD_FOLDERS[isa]:
+                extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
+                if source.name in IN_VECTORS and optimization() == "3":
+                    extra += ["-O2", "-fpeel-loops"]
+                self._compile(source, "cxx", extra, suffix=f".{isa}")
+
+    def _compile(self, source: Path, rule: str, extra: list[str], suffix: str = "") -> None:
+        name = str(source.relative_to(CSRC)).replace(os.sep, "_")
+        output = escape(self.folder / f"{name}{suffix}.o")
+        self.objects.append(output)
+        self.lines += [f"build {output}: {rule} {escape(source.relative_to(ROOT))}", f"  extra = {' '.join(extra)}"]
+
+
+class NinjaScript(NinjaLoops):
+    """The text of build.ninja for the whole library."""
+
+    def __init__(self, folder: Path, target: Path, version: str) -> None:
+        super().__init__(folder)
+        self.target, self.version = target, version
+        self.torch, self.torch_version, torch_has_cuda = torch_location()
+        self.nvcc = find_nvcc(torch_has_cuda)
+        self.archs = cuda_archs() if self.nvcc else []
+
+    def described(self) -> str:
         """What the library will run on."""
         cuda = f"CUDA {' '.join(self.archs)} (ERNET_CUDA=0 leaves it out)" if self.nvcc else "no CUDA"
-        return f"CPUs ({' '.join(self.isas)}), {cuda}"
+        return f"{super().described()}, {cuda}"
 
     def text(self) -> str:
         """The whole file. What takes longest comes first, so that no compiler is left alone at the end."""
@@ -259,28 +343,23 @@ class NinjaScript:
         for source in by_size(CSRC.rglob("*.cu")) if self.nvcc else ():
             self._compile(source, "nvcc", [])
         for source in by_size(CSRC.rglob("*.cpp")):
-            folder = source.parent.relative_to(CSRC)
-            if folder.name == "simd" and len(folder.parts) > 1:
-                self._compile_per_isa(source, str(folder))
-            elif folder.name == "cuda":
+            if is_loop(source):
+                self._compile_per_isa(source)
+            elif source.parent.name == "cuda":
                 if self.nvcc:
                     toolkit = f"-isystem {self._toolkit() / 'include'}"
                     self._compile(source, "cxx", [*SAME_BITS, *self._torch(), "-DERNET_WITH_CUDA", toolkit])
             elif source.name == "library.cpp":
                 self._compile(source, "cxx", [*self._definitions(), *(["-DERNET_WITH_CUDA"] if self.nvcc else [])])
-            else:
-                isas = [f"-DERNET_HAS_{isa.upper()}" for isa in self.isas]
+            else:  # with what is compiled in where this is asked for: the others are compiled once for all such sets
+                asks = "ERNET_HAS_" in source.read_text(encoding="utf-8")
+                isas = [f"-DERNET_HAS_{isa.upper()}" for isa in self.isas] if asks else []
                 self._compile(source, "cxx", [*SAME_BITS, *self._torch(), *isas])
         self.lines.append(f"build {escape(self.target)}: link {' '.join(self.objects)}")
         return "\n".join(self.lines) + "\n"
 
     def _rules(self) -> None:
-        sanitize = os.environ.get("ERNET_SANITIZE")
-        san = f" -fsanitize={sanitize} -fno-omit-frame-pointer -g" if sanitize else ""
-        werror = " -Werror" if os.environ.get("ERNET_WERROR", "0") == "1" else ""
-        # not for nvcc: of several architectures ccache looks at one, and takes code changed for another for known
-        launcher = "ccache " if shutil.which("ccache") and "ccache" not in str(self.cxx) else ""
-        common = f"-O{optimization()} -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra{werror} -I{CSRC.name}"
+        super()._rules()
         links = f"-L{self.torch / 'lib'} -ltorch_cpu"
         if self.nvcc:
             links += f" {self._library('libcudart_static.a')} -ldl -lrt -lpthread"
@@ -289,12 +368,6 @@ class NinjaScript:
             plain = [a for a in self.archs if a.isdigit()]
             gencode += f" -gencode=arch=compute_{plain[-1]},code=compute_{plain[-1]}" if plain else ""
         self.lines += [
-            "ninja_required_version = 1.8",
-            f"builddir = {escape(self.folder)}",
-            "rule cxx",
-            f"  command = {launcher}{self.cxx} {common}{san} $extra -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
             "rule nvcc",
             # Spills, local memory and every other ptxas warning are errors. A product and a sum are fused where the
             # code says so and nowhere else, so that every kernel rounds as the C++ of the CPU does. The binary keeps
@@ -305,20 +378,8 @@ class NinjaScript:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {self.cxx} -shared{san} $in -o $out {links}",
+            f"  command = {self.cxx} -shared{self._sanitize()} $in -o $out {links}",
         ]
-
-    def _compile_per_isa(self, source: Path, folder: str) -> None:
-        for isa, flags in self.isas.items():
-            if isa not in SIMD_FOLDERS or folder in SIMD_FOLDERS[isa]:
-                extra = [f"-DERNET_ISA={isa}", *flags, "-fno-math-errno", "-fno-trapping-math"]
-                self._compile(source, "cxx", extra, suffix=f".{isa}")
-
-    def _compile(self, source: Path, rule: str, extra: list[str], suffix: str = "") -> None:
-        name = str(source.relative_to(CSRC)).replace(os.sep, "_")
-        output = escape(self.folder / f"{name}{suffix}.o")
-        self.objects.append(output)
-        self.lines += [f"build {output}: {rule} {escape(source.relative_to(ROOT))}", f"  extra = {' '.join(extra)}"]
 
     def _definitions(self) -> list[str]:
         values = {
@@ -346,6 +407,12 @@ class NinjaScript:
         raise SystemExit(
             f"ernet_fast: {name} was not found under {self._toolkit()}. Install the CUDA runtime, or set ERNET_CUDA=0."
         )
+
+
+def is_loop(source: Path) -> bool:
+    """True for a file in an operation's simd/ folder, which is compiled once for each instruction set."""
+    folder = source.parent.relative_to(CSRC)
+    return folder.name == "simd" and len(folder.parts) > 1
 
 
 def by_size(sources: Iterable[Path]) -> list[Path]:

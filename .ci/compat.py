@@ -52,8 +52,8 @@ def make_environment(folder: Path, torch: str, python: str) -> Path:
     print(f"Making {folder} with torch {torch} (with CUDA libraries some 5.5 GB)", flush=True)
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     others = folder / "others.txt"
-    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
-    others.write_text("\n".join(line for line in lines if not re.match("torch==|triton==", line)))
+    lines = [line for part in ("demo", "dev") for line in (ROOT / f"requirements-{part}.txt").read_text().splitlines()]
+    others.write_text("\n".join(line for line in lines if not re.match("torch==|triton==|-r ", line)))
     constraints = folder / "constraints.txt"
     constraints.write_text(wanted)
     pip = [str(inside), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(constraints)]

@@ -1,4 +1,5 @@
 """The pictures of docs/gallery.md, from real tissue: `python bench/gallery.py` (needs the images of ERNET_TEST_DATA).
+`python bench/gallery.py runs/demo/report.html` makes that of a report instead (needs chromium).
 
 BreakHis: Spanhol, Oliveira, Petitjean, Heutte, IEEE TBME 63(7), 2016, CC BY 4.0; cropped, normalised, saved as JPEG.
 CMU-1-Small-Region.svs: CC0.
@@ -7,6 +8,9 @@ CMU-1-Small-Region.svs: CC0.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -89,8 +93,28 @@ def choices() -> Image.Image:
     )
 
 
+def report_page(page: str) -> Image.Image:
+    """A report of `ernet-fast demo` or `train` as a browser shows it, in columns side by side; wants chromium."""
+    width, most, columns = 1000, 9000, 3
+    with tempfile.TemporaryDirectory() as folder:
+        shot = Path(folder) / "page.png"
+        options = ("--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={width},{most}")
+        address = Path(page).resolve().as_uri()
+        subprocess.run(["chromium", *options, f"--screenshot={shot}", address], check=True, capture_output=True)
+        pixels = np.asarray(Image.open(shot).convert("RGB"))
+    written = np.flatnonzero((pixels != pixels[-1, -1]).any(axis=(1, 2)))[-1] + 1  # what follows is empty
+    height = -(-int(written) // columns)
+    canvas = Image.new("RGB", (columns * width, height), tuple(pixels[-1, -1]))
+    for column in range(columns):
+        canvas.paste(
+            Image.fromarray(pixels[column * height : min(written, (column + 1) * height)]), (column * width, 0)
+        )
+    return canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS)
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
-    for name, picture in (("tissue", before_after()), ("choices", choices())):
+    pages = [("report", report_page(page)) for page in sys.argv[1:]]
+    for name, picture in pages or (("tissue", before_after()), ("choices", choices())):
         picture.save(PICTURES / f"{name}.jpg", quality=88, optimize=True)
         print(PICTURES / f"{name}.jpg", picture.size)

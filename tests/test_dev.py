@@ -50,11 +50,13 @@ def test_code_for_gpus_is_built_where_one_is_or_where_it_is_asked_for(monkeypatc
     for name in ("ERNET_CUDA", "ERNET_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(script, "gpu_present", lambda: False)
-    assert script.what_to_build("demo") == script.what_to_build("test") == {"ERNET_CUDA": "0"}
+    monkeypatch.delenv("ERNET_ISAS", raising=False)
+    assert script.what_to_build("test") == {"ERNET_CUDA": "0"}
+    assert script.what_to_build("demo") == {"ERNET_CUDA": "0", "ERNET_ISAS": "native"}
     assert script.what_to_build("build") == {}  # setup.py decides
     assert script.what_to_build("kernels") == script.what_to_build("wheel") != {}
     monkeypatch.setenv("ERNET_CUDA_ARCHS", "90a")
     assert script.what_to_build("test") == {}
     monkeypatch.delenv("ERNET_CUDA_ARCHS")
     monkeypatch.setattr(script, "gpu_present", lambda: True)
-    assert script.what_to_build("demo") == {}
+    assert script.what_to_build("demo") == {"ERNET_ISAS": "native"}

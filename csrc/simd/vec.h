@@ -35,6 +35,7 @@ template <> struct Lanes<float> {
   static constexpr int count = kVectorBytes / 4;
   typedef float type __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t bits __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t integers __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t half_bits __attribute__((vector_size(kVectorBytes / 2)));
 };
 template <> struct Lanes<double> {
@@ -54,43 +55,6 @@ template <typename T> struct Accumulate {
 template <> struct Accumulate<double> {
   using type = double;
 };
-
-static inline float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  const uint32_t magnitude = h & 0x7fffu;
-  uint32_t bits;
-  if (magnitude >= 0x7c00u) {  // inf, nan
-    bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
-  } else if (magnitude >= 0x0400u) {
-    bits = sign | ((magnitude << 13) + 0x38000000u);
-  } else {  // zero and subnormal numbers: magnitude * 2^-24 is exact
-    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-    memcpy(&bits, &value, 4);
-    bits |= sign;
-  }
-  float result;
-  memcpy(&result, &bits, 4);
-  return result;
-}
-
-static inline uint16_t float_to_half(float value) {  // round to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);   // nan
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // >= 65520 rounds to infinity
-  if (magnitude < 0x38800000u) {                                               // below 2^-14: subnormal
-    float absolute;
-    memcpy(&absolute, &magnitude, 4);
-    const float shifted = absolute + 0.5f;  // aligns the bits of value * 2^24 at the end of the significand
-    uint32_t shifted_bits;
-    memcpy(&shifted_bits, &shifted, 4);
-    return static_cast<uint16_t>(sign | (shifted_bits - 0x3f000000u));
-  }
-  const uint32_t odd = (magnitude >> 13) & 1u;
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
-}
 
 // load<A>(p): kLanes<A> elements of storage type T as accumulation type A.
 template <typename A> static inline Vec<A> load(const A* p) {
@@ -118,9 +82,15 @@ template <typename A> static inline Vec<float> load(const f16* p) {
 #elif defined(__aarch64__)
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
-  Vec<float> v;
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(p[i].bits);
-  return v;
+  using Integers = Lanes<float>::integers;
+  Lanes<float>::half_bits narrow;
+  memcpy(&narrow, p, sizeof narrow);
+  const Integers h = __builtin_convertvector(narrow, Integers), magnitude = h & 0x7fff;
+  // zero and subnormal numbers: magnitude * 2^-24 is exact
+  const Vec<float> small = __builtin_convertvector(magnitude, Vec<float>) * 5.9604644775390625e-8f;
+  const Integers normal = (magnitude << 13) + 0x38000000, special = 0x7f800000 | ((magnitude & 0x3ff) << 13);
+  const Integers finite = magnitude < 0x400 ? reinterpret_cast<Integers>(small) : normal;
+  return reinterpret_cast<Vec<float>>((h & 0x8000) << 16 | (magnitude < 0x7c00 ? finite : special));
 #endif
 }
 
@@ -135,7 +105,7 @@ static inline Lanes<float>::half_bits narrow(bf16, Vec<float> v) {  // round to 
   return __builtin_convertvector(v == v ? rounded : quiet, Lanes<float>::half_bits);
 }
 
-static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {
+static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {  // round to nearest, ties to even
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes<float>::half_bits>(
       _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
@@ -145,9 +115,16 @@ static inline Lanes<float>::half_bits narrow(f16, Vec<float> v) {
 #elif defined(__aarch64__)
   return reinterpret_cast<Lanes<float>::half_bits>(vcvt_f16_f32(reinterpret_cast<float32x4_t>(v)));
 #else
-  Lanes<float>::half_bits bits;
-  for (int i = 0; i < kLanes<float>; ++i) bits[i] = float_to_half(v[i]);
-  return bits;
+  using Integers = Lanes<float>::integers;
+  const Integers bits = reinterpret_cast<Integers>(v), magnitude = bits & 0x7fffffff;
+  // below 2^-14, subnormal: the sum aligns the bits of value * 2^24 at the end of the significand
+  const Integers small = reinterpret_cast<Integers>(reinterpret_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+  const Integers normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Integers infinite = Integers{} + 0x7c00, nan = Integers{} + 0x7e00;
+  const Integers finite = magnitude < 0x38800000 ? small : normal;
+  const Integers number = magnitude < 0x477ff000 ? finite : infinite;  // from 65520 on infinity is nearest
+  const Integers sign = (bits >> 16) & 0x8000;
+  return __builtin_convertvector(sign | (magnitude > 0x7f800000 ? nan : number), Lanes<float>::half_bits);
 #endif
 }
 

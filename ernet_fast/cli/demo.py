@@ -1,4 +1,4 @@
-"""``ernet-fast demo``: the whole library in three minutes."""
+"""``ernet-fast demo``: the whole library in 90 seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "demo",
         parents=parents,
-        help="normalise, train, evaluate and time on a small set, in three minutes",
+        help="normalise, train, evaluate and time on a small set, in 90 seconds",
         description="Normalise the stains of histology patches, train an ER-ResNet-18 with validation on other "
         "patients, evaluate it on test patients, time the library against its alternatives, and write one "
         "self-contained report.html.",

@@ -17,7 +17,7 @@ _OVERHEAD = 1.25
 
 
 def affordable_epochs(settings: TrainConfig, images: int, seconds: float) -> int:
-    """Epochs over `images` images that fit into `seconds`, 2 to 8, by the median of three training steps."""
+    """Epochs over `images` images that fit into `seconds`, 2 to 8, by the median of two training steps."""
     device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     state = torch.get_rng_state()
     network = build_network(settings, 2).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -26,7 +26,7 @@ def affordable_epochs(settings: TrainConfig, images: int, seconds: float) -> int
     labels = torch.zeros(settings.batch_size, dtype=torch.int64, device=device)
     torch.set_rng_state(state)
     times = []
-    for _ in range(4):
+    for _ in range(3):
         start = time.perf_counter()
         F.cross_entropy(network(batch), labels).backward()
         if device.type == "cuda":

@@ -12,7 +12,7 @@ from ernet_fast.benchmark.question import Question, ask
 from ernet_fast.benchmark.run import wait_for
 from ernet_fast.benchmark.stain_questions import macenko
 
-SECONDS = 8.0  # a question, beside the rounds that are made in any case
+SECONDS = 3.0  # a question, beside the rounds that are made in any case
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def time_shortcuts(device: torch.device, seconds: float = SECONDS) -> Timing:
     return timed(shortcut_sum(device, compiled=False), device, seconds)
 
 
-def time_training_step(device: torch.device, seconds: float = SECONDS, side: int = 224) -> Timing:
+def time_training_step(device: torch.device, seconds: float = SECONDS, side: int = 160) -> Timing:
     """Forward and backward of ER-ResNet-50, fused against the naive composition of the same weights."""
     return timed(training_step(device, side), device, seconds)
 

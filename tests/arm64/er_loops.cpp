@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "er/kernels.h"
+#include "half_reference.h"
 #include "simd/vec.h"
 
 namespace {
@@ -28,11 +29,11 @@ template <> isa::bf16 stored(double value) {
   std::memcpy(&bits, &single, 4);
   return {uint16_t(bits >> 16)};
 }
-template <> isa::f16 stored(double value) { return {isa::float_to_half(float(value))}; }
+template <> isa::f16 stored(double value) { return {half_reference::float_to_half(float(value))}; }
 
 double value_of(float x) { return double(x); }
 double value_of(double x) { return x; }
-double value_of(isa::f16 x) { return double(isa::half_to_float(x.bits)); }
+double value_of(isa::f16 x) { return double(half_reference::half_to_float(x.bits)); }
 double value_of(isa::bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float single;
@@ -242,7 +243,7 @@ int check_half() {
     for (int i = 0; i < lanes; ++i) halves[i].bits = uint16_t(first + uint32_t(i));
     isa::store(found, isa::load<float>(halves));
     for (int i = 0; i < lanes; ++i) {
-      const float expected = isa::half_to_float(halves[i].bits);
+      const float expected = half_reference::half_to_float(halves[i].bits);
       const bool nan = expected != expected;
       wrong += nan ? found[i] == found[i] : std::memcmp(found + i, &expected, 4) != 0;
       // Just below, at and just above the middle between this half and the next.
@@ -253,7 +254,7 @@ int check_half() {
     }
     isa::store(back, isa::load<float>(moved));
     for (int i = 0; i < lanes; ++i) {
-      const uint16_t expected = isa::float_to_half(moved[i]);
+      const uint16_t expected = half_reference::float_to_half(moved[i]);
       const bool nan = (expected & 0x7fff) > 0x7c00;
       wrong += nan ? (back[i].bits & 0x7fff) <= 0x7c00 : back[i].bits != expected;
     }

@@ -85,9 +85,9 @@ def test_setup_has_no_flags_of_another_processor(tmp_path):
 @pytest.mark.slow
 def test_loops_on_maps_compute_with_vectors(objects):
     """Products and sums of whole vectors, of all types, and float16 converted four at a time."""
-    loops = str(objects["er_simd_weighted_sum.cpp.portable.o"])
+    loops = str(objects["er_simd_weighted_sum_planar.cpp.portable.o"])
     code = subprocess.run([CROSS.replace("g++", "objdump"), "-d", loops], capture_output=True, text=True).stdout
-    assert len(re.findall(r"\sfmla\s+v\d+\.4s", code)) > 1000 and len(re.findall(r"\sfmla\s+v\d+\.2d", code)) > 300
+    assert len(re.findall(r"\sfmla\s+v\d+\.4s", code)) > 300 and len(re.findall(r"\sfmla\s+v\d+\.2d", code)) > 100
     assert re.search(r"\sfcvtl\s", code) and re.search(r"\sfcvtn\s", code) and not re.search(r"\sfcvt\s+s\d+, h", code)
     assert not re.search(r"\s(fmadd|fmul|fadd)\s+[sd]\d", code)
 

@@ -103,27 +103,32 @@ template <Own kOwn, typename T, typename A>
   return g;
 }
 
-template <int kLater, Own kOwn, typename T, typename A>
-[[gnu::always_inline]] inline void plane_vector(const Row<T>& row, int64_t j, int64_t left, Vec<A>* sums) {
+template <Own kOwn, typename T, typename A, typename Later>
+[[gnu::always_inline]] inline void plane_vector(const Row<T>& row, Later later, int64_t j, int64_t left, Vec<A>* sums) {
   Vec<A> x;
   if constexpr (kOwn == Own::gradient) {
     x = own_g<kOwn, T, A>(row, j, left);
-    sums[kLater] += x;
+    sums[later.value] += x;
   } else {
     x = load_upto<A>(row.x + j, left);
   }
-  for (int l = 0; l < kLater; ++l) sums[l] += later_g<kOwn, T, A>(row, l, j, left) * x;
+  for (int l = 0; l < later.value; ++l) sums[l] += later_g<kOwn, T, A>(row, l, j, left) * x;
   if constexpr (kOwn == Own::map) {
     const Vec<A> g = own_g<kOwn, T, A>(row, j, left);
-    sums[kLater] += g * x;
-    sums[kLater + 1] += g;
+    sums[later.value] += g * x;
+    sums[later.value + 1] += g;
   }
+}
+
+template <Own kOwn, typename T, typename A>
+[[gnu::noinline]] void plane_rest(const Row<T>& row, int64_t later, int64_t j, int64_t left, Vec<A>* sums) {
+  plane_vector<kOwn, T, A>(row, AnyNumber{later}, j, left, sums);
 }
 
 // Channels of one sample: planes, or a chunk of each, `stride` elements and `bit_stride` bytes apart.
 template <typename T> struct Planes {
   Row<T> row;
-  int64_t channels, count, stride, bit_stride;
+  int64_t later, channels, count, stride, bit_stride;
 };
 
 // Adds each channel's sums to its `sums`: of the later g, then those of its own.
@@ -136,10 +141,10 @@ template <int kLater, Own kOwn, typename T, typename A> struct PlaneRows {
       for (int l = 0; l < kOwnSums; ++l) own[l] = sums[c][l];
       int64_t j = 0;
       for (; j + kLanes<A> <= p.count; j += kLanes<A>) {
-        plane_vector<kLater, kOwn, T, A>(row, j, static_cast<int64_t>(kLanes<A>), own);
+        plane_vector<kOwn, T, A>(row, Number<kLater>{}, j, int64_t{kLanes<A>}, own);
       }
-      if (j < p.count) plane_vector<kLater, kOwn, T, A>(row, j, p.count - j, own);
       for (int l = 0; l < kOwnSums; ++l) sums[c][l] = own[l];
+      if (j < p.count) plane_rest<kOwn, T, A>(row, p.later, j, p.count - j, sums[c]);
       row = next_row<kLater, kOwn>(row, p.stride, p.bit_stride);
     }
   }
@@ -148,13 +153,14 @@ template <int kLater, Own kOwn, typename T, typename A> struct PlaneRows {
 // Channels-last: pixels that lie `stride` elements and `bit_stride` bytes apart, and where their sums wait.
 template <typename T, typename A> struct Pixels {
   Row<T> row;
-  int64_t stride, bit_stride, channels;
+  int64_t later, stride, bit_stride, channels;
   A (*sums)[kSumStride];
 };
 
 // One vector of channels, `left` of them, of a pixel.
-template <int kLater, Own kOwn, typename T, typename A>
-[[gnu::always_inline]] inline void pixel_vector(const Row<T>& row, A (*sums)[kSumStride], int64_t c, int64_t left) {
+template <Own kOwn, typename T, typename A, typename Later>
+[[gnu::always_inline]] inline void pixel_vector(const Row<T>& row, Later later, A (*sums)[kSumStride], int64_t c,
+                                                int64_t left) {
   const auto add = [&](int row_of_sums, const Vec<A>& more) __attribute__((always_inline)) {
     store_upto<A>(sums[row_of_sums] + c, load_upto<A>(sums[row_of_sums] + c, left) + more, left);
   };
@@ -165,9 +171,14 @@ template <int kLater, Own kOwn, typename T, typename A>
   } else {
     x = load_upto<A>(row.x + c, left);
   }
-  for (int l = 0; l < kLater; ++l) add(l, later_g<kOwn, T, A>(row, l, c, left) * x);
-  if constexpr (kOwn == Own::map) add(kLater, g * x);
-  if constexpr (kOwn != Own::none) add(kLater + own_sums(kOwn) - 1, g);
+  for (int l = 0; l < later.value; ++l) add(l, later_g<kOwn, T, A>(row, l, c, left) * x);
+  if constexpr (kOwn == Own::map) add(later.value, g * x);
+  if constexpr (kOwn != Own::none) add(later.value + own_sums(kOwn) - 1, g);
+}
+
+template <Own kOwn, typename T, typename A>
+[[gnu::noinline]] void pixel_rest(const Row<T>& row, int64_t later, A (*sums)[kSumStride], int64_t c, int64_t left) {
+  pixel_vector<kOwn>(row, AnyNumber{later}, sums, c, left);
 }
 
 // One pixel at a time over all channels, so that memory is read in long runs.
@@ -177,9 +188,9 @@ template <int kLater, Own kOwn, typename T, typename A> struct PixelTile {
       const Row<T> row = next_row<kLater, kOwn>(p.row, r * p.stride, r * p.bit_stride);
       int64_t c = 0;
       for (; c + kLanes<A> <= p.channels; c += kLanes<A>) {
-        pixel_vector<kLater, kOwn>(row, p.sums, c, static_cast<int64_t>(kLanes<A>));
+        pixel_vector<kOwn>(row, Number<kLater>{}, p.sums, c, int64_t{kLanes<A>});
       }
-      if (c < p.channels) pixel_vector<kLater, kOwn>(row, p.sums, c, p.channels - c);
+      if (c < p.channels) pixel_rest<kOwn>(row, p.later, p.sums, c, p.channels - c);
     }
   }
 };
@@ -228,7 +239,11 @@ void planes(const MapDots& args, const ReduceItem& item, const Group& group, int
   for (int64_t r = 0; r < item.count; ++r) {
     const int64_t plane = (item.begin + r) * s.C + item.channel;
     const Planes<T> p = {row_at<T>(args, plane * s.P + j, plane * row_bytes + j / 8, s.P, group.first, group.later),
-                         item.channels, count, s.P, row_bytes};
+                         group.later,
+                         item.channels,
+                         count,
+                         s.P,
+                         row_bytes};
     run<PlaneRows, T, A, const Planes<T>&>(group, p, sums);
   }
   for (int64_t l = 0; l < group.sums(); ++l) {
@@ -262,7 +277,11 @@ template <typename T, typename A> void channels_last(const MapDots& args, const 
       }
       const Pixels<T, A> p = {row_at<T>(args, pixel * s.C + item.channel, pixel * row_bytes + item.channel / 8, s.C,
                                         group.first, group.later),
-                              s.C, row_bytes, item.channels, sums};
+                              group.later,
+                              s.C,
+                              row_bytes,
+                              item.channels,
+                              sums};
       run<PixelTile, T, A, const Pixels<T, A>&>(group, p, pixels);
       for (int64_t l = 0; l < group.sums(); ++l) {
         double* out = partial + group.row(args, l) * s.C;

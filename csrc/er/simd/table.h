@@ -7,7 +7,9 @@
 
 namespace ernet::cpu::ERNET_ISA_NAMESPACE {
 
-extern const MapLoops<WeightedSum> weighted_sum_loops;
+extern const MapLoops<WeightedSum> planar_sum_loops;
+extern const MapLoops<WeightedSum> channels_last_sum_loops;
+extern const MapLoops<WeightedSum> weighted_sum_loops;  // either
 extern const MapLoops<MapDots> map_dots_loops;
 extern const MapLoops<SumDots> sum_dots_loops;
 extern const MapLoops<ChannelMoments> channel_moments_loops;
@@ -21,6 +23,10 @@ template <typename T> inline T* at(const void* p, int64_t offset) {
 // work(Number<count>), for loops that are unrolled: kLeast <= count <= kMost.
 template <int kValue> struct Number {
   static constexpr int value = kValue;
+};
+// The same where one function does for any number: the rest of a row that is less than a vector.
+struct AnyNumber {
+  int64_t value;
 };
 template <int kLeast, int kMost, typename Work> inline void with_number(int64_t count, const Work& work) {
   if constexpr (kLeast < kMost) {

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,15 +83,20 @@ def write_breakhis_like(
     patches = [(who, m, k) for who in cohort for m in wanted for k in range(1, patches_per_patient + 1)]
     root.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".synthetic-", dir=root))
+
+    def draw(patch: tuple[tuple[int, str, str, StainProfile], int, int]) -> None:
+        (index, subtype, slide, stain), magnification, k = patch
+        path = image_path(aside, subtype, slide, magnification, f"{k:03d}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        origin = [seed, index, magnification, k]
+        drawn = generate_patch(subtype, magnification=magnification, size=size, stain=stain, seed=origin)
+        pil.fromarray(np.ascontiguousarray(drawn.image.transpose(1, 2, 0))).save(path, compress_level=3)
+
     try:
-        for done, ((index, subtype, slide, stain), magnification, k) in enumerate(patches, 1):
-            path = image_path(aside, subtype, slide, magnification, f"{k:03d}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            origin = [seed, index, magnification, k]
-            patch = generate_patch(subtype, magnification=magnification, size=size, stain=stain, seed=origin)
-            pil.fromarray(np.ascontiguousarray(patch.image.transpose(1, 2, 0))).save(path, compress_level=3)
-            if progress is not None:
-                progress(done, len(patches))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, _ in enumerate(pool.map(draw, patches), 1):
+                if progress is not None:
+                    progress(done, len(patches))
         settings = patients, patches_per_patient, wanted, size, seed, staining, split_seed
         (aside / "README.txt").write_text(_README.format(*settings), encoding="utf-8")
         aside.chmod(0o755)  # temporary folders are private
