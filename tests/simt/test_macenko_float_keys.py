@@ -52,7 +52,7 @@ def test_errors_are_within_the_margins(simt_library, scale):
             assert 0 < greatest[0] <= 1 and 0.1 < greatest[1] <= 1, (rows, angles, beta, greatest)
 
 
-@pytest.mark.parametrize("beta", [0.15, 0.0, -0.05])
+@pytest.mark.parametrize("beta", [0.15, 0.3])
 def test_the_order_statistics_are_those_of_the_cpu(simt_library, beta):
     """Of grey levels and of values between them; moments differ by a unit of the fixed-point OD."""
     images = tissue(40, 37, 2).astype(np.float32) / 255
