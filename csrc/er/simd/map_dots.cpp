@@ -161,8 +161,10 @@ template <typename T, typename A> struct Pixels {
 template <Own kOwn, typename T, typename A, typename Later>
 [[gnu::always_inline]] inline void pixel_vector(const Row<T>& row, Later later, A (*sums)[kSumStride], int64_t c,
                                                 int64_t left) {
-  const auto add = [&](int row_of_sums, const Vec<A>& more) __attribute__((always_inline)) {
-    store_upto<A>(sums[row_of_sums] + c, load_upto<A>(sums[row_of_sums] + c, left) + more, left);
+  // Product and sum stand together: only then do compilers fuse them, in the rest of a row as in its whole vectors.
+  const auto add = [&](int64_t row_of_sums, const Vec<A>& a, const Vec<A>& b) __attribute__((always_inline)) {
+    const Vec<A> before = load_upto<A>(sums[row_of_sums] + c, left);
+    store_upto<A>(sums[row_of_sums] + c, before + a * b, left);
   };
   Vec<A> g, x;
   if constexpr (kOwn != Own::none) g = own_g<kOwn, T, A>(row, c, left);
@@ -171,9 +173,12 @@ template <Own kOwn, typename T, typename A, typename Later>
   } else {
     x = load_upto<A>(row.x + c, left);
   }
-  for (int l = 0; l < later.value; ++l) add(l, later_g<kOwn, T, A>(row, l, c, left) * x);
-  if constexpr (kOwn == Own::map) add(later.value, g * x);
-  if constexpr (kOwn != Own::none) add(later.value + own_sums(kOwn) - 1, g);
+  for (int l = 0; l < later.value; ++l) add(l, later_g<kOwn, T, A>(row, l, c, left), x);
+  if constexpr (kOwn == Own::map) add(later.value, g, x);
+  if constexpr (kOwn != Own::none) {
+    A* const sum = sums[later.value + own_sums(kOwn) - 1] + c;
+    store_upto<A>(sum, load_upto<A>(sum, left) + g, left);
+  }
 }
 
 template <Own kOwn, typename T, typename A>
