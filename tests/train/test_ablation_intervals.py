@@ -60,7 +60,7 @@ def test_one_pair_is_compare(runs, study):
 
 
 def test_means_are_those_of_the_runs(runs, study):
-    assert study.patients == dict.fromkeys((ALL, "40X", "100X"), {"benign": 6, "malignant": 6})
+    assert study.patients == {part: {"benign": 6, "malignant": 6} for part in (ALL, "40X", "100X")}
     for part in (ALL, "40X"):
         one = [runs[cell] if part == ALL else runs[cell].by_magnification()[part] for cell in PLAIN]
         for figure, of in (("auc", compute_metrics), ("mcc", compute_metrics), ("patient_auc", patient_metrics)):
