@@ -1,8 +1,5 @@
 // C functions over the Macenko launchers, for ctypes.
-#include <algorithm>
-
 #include "macenko/cuda/kernels.h"
-#include "macenko/cuda/passes.h"
 #include "macenko/cuda/plan.h"
 #include "macenko/steps/fit_state.h"
 #include "simt.h"
@@ -114,44 +111,5 @@ void simt_try_form(const double rows[6], double io, double border, bool angles, 
   macenko::set_form(rows, border, p, form);
   const auto key = [&](const double* od) { return macenko::dot3(rows, od); };
   try_form(form, levels.od, colours, count, border, end, key, found);
-}
-
-// Of `count` float colours, with keys of two rows: tissue told otherwise than in double precision; keys that are no
-// certain ones; and the greatest error of a certain one and of a logarithm, in units of what is allowed.
-void simt_try_floats(const double rows[6], double io, double beta, double scale, bool angles, const float* colours,
-                     int64_t count, int64_t found[2], double greatest[2]) {
-  const FloatReader reader = float_reader(scale, 1 / io, beta);
-  macenko::FitParameters p = {};
-  p.od_min = macenko::od_of_level(255.5, io);
-  p.od_max = macenko::od_of_level(-0.5, io);
-  p.floats = true;
-  PassKeys keys = {};
-  macenko::set_rows(rows, rows + 3, keys);
-  found[0] = found[1] = 0;
-  greatest[0] = greatest[1] = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float* colour = colours + 3 * i;
-    double od[3];
-    float light[3];
-    for (int k = 0; k < 3; ++k) {
-      od[k] = reader.od(colour[k]);
-      light[k] = reader.log2_intensity(colour[k]);
-      const double exact = -1.44269504088896340736 * od[k];
-      const double allowed = macenko::kFloatLogUnits * macenko::kFloatUnit * fabs(exact) + 0x1p-44;
-      greatest[1] = std::max(greatest[1], fabs(light[k] - exact) / allowed);
-    }
-    const bool tissue = od[0] >= beta && od[1] >= beta && od[2] >= beta;
-    found[0] += tissue != reader.is_tissue(colour[0], colour[1], colour[2]);
-    if (angles && !tissue) continue;
-    const FloatKeys key = float_keys(keys.log2_row, angles, light[0], light[1], light[2]);
-    found[1] += !key.certain;
-    if (!key.certain) continue;
-    const double x = macenko::dot3(rows, od), y = macenko::dot3(rows + 3, od);
-    const double exact[2] = {angles ? macenko::pseudo_angle(x, y) : x, angles ? macenko::pseudo_angle(x, y) : y};
-    for (int t = 0; t < 2; ++t) {
-      const double margin = angles ? macenko::kAngleMargin : macenko::product_margin(rows + 3 * t, p);
-      greatest[0] = std::max(greatest[0], fabs(key.key[t] - exact[t]) / margin);
-    }
-  }
 }
 }

@@ -130,10 +130,6 @@ template <class T, class Better> T exchange_if(T* address, T value, Better bette
 #define __cluster_map_shared_rank(p, rank) simt::map_shared(p, rank)
 #define ERNET_RECORD_LIST(first, keys, listed, missed) simt::record_list(first, keys, listed, missed)
 #define ERNET_EX2_APPROX(z) simt::off_by_ulps(exp2f(z), z)
-#define ERNET_LOG2(x) simt::off_by_ulps(log2f(x), x)
-#define __fmul_rn(x, y) ((x) * (y))
-#define __fadd_rn(x, y) ((x) + (y))
-#define __fsub_rn(x, y) ((x) - (y))
 #define ERNET_SHARED(type, name) \
   static char name##_;           \
   type& name = *static_cast<type*>(simt::shared_variable(&name##_, sizeof(type)))

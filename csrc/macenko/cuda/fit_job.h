@@ -29,8 +29,7 @@ inline FitJob make_fit_job(const Images& images, const Parameters& parameters, c
            images.pixels,
            0,
            levels.tissue_limit,
-           parameters.nearest,
-           !bytes};
+           parameters.nearest};
   return job;
 }
 

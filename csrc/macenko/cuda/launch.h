@@ -9,9 +9,8 @@
 #define ERNET_LAUNCH_CONFIGURED(config, kernel, ...) cudaLaunchKernelEx(&(config), kernel, __VA_ARGS__)
 // What the emulator records of a list: nothing elsewhere.
 #define ERNET_RECORD_LIST(first, keys, listed, missed) ((void)0)
-// 2^z where code runs on the CPU: as far off as ex2.approx in the emulator, where the logarithm is off as much.
+// 2^z where code runs on the CPU: as far off as ex2.approx in the emulator.
 #define ERNET_EX2_APPROX(z) exp2f(z)
-#define ERNET_LOG2(x) log2f(x)
 // A variable in a block's static shared memory.
 #define ERNET_SHARED(type, name) __shared__ type name
 // A block's dynamic shared memory, at a multiple of 16.

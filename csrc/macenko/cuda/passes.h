@@ -131,12 +131,12 @@ __device__ __forceinline__ FloatKeys float_keys(const float rows[2][3], bool ang
   const float x = dot(rows[0], r, g, b);
   const float y = dot(rows[1], r, g, b);
   if (!angles) return {{x, y}, true};
-  const float total = fabsf(r) + fabsf(g) + fabsf(b);
+  const float total = -(r + g + b);
   const float norm = fabsf(x) + fabsf(y);
   const float turn = 1.0f - __fdividef(x, norm);
   const float key = y < 0.0f ? -turn : turn;
   const bool on_cut = x < 0.0f && fabsf(y) <= macenko::kCutDistance * total;
-  return {{key, key}, norm > fmaxf(macenko::kSmallestNorm * total, macenko::kLeastNorm) && !on_cut};
+  return {{key, key}, norm > macenko::kSmallestNorm * total && !on_cut};
 }
 
 struct ExactKeys {
@@ -174,6 +174,7 @@ __device__ __forceinline__ bool has_key(const PixelGroup<typename Reader::Value,
 template <class Reader, bool kInterleaved>
 __device__ __forceinline__ FloatKeys keys_of_group(const PixelGroup<typename Reader::Value, kInterleaved>& group, int i,
                                                    const Reader& reader, const float rows[2][3], bool angles) {
+  if (Reader::kExactOnly) return {{0, 0}, false};
   return float_keys(rows, angles, reader.log2_intensity(group.get(i, 0)), reader.log2_intensity(group.get(i, 1)),
                     reader.log2_intensity(group.get(i, 2)));
 }

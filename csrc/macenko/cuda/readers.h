@@ -3,9 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "macenko/cuda/launch.h"
 #include "macenko/steps/elementary.h"
-#include "macenko/steps/fit_state.h"
 #include "macenko/steps/od.h"
 
 namespace ernet::cuda {
@@ -49,6 +47,7 @@ __device__ __forceinline__ void fill_levels(unsigned first, unsigned shift, T* e
 // 8-bit levels by table.
 struct ByteReader {
   using Value = uint8_t;
+  static constexpr bool kExactOnly = false;
   LevelTable log2_table;
   const double* od_table;
   int tissue_limit;
@@ -79,62 +78,24 @@ __device__ __forceinline__ void fill_fixed_table(int32_t fixed_offset, int tissu
   fill_levels(0, shift, table, [&](int level) { return fixed_of_level(level, fixed_offset, tissue_limit); });
 }
 
-__device__ __forceinline__ void split(double number, float parts[2]) {
-  parts[0] = float(number);
-  parts[1] = float(number - double(parts[0]));
-}
-
-// log2((value * scale + 1) / Io) of a float value: two floats for each number until the logarithm, of which CUDA says 1
-// ulp (2 are allowed for). Off by at most macenko::kFloatLogUnits half ulps of the result, and by 2^-44 where the result
-// is smaller than 2^-22.
-struct FloatLog {
-  float scale[2], inverse_io[2];  // high and low part
-
-  __device__ __forceinline__ float operator()(float value) const {
-    const float level = fmaxf(__fmul_rn(value, scale[0]), -0.5f);
-    const float level_rest = fmaf(value, scale[0], -level) + value * scale[1];
-    const float sum = __fadd_rn(level, 1.0f);
-    const float of_one = __fsub_rn(sum, level);  // what of 1 went into the sum: the rest is exact (Knuth 1969)
-    const float rest = __fadd_rn(__fsub_rn(level, __fsub_rn(sum, of_one)), __fsub_rn(1.0f, of_one)) + level_rest;
-    const float light = __fmul_rn(sum, inverse_io[0]);
-    const float light_rest = fmaf(sum, inverse_io[0], -light) + fmaf(sum, inverse_io[1], rest * inverse_io[0]);
-    return fmaf(1.44269504f, __fdividef(light_rest, light), ERNET_LOG2(light));
-  }
-};
-
-// Float values: logarithms in float32, and in double precision where these leave something open.
+// Float values have exact keys only: their logarithms cost far more than the arithmetic on them.
 struct FloatReader {
   using Value = float;
+  static constexpr bool kExactOnly = true;
   double scale;
   double inverse_io;
   double beta;
-  FloatLog log;
-  float tissue[2];  // log2 intensity: up to the first the OD is at least beta, beyond the second it is less
 
-  __device__ __forceinline__ float log2_intensity(float value) const { return log(value); }
+  __device__ __forceinline__ float log2_intensity(float) const { return 0; }
   __device__ __forceinline__ double od(float value) const {
     double level = double(value) * scale;
     level = level > -0.5 ? level : -0.5;
     return -macenko::log_of_normal((level + 1.0) * inverse_io);
   }
   __device__ __forceinline__ bool is_tissue(float r, float g, float b) const {
-    const float lightest = fmaxf(fmaxf(log(r), log(g)), log(b));
-    if (lightest <= tissue[0]) return true;
-    if (lightest > tissue[1]) return false;
     return od(r) >= beta && od(g) >= beta && od(b) >= beta;
   }
 };
-
-__device__ __forceinline__ FloatReader float_reader(double scale, double inverse_io, double beta) {
-  FloatReader reader = {scale, inverse_io, beta, {}, {}};
-  split(scale, reader.log.scale);
-  split(inverse_io, reader.log.inverse_io);
-  const double border = -1.44269504088896340736 * beta;
-  const double width = 4 * macenko::kFloatLogUnits * macenko::kFloatUnit * fabs(border) + 0x1p-40;
-  reader.tissue[0] = float(border - width);
-  reader.tissue[1] = float(border + width);
-  return reader;
-}
 
 // Fixed-point OD of a value, -1 if it is no tissue; says if it is no grey level.
 struct FixedOfByte {

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 1 ? kByteBlocks : kFloa
     fill_log2_table(s.job.od, 0, block.logs);
     reader = {level_table(block.logs, 0), s.job.od, s.job.p.tissue_limit};
   } else {
-    reader = float_reader(s.job.images.scale, 1 / s.job.p.io, s.job.p.beta);
+    reader = {s.job.images.scale, 1 / s.job.p.io, s.job.p.beta};
   }
   const SharedPixels<T> shared = pixels_of_block<T>(s, image);
   do {

@@ -40,7 +40,6 @@ struct FitParameters {
   int64_t listed;  // pixels at most, 0 for no lists
   int32_t tissue_limit;
   bool nearest;
-  bool floats;  // pixels are no bytes
 };
 
 // What a pass needs to know of an image. Keys are row[0] . OD and row[1] . OD: the coordinates (x, y) of a
@@ -69,26 +68,20 @@ struct FitState {
 
 constexpr double kFloatUnit = 0x1p-24;  // half an ulp of 1
 
-// Of a logarithm in float32, relative to its size, in kFloatUnit: from a table 1, of a float value this many.
-constexpr int kFloatLogUnits = 8;
-
-// A float32 pseudo-angle is off by at most 3 (4 + e) u S / n + 6 u, with e the units of the logarithm, S the sum of the
-// |OD|s, n = |x| + |y| and u = kFloatUnit: where n > S / (16 ln 2) by at most 172 u with a table, 405 u for float
-// values. Pixels beyond that, those near the cut of the angle, and those hardly darker than the background, get exact
-// keys.
+// A float32 pseudo-angle is off by at most 15 u S / n + 6 u, with S the sum of the ODs, n = |x| + |y| and u =
+// kFloatUnit: by at most 172 u where n > S / (16 ln 2). Pixels beyond that, and those near the cut of the angle, get
+// exact keys.
 constexpr double kAngleMargin = 512 * kFloatUnit;
 constexpr float kSmallestNorm = 1.0f / 16;         // of n, in units of the summed |log2 intensity|
-constexpr float kLeastNorm = 0x1p-20f;             // of n
 constexpr float kCutDistance = 1.0f / 65536;       // of |y| where x < 0, in the same units
 constexpr double kAngleBinsPerUnit = kBins / 2.0;  // pseudo-angles in [0, 2]; others share the first bin
 constexpr double kSampleBinsPerUnit = kBins;       // the bins of both selections together
 
 // A product row . OD in float32, and one with a constant up to that size added, is off by 9 roundings of what the row's
-// magnitudes make of the largest OD: the row, the logarithm, products, sums, the constant. Nearly twice that, and what
-// the logarithm of a float value has beyond one.
+// magnitudes make of the largest OD: the row, the logarithm, products, sums, the constant. Nearly twice that.
 ERNET_HOST_DEVICE double product_margin(const double row[3], const FitParameters& p) {
   const double largest = fabs(p.od_min) > fabs(p.od_max) ? fabs(p.od_min) : fabs(p.od_max);
-  return (16 + (p.floats ? kFloatLogUnits - 1 : 0)) * kFloatUnit * (fabs(row[0]) + fabs(row[1]) + fabs(row[2])) * largest;
+  return 16 * kFloatUnit * (fabs(row[0]) + fabs(row[1]) + fabs(row[2])) * largest;
 }
 
 ERNET_HOST_DEVICE void set_rows(const double a[3], const double b[3], PassKeys& keys) {
