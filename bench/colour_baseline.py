@@ -43,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="BreakHis, a folder with one folder a class, or a CSV list")
     parser.add_argument("--split-file", required=True, help="the split: split.csv of a run or study")
     given = parser.parse_args(arguments)
-    config = TrainConfig(data=given.data, split_file=given.split_file, out="")
+    config = TrainConfig(data=given.data, split_file=given.split_file, out=".")  # nothing is written
     train, test = open_split(config, "trainval").samples, open_split(config, "test").samples
     labels = [[sample.label for sample in samples] for samples in (train, test)]
     target, normalization = most_typical(train)
     print(f"{len(train)} images to train on, {len(test)} to test on; Macenko's target: {target.name}\n")
     rows = []
-    for name, prepare in {"none": lambda image: image, "macenko": normalization}.items():
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda image: image, "macenko": normalization}
+    for name, prepare in ways.items():
         seen, unseen = colours(train, prepare), colours(test, prepare)
         aucs = []
         for chosen in FEATURES.values():
