@@ -41,7 +41,7 @@ from ernet_fast.scale import normalize_files
 
 pil = pytest.importorskip("PIL.Image", reason="Pillow reads and writes images")
 
-REPEATS = 3
+REPEATS = 5
 SIZES = {"224x224": (224, 224), "700x460": (460, 700)}
 FEW, MANY = {"224x224": 300, "700x460": 100}, {"224x224": 5000, "700x460": 2000}
 LEAST_SHARE = 0.85  # of the rate of decoding and encoding alone

@@ -23,7 +23,7 @@ constexpr size_t kMarginShare = 4;  // what is kept and live may exceed the most
 // or of the limit: where no gradients are wanted the maps of one stage are live at a time, and all stages' take twice
 // as much. For gradients, which keep all of them, the first is the larger.
 constexpr size_t kLimitShare = 32;
-constexpr size_t kSlackShare = 4;   // a buffer may exceed what is asked for by this share
+constexpr size_t kSlackShare = 4;  // a buffer may exceed what is asked for by this share
 
 using Entry = std::unique_lock<std::mutex>;
 constexpr int kTries = 64;  // to enter; then a thread does without
