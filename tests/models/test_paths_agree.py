@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ernet_fast.models import ERResNet, ERStage
-from ernet_fast.reference.er_network import NaiveERResNet, NaiveERStage, state_dict_from_fused, state_dict_to_fused
+from ernet_fast.models.resnet import FAMILY, LAYERS
+from ernet_fast.reference.er_network import (
+    NaiveERResNet,
+    NaiveERStage,
+    naive_er_resnet,
+    state_dict_from_fused,
+    state_dict_to_fused,
+)
 
 # Reductions here are shorter than 1e4 values and the stages a dozen operations deep: float64 rounds to about 1e-13.
 OUTPUTS, TOLERANCE = 1e-12, 1e-10  # the second of gradients and statistics
@@ -191,6 +198,20 @@ def test_networks() -> None:
         for model in (fused, composed, reference):
             model.eval()
         compare([fused, composed, reference], x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(("norm", "num_groups"), [("batch", None), ("group", 2)])
+@pytest.mark.parametrize("depth", LAYERS)
+def test_every_depth(depth: int, norm: str, num_groups: int | None, layout: torch.memory_format) -> None:
+    kw = {"num_classes": 3, "base_channels": 4, "norm": norm, "num_groups": num_groups}
+    torch.manual_seed(depth)
+    models = [ERResNet(FAMILY[depth], LAYERS[depth], memory=memory, **kw).double() for memory in ("usual", "lean")]
+    reference = naive_er_resnet(depth, **kw).double()
+    models[1].load_state_dict(models[0].state_dict())
+    reference.load_state_dict(state_dict_from_fused(models[0].state_dict()))
+    # 36 values a channel in the last stage: statistics of a handful would magnify roundings
+    compare([*models, reference], images((4, 3, 96, 96), layout))
 
 
 def test_set_fused_changes_the_path_and_not_the_result() -> None:
