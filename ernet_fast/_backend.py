@@ -33,6 +33,11 @@ OPERATORS = {
     "macenko_count_colours": "Macenko: colours of a slide, strip by strip",
     "macenko_fit_colours": "Macenko: stains of counted colours",
 }
+TRITON_OPERATORS = {
+    "measured_coefficients": "ER shortcuts: moments and coefficients of a block in one",
+    "map_backward": "ER shortcuts: inner products of a map and gradients of its weights, gamma and beta in one",
+}
+"""Operators that CUDA devices alone have, which `libernet.so` does not define."""
 
 _FIX = "Install a C++ compiler (g++ or clang++) and install ernet_fast again: pip install --force-reinstall --no-deps ."
 _BUILT_HERE = sys.platform == "linux"

@@ -145,6 +145,9 @@ def _operators() -> list[dict[str, str]]:
         for device in ("cpu", "cuda"):
             backend, why = _backend_on(name, device)
             rows.append({"operator": name, "purpose": purpose, "device": device, "backend": backend, "why": why})
+    for name, purpose in _backend.TRITON_OPERATORS.items():
+        backend, why = _backend_on(name, "cuda")
+        rows.append({"operator": name, "purpose": purpose, "device": "cuda", "backend": backend, "why": why})
     return rows
 
 

@@ -46,6 +46,7 @@ def takes_gradients(x: Tensor, *, fused: bool | None = None) -> bool:
     """
     return (
         _WANTED
+        and isinstance(x, Tensor)  # not a value of a symbolic trace
         and torch.is_grad_enabled()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
