@@ -135,6 +135,8 @@ class Runner:
 
 
 def last_lines(log: Path, count: int = 3) -> str:
-    """The end of a log, on one line."""
+    """The end of a log, on one line, behind the last error that pytest explains in it."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return " | ".join(line.strip() for line in lines[-count:])[-300:]
+    errors = [line.removeprefix("E").strip()[:200] for line in lines[:-count] if line.startswith("E  ")]
+    end = " | ".join(line.strip() for line in lines[-count:])[-300:]
+    return f"{errors[-1]} | {end}" if errors else end
