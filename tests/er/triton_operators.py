@@ -12,24 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ernet_fast.er import epilogue, epilogue_composed, operators
-from ernet_fast.er.triton import coefficient_launch, map_launch, register
+from ernet_fast.er.triton import register
 
 if not operators.TRITON:  # the schemas of operators that the CPU has not
     register.register(define=False)
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        map_launch.channel_moments,
-        map_launch.weighted_sum,
-        map_launch.weighted_dot,
-        map_launch.map_dots,
-        coefficient_launch.block_coefficients,
-        coefficient_launch.map_coefficients_backward,
-        coefficient_launch.measured_coefficients,
-        coefficient_launch.map_backward,
-    )
-}
+FUNCTIONS: dict[str, Callable[..., Any]] = {function.__name__: function for function in register.IMPLEMENTATIONS}
 
 
 class TritonOperators(TorchDispatchMode):

@@ -49,20 +49,24 @@ def available() -> bool:
         return False
 
 
+IMPLEMENTATIONS = (
+    map_launch.channel_moments,
+    map_launch.weighted_sum,
+    map_launch.weighted_dot,
+    map_launch.map_dots,
+    coefficient_launch.block_coefficients,
+    coefficient_launch.map_coefficients_backward,
+    coefficient_launch.measured_coefficients,
+    coefficient_launch.map_backward,
+)
+"""The operators on CUDA devices, each named as its function."""
+
+
 def register(*, define: bool) -> None:
     """Register the operators for CUDA tensors; with `define` their schemas too, for builds without the extension."""
     global _LIBRARY
     _LIBRARY = torch.library.Library("ernet", "FRAGMENT")
     for schema in (*_CUDA_SCHEMAS, *(_SCHEMAS if define else ())):
         _LIBRARY.define(schema)
-    for implementation in (
-        map_launch.channel_moments,
-        map_launch.weighted_sum,
-        map_launch.weighted_dot,
-        map_launch.map_dots,
-        coefficient_launch.block_coefficients,
-        coefficient_launch.map_coefficients_backward,
-        coefficient_launch.measured_coefficients,
-        coefficient_launch.map_backward,
-    ):
+    for implementation in IMPLEMENTATIONS:
         _LIBRARY.impl(implementation.__name__, implementation, "CUDA")
